@@ -1,0 +1,4078 @@
+#!/usr/bin/env python3
+"""minimail: a whole mail node in one file.
+
+    python3 minimail.py                          # every mailer may send to 127.0.0.1:1025; nothing leaves the machine
+    python3 minimail.py --domain example.org     # a real node: keeps example.org's mail, relays the rest by DNS
+
+    import minimail                              # the same server inside a program or a test
+    with minimail.Node(smtp="127.0.0.1:0") as node:
+        host, port = node.smtp_address
+        message = node.wait_for("bob@example.com", timeout=5)
+
+How mail travels, and the section that does each step:
+
+    a mailer --SMTP--> 14 session --> 7 delivery --+--> 6 mailbox --> 15 POP3 --> the owner's mail client
+                                                   |
+                                                   +--> 9 queue --> 12 relay --> 8 DNS --> 11 client --SMTP--> elsewhere
+
+Map: 1 head, 2 limits, replies, options, 3 addresses and headers, 4 wire, 5 durable files, 6 mailboxes and accounts,
+7 delivery, 8 DNS, 9 queue, 10 bounces, 11 SMTP client, 12 relay, 13 sessions and listeners, 14 SMTP, 15 POP3,
+16 web inbox, 17 node, 18 command line. A section uses only names printed above it. Sections 8 to 12 (together), 15
+and 16 may be deleted: what is left runs without them. Protocol decisions (3, parts of 4 and 8, 10) are pure functions.
+
+Legend, used without exception: `address` an Address or its text local@domain; `key` the lower-case text by which
+addresses are compared; `mailbox` a key that has a Maildir; `sender` the envelope's reverse-path ("" for the null one);
+`envelope` sender and recipients of one message; `draft` a message file still being written; `entry` a message in the
+queue; `exchanger` a host named by an MX record; `site` what all sessions of a node share. Text on the wire and in
+stores is bytes; parsed addresses are str. Durations are seconds, sizes bytes.
+
+Copyright (C) 2026 the minimail founders.  Permission to use, copy, modify, and/or distribute this software for any
+purpose with or without fee is hereby granted.  THE SOFTWARE IS PROVIDED "AS IS" AND THE AUTHOR DISCLAIMS ALL WARRANTIES
+WITH REGARD TO THIS SOFTWARE INCLUDING ALL IMPLIED WARRANTIES OF MERCHANTABILITY AND FITNESS.  IN NO EVENT SHALL THE
+AUTHOR BE LIABLE FOR ANY SPECIAL, DIRECT, INDIRECT, OR CONSEQUENTIAL DAMAGES OR ANY DAMAGES WHATSOEVER RESULTING FROM
+LOSS OF USE, DATA OR PROFITS, WHETHER IN AN ACTION OF CONTRACT, NEGLIGENCE OR OTHER TORTIOUS ACTION, ARISING OUT OF OR IN
+CONNECTION WITH THE USE OR PERFORMANCE OF THIS SOFTWARE.  (SPDX: 0BSD)
+"""
+from __future__ import annotations
+
+import base64
+import binascii
+import collections
+import contextlib
+import dataclasses
+import email.utils
+import errno
+import functools
+import hashlib
+import hmac
+import io
+import ipaddress
+import itertools
+import json
+import logging
+import os
+import re
+import secrets
+import select
+import shutil
+import socket
+import socketserver
+import struct
+import sys
+import tempfile
+import threading
+import time
+from typing import (TYPE_CHECKING, Any, Callable, Dict, Iterable, Iterator, List, NamedTuple, NoReturn, Optional,
+                    Sequence, Set, Tuple, Type, Union)
+
+try:
+    import fcntl
+except ImportError:                                 # Windows
+    fcntl = None  # type: ignore[assignment]
+
+if TYPE_CHECKING:
+    import ssl
+    from email.message import EmailMessage
+
+__version__ = "1.0"
+__all__ = ["Node", "Message", "Policy", "Refused", "Reply", "main", "__version__"]
+
+log = logging.getLogger("minimail")
+log.addHandler(logging.NullHandler())               # the library prints nothing; main() adds a real handler
+
+
+# ======================================================================================================================
+# 2  Limits, replies, options.  Values with names; knows nothing of sockets and files.
+# ======================================================================================================================
+
+MAX_RECIPIENTS = 1000               # in one transaction (RFC 5321 section 4.5.3.1.8 asks for at least 100)
+MAX_COMMAND = 4096                  # bytes in a command line; the RFC's 512 do not hold for long UTF-8 addresses
+MAX_AUTH_LINE = 12288               # RFC 4954 section 4
+MAX_REPLY_LINE = 2048               # bytes in one line of a peer's reply, and ...
+MAX_REPLY_LINES = 100               # ... its lines
+MAX_ERRORS = 10                     # wrong commands in one session, then 421 (RFC 5321 section 4.3.2)
+MAX_REFUSALS = 100                  # refused recipients in one session, then 421: somebody is guessing names
+MAX_RECEIVED = 50                   # trace headers, then the message is in a loop (RFC 5321 section 6.3)
+MAX_EXPANSION = 1000                # addresses one recipient may become through aliases
+MAX_NAME = 255                      # bytes in a file name: what ext4, NTFS and APFS take
+MAX_EXCHANGERS = 10                 # hosts tried for one delivery attempt
+MAX_SENDERS = 128                   # outbound connections at once, and ...
+MAX_SENDERS_PER_HOST = 10           # ... to one destination
+MAX_ACTIVE = 2000                   # queue entries held in memory; the others wait on disk
+MAX_WAITING = 500                   # of them for one destination, so that a slow one does not fill them all
+MAX_HTTP_BODY = 1 << 26             # bytes in a request to the JSON API
+MIN_RATE = 1024                     # bytes/s below which a message transfer runs into the command's deadline
+BLOCK = 1 << 16                     # bytes read from a socket at once, and ...
+BIG_BLOCK = 1 << 18                 # ... while content flows
+LINGER = 0.01                       # seconds a thread waits for the next command before it looks elsewhere
+WORK_THREADS = 16                   # threads that carry sessions: those that wait for a client do not count
+STALE_DRAFT = 36 * 3600             # seconds after which a foreign file in tmp/ is rubbish (maildir(5))
+LOGIN_FAILURES = 10                 # wrong passwords from one address within ...
+LOGIN_WINDOW = 600                  # ... these seconds cut it off for as long
+SHUTDOWN_GRACE = 9.0                # seconds a message in flight has when the node stops
+
+
+class Reply(NamedTuple):
+    """An SMTP reply (RFC 5321 section 4.2) with its enhanced status code (RFC 3463); `close` ends the session after it."""
+    code: int
+    enhanced: str
+    text: str
+    close: bool = False
+
+    def encode(self) -> bytes:
+        """Return the reply as it goes over the wire; a text of several lines becomes a reply of several lines."""
+        prefix = self.enhanced + " " if self.enhanced else ""
+        lines = self.text.split("\n")
+        head = "".join("%d-%s%s\r\n" % (self.code, prefix, line) for line in lines[:-1])
+        return ("%s%d %s%s\r\n" % (head, self.code, prefix, lines[-1])).encode("utf-8", "replace")
+
+    def __str__(self) -> str:
+        return " ".join(filter(None, (str(self.code), self.enhanced, self.text)))
+
+
+class Refused(Exception):
+    """Raised where a command, an address or a message is refused; carries the Reply that says so."""
+
+    def __init__(self, reply: Union[Reply, int], enhanced: str = "", text: str = "", close: bool = False) -> None:
+        if isinstance(reply, int):
+            reply = Reply(reply, enhanced, text, close)
+        super().__init__(str(reply))
+        self.reply = reply
+
+
+class UsageError(ValueError):
+    """A wrong option, value or variable; the message is the one line that says which (exit status 2)."""
+
+
+class CannotRun(OSError):
+    """What was asked for cannot be done on this machine; the message says what to do (exit status 1)."""
+
+
+REGISTRY: Dict[str, Any] = {}       # the optional sections enter themselves here: "relay", "pop3", "web"
+COMMANDS: Dict[str, Callable[["Config", List[str]], int]] = {}      # and their commands here
+
+
+def optional_section(name: str) -> Any:
+    """Return what section `name` put into the registry; CannotRun when this copy of the file lacks the section."""
+    if name not in REGISTRY:
+        raise CannotRun("this copy of minimail has no %s section" % name)
+    return REGISTRY[name]
+
+
+Endpoint = Tuple[str, int]
+
+
+def parse_endpoint(text: str) -> Endpoint:
+    """Return (host, port) of `127.0.0.1:25`, `[::1]:25` or `localhost:25`; ValueError."""
+    host, colon, port = text.strip().rpartition(":")
+    if host.startswith("[") and host.endswith("]"):
+        host = host[1:-1]
+    elif ":" in host:
+        raise ValueError("write an IPv6 address as [::1]:25")
+    if not colon or not port.isascii() or not port.isdigit() or int(port) > 65535:
+        raise ValueError("expected HOST:PORT")
+    return host or "0.0.0.0", int(port)
+
+
+def show_endpoint(endpoint: Endpoint) -> str:
+    return ("[%s]:%d" if ":" in endpoint[0] else "%s:%d") % endpoint[:2]
+
+
+def parse_server(text: str) -> Endpoint:
+    """Return (host, port) of a name server: an IP address, port 53 unless one is given; ValueError."""
+    try:
+        return str(ipaddress.ip_address(text.strip("[]"))), 53
+    except ValueError:
+        host, port = parse_endpoint(text)
+        return str(ipaddress.ip_address(host)), port
+
+
+def parse_size(text: Union[str, int]) -> int:
+    """Return bytes: `1048576`, `1024K`, `1M`, `1G` (powers of 1024); ValueError."""
+    match = re.fullmatch(r"(\d+)([KMG]?)", str(text).strip().upper(), re.ASCII)
+    if not match:
+        raise ValueError("expected a number of bytes, as 1048576, 1024K, 1M or 1G")
+    return int(match.group(1)) << {"": 0, "K": 10, "M": 20, "G": 30}[match.group(2)]
+
+
+def parse_count(text: Union[str, int]) -> int:
+    match = re.fullmatch(r"\d{1,9}", str(text).strip(), re.ASCII)
+    if not match or int(text) < 1:
+        raise ValueError("expected a whole number from 1")
+    return int(text)
+
+
+def parse_port(text: Union[str, int]) -> int:
+    if not 1 <= parse_count(text) <= 65535:
+        raise ValueError("expected a port from 1 to 65535")
+    return int(text)
+
+
+def parse_seconds(text: Union[str, int, float]) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
+    if not 0 < seconds < 1e10:
+        raise ValueError("expected a number of seconds above 0")
+    return seconds
+
+
+def parse_waits(text: Union[str, Sequence[float]]) -> Tuple[float, ...]:
+    waits: Sequence[Any] = text.split(",") if isinstance(text, str) else text if isinstance(text, (list, tuple)) else [text]
+    if not waits:
+        raise ValueError("expected at least one wait")
+    return tuple(parse_seconds(wait) for wait in waits)
+
+
+def parse_network(text: str) -> Any:
+    return ipaddress.ip_network(text.strip(), strict=False)
+
+
+def parse_domain(text: str) -> str:
+    """Return a domain in lower case; ValueError when it is none."""
+    domain = text.strip().lower().rstrip(".")
+    if not is_domain(domain):
+        raise ValueError("expected a domain name")
+    return domain
+
+
+def parse_pattern_domain(text: str) -> str:
+    """Return a domain, or `.domain` for all that lies under it; ValueError."""
+    text = text.strip()
+    return "." + parse_domain(text[1:]) if text.startswith(".") else parse_domain(text)
+
+
+def parse_mailbox(text: str) -> str:
+    return parse_address(text.strip()).key
+
+
+class Server(NamedTuple):
+    """A mail server to hand mail to: `smtp://[user:password@]host[:port]`, or `smtps://` for TLS from the first byte."""
+    host: str
+    port: int
+    tls: bool = False
+    user: str = ""
+    password: str = ""
+
+    def __str__(self) -> str:
+        return "%s://%s" % ("smtps" if self.tls else "smtp", show_endpoint((self.host, self.port)))
+
+
+def parse_url(text: str) -> Server:
+    """Return the Server of an smtp:// or smtps:// URL; user and password may be %-encoded; ValueError."""
+    from urllib.parse import unquote, urlsplit
+    url = urlsplit(text.strip())
+    if url.scheme not in ("smtp", "smtps") or not url.hostname or url.path.strip("/") or url.query or url.fragment:
+        raise ValueError("expected smtp://[user:password@]host[:port] or smtps://...")
+    tls = url.scheme == "smtps"
+    return Server(url.hostname, url.port or (465 if tls else 25), tls,
+                  unquote(url.username or ""), unquote(url.password or ""))
+
+
+def parse_route(text: Union[str, Tuple[str, str]]) -> Tuple[str, Server]:
+    domain, equals, url = text.partition("=") if isinstance(text, str) else (text[0], "=", text[1])
+    if not equals:
+        raise ValueError("expected DOMAIN=URL")
+    return parse_pattern_domain(domain), parse_url(url)
+
+
+def parse_flag(text: Union[str, bool]) -> bool:
+    word = str(text).strip().lower()
+    if word not in ("1", "true", "yes", "on", "0", "false", "no", "off", ""):
+        raise ValueError("expected on or off")
+    return word in ("1", "true", "yes", "on")
+
+
+def one_of(*words: str) -> Callable[[str], str]:
+    def parse(text: str) -> str:
+        if text not in words:
+            raise ValueError("expected %s" % " or ".join(words))
+        return text
+    return parse
+
+
+def parse_text(text: Union[str, "os.PathLike[str]"]) -> str:
+    text = os.fspath(text)
+    if not isinstance(text, str) or not text or "\0" in text:
+        raise ValueError("expected a text that is not empty")
+    return text
+
+
+def parse_rule(text: str) -> Any:
+    return optional_section("web")["parse_fault"](text)
+
+
+def option(parse: Callable[[Any], Any], default: Any, metavar: str, help: str, many: bool = False) -> Any:
+    """Return a Config field: `parse` takes the text of the command line or a Python value; ValueError says what is wrong."""
+    return dataclasses.field(default=default, metadata={"parse": parse, "metavar": metavar, "help": help, "many": many})
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """All options. The command line, the environment and Node(...) are three doors to it, derived from its fields."""
+    smtp: Tuple[Endpoint, ...] = option(parse_endpoint, (("127.0.0.1", 1025),), "HOST:PORT",
+                                        "SMTP listener; off for none, port 0 picks a free one", many=True)
+    smtps: Tuple[Endpoint, ...] = option(parse_endpoint, (), "HOST:PORT", "SMTP with TLS from the first byte", many=True)
+    pop3: Tuple[Endpoint, ...] = option(parse_endpoint, (("127.0.0.1", 1110),), "HOST:PORT",
+                                        "POP3 listener; off for none", many=True)
+    pop3s: Tuple[Endpoint, ...] = option(parse_endpoint, (), "HOST:PORT", "POP3 with TLS from the first byte", many=True)
+    web: Optional[Tuple[Endpoint, ...]] = option(parse_endpoint, None, "HOST:PORT", "web inbox and JSON API "
+                                                 "(default 127.0.0.1:8025 in capture mode, off in node mode)", many=True)
+    data: str = option(parse_text, "minimail-data", "DIR", "the one directory everything lives in")
+    hostname: str = option(parse_domain, "", "NAME", "name in greetings, trace headers, bounces (default: the machine's)")
+    domain: Tuple[str, ...] = option(parse_domain, (), "NAME",
+                                     "a domain whose mail is kept here; turns node mode on", many=True)
+    users: str = option(parse_text, "", "FILE", "accounts (default DATA/users)")
+    aliases: str = option(parse_text, "", "FILE", "forwarding (default DATA/aliases)")
+    catch_all: str = option(parse_mailbox, "", "ADDRESS", "mailbox for unknown local addresses")
+    trust: Tuple[Any, ...] = option(parse_network, (parse_network("127.0.0.0/8"), parse_network("::1")), "CIDR",
+                                    "clients that may relay without log-in", many=True)
+    route: Tuple[Tuple[str, Server], ...] = option(parse_route, (), "DOMAIN=URL",
+                                                   "skip MX for DOMAIN (.DOMAIN: what lies under it)", many=True)
+    smarthost: Optional[Server] = option(parse_url, None, "URL", "all mail for elsewhere goes through this server")
+    dns: Tuple[Endpoint, ...] = option(parse_server, (), "HOST[:PORT]",
+                                       "name server to ask (default: /etc/resolv.conf)", many=True)
+    mx_port: int = option(parse_port, 25, "PORT", "port to reach mail exchangers on (for test beds)")
+    retry: Tuple[float, ...] = option(parse_waits, (60.0, 300.0, 900.0, 3600.0), "SECONDS,...",
+                                      "waits between attempts; the last repeats")
+    give_up: float = option(parse_seconds, 432000.0, "SECONDS", "then a bounce goes to the sender")
+    tls_cert: str = option(parse_text, "", "FILE", "certificate chain (PEM): turns STARTTLS and STLS on")
+    tls_key: str = option(parse_text, "", "FILE", "its private key (PEM), if not in the same file")
+    relay_tls: str = option(one_of("may", "require"), "may", "may|require",
+                            "outbound TLS: when offered, unverified; or always, and verified")
+    max_size: int = option(parse_size, 52428800, "BYTES", "larger messages: 552 5.3.4 (K, M, G)")
+    max_connections: int = option(parse_count, 500, "N", "connections at once, all listeners")
+    max_per_client: int = option(parse_count, 50, "N", "connections at once from one address (loopback exempt)")
+    timeout: Optional[float] = option(parse_seconds, None, "SECONDS",
+                                      "a command must be complete within it (default 300, POP3 600)")
+    no_sync: bool = option(parse_flag, False, "", "do not fsync (tests, RAM disks)")
+    workers: int = option(parse_count, 1, "N", "processes sharing the listeners and the data directory")
+    run_as: str = option(parse_text, "", "USER", "drop root after the ports are bound")
+    relay_to: Tuple[str, ...] = option(parse_pattern_domain, (), "DOMAIN",
+                                       "node mode: relay to these domains only (.DOMAIN: and below)", many=True)
+    keep: Optional[int] = option(parse_count, None, "N", "newest messages kept per mailbox (default: all)")
+    transcripts: Optional[bool] = option(parse_flag, None, "on|off", "keep envelope and conversation of each message "
+                                         "(default: on in capture mode)")
+    fault: Tuple[Any, ...] = option(parse_rule, (), "RULE", "misbehave on purpose: STAGE[=PATTERN] ACTION [xCOUNT]",
+                                    many=True)
+    log: str = option(one_of("text", "json"), "text", "text|json", "log lines, on standard error")
+    quiet: bool = option(parse_flag, False, "", "log warnings only")
+    verbose: bool = option(parse_flag, False, "", "log every command")
+
+    @property
+    def capture(self) -> bool:
+        """True when every address is local and nothing ever leaves the machine."""
+        return not self.domain
+
+    def seconds(self, default: float) -> float:
+        return default if self.timeout is None else self.timeout
+
+    def file(self, name: str) -> str:
+        """Return the path of `users` or `aliases`: as given, else inside the data directory."""
+        given: str = getattr(self, name)
+        return given or os.path.join(self.data, name)
+
+
+def read_options(given: Dict[str, Any], name: Callable[[str], str]) -> Dict[str, Any]:
+    """Return Config fields from texts or Python values; `name` turns a field into what the user wrote (UsageError)."""
+    fields = {field.name: field.metadata for field in dataclasses.fields(Config)}
+    values: Dict[str, Any] = {}
+    for key, raw in given.items():
+        meta = fields[key]
+        try:
+            if not meta["many"]:
+                values[key] = meta["parse"](raw)
+                continue
+            if raw is None or raw in ("off", ["off"]):
+                raw = []
+            items = raw if isinstance(raw, (list, tuple, set, frozenset)) else [raw]
+            values[key] = tuple(meta["parse"](item) for item in items)
+        except (ValueError, TypeError, AttributeError, Refused) as error:
+            reason = "a value of the wrong type" if isinstance(error, (TypeError, AttributeError)) else error
+            raise UsageError("%s: %r: %s" % (name(key), raw, reason)) from None
+    return values
+
+
+def event(_name: str, **fields: Any) -> None:
+    """Log one event as one line; the handler that main() sets writes it as text or JSON."""
+    if log.isEnabledFor(logging.INFO):
+        log.info(_name, extra={"fields": fields})
+
+
+def printable(text: Union[str, bytes], limit: int = 500) -> str:
+    """Return text from outside with control characters, separators and lone surrogates escaped, for logs and replies."""
+    if isinstance(text, bytes):
+        text = text.decode("utf-8", "backslashreplace")
+    if not text.isprintable():
+        text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return text if len(text) <= limit else text[:limit] + "..."
+
+
+# ======================================================================================================================
+# 3  Addresses, envelopes, headers.  Pure: text in, values out; knows no socket, no file, no clock.
+# ======================================================================================================================
+
+class Address(NamedTuple):
+    """A parsed address; `local` is without quotes, `domain` "" only for the bare postmaster of RFC 5321 section 4.1.1.3."""
+    local: str
+    domain: str
+
+    def __str__(self) -> str:
+        """Return local@domain, the local part quoted where RFC 5321 section 4.1.2 wants it."""
+        local = self.local
+        if not DOT_STRING.fullmatch(local):
+            local = '"%s"' % re.sub(r'([\\"])', r"\\\1", local)
+        return local + "@" + self.domain if self.domain else local
+
+    @property
+    def key(self) -> str:
+        """The text by which addresses are compared and mailboxes named."""
+        return lower(self.local) + "@" + lower(self.domain) if self.domain else lower(self.local)
+
+
+ATOM = r"[A-Za-z0-9!#$%&'*+/=?^_`{|}~\-\u0080-\U0010ffff]+"
+DOT_STRING = re.compile(r"%s(?:\.%s)*" % (ATOM, ATOM))
+QUOTED = re.compile(r'"(?:[^"\\\x00-\x1f\x7f]|\\[\x20-\x7e])*"')
+LABEL = r"[A-Za-z0-9_\u0080-\U0010ffff](?:[A-Za-z0-9_\-\u0080-\U0010ffff]*[A-Za-z0-9_\u0080-\U0010ffff])?"
+DOMAIN = re.compile(r"%s(?:\.%s)*" % (LABEL, LABEL))
+SOURCE_ROUTE = re.compile(r"@[^,:@<>\s]+(?:,@[^,:@<>\s]+)*:")
+BAD_SYNTAX = Reply(501, "5.1.3", "bad address syntax")
+
+
+def lower(text: str) -> str:
+    """Return text in lower case, but never turn a look-alike (the Kelvin sign) into an ASCII letter."""
+    if text.isascii():
+        return text.lower()
+    return "".join(c.lower() if c.isascii() or not c.lower()[0].isascii() else c for c in text)
+
+
+def is_domain(text: str) -> bool:
+    return bool(DOMAIN.fullmatch(text)) and len(text) <= 255 and all(len(label) <= 63 for label in text.split("."))
+
+
+def ascii_domain(domain: str) -> str:
+    """Return a domain in lower case as A-labels, as DNS and peers without SMTPUTF8 take it (RFC 5891); ValueError."""
+    domain = domain.rstrip(".")
+    if not domain.isascii():
+        try:
+            domain = ".".join(label if label.isascii() else label.encode("idna").decode("ascii")
+                              for label in domain.split("."))
+        except UnicodeError as error:
+            raise ValueError("domain %s has no ASCII form: %s" % (printable(domain), error)) from None
+    return domain.lower()
+
+
+def domain_literal(domain: str) -> Optional[str]:
+    """Return the IP address in `[192.0.2.1]` or `[IPv6:2001:db8::1]`; None for anything else (RFC 5321 section 4.1.3)."""
+    if not (domain.startswith("[") and domain.endswith("]")):
+        return None
+    text = domain[1:-1]
+    try:
+        if text[:5].lower() == "ipv6:":
+            return str(ipaddress.IPv6Address(text[5:]))
+        return str(ipaddress.IPv4Address(text))
+    except ValueError:
+        return None
+
+
+def parse_address(text: str) -> Address:
+    """Return the Address of local@domain (RFC 5321 section 4.1.2, RFC 6531); Refused 501 or 553 when it is none."""
+    if text.startswith('"'):
+        match = QUOTED.match(text)
+        local = re.sub(r"\\(.)", r"\1", match.group()[1:-1]) if match else ""
+    else:
+        match = DOT_STRING.match(text)
+        local = match.group() if match else ""
+    if not match or any("\ud800" <= c <= "\udfff" or "\x80" <= c <= "\x9f" for c in text):
+        raise Refused(BAD_SYNTAX)
+    rest = text[match.end():]
+    if not rest:
+        if local.lower() == "postmaster":
+            return Address("postmaster", "")
+        raise Refused(553, "5.1.3", "the address needs a domain")
+    if not rest.startswith("@"):
+        raise Refused(BAD_SYNTAX)
+    domain = rest[1:]
+    if domain_literal(domain) is None:
+        domain = domain[:-1] if domain.endswith(".") else domain
+        if not is_domain(domain):
+            raise Refused(BAD_SYNTAX)
+    return Address(local, domain)
+
+
+def parse_path(text: str) -> Tuple[Optional[Address], str]:
+    """Return (address, parameters) of `<path> parameters`; None for the null reverse-path <>. Refused 501 or 553.
+
+    A source route is ignored, as RFC 5321 appendix C allows.
+    """
+    text = text.lstrip(" ")
+    if not text.startswith("<"):
+        raise Refused(501, "5.1.3", "an address stands in angle brackets: <local@domain>")
+    if text.startswith("<>"):
+        path, rest = "", text[2:]
+    else:
+        match = re.match(r'<((?:"(?:[^"\\]|\\.)*"|[^">])*)>', text)
+        if not match:
+            raise Refused(BAD_SYNTAX)
+        path, rest = match.group(1), text[match.end():]
+        if not path:
+            raise Refused(BAD_SYNTAX)
+    if rest and not rest.startswith(" "):
+        raise Refused(BAD_SYNTAX)
+    if not path:
+        return None, rest.strip(" ")
+    route = SOURCE_ROUTE.match(path)
+    return parse_address(path[route.end():] if route else path), rest.strip(" ")
+
+
+def parse_parameters(text: str) -> Dict[str, str]:
+    """Return the ESMTP parameters of MAIL or RCPT, keywords in upper case; Refused 501 (RFC 5321 section 4.1.2)."""
+    parameters: Dict[str, str] = {}
+    for word in text.split():
+        keyword, equals, value = word.partition("=")
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9-]*", keyword) or (equals and not value):
+            raise Refused(501, "5.5.4", "bad parameter " + printable(word, 60))
+        if keyword.upper() in parameters:
+            raise Refused(501, "5.5.4", "parameter given twice: " + keyword.upper())
+        parameters[keyword.upper()] = value
+    return parameters
+
+
+def clients_address(host: str) -> str:
+    """Return a client's IP address in one spelling: without IPv6 scope, IPv4-mapped addresses as IPv4."""
+    host = host.partition("%")[0]
+    return host[7:] if host.lower().startswith("::ffff:") and "." in host else host
+
+
+def is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(clients_address(host)).is_loopback
+    except ValueError:
+        return host in ("", "localhost")
+
+
+def address_literal(host: str) -> str:
+    """Return an IP address as it stands in trace headers: [192.0.2.1] or [IPv6:2001:db8::1] (RFC 5321 section 4.1.3)."""
+    return "[IPv6:%s]" % host if ":" in host else "[%s]" % host
+
+
+@dataclasses.dataclass
+class Envelope:
+    """Sender and recipients of one message, and what the sending side said about it."""
+    sender: str = ""                                    # "" is the null reverse-path
+    recipients: List[Address] = dataclasses.field(default_factory=list)
+    eightbit: bool = False                              # the content has bytes above 127
+    smtputf8: bool = False                              # declared by the client (RFC 6531)
+    declared: Optional[int] = None                      # SIZE= of MAIL
+    id: str = ""
+    helo: str = ""
+    client: str = ""                                    # IP address, "" for a local program
+    protocol: str = "SMTP"                              # "with" keyword of Received (RFC 3848, 6531)
+    body: str = ""                                      # BODY= of MAIL, as declared
+
+
+def with_keyword(esmtp: bool, tls: bool, login: bool, utf8: bool) -> str:
+    """Return the protocol keyword of a Received header (RFC 3848, RFC 6531 section 4.3)."""
+    if not esmtp:
+        return "SMTP"
+    return ("UTF8SMTP" if utf8 else "ESMTP") + ("S" if tls else "") + ("A" if login else "")
+
+
+@functools.lru_cache(maxsize=4)
+def rfc5322_date(seconds: int) -> str:
+    return email.utils.formatdate(seconds, localtime=True)
+
+
+def received_header(envelope: Envelope, hostname: str, now: float) -> str:
+    """Return the trace header of RFC 5321 section 4.4; `for` only with one recipient, so that no Bcc is told (section 7.2)."""
+    source = "from %s (%s)\r\n\t" % (envelope.helo or "unknown", address_literal(envelope.client)) if envelope.client else ""
+    whom = "\r\n\tfor <%s>" % str(envelope.recipients[0]) if len(envelope.recipients) == 1 else ""
+    return "Received: %sby %s with %s id %s%s; %s\r\n" % (
+        source, hostname, envelope.protocol, envelope.id, whom, rfc5322_date(int(now)))
+
+
+def trace_headers(envelope: Envelope, mailboxes: Sequence[str], hostname: str, now: float) -> Tuple[bytes, int]:
+    """Return (headers put before the content, how many of their bytes are not for other hosts).
+
+    Return-Path is for final delivery only (RFC 5321 section 4.4). One file serves all mailboxes of a message, so
+    Delivered-To names the mailbox only where there is one: a list would tell each reader of the others.
+    """
+    local = ""
+    if mailboxes:
+        local = "Return-Path: <%s>\r\n" % envelope.sender
+        if len(mailboxes) == 1:
+            local += "Delivered-To: %s\r\n" % str(parse_key(mailboxes[0]))
+    own = local.encode("utf-8")
+    return own + received_header(envelope, hostname, now).encode("utf-8"), len(own)
+
+
+def parse_key(key: str) -> Address:
+    """Return the Address of a mailbox key."""
+    local, _, domain = key.rpartition("@")
+    return Address(local, domain)
+
+
+def split_headers(content: bytes) -> Tuple[List[Tuple[str, bytes]], bytes]:
+    """Return ([(lower-case name, raw field with its line ends)], body) of a message; never fails."""
+    head, blank, body = content.partition(b"\r\n\r\n")
+    if content.startswith(b"\r\n"):
+        head, body = b"", content[2:]
+    fields: List[Tuple[str, bytes]] = []
+    for line in (head + b"\r\n").splitlines(keepends=True) if head else []:
+        if line[:1] in (b" ", b"\t") and fields:
+            fields[-1] = (fields[-1][0], fields[-1][1] + line)
+        else:
+            fields.append((line.partition(b":")[0].strip().decode("ascii", "replace").lower(), line))
+    return fields, body
+
+
+# ======================================================================================================================
+# 4  Wire: bounded lines, deadlines, dot transparency, TLS switch.  Knows bytes and sockets, no protocol, no file.
+# ======================================================================================================================
+
+class Disconnected(Exception):
+    """The other side is gone."""
+
+
+class Silent(Exception):
+    """Nothing to read now; the session is parked until there is."""
+
+
+class TimedOut(Exception):
+    """The deadline passed before what was asked for was there."""
+
+
+class LineTooLong(Exception):
+    """A line is longer than allowed; it was thrown away up to its end."""
+
+
+EPOLL = hasattr(select, "epoll")                            # elsewhere each session has its thread
+END_OF_DATA = b"\r\n.\r\n"
+LEADING_DOT = re.compile(rb"\n(?=\.)")                      # memchr finds the newlines: twice as fast as find(b"\n.")
+BARE_NEWLINE = re.compile(rb"\r\n|\r|\n")
+
+
+def has_bare_newline(block: bytes) -> bool:
+    """True when block has a CR or LF that is not part of a CRLF. One pass in C, as the codec for text files does it."""
+    decoder = io.IncrementalNewlineDecoder(None, translate=False)
+    decoder.decode(block.decode("latin-1"), final=True)
+    return decoder.newlines not in (None, "\r\n")
+
+
+class Content:
+    """Message content as it comes over the wire, in blocks cut anywhere; `dots` for DATA, without for BDAT.
+
+    feed() returns what goes to the file: leading dots removed (RFC 5321 section 4.5.2), a bare CR or LF made CRLF.
+    Only CRLF.CRLF ends the data; what came after it is then in `rest`.
+    """
+
+    def __init__(self, dots: bool = True) -> None:
+        self.dots = dots
+        self.held = b"\r\n" if dots else b""        # could be the start of the end, or of a CRLF; here: the line before
+        self.skip = len(self.held)                  # bytes of `held` that were never content
+        self.finished = False
+        self.rest = b""
+        self.bare = False                           # a bare CR or LF was seen
+        self.unstuffed = False                      # a line began with a single dot and something else: not stuffed
+
+    def feed(self, block: bytes) -> bytes:
+        """Return the content in `block`, as far as it is decided."""
+        data = self.held + block
+        dotted = self.dots and b"." in data and LEADING_DOT.search(data) is not None
+        if dotted and END_OF_DATA in data:
+            self.finished = True
+            data, _, self.rest = data.partition(END_OF_DATA)
+            data += b"\r\n"
+            self.held = b""
+        elif self.dots:
+            self.held = b""
+            for size in (4, 3, 2, 1):
+                if data.endswith(END_OF_DATA[:size]):
+                    self.held = END_OF_DATA[:size]
+                    data = data[:-size]
+                    break
+        else:
+            self.held = b"\r" if data.endswith(b"\r") else b""
+            data = data[:-1] if self.held else data
+        if dotted:
+            self.unstuffed = self.unstuffed or re.search(rb"\r\n\.[^.]", data) is not None
+            data = data.replace(b"\r\n.", b"\r\n")
+        if self.skip and data:
+            data, self.skip = data[self.skip:], 0
+        if has_bare_newline(data):
+            self.bare = True
+            data = BARE_NEWLINE.sub(b"\r\n", data)
+        return data
+
+    def end(self) -> bytes:
+        """Return what was held back when BDAT's last chunk is there."""
+        held, self.held = self.held, b""
+        self.bare = self.bare or bool(held)
+        return b"\r\n" if held else b""
+
+
+def stuff_dots(block: bytes, at_line_start: bool) -> bytes:
+    """Return block with leading dots doubled (RFC 5321 section 4.5.2, RFC 1939 section 3)."""
+    if b"." not in block:
+        return block
+    stuffed = block.replace(b"\r\n.", b"\r\n..")
+    return b"." + stuffed if at_line_start and stuffed.startswith(b".") else stuffed
+
+
+def no_spare_thread() -> bool:
+    return False
+
+
+class Wire:
+    """A socket with a bounded line reader, batched output and a deadline that no dripping client can move.
+
+    Output is sent when it is large or before input is waited for, and never later: so pipelined commands are answered
+    in one piece (RFC 2920) and nobody waits for a reply that we hold. `clock` gives the seconds deadlines count in.
+    """
+
+    def __init__(self, sock: socket.socket, timeout: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self.sock = sock
+        self.timeout = timeout
+        self.clock = clock
+        self.deadline = clock() + timeout
+        self.input = bytearray()
+        self.output: List[bytes] = []
+        self.pending = 0                            # bytes in `output`
+        self.skipping = False                       # inside a line that was too long
+        self.tls = False
+        self.ready = True                           # there may be input: look before parking
+        self.may_linger: Callable[[], bool] = no_spare_thread
+        self.blocked: Callable[[], Any] = contextlib.nullcontext
+        self.seen: Optional[Callable[[str, bytes], None]] = None
+        sock.settimeout(None)
+        with contextlib.suppress(OSError):
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if EPOLL:
+            set_kernel_timeout(sock, LINGER)
+
+    def renew(self, extra: float = 0.0) -> None:
+        """Give the next step its full time."""
+        self.deadline = self.clock() + self.timeout + extra
+
+    def line(self, limit: int, park: bool = False) -> bytes:
+        """Return the next line without its end (CRLF, or a bare LF); LineTooLong above `limit` bytes.
+
+        With `park`, Silent is raised rather than waited when there is nothing to read; call again later.
+        """
+        start = 0
+        while True:
+            end = self.input.find(b"\n", start)
+            if end >= 0:
+                line = bytes(self.input[:end])
+                del self.input[:end + 1]
+                if self.skipping or end > limit:
+                    self.skipping = False
+                    raise LineTooLong
+                return line[:-1] if line.endswith(b"\r") else line
+            if len(self.input) > limit:
+                self.skipping = True
+                self.input.clear()
+            start = len(self.input)
+            self.input += self.receive(BLOCK, park)
+
+    def receive(self, size: int, park: bool = False) -> bytes:
+        """Return up to `size` bytes from the socket, unsent output sent first; Disconnected, Silent, TimedOut."""
+        if self.output:
+            self.flush()
+        if park and not self.ready and not self.may_linger() and not self.unread():
+            self.ready = True
+            raise Silent
+        while True:
+            try:
+                if self.tls or not EPOLL:
+                    data = self._receive_with_timeout(size, park)
+                else:
+                    data = self.sock.recv(size)
+            except (BlockingIOError, InterruptedError):
+                if park:
+                    raise Silent from None
+                self._wait_readable()
+                continue
+            except (OSError, ValueError) as error:
+                raise Disconnected from error
+            if not data:
+                raise Disconnected
+            self.ready = False
+            return data
+
+    def unread(self) -> int:
+        """Return how many bytes the TLS layer holds decrypted: the poller would not see them."""
+        return self.sock.pending() if self.tls else 0   # type: ignore[attr-defined]
+
+    def _receive_with_timeout(self, size: int, park: bool) -> bytes:
+        self.sock.settimeout(max(0.001, LINGER if park and EPOLL else self.deadline - self.clock()))
+        try:
+            if park:
+                return self.sock.recv(size)
+            with self.blocked():
+                return self.sock.recv(size)
+        except OSError as error:
+            if not is_timeout(error):
+                raise
+            if not (park and EPOLL) and self.clock() >= self.deadline:
+                raise TimedOut from None
+            raise BlockingIOError from None
+
+    def _wait_readable(self) -> None:
+        left = self.deadline - self.clock()
+        if left <= 0:
+            raise TimedOut
+        if self.tls or not EPOLL:
+            return
+        with self.blocked():
+            poll = select.poll()
+            poll.register(self.sock, select.POLLIN)
+            poll.poll(left * 1000)
+
+    def send(self, data: bytes) -> None:
+        """Queue bytes for the other side."""
+        self.output.append(data)
+        self.pending += len(data)
+        if self.pending >= BLOCK:
+            self.flush()
+
+    def flush(self) -> None:
+        """Send all queued output now; Disconnected, TimedOut."""
+        data = memoryview(b"".join(self.output) if len(self.output) != 1 else self.output[0])
+        self.output.clear()
+        self.pending = 0
+        while data:
+            try:
+                if self.tls or not EPOLL:
+                    self.sock.settimeout(max(0.001, self.deadline - self.clock()))
+                    sent = self.sock.send(data)
+                else:
+                    sent = self.sock.send(data, socket.MSG_DONTWAIT)
+            except (BlockingIOError, InterruptedError):
+                self.wait_writable()
+                continue
+            except OSError as error:
+                if is_timeout(error):
+                    raise TimedOut from None
+                raise Disconnected from error
+            data = data[sent:]
+
+    def wait_writable(self) -> None:
+        """Return when the socket takes more output; TimedOut."""
+        left = self.deadline - self.clock()
+        if left <= 0:
+            raise TimedOut
+        with self.blocked():
+            poll = select.poll()
+            poll.register(self.sock, select.POLLOUT)
+            poll.poll(left * 1000)
+
+    def send_file(self, fd: int, offset: int, count: int) -> None:
+        """Send `count` bytes of a file from `offset`, in the kernel where it can."""
+        if self.tls or not hasattr(os, "sendfile") or not EPOLL:
+            self.send(pread(fd, count, offset))
+            return
+        self.flush()
+        while count:
+            try:
+                sent = os.sendfile(self.sock.fileno(), fd, offset, count)
+            except (BlockingIOError, InterruptedError):
+                self.wait_writable()
+                continue
+            except OSError as error:
+                raise Disconnected from error
+            if not sent:
+                raise Disconnected                  # the file became shorter: the length we promised cannot be kept
+            offset, count = offset + sent, count - sent
+
+    def blocks(self, content: Content, count: Optional[int] = None) -> Iterator[bytes]:
+        """Yield message content until its end (DATA), or exactly `count` bytes of it (BDAT).
+
+        The deadline moves with what arrives, at MIN_RATE: a client that drips runs into it.
+        """
+        started, total = self.clock(), 0
+        data = bytes(self.input[:count])
+        del self.input[:len(data)]
+        left = count
+        while True:
+            if left is not None:
+                left -= len(data)
+            total += len(data)
+            yield content.feed(data)
+            if content.finished:
+                self.input[:0] = content.rest
+                return
+            if left == 0:
+                return
+            self.deadline = started + self.timeout + total / MIN_RATE
+            data = self.receive(BIG_BLOCK if left is None else min(BIG_BLOCK, left))
+
+    def start_tls(self, context: "ssl.SSLContext", server_side: bool, hostname: Optional[str] = None) -> None:
+        """Switch to TLS. Whatever was buffered before the handshake is thrown away (RFC 3207 section 4.2).
+
+        Disconnected when the handshake fails, its text saying why; TimedOut.
+        """
+        self.flush()
+        self.input.clear()
+        self.skipping = False
+        self.sock.settimeout(max(0.001, self.deadline - self.clock()))
+        try:
+            with self.blocked():
+                self.sock = context.wrap_socket(self.sock, server_side=server_side, server_hostname=hostname)
+        except OSError as error:
+            if is_timeout(error):
+                raise TimedOut from None
+            raise Disconnected("TLS: %s" % error) from error
+        except ValueError as error:
+            raise Disconnected("TLS: %s" % error) from error
+        self.tls = True
+
+    def close(self) -> None:
+        """Close so that the last reply still arrives: what the client went on sending would make the kernel reset it."""
+        try:
+            self.sock.settimeout(0)
+            if self.tls:
+                with contextlib.suppress(OSError, ValueError):
+                    self.sock.unwrap()              # type: ignore[attr-defined]
+            self.sock.shutdown(socket.SHUT_WR)
+            self.sock.recv(BIG_BLOCK)
+        except (OSError, ValueError):
+            pass
+        self.sock.close()
+
+
+def is_timeout(error: OSError) -> bool:
+    return isinstance(error, socket.timeout) or "timed out" in str(error)
+
+
+def set_kernel_timeout(sock: socket.socket, seconds: float) -> None:
+    """Let a blocking socket give up after `seconds`: one system call where a Python timeout takes two."""
+    value = struct.pack("@ll", int(seconds), int(seconds % 1 * 1e6))
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, value)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, value)
+
+
+def pread(fd: int, count: int, offset: int) -> bytes:
+    """Return up to `count` bytes of a file from `offset`; less at its end."""
+    if hasattr(os, "pread"):
+        return os.pread(fd, count, offset)
+    os.lseek(fd, offset, os.SEEK_SET)
+    return os.read(fd, count)
+
+
+# ======================================================================================================================
+# 5  Durable files.  Writes that survive a crash, locks that end with their process; knows no mail and no protocol.
+# ======================================================================================================================
+
+def lock_file(fd: int, wait: bool = False) -> bool:
+    """Lock an open file until it is closed or the process ends; False when somebody else has it."""
+    try:
+        if fcntl:
+            fcntl.flock(fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        else:
+            import msvcrt
+            os.lseek(fd, 0, os.SEEK_SET)
+            msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
+    except OSError as error:
+        if error.errno in (errno.EAGAIN, errno.EACCES, errno.EDEADLK):
+            return False
+        raise
+    return True
+
+
+def write_all(fd: int, data: Union[bytes, memoryview]) -> None:
+    while data:
+        data = memoryview(data)[os.write(fd, data):]
+
+
+class Flush:
+    """One directory's flushes to disk, shared: who comes while one runs waits for the next, which serves them all."""
+
+    def __init__(self) -> None:
+        self.turn = threading.Lock()
+        self.wanted = 0
+        self.done = 0
+
+
+class Storage:
+    """The data directory: durable writes, who is alive in it, and how processes wake each other.
+
+    Each process holds a lock on run/TOKEN.lock while it lives and puts TOKEN into the names of its drafts, so that any
+    other process can tell what a dead one left behind (also on a shared file system, if that has locks).
+    """
+
+    def __init__(self, root: str, sync: bool = True) -> None:
+        self.root = os.path.abspath(root)
+        self.run = os.path.join(self.root, "run")
+        self.sync = sync
+        self.token = ""
+        self._lock = -1
+        self._flushes: Dict[str, Flush] = {}
+        self._sequence = itertools.count(1)
+        self._wakers: Tuple[int, List[str]] = (0, [])
+
+    def open(self) -> None:
+        """Make the directory and enter this process in it; OSError."""
+        self.make_directory(self.run)
+        self.token = secrets.token_hex(4)
+        self._lock = os.open(os.path.join(self.run, self.token + ".lock"), os.O_CREAT | os.O_RDWR | O_EXTRA, 0o600)
+        lock_file(self._lock)
+
+    def close(self) -> None:
+        if self._lock >= 0:
+            with contextlib.suppress(OSError):
+                os.unlink(os.path.join(self.run, self.token + ".lock"))
+            os.close(self._lock)
+            self._lock = -1
+
+    def new_id(self, now: float) -> str:
+        """Return a new message id: time, token of this process, serial number."""
+        return "%08x-%05x-%s%x" % (int(now), int(now % 1 * 1e6), self.token, next(self._sequence))
+
+    def is_alive(self, token: str) -> bool:
+        """True when the process that had `token` still lives."""
+        if token == self.token:
+            return True
+        try:
+            fd = os.open(os.path.join(self.run, token + ".lock"), os.O_RDWR | O_EXTRA)
+        except FileNotFoundError:
+            return False
+        except OSError:
+            return True
+        try:
+            if not lock_file(fd):
+                return True
+            with contextlib.suppress(OSError):
+                os.unlink(os.path.join(self.run, token + ".lock"))
+            return False
+        finally:
+            os.close(fd)
+
+    def sweep(self) -> None:
+        """Remove what dead processes left in run/."""
+        for name in list_directory(self.run):
+            token, _, kind = name.partition(".")
+            if not self.is_alive(token) and kind != "lock":
+                with contextlib.suppress(OSError):
+                    os.unlink(os.path.join(self.run, name))
+
+    def make_directory(self, path: str) -> None:
+        """Make a directory (0700) and what is missing above it, durably; OSError."""
+        missing = []
+        while not os.path.isdir(path):
+            missing.append(path)
+            path = os.path.dirname(path)
+        for path in reversed(missing):
+            with contextlib.suppress(FileExistsError):
+                os.mkdir(path, 0o700)
+            self.sync_directory(os.path.dirname(path))
+
+    def sync_file(self, fd: int) -> None:
+        if self.sync:
+            os.fsync(fd)
+
+    def sync_directory(self, path: str) -> None:
+        """Return when all that happened in the directory before this call is on disk; OSError."""
+        if not self.sync or os.name == "nt":        # NTFS journals names itself, and Windows opens no directories
+            return
+        flush = self._flushes.get(path)
+        if flush is None:
+            if len(self._flushes) > 5000:
+                self._flushes = {}                  # only a memory of who is flushing what: losing it costs a flush
+            flush = self._flushes.setdefault(path, Flush())
+        flush.wanted = ticket = flush.wanted + 1
+        with flush.turn:
+            if flush.done >= ticket:
+                return
+            served = flush.wanted
+            fd = os.open(path, os.O_RDONLY | O_EXTRA)
+            try:
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+            flush.done = served
+
+    def write(self, path: str, data: bytes, sync: bool = True) -> None:
+        """Put a file in place with all of `data` or not at all, an older one replaced at once; OSError."""
+        draft = "%s.%s%x.tmp" % (path, self.token or secrets.token_hex(4), next(self._sequence))
+        fd = os.open(draft, os.O_CREAT | os.O_EXCL | os.O_WRONLY | O_EXTRA, 0o600)
+        try:
+            try:
+                write_all(fd, data)
+                if sync:
+                    self.sync_file(fd)
+            finally:
+                os.close(fd)
+            os.replace(draft, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(draft)
+            raise
+        if sync:
+            self.sync_directory(os.path.dirname(path))
+
+    @contextlib.contextmanager
+    def waker(self, kind: str) -> Iterator[Optional[socket.socket]]:
+        """Yield a socket that gets a datagram when another process calls wake(kind); None where there is no such thing."""
+        path = os.path.join(self.run, "%s.%s%d" % (self.token, kind, next(self._sequence)))
+        sock = None
+        try:
+            if hasattr(socket, "AF_UNIX"):
+                try:
+                    sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+                    with short_path(path) as name:
+                        sock.bind(name)
+                except OSError as error:
+                    log.warning("cannot listen for other processes at %s: %s", path, error)
+                    sock.close() if sock else None
+                    sock = None
+            yield sock
+        finally:
+            if sock:
+                sock.close()
+                with contextlib.suppress(OSError):
+                    os.unlink(path)
+
+    def wake(self, kind: str) -> None:
+        """Tell all other processes on this directory that wait for `kind`; costs one stat() when there are none."""
+        try:
+            stamp = os.stat(self.run).st_mtime_ns
+        except OSError:
+            return
+        if self._wakers[0] != stamp or time.time_ns() - stamp < 2_000_000_000:  # a clock tick may hide a change
+            self._wakers = stamp, [name for name in list_directory(self.run) if not name.endswith(".lock")]
+        for name in self._wakers[1]:
+            token, _, rest = name.partition(".")
+            if not rest.startswith(kind) or (token == self.token and kind == "queue"):
+                continue
+            with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+                sock.setblocking(False)
+                with short_path(os.path.join(self.run, name)) as path:
+                    sock.sendto(b"\n", path)
+
+
+O_EXTRA = getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
+
+
+@contextlib.contextmanager
+def short_path(path: str) -> Iterator[str]:
+    """Yield a name for `path` that fits into a socket address (108 bytes)."""
+    if len(os.fsencode(path)) < 100 or not os.path.isdir("/proc/self/fd"):
+        yield path
+        return
+    fd = os.open(os.path.dirname(path), os.O_RDONLY | O_EXTRA)
+    try:
+        yield "/proc/self/fd/%d/%s" % (fd, os.path.basename(path))
+    finally:
+        os.close(fd)
+
+
+def list_directory(path: str) -> List[str]:
+    """Return the names in a directory; none when it is not there."""
+    try:
+        return os.listdir(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
+class Draft:
+    """A message file while its content comes in; `open_file(name)` makes it on the first write and returns (fd, path).
+
+    An error of the disk is kept and raised by finish(), so that the rest of the content can be read past it.
+    """
+
+    def __init__(self, id: str, header: bytes, limit: int, open_file: Callable[[], Tuple[int, str]]) -> None:
+        self.id = id
+        self.limit = limit                          # bytes of content
+        self.size = 0                               # bytes of content so far
+        self.path = ""
+        self.eightbit = False
+        self.finished = False
+        self.error: Optional[OSError] = None
+        self.ends_with_newline = True
+        self.header = header
+        self.written = 0                            # bytes in the file: header and content
+        self._open_file = open_file
+        self._fd = -1
+        self._buffer = [header]
+        self._buffered = len(header)
+
+    @property
+    def too_large(self) -> bool:
+        return self.size > self.limit
+
+    def write(self, block: bytes) -> None:
+        """Append content; errors wait for finish()."""
+        if not block:
+            return
+        self.size += len(block)
+        if self.error or self.too_large:
+            self._drop()
+            return
+        self.eightbit = self.eightbit or not block.isascii()
+        self.ends_with_newline = block.endswith(b"\n")
+        self._buffer.append(block)
+        self._buffered += len(block)
+        if self._buffered >= BLOCK:
+            self._flush()
+
+    def _flush(self) -> None:
+        data = b"".join(self._buffer) if len(self._buffer) > 1 else self._buffer[0]
+        self._buffer, self._buffered = [], 0
+        try:
+            if self._fd < 0:
+                self._fd, self.path = self._open_file()
+            write_all(self._fd, data)
+            self.written += len(data)
+        except OSError as error:
+            self.error = error
+            self._drop()
+
+    def finish(self, storage: Storage) -> None:
+        """Put the content on disk; OSError, also one met earlier. Content always ends with a line end."""
+        if self.finished:
+            return
+        if not self.ends_with_newline:
+            self.write(b"\r\n")
+        if self.error is None:
+            self._flush()
+        try:
+            if self.error is None:
+                storage.sync_file(self._fd)
+        except OSError as error:
+            self.error = error
+        if self.error:
+            self._drop()
+            raise self.error
+        fd, self._fd = self._fd, -1
+        os.close(fd)
+        self.finished = True
+
+    def _drop(self) -> None:
+        self._buffer, self._buffered = [], 0
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+        self.discard()
+
+    def discard(self) -> None:
+        """Remove the file, when it is not where it belongs."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+        if self.path:
+            with contextlib.suppress(OSError):
+                os.unlink(self.path)
+            self.path = ""
+
+
+class Reloaded:
+    """A small text file, parsed when it is first needed and again whenever it changed.
+
+    `parse` gets the lines as [(number, text)] and a function to complain with; a line it cannot use locks nobody out.
+    """
+
+    def __init__(self, path: str, parse: Callable[[List[Tuple[int, str]], Callable[[int, str], None]], Any]) -> None:
+        self.path = path
+        self._parse = parse
+        self._stamp: Any = ()
+        self._value: Any = parse([], self._complain)
+
+    def _complain(self, number: int, reason: str) -> None:
+        log.warning("%s line %d: %s", self.path, number, reason)
+
+    def get(self) -> Any:
+        """Return the parsed value; the last good one when the file cannot be read."""
+        try:
+            info: Any = os.stat(self.path)
+            stamp = (info.st_mtime_ns, info.st_size, info.st_ino)
+        except FileNotFoundError:
+            stamp = (0, 0, 0)
+        except OSError as error:
+            log.warning("cannot read %s: %s", self.path, error)
+            return self._value
+        if stamp != self._stamp:
+            try:
+                self._value = self._parse(self.lines(), self._complain)
+                self._stamp = stamp
+            except OSError as error:
+                log.warning("cannot read %s: %s", self.path, error)
+        return self._value
+
+    def lines(self) -> List[Tuple[int, str]]:
+        """Return the file as numbered lines without comments; one that begins with a space continues the line above."""
+        try:
+            with open(self.path, encoding="utf-8", errors="replace") as file:
+                raw = file.read().splitlines()
+        except FileNotFoundError:
+            return []
+        lines: List[Tuple[int, str]] = []
+        for number, line in enumerate(raw, 1):
+            if not line.strip() or line.lstrip().startswith("#"):
+                continue
+            if line[0] in " \t" and lines:
+                lines[-1] = (lines[-1][0], lines[-1][1] + " " + line.strip())
+            else:
+                lines.append((number, line.strip()))
+        return lines
+
+
+# ======================================================================================================================
+# 6  Mailboxes and accounts.  A Maildir per address, who may open it, what an address stands for; knows no protocol.
+#
+#    tmp/NAME            being written by the process whose token is in NAME; rubbish when that is dead
+#    new/NAME, cur/NAME  a whole message, on disk; mutt, Dovecot and others move it from new/ to cur/ and add flags
+#    NAME                SECONDS.ID.HOST,S=SIZE,W=SIZE: the UID is what stands before the comma. W is the size with CRLF
+#                        line ends (Maildir++), which is what POP3 counts; ours have no others, so S and W are the same.
+# ======================================================================================================================
+
+SAFE = re.compile(r"[a-z0-9._+=-]*")
+DEVICE = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\.|$)")
+OWN_NAME = re.compile(r"\d+\.([0-9a-f]{8}-[0-9a-f]{5}-([0-9a-f]{8})[0-9a-f]+)\.")
+SIZED_NAME = re.compile(r"([!-+\--9<-~]{1,70}),(?:[^:]*,)?W=(\d+)(?=$|[:;,])")
+FLAGS = ";2," if os.name == "nt" else ":2,"         # no colons in Windows file names
+
+
+def encode_name(text: str, windows: bool = os.name == "nt") -> str:
+    """Return the file name for a local part or domain: two different texts never share one, and none leaves its place.
+
+    Refused 553 5.1.3 when it would be longer than file systems allow.
+    """
+    if SAFE.fullmatch(text) and not text.startswith("."):
+        name = text
+    else:
+        name = "".join(chr(b) if b < 128 and SAFE.fullmatch(chr(b)) else "%%%02X" % b for b in text.encode("utf-8"))
+        name = "%2E" + name[1:] if name.startswith(".") else name
+    if windows:
+        name = "%%%02X" % ord(name[0]) + name[1:] if DEVICE.match(name) else name
+        name = name[:-1] + "%2E" if name.endswith(".") else name
+    if not 0 < len(name) <= MAX_NAME:
+        raise Refused(553, "5.1.3", "address too long for a mailbox" if name else "empty address")
+    return name
+
+
+def decode_name(name: str) -> str:
+    """Return the text whose file name is `name`; ValueError when there is none."""
+    raw = re.sub(rb"%([0-9A-F]{2})", lambda match: bytes([int(match.group(1), 16)]), name.encode("ascii"))
+    text = raw.decode("utf-8")
+    if encode_name(text) != name:
+        raise ValueError("not a mailbox name")
+    return text
+
+
+class Item(NamedTuple):
+    """A message in a mailbox, as its file name tells."""
+    uid: str
+    size: int                                       # bytes that POP3 sends for it
+    place: str                                      # "new" or "cur"
+    name: str
+
+
+class Mailboxes:
+    """All mailboxes of a data directory. Delivery and reading need no locks; one POP3 session at a time holds one."""
+
+    def __init__(self, storage: Storage, hostname: str = "localhost") -> None:
+        self.storage = storage
+        self.root = os.path.join(storage.root, "mail")
+        self.host = re.sub(r"[^a-z0-9.-]", "", hostname.lower())[:20] or "localhost"
+        self.forget: Optional[Callable[[str], None]] = None     # told the id of a message whose last copy was deleted
+        self._listings: "collections.OrderedDict[str, Tuple[Any, List[Item]]]" = collections.OrderedDict()
+        self._listing_lock = threading.Lock()
+
+    def path(self, mailbox: str) -> str:
+        """Return the directory of a mailbox; Refused when its name is too long for one."""
+        local, _, domain = mailbox.rpartition("@")
+        return os.path.join(self.root, encode_name(domain), encode_name(local))
+
+    def exists(self, mailbox: str) -> bool:
+        try:
+            return os.path.isdir(os.path.join(self.path(mailbox), "new"))
+        except Refused:
+            return False
+
+    def names(self) -> Iterator[str]:
+        """Yield every mailbox on disk."""
+        for domain in sorted(list_directory(self.root)):
+            for local in sorted(list_directory(os.path.join(self.root, domain))):
+                with contextlib.suppress(ValueError, Refused):
+                    mailbox = decode_name(local) + "@" + decode_name(domain)
+                    if self.exists(mailbox):
+                        yield mailbox
+
+    def _make(self, mailbox: str) -> None:
+        path = self.path(mailbox)
+        for place in ("tmp", "cur", "new"):         # new last: a mailbox exists once it has that
+            self.storage.make_directory(os.path.join(path, place))
+
+    def _retry_made(self, mailbox: str, action: Callable[[], Any]) -> Any:
+        """Do what needs the mailbox's directories; make them when they turn out to be missing."""
+        try:
+            return action()
+        except FileNotFoundError:
+            self._make(mailbox)
+            return action()
+
+    def file_name(self, id: str) -> str:
+        return "%d.%s.%s" % (int(id[:8], 16), id, self.host)
+
+    def open_draft(self, mailbox: str, id: str) -> Tuple[int, str]:
+        """Make a file in the mailbox's tmp/ and return (fd, path); OSError."""
+        path = os.path.join(self.path(mailbox), "tmp", self.file_name(id))
+        flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | O_EXTRA
+        return self._retry_made(mailbox, lambda: os.open(path, flags, 0o600)), path
+
+    def deliver(self, draft: Draft, mailboxes: Sequence[str]) -> None:
+        """Put a finished draft into all mailboxes, or into none; returns when that is on disk. OSError.
+
+        The first mailbox's tmp/ has the draft; the others get a link to the same file.
+        """
+        name = "%s,S=%d,W=%d" % (self.file_name(draft.id), draft.written, draft.written)
+        placed: List[str] = []
+        try:
+            for mailbox in reversed(mailboxes):
+                target = os.path.join(self.path(mailbox), "new", name)
+                place = os.rename if mailbox == mailboxes[0] and draft.path else link_or_copy
+                self._retry_made(mailbox, functools.partial(place, draft.path, target))
+                placed.append(target)
+            draft.path = ""
+            for target in placed:
+                self.storage.sync_directory(os.path.dirname(target))
+        except BaseException:
+            for target in placed:
+                with contextlib.suppress(OSError):
+                    os.unlink(target)
+            raise
+
+    def listing(self, mailbox: str) -> List[Item]:
+        """Return a mailbox's messages, oldest first, from the file names alone; empty when there is no such mailbox."""
+        try:
+            path = self.path(mailbox)
+            stamp = tuple(os.stat(os.path.join(path, place)).st_mtime_ns for place in ("new", "cur"))
+        except (OSError, Refused):
+            return []
+        with self._listing_lock:
+            cached = self._listings.get(path)
+            if cached and cached[0] == stamp:
+                self._listings.move_to_end(path)
+                return cached[1]
+        items: Dict[str, Item] = {}
+        for place in ("new", "cur"):                # in this order: what is moved meanwhile is seen twice, not never
+            for name in list_directory(os.path.join(path, place)):
+                match = SIZED_NAME.match(name)
+                if match:
+                    uid, size = match.groups()
+                    items[uid] = Item(uid, int(size), place, name)
+                elif not name.startswith("."):
+                    item = self._foreign_item(path, place, name)
+                    if item:
+                        items[item.uid] = item
+        listing = sorted(items.values(), key=lambda item: item.name)
+        if time.time_ns() - max(stamp) > 2_000_000_000:     # within a clock tick a change might not show in the stamp
+            with self._listing_lock:
+                self._listings[path] = (stamp, listing)
+                while len(self._listings) > 1 and sum(len(old[1]) for old in self._listings.values()) > 250_000:
+                    self._listings.popitem(last=False)
+        return listing
+
+    def _foreign_item(self, path: str, place: str, name: str) -> Optional[Item]:
+        """Return the Item of a file that another program delivered: its size has to be counted."""
+        base = name.partition(FLAGS)[0].partition(",")[0]
+        if not re.fullmatch(r"[!-~]{1,70}", base):  # RFC 1939 section 7: what a UID may look like
+            base = hashlib.sha256(os.fsencode(base)).hexdigest()
+        size, last = 0, b""
+        try:
+            with open(os.path.join(path, place, name), "rb") as file:
+                for block in iter(lambda: file.read(BIG_BLOCK), b""):
+                    crlf = block.count(b"\r\n") + (last + block[:1] == b"\r\n")
+                    size += len(block) + block.count(b"\n") - crlf
+                    last = block[-1:]
+        except OSError:                             # a directory, or gone
+            return None
+        return Item(base, size + (2 if last not in (b"", b"\n") else 0), place, name)
+
+    def find(self, mailbox: str, item: Item) -> str:
+        """Return where an item's file is now, if another program moved it or changed its flags; FileNotFoundError."""
+        path = self.path(mailbox)
+        file = os.path.join(path, item.place, item.name)
+        if os.path.exists(file):
+            return file
+        base = item.name.partition(FLAGS)[0]
+        for place in ("new", "cur"):
+            for name in list_directory(os.path.join(path, place)):
+                if name.partition(FLAGS)[0] == base:
+                    return os.path.join(path, place, name)
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), file)
+
+    def open(self, mailbox: str, item: Item) -> int:
+        """Open an item's file for reading and return its fd; OSError."""
+        try:
+            return os.open(os.path.join(self.path(mailbox), item.place, item.name), os.O_RDONLY | O_EXTRA)
+        except FileNotFoundError:
+            return os.open(self.find(mailbox, item), os.O_RDONLY | O_EXTRA)
+
+    def delete(self, mailbox: str, item: Item) -> None:
+        """Remove an item; one that is gone already is no error. OSError."""
+        with contextlib.suppress(FileNotFoundError):
+            file = self.find(mailbox, item)
+            last = self.forget and os.stat(file).st_nlink == 1
+            os.unlink(file)
+            if self.forget and last:
+                self.forget(message_id(item))
+
+    def set_seen(self, mailbox: str, item: Item, seen: bool = True) -> None:
+        """Move an item to cur/ with or without the flag S, as maildir(5) asks; OSError."""
+        file = self.find(mailbox, item)
+        base, _, flags = os.path.basename(file).partition(FLAGS)
+        flags = "".join(sorted(set(flags) - {"S"} | ({"S"} if seen else set())))
+        os.rename(file, os.path.join(self.path(mailbox), "cur", base + FLAGS + flags))
+
+    def lock(self, mailbox: str) -> int:
+        """Hold a mailbox for one POP3 session (RFC 1939 section 4); returns an fd to close, -1 when it does not exist.
+
+        BlockingIOError when another session, in whatever process, has it; OSError.
+        """
+        if not self.exists(mailbox):
+            return -1
+        path = os.path.join(self.path(mailbox), "minimail.lock")
+        fd = os.open(path, os.O_CREAT | os.O_RDWR | O_EXTRA, 0o600)
+        if lock_file(fd):
+            return fd
+        os.close(fd)
+        raise BlockingIOError(errno.EAGAIN, "mailbox is in use", path)
+
+    def prune(self, mailbox: str, keep: int) -> None:
+        """Delete all but the newest `keep` messages, logging each."""
+        for item in self.listing(mailbox)[:-keep]:
+            self.delete(mailbox, item)
+            event("pruned", mailbox=mailbox, uid=item.uid, size=item.size)
+
+    def sweep(self) -> None:
+        """Remove what dead processes and, after 36 hours, other programs left in tmp/."""
+        for mailbox in self.names():
+            tmp = os.path.join(self.path(mailbox), "tmp")
+            for name in list_directory(tmp):
+                own = OWN_NAME.match(name)
+                with contextlib.suppress(OSError):
+                    stale = time.time() - os.stat(os.path.join(tmp, name)).st_mtime > STALE_DRAFT
+                    if stale or (own and not self.storage.is_alive(own.group(2))):
+                        os.unlink(os.path.join(tmp, name))
+
+
+def message_id(item: Item) -> str:
+    """Return the id under which a message was accepted; its UID when another program delivered it."""
+    match = OWN_NAME.match(item.name)
+    return match.group(1) if match else item.uid
+
+
+def link_or_copy(source: str, target: str) -> None:
+    """Give a file a second name; where the file system has no links, make a durable copy. OSError."""
+    try:
+        os.link(source, target)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV, errno.EINVAL):
+            raise
+        draft = os.path.join(os.path.dirname(os.path.dirname(target)), "tmp", os.path.basename(source))
+        with open(source, "rb") as old, open(draft, "xb", opener=lambda p, f: os.open(p, f, 0o600)) as new:
+            shutil.copyfileobj(old, new)
+            new.flush()
+            os.fsync(new.fileno())
+        os.rename(draft, target)
+
+
+class Message:
+    """A message in a mailbox, as the library hands it out."""
+
+    def __init__(self, mailboxes: Mailboxes, mailbox: str, item: Item, envelope: Optional[Dict[str, Any]] = None) -> None:
+        self._mailboxes, self._item, self._envelope = mailboxes, item, envelope
+        self.recipient = mailbox
+        self.uid = item.uid
+        self.size = item.size
+        self.id = message_id(item)
+
+    def __repr__(self) -> str:
+        return "<Message %s to %s, %d bytes>" % (self.uid, self.recipient, self.size)
+
+    @property
+    def path(self) -> str:
+        """Where the message is now; FileNotFoundError."""
+        return self._mailboxes.find(self.recipient, self._item)
+
+    @property
+    def received_at(self) -> Any:
+        """When the node took it, as an aware datetime; to the microsecond for messages of our own."""
+        import datetime
+        match = re.match(r"([0-9a-f]{8})-([0-9a-f]{5})-", self.id)
+        seconds = int(match.group(1), 16) + int(match.group(2), 16) / 1e6 if match else os.stat(self.path).st_mtime
+        return datetime.datetime.fromtimestamp(seconds, datetime.timezone.utc)
+
+    @property
+    def sender(self) -> str:
+        """The envelope's reverse-path; "" for the null one."""
+        if self._envelope:
+            return str(self._envelope["sender"])
+        line = self.head(1000).partition(b"\n")[0]
+        match = re.match(rb"return-path:\s*<(.*)>\s*$", line, re.IGNORECASE)
+        return match.group(1).decode("utf-8", "replace") if match else ""
+
+    @property
+    def recipients(self) -> List[str]:
+        """The envelope's recipients, Bcc among them; only this mailbox where no transcripts are kept."""
+        return list(self._envelope["recipients"]) if self._envelope else [self.recipient]
+
+    def head(self, count: int) -> bytes:
+        """Return the first `count` bytes; OSError."""
+        fd = self._mailboxes.open(self.recipient, self._item)
+        try:
+            return pread(fd, count, 0)
+        finally:
+            os.close(fd)
+
+    def read(self) -> bytes:
+        """Return the message as stored; OSError."""
+        with open(self._mailboxes.open(self.recipient, self._item), "rb") as file:
+            return file.read()
+
+    def email(self) -> "EmailMessage":
+        """Return the message parsed."""
+        import email.policy
+        return email.message_from_bytes(self.read(), policy=email.policy.default)
+
+    def delete(self) -> None:
+        """Remove the message from this mailbox; OSError."""
+        self._mailboxes.delete(self.recipient, self._item)
+
+
+SCRYPT = {"n": 1 << 14, "r": 8, "p": 1}             # 16 MiB and some 50 ms per password (RFC 7914)
+PBKDF2_ROUNDS = 200_000
+
+
+def pbkdf2(password: bytes, salt: bytes, rounds: int) -> bytes:
+    """Return PBKDF2-HMAC-SHA256 (RFC 8018), also where Python was built without OpenSSL."""
+    if hasattr(hashlib, "pbkdf2_hmac"):
+        return hashlib.pbkdf2_hmac("sha256", password, salt, rounds)
+    keyed = hmac.new(password, digestmod="sha256")
+
+    def prf(data: bytes) -> bytes:
+        mac = keyed.copy()
+        mac.update(data)
+        return mac.digest()
+    block = prf(salt + b"\0\0\0\1")
+    result = int.from_bytes(block, "big")
+    for _ in range(rounds - 1):
+        block = prf(block)
+        result ^= int.from_bytes(block, "big")
+    return result.to_bytes(32, "big")
+
+
+def hash_password(password: str, salt: Optional[bytes] = None) -> str:
+    """Return the record of a password for the users file: $scrypt$n,r,p$salt$hash, or $pbkdf2$rounds$salt$hash."""
+    salt = secrets.token_bytes(16) if salt is None else salt
+    secret = password.encode("utf-8")
+    if hasattr(hashlib, "scrypt"):
+        kind, cost, digest = "scrypt", "%(n)d,%(r)d,%(p)d" % SCRYPT, hashlib.scrypt(secret, salt=salt, dklen=32, **SCRYPT)
+    else:
+        kind, cost, digest = "pbkdf2", str(PBKDF2_ROUNDS), pbkdf2(secret, salt, PBKDF2_ROUNDS)
+    return "$%s$%s$%s$%s" % (kind, cost, base64.b64encode(salt).decode(), base64.b64encode(digest).decode())
+
+
+def check_password(password: str, record: str) -> bool:
+    """Return whether a password fits its record, in constant time; ValueError for a record that cannot be read."""
+    try:
+        empty, kind, cost, salt64, digest64 = record.split("$")
+        salt, wanted = base64.b64decode(salt64, validate=True), base64.b64decode(digest64, validate=True)
+        numbers = [int(number) for number in cost.split(",")]
+    except (ValueError, binascii.Error):
+        raise ValueError("not a password record") from None
+    secret = password.encode("utf-8", "surrogateescape")
+    if kind == "scrypt" and len(numbers) == 3:
+        if not hasattr(hashlib, "scrypt"):
+            raise ValueError("this Python has no scrypt: set the password again here")
+        n, r, p = numbers
+        digest = hashlib.scrypt(secret, salt=salt, n=n, r=r, p=p, dklen=len(wanted), maxmem=n * r * 256 + (1 << 20))
+    elif kind == "pbkdf2" and len(numbers) == 1 and 0 < numbers[0] < 10_000_000:
+        digest = pbkdf2(secret, salt, numbers[0])
+    else:
+        raise ValueError("unknown kind of password record")
+    return hmac.compare_digest(digest, wanted)
+
+
+def parse_users(lines: List[Tuple[int, str]], complain: Callable[[int, str], None]) -> Dict[str, str]:
+    """Return {key: record} of a users file."""
+    users: Dict[str, str] = {}
+    for number, line in lines:
+        name, colon, record = line.rpartition(":")
+        try:
+            key = parse_address(name).key
+            if not re.fullmatch(r"\$(scrypt\$\d+,\d+,\d+|pbkdf2\$\d+)\$[\w+/]+=*\$[\w+/]+=*", record, re.ASCII):
+                raise ValueError("no password record")
+            if key in users:
+                raise ValueError("%s stands there twice" % key)
+            users[key] = record
+        except (Refused, ValueError) as error:
+            complain(number, "ignored: %s" % error)
+    return users
+
+
+class Accounts:
+    """The users file: who may log in, by full address."""
+
+    def __init__(self, path: str) -> None:
+        self.file = Reloaded(path, parse_users)
+        self._turns = threading.BoundedSemaphore(max(1, (os.cpu_count() or 2) // 2))   # never all cores at once
+        self._dummy = ""
+        self._known: Dict[bytes, str] = {}          # passwords that fitted, as keyed hashes, so that polling is cheap
+        self._secret = secrets.token_bytes(32)
+
+    def names(self) -> Dict[str, str]:
+        users: Dict[str, str] = self.file.get()
+        return users
+
+    def verify(self, name: str, password: str) -> Optional[str]:
+        """Return the key of the account, None when name and password do not fit; an unknown name takes as long."""
+        try:
+            key = parse_address(name).key
+        except Refused:
+            key = ""
+        record = self.names().get(key)
+        proof = hmac.new(self._secret, ("%s\0%s" % (key, password)).encode("utf-8", "surrogateescape"), "sha256").digest()
+        if record and self._known.get(proof) == record:
+            return key
+        with self._turns:
+            if not self._dummy:
+                self._dummy = hash_password("")
+            try:
+                if not check_password(password, record or self._dummy) or not record:
+                    return None
+            except ValueError as error:
+                log.warning("account %s: %s", printable(key), error)
+                return None
+        if len(self._known) > 1000:
+            self._known.clear()
+        self._known[proof] = record
+        return key
+
+    def change(self, storage: Storage, edit: Callable[[Dict[str, str]], None]) -> None:
+        """Let `edit` change {key: record} and write the file anew; lines it does not name stay as they are. OSError."""
+        path = self.file.path
+        os.makedirs(os.path.dirname(path) or ".", mode=0o700, exist_ok=True)
+        fd = os.open(path + ".lock", os.O_CREAT | os.O_RDWR | O_EXTRA, 0o600)
+        try:
+            lock_file(fd, wait=True)
+            before = dict(self.names())
+            after = dict(before)
+            edit(after)
+            lines = []
+            if os.path.exists(path):
+                with open(path, encoding="utf-8", errors="surrogateescape") as file:
+                    lines = file.read().splitlines()
+            kept = []
+            for line in lines:
+                key = line.strip().rpartition(":")[0].lower()
+                if key not in before or line.lstrip().startswith("#"):
+                    kept.append(line)
+                elif key in after:
+                    kept.append("%s:%s" % (key, after.pop(key)))
+            kept += ["%s:%s" % pair for pair in after.items() if pair[0] not in before]
+            text = "".join(line + "\n" for line in kept)
+            storage.write(os.path.abspath(path), text.encode("utf-8", "surrogateescape"))
+        finally:
+            os.close(fd)
+            with contextlib.suppress(OSError):
+                os.unlink(path + ".lock")
+
+
+def parse_aliases(lines: List[Tuple[int, str]], complain: Callable[[int, str], None]) -> Dict[str, List[Address]]:
+    """Return {key: targets} of an aliases file, as in aliases(5) with full addresses."""
+    aliases: Dict[str, List[Address]] = {}
+    for number, line in lines:
+        match = re.match(r'((?:"(?:[^"\\]|\\.)*"|[^":])+):(.*)', line)
+        try:
+            if not match:
+                raise ValueError("expected address: target, target")
+            key = parse_address(match.group(1).strip()).key
+            targets = [parse_address(target.strip()) for target in match.group(2).split(",") if target.strip()]
+            if not targets or any(not target.domain for target in targets):
+                raise ValueError("expected full addresses as targets")
+            aliases.setdefault(key, []).extend(targets)
+        except (Refused, ValueError) as error:
+            complain(number, "ignored: %s" % error)
+    return aliases
+
+
+class Destinations(NamedTuple):
+    """Where the mail of one recipient goes."""
+    mailboxes: List[str]
+    remote: List[Address]
+
+
+UNKNOWN_USER = Reply(550, "5.1.1", "no such user here")
+
+
+class AddressBook:
+    """What an address stands for: local domains, accounts, aliases, catch-all. Knows who lives here, not who may send."""
+
+    def __init__(self, domains: Sequence[str], accounts: Accounts, aliases_path: str, catch_all: str = "",
+                 hostname: str = "localhost") -> None:
+        self.domains = {ascii_domain(domain): domain for domain in domains}
+        self.home = domains[0] if domains else hostname
+        self.capture = not domains
+        self.accounts = accounts
+        self.aliases = Reloaded(aliases_path, parse_aliases)
+        self.catch_all = catch_all
+
+    def is_local(self, address: Address) -> bool:
+        return self.capture or not address.domain or ascii_domain(lower(address.domain)) in self.domains
+
+    def key(self, address: Address) -> str:
+        """Return the key of a local address, its domain spelled as in --domain; postmaster without one gets the first."""
+        if not address.domain:
+            return "%s@%s" % (lower(address.local), self.home)
+        if self.capture:
+            return address.key
+        domain = lower(address.domain)
+        return "%s@%s" % (lower(address.local), self.domains.get(ascii_domain(domain), domain))
+
+    def resolve(self, address: Address) -> Destinations:
+        """Return the destinations of one recipient; Refused 550 when it is local and unknown, or an alias loops."""
+        found = Destinations([], [])
+        self._expand(address, found, [])
+        if not found.mailboxes and not found.remote:
+            raise Refused(UNKNOWN_USER)
+        return found
+
+    def _expand(self, address: Address, found: Destinations, above: List[str]) -> None:
+        if not self.is_local(address):
+            if address.key not in [known.key for known in found.remote]:
+                found.remote.append(address)
+        elif self.capture:
+            key = self.key(address)
+            encode_name(address.local), encode_name(address.domain)     # Refused when too long
+            found.mailboxes.append(key)
+        else:
+            self._expand_local(self.key(address), found, above)
+        if len(found.mailboxes) + len(found.remote) > MAX_EXPANSION or len(above) > 50:
+            raise Refused(550, "5.4.6", "the alias has too many targets")
+
+    def _expand_local(self, key: str, found: Destinations, above: List[str]) -> None:
+        local, _, domain = key.rpartition("@")
+        candidates = [key] + ([local.partition("+")[0] + "@" + domain] if "+" in local[1:] else [])
+        aliases: Dict[str, List[Address]] = self.aliases.get()
+        users = self.accounts.names()
+        for name in candidates:
+            if name in above and name not in users:
+                raise Refused(550, "5.4.6", "the alias leads back to itself")
+            if name in aliases and name not in above:
+                for target in aliases[name]:
+                    self._expand(target, found, above + [name])
+                return
+            if name in users or name == self.catch_all:
+                break
+        else:
+            if self.catch_all:
+                name = self.catch_all
+            elif local == "postmaster" and (domain == self.home or above):
+                name = key
+            elif local == "postmaster":
+                return self._expand_local("postmaster@" + self.home, found, above)
+            elif above:
+                log.warning("alias %s: target %s is no mailbox here", above[-1], printable(key))
+                return
+            else:
+                raise Refused(UNKNOWN_USER)
+        if name not in found.mailboxes:
+            found.mailboxes.append(name)
+
+    def owns(self, account: str, sender: Address) -> bool:
+        """Return whether an account may send as `sender`: its own address, a sub-address, or an alias that leads to it."""
+        if not self.is_local(sender):
+            return False
+        if self.key(sender) == account:
+            return True
+        try:
+            return account in self.resolve(sender).mailboxes and account != self.catch_all
+        except Refused:
+            return False
+
+
+# ======================================================================================================================
+# 7  Delivery.  One message to all its recipients, or to none: mailboxes here, the queue for elsewhere if there is one.
+# ======================================================================================================================
+
+class Parcel(NamedTuple):
+    """A message on its way to disk: the draft, its envelope, and where it goes."""
+    draft: Draft
+    envelope: Envelope
+    mailboxes: List[str]
+    remote: List[Address]
+    own: int                                        # bytes at the file's start that are not for other hosts
+
+
+class Post:
+    """Takes messages over: what commit() returned for is on disk, whatever happens next."""
+
+    def __init__(self, mailboxes: Mailboxes, hostname: str, max_size: int, queue: Any = None, keep: Optional[int] = None,
+                 clock: Callable[[], float] = time.time) -> None:
+        self.mailboxes = mailboxes
+        self.storage = mailboxes.storage
+        self.hostname = hostname
+        self.max_size = max_size
+        self.queue = queue                          # section 9; None in capture mode: nothing leaves the machine
+        self.keep = keep
+        self.clock = clock
+
+    def begin(self, envelope: Envelope, destinations: Iterable[Destinations]) -> Parcel:
+        """Return a parcel to write content into; duplicates among its destinations are removed."""
+        boxes: Dict[str, None] = {}
+        remote: Dict[str, Address] = {}
+        for destination in destinations:
+            boxes.update(dict.fromkeys(destination.mailboxes))
+            remote.update((address.key, address) for address in destination.remote)
+        now = self.clock()
+        envelope.id = id = self.storage.new_id(now)
+        mailboxes = list(boxes)
+        header, own = trace_headers(envelope, mailboxes, self.hostname, now)
+
+        def open_file() -> Tuple[int, str]:
+            if mailboxes:
+                return self.mailboxes.open_draft(mailboxes[0], id)
+            fd_and_path: Tuple[int, str] = self.queue.open_draft(id)
+            return fd_and_path
+        return Parcel(Draft(id, header, self.max_size, open_file), envelope, mailboxes, list(remote.values()), own)
+
+    def prepare(self, parcel: Parcel) -> None:
+        """Put the content on disk, but nowhere that counts; Refused."""
+        if parcel.draft.too_large:
+            raise Refused(552, "5.3.4", "message larger than %d bytes" % self.max_size)
+        try:
+            parcel.draft.finish(self.storage)
+        except OSError as error:
+            raise self.disk_refusal(parcel, error) from error
+
+    def commit(self, parcel: Parcel) -> None:
+        """Return when the message is on disk for every destination; Refused, and then for none of them."""
+        entry = None
+        try:
+            self.prepare(parcel)
+            if parcel.remote:
+                entry = self.queue.add(parcel)
+            if parcel.mailboxes:
+                self.mailboxes.deliver(parcel.draft, parcel.mailboxes)
+        except BaseException as error:
+            parcel.draft.discard()
+            if entry:
+                self.queue.withdraw(entry)
+            if isinstance(error, OSError):
+                raise self.disk_refusal(parcel, error) from error
+            raise
+        if entry:
+            self.queue.submit(entry)
+
+    @staticmethod
+    def disk_refusal(parcel: Parcel, error: OSError) -> Refused:
+        """Return the refusal for an error of the disk (RFC 3463 sections 3.3 and 3.4)."""
+        log.warning("message %s not stored: %s", parcel.draft.id, error)
+        if error.errno == errno.ENOSPC:
+            return Refused(452, "4.3.1", "disk full, try again later")
+        if error.errno == getattr(errno, "EDQUOT", -1):
+            return Refused(452, "4.2.2", "quota exceeded, try again later")
+        return Refused(451, "4.3.0", "cannot store the message, try again later")
+
+    def send(self, envelope: Envelope, destinations: Iterable[Destinations], content: bytes) -> str:
+        """Deliver a message of our own and return its id; Refused."""
+        parcel = self.begin(envelope, destinations)
+        parcel.draft.write(content)
+        self.commit(parcel)
+        self.delivered(parcel)
+        return parcel.draft.id
+
+    def delivered(self, parcel: Parcel) -> None:
+        """Do what follows a delivery and need not be waited for."""
+        if self.keep:
+            for mailbox in parcel.mailboxes:
+                self.mailboxes.prune(mailbox, self.keep)
+        if parcel.mailboxes:
+            self.storage.wake("mail")
+
+
+class Stores(NamedTuple):
+    """What the data directory holds, opened; node and commands use the same."""
+    hostname: str
+    storage: Storage
+    mailboxes: Mailboxes
+    accounts: Accounts
+    book: AddressBook
+    post: Post
+
+
+def open_stores(config: Config, clock: Callable[[], float] = time.time) -> Stores:
+    """Open the data directory, made where it is missing, and enter this process in it; OSError."""
+    hostname = config.hostname
+    if not hostname:
+        hostname = socket.gethostname().lower()
+        hostname = hostname if is_domain(hostname) else "localhost"
+    storage = Storage(config.data, not config.no_sync)
+    storage.open()
+    mailboxes = Mailboxes(storage, hostname)
+    accounts = Accounts(config.file("users"))
+    book = AddressBook(config.domain, accounts, config.file("aliases"), config.catch_all, hostname)
+    relay = REGISTRY.get("relay")
+    queue = relay["Queue"](storage, config, clock) if relay and not config.capture else None
+    return Stores(hostname, storage, mailboxes, accounts, book,
+                  Post(mailboxes, hostname, config.max_size, queue, config.keep, clock))
+
+
+# ======================================================================================================================
+# 13  Sessions, policy, listeners.  Threads take over a connection when its client has something to say; what all
+#     sessions share; limits. Knows sockets and threads, but not what is spoken.
+# ======================================================================================================================
+
+class Policy:
+    """A hook for your own rules: override what you need. Each returns nothing, or raises Refused(code, enhanced, text).
+
+    Any other exception refuses with 451 and is logged. Called in the session's thread, possibly several at once.
+    """
+
+    def on_connect(self, client: str) -> None:
+        """`client` is the IP address."""
+
+    def on_mail(self, client: str, sender: str, user: Optional[str]) -> None:
+        """`sender` is the reverse-path, "" for the null one; `user` who logged in."""
+
+    def on_rcpt(self, envelope: Envelope, recipient: str) -> None:
+        """`envelope` has the sender and the recipients accepted before this one."""
+
+    def on_message(self, envelope: Envelope, path: str) -> None:
+        """The whole message, trace headers first, is in the file `path`, and nowhere else yet."""
+
+
+class Pool:
+    """A bounded set of threads that take over a connection when it has something to say.
+
+    Idle connections cost no thread: they wait in the kernel's poller, armed for one event. A thread that has to wait
+    in the middle of something (a slow client within DATA, a handshake) says so by blocked(), and another one may be
+    started in its stead. Where there is no epoll, each connection has a thread of its own and blocks in it.
+    """
+
+    def __init__(self, limit: int = WORK_THREADS, clock: Callable[[], float] = time.monotonic) -> None:
+        self.limit = limit
+        self.clock = clock
+        self.closing = False
+        self._closed = False
+        self._lock = threading.Lock()
+        self._threads: Set[threading.Thread] = set()
+        self._idle = 0                              # threads that wait for events, and ...
+        self._blocked = 0                           # ... those that wait in the middle of something
+        self._sweeping = threading.Lock()           # held by the thread that looks after deadlines
+        self._waiting: Dict[int, Tuple[float, Callable[[bool], None]]] = {}
+        if EPOLL:
+            self._poller = select.epoll()
+            self._pipe = os.pipe()
+            self._poller.register(self._pipe[0], select.EPOLLIN)
+
+    def start(self) -> None:
+        if EPOLL:
+            with self._lock:
+                self._spawn()
+
+    def _spawn(self) -> None:
+        thread = threading.Thread(target=self._work, name="minimail", daemon=True)
+        self._threads.add(thread)
+        self._idle += 1
+        thread.start()
+
+    def watch(self, fd: int, task: Callable[[bool], None], deadline: float = float("inf")) -> None:
+        """Call task(False) once when fd is readable, or task(True) when the deadline has passed or the pool closes."""
+        self._waiting[fd] = (deadline, task)
+        try:
+            self._poller.modify(fd, select.EPOLLIN | select.EPOLLONESHOT)
+        except FileNotFoundError:
+            self._poller.register(fd, select.EPOLLIN | select.EPOLLONESHOT)
+        if self.closing:
+            self._expire(fd)
+
+    def later(self, fd: int, task: Callable[[bool], None], seconds: float) -> None:
+        """Call task(True) after about `seconds`, whatever fd does."""
+        self._waiting[fd] = (self.clock() + seconds, task)
+
+    def _expire(self, fd: int) -> None:
+        waiting = self._waiting.pop(fd, None)
+        if waiting:
+            waiting[1](True)
+
+    def may_linger(self) -> bool:
+        """True when other threads are free, so that this one can wait a moment for its client."""
+        return self._idle > 1 or (self._idle == 1 and len(self._threads) - self._blocked < self.limit)
+
+    @contextlib.contextmanager
+    def blocked(self) -> Iterator[None]:
+        """Mark a wait in the middle of something."""
+        with self._lock:
+            self._blocked += 1
+            self._spawn_if_needed()
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._blocked -= 1
+
+    def _spawn_if_needed(self) -> None:
+        if self._idle == 0 and len(self._threads) - self._blocked < self.limit and not self._closed and EPOLL:
+            self._spawn()
+
+    def _work(self) -> None:
+        while not self._closed:
+            sweeping = bool(self._waiting) and self._sweeping.acquire(blocking=False)
+            try:
+                events = self._poller.poll(0.5 if sweeping else -1, 1)
+            except (OSError, ValueError):           # closed
+                events = []
+            finally:
+                if sweeping:
+                    self._sweeping.release()
+            if self._closed:
+                break
+            with self._lock:
+                self._idle -= 1
+                self._spawn_if_needed()
+            for fd, _ in events:
+                waiting = self._waiting.pop(fd, None)
+                if waiting:
+                    self._run(waiting[1], False)
+            if sweeping:
+                now = self.clock()
+                for fd, (deadline, _) in list(self._waiting.items()):
+                    if deadline <= now:
+                        self._run(self._expire, fd)
+            with self._lock:
+                self._idle += 1
+                if self._idle > 2 and len(self._threads) - self._blocked > self.limit:
+                    break                           # it stood in for one that was blocked
+        with self._lock:
+            self._idle -= 1
+            self._threads.discard(threading.current_thread())
+
+    @staticmethod
+    def _run(task: Callable[[Any], None], argument: Any) -> None:
+        try:
+            task(argument)
+        except Exception:
+            log.exception("a task failed")
+
+    def own_thread(self, task: Callable[[bool], None]) -> None:
+        """Run task(False) in a thread of its own."""
+        def run() -> None:
+            self._run(task, False)
+            with self._lock:
+                self._threads.discard(thread)
+        thread = threading.Thread(target=run, name="minimail-own", daemon=True)
+        with self._lock:
+            self._threads.add(thread)
+        thread.start()
+
+    def expire_all(self) -> None:
+        """Run every waiting task with True; those that come later at once."""
+        self.closing = True
+        for fd in list(self._waiting):
+            self._expire(fd)
+
+    def close(self, seconds: float = 5.0) -> None:
+        """End all threads; those that still run something are waited for up to `seconds`."""
+        if self._closed:
+            return
+        self.closing = self._closed = True
+        if EPOLL:
+            os.write(self._pipe[1], b"\n")          # level-triggered and never read: wakes every thread
+        deadline = self.clock() + seconds
+        with self._lock:
+            threads = list(self._threads)
+        for thread in threads:
+            if thread is not threading.current_thread():
+                thread.join(max(0.01, deadline - self.clock()))
+        if EPOLL:
+            self._poller.close()
+            for fd in self._pipe:
+                os.close(fd)
+
+
+class Connections:
+    """Counts connections, in all and by client, for --max-connections and --max-per-client."""
+
+    def __init__(self, limit: int, per_client: int) -> None:
+        self.limit = limit
+        self.per_client = per_client
+        self.total = 0
+        self.served = 0                             # since the start
+        self._clients: Dict[str, int] = {}
+        self._lock = threading.Lock()
+
+    def enter(self, client: str) -> str:
+        """Count a connection; return why it is refused, "" when it is not."""
+        with self._lock:
+            count = self._clients.get(client, 0)
+            if self.total >= self.limit:
+                return "too many connections, try again later"
+            if count >= self.per_client and not is_loopback(client):
+                return "too many connections from your address, try again later"
+            self._clients[client] = count + 1
+            self.total += 1
+            self.served += 1
+            return ""
+
+    def leave(self, client: str) -> None:
+        with self._lock:
+            self.total -= 1
+            count = self._clients.pop(client) - 1
+            if count:
+                self._clients[client] = count
+
+
+class Throttle:
+    """Counts failed log-ins by client address; too many cut it off for a while, and each one is answered more slowly."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic, sleep: Callable[[float], None] = time.sleep) -> None:
+        self.clock, self.sleep = clock, sleep
+        self._failures: "collections.OrderedDict[str, Tuple[int, float]]" = collections.OrderedDict()
+        self._lock = threading.Lock()
+
+    def shut_out(self, client: str) -> bool:
+        """True while the client has had too many wrong passwords."""
+        count, since = self._failures.get(client, (0, 0.0))
+        return count >= LOGIN_FAILURES and self.clock() - since < LOGIN_WINDOW
+
+    def failed(self, client: str) -> None:
+        """Count a wrong password and let the client wait for the answer."""
+        with self._lock:
+            count, since = self._failures.pop(client, (0, 0.0))
+            if self.clock() - since >= LOGIN_WINDOW:
+                count = 0
+            self._failures[client] = (count + 1, self.clock())
+            while len(self._failures) > 10_000:
+                self._failures.popitem(last=False)
+        self.sleep(min(0.25 * (count + 1), 3.0))
+
+    def succeeded(self, client: str) -> None:
+        with self._lock:
+            self._failures.pop(client, None)
+
+
+class Certificates:
+    """The TLS context of our certificate, made anew when the files change."""
+
+    def __init__(self, cert: str, key: str) -> None:
+        self.cert, self.key = cert, key
+        self._stamp: Any = None
+        self._context: Optional["ssl.SSLContext"] = None
+        self.context()
+
+    def context(self) -> "ssl.SSLContext":
+        """Return the server's context; the last good one when new files cannot be used. CannotRun when there was none."""
+        try:
+            import ssl
+        except ImportError:
+            raise CannotRun("--tls-cert: this Python has no ssl module; leave the option out or use another Python") from None
+        files = [self.cert] + ([self.key] if self.key else [])
+        try:
+            stamp = [(os.stat(file).st_mtime_ns, os.stat(file).st_size, os.stat(file).st_ino) for file in files]
+            if self._context and stamp == self._stamp:
+                return self._context
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.minimum_version = ssl.TLSVersion.TLSv1_2
+            context.load_cert_chain(self.cert, self.key or None, password=lambda: b"")
+            self._stamp, self._context = stamp, context
+        except (OSError, ValueError) as error:
+            if not self._context:
+                raise CannotRun("--tls-cert %s: cannot use it%s: %s" % (
+                    self.cert, " with --tls-key " + self.key if self.key else "", error)) from None
+            log.warning("keeping the old certificate: %s", error)
+        return self._context
+
+
+@dataclasses.dataclass
+class Site:
+    """What all sessions of a node share."""
+    config: Config
+    hostname: str
+    mailboxes: Mailboxes
+    accounts: Accounts
+    book: AddressBook
+    post: Post
+    pool: Pool
+    connections: Connections
+    throttle: Throttle
+    policy: Policy
+    certificates: Optional[Certificates] = None
+    recorder: Any = None                            # section 16: transcripts
+    faults: Any = None                              # section 16: misbehaviour on purpose
+    accepted: Callable[[Parcel], None] = lambda parcel: None    # called once the client has its 250
+    stopping: bool = False
+    sessions: Set["Session"] = dataclasses.field(default_factory=set)
+
+    def ask_policy(self, hook: str, *arguments: Any) -> None:
+        """Call a policy hook; Refused, also when it fails."""
+        try:
+            getattr(self.policy, hook)(*arguments)
+        except Refused:
+            raise
+        except Exception:
+            log.exception("policy %s failed", hook)
+            raise Refused(451, "4.3.0", "cannot decide now, try again later") from None
+
+    def log_in(self, client: str, name: str, password: str) -> Optional[str]:
+        """Return the account's key, None when name and password do not fit. Any fit in capture mode."""
+        if self.config.capture:
+            try:
+                return self.book.key(parse_address(name))
+            except Refused:
+                return lower(name)
+        if self.throttle.shut_out(client):
+            return None
+        with self.pool.blocked():
+            key = self.accounts.verify(name, password)
+            if key is None:
+                event("login-failed", client=client, user=printable(name, 100))
+                self.throttle.failed(client)
+                return None
+        self.throttle.succeeded(client)
+        return key
+
+
+class Session(socketserver.BaseRequestHandler):
+    """One client's conversation. handle() is one turn of it: it returns when the client is silent or gone.
+
+    The verbs are the methods do_VERB(argument) of the subclass: each returns a reply or raises Refused.
+    """
+
+    protocol = ""
+    line_limit = MAX_COMMAND
+    timeout = 300.0
+
+    def __init__(self, request: Any, client_address: Any, server: "Listener") -> None:
+        # BaseRequestHandler would run the whole conversation here; ours comes in turns, in whatever thread is free.
+        self.request, self.client_address, self.server = request, client_address, server
+        self.site, self.tls_from_start = server.site, server.tls
+        self.client = clients_address(client_address[0])
+        self.user: Optional[str] = None
+        self.errors = 0
+        self.over = False
+        self.greeted = False
+        self.tape: Any = None
+        self.setup()
+
+    def setup(self) -> None:
+        self.wire = Wire(self.request, self.site.config.seconds(self.timeout))
+        self.wire.may_linger, self.wire.blocked = self.site.pool.may_linger, self.site.pool.blocked
+        self.site.sessions.add(self)
+
+    def turn(self, expired: bool) -> None:
+        """Go on with the conversation, and wait for its next turn in the pool."""
+        if expired and not self.site.stopping and self.wire.clock() < self.wire.deadline:
+            expired = False
+        self.wire.ready = True
+        if self.converse(expired):
+            self.site.pool.watch(self.wire.sock.fileno(), self.turn, self.wire.deadline)
+        else:
+            self.finish()
+
+    def converse(self, expired: bool) -> bool:
+        """Take commands until the client is silent (True) or the session is over (False)."""
+        try:
+            try:
+                if not self.greeted:
+                    self.greeted = True
+                    self.open_session()
+                if expired:
+                    raise TimedOut
+                self.handle()
+            except TimedOut:
+                self.wire.renew(-self.wire.timeout + 1)
+                self.over = True
+                self.farewell("timeout" if not self.site.stopping else "stop")
+            self.wire.flush()
+        except Silent:
+            return True
+        except (Disconnected, TimedOut):
+            pass
+        except Exception:
+            log.exception("session with %s failed", self.client)
+        return False
+
+    def handle(self) -> None:
+        while not self.over:
+            try:
+                line = self.wire.line(self.line_limit, park=EPOLL)
+            except LineTooLong:
+                self.too_long()
+                continue
+            self.wire.renew()
+            self.command(line)
+            if self.site.stopping and not self.over:
+                raise TimedOut
+
+    def open_session(self) -> None:
+        """Greet; or with TLS from the first byte, make the handshake first."""
+        if self.tls_from_start:
+            self.start_tls()
+        self.greet()
+
+    def start_tls(self) -> None:
+        assert self.site.certificates
+        self.wire.start_tls(self.site.certificates.context(), server_side=True)
+        self.request = self.wire.sock
+
+    @property
+    def private(self) -> bool:
+        """True when nobody on the network can read along."""
+        return self.wire.tls or is_loopback(self.client)
+
+    @property
+    def may_log_in(self) -> bool:
+        return self.private or self.site.config.capture
+
+    def finish(self) -> None:
+        self.wire.close()
+        self.site.sessions.discard(self)
+        self.site.connections.leave(self.client)
+        self.ended()
+
+    def fault(self, stage: str, subject: str = "") -> Optional[str]:
+        """Misbehave if a rule says so: return the reply to give instead of the right one."""
+        if not self.site.faults:
+            return None
+        text: Optional[str] = self.site.faults.apply(self, stage, subject)
+        return text
+
+    def cut(self) -> NoReturn:
+        """End the session without a word."""
+        raise Disconnected
+
+    def greet(self) -> None:
+        raise NotImplementedError
+
+    def command(self, line: bytes) -> None:
+        raise NotImplementedError
+
+    def too_long(self) -> None:
+        raise NotImplementedError
+
+    def farewell(self, why: str) -> None:
+        """Say why the session ends, if the protocol has words for it."""
+
+    def ended(self) -> None:
+        """Do what is due when the connection is closed."""
+
+
+def sasl_plain(response: bytes) -> Tuple[str, str]:
+    """Return (name, password) of an AUTH PLAIN response, still base64 (RFC 4616); ValueError."""
+    parts = base64.b64decode(response, validate=True).split(b"\0")
+    if len(parts) != 3 or not parts[1]:
+        raise ValueError("expected authzid NUL name NUL password")
+    authzid, name, password = (part.decode("utf-8") for part in parts)
+    if authzid and lower(authzid) != lower(name):
+        raise ValueError("nobody may act for others here")
+    return name, password
+
+
+class Listener(socketserver.TCPServer):
+    """A listening socket, its sessions carried by the pool; OSError when the port is taken."""
+
+    request_queue_size = 512
+    allow_reuse_address = os.name != "nt"
+
+    def __init__(self, site: Site, name: str, endpoint: Endpoint, session: Type[Session], tls: bool = False) -> None:
+        self.site, self.name, self.session, self.tls = site, name, session, tls
+        try:
+            found = socket.getaddrinfo(*endpoint, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+            self.address_family = found[0]
+            super().__init__(found[4][:2], session)  # type: ignore[arg-type]
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise CannotRun(error.errno or errno.EINVAL, "--%s %s: cannot listen: %s; choose another address or port" % (
+                name, show_endpoint(endpoint), reason)) from None
+        self.socket.setblocking(False)              # several processes may be woken for one connection
+
+    def server_bind(self) -> None:
+        if self.address_family == socket.AF_INET6:
+            self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)   # so 0.0.0.0 can have the same port
+        super().server_bind()
+
+    @property
+    def endpoint(self) -> Endpoint:
+        address = self.socket.getsockname()
+        return address[0], address[1]
+
+    def listen(self) -> None:
+        """Begin to take connections, in the pool's threads or, where it has no poller, in one of its own."""
+        if EPOLL:
+            self.site.pool.watch(self.fileno(), self.turn)
+        else:
+            self.site.pool.own_thread(lambda expired: self.serve_forever(poll_interval=0.1))
+
+    def turn(self, expired: bool) -> None:
+        """Take one connection and its first turn."""
+        if self.site.stopping:
+            return
+        try:
+            request, client = self.get_request()
+        except (BlockingIOError, InterruptedError, ConnectionAbortedError):
+            return self.listen()
+        except OSError as error:                    # no descriptors left: look again when some may have been freed
+            log.warning("cannot take a connection: %s", error)
+            return self.site.pool.later(self.fileno(), self.turn, 0.25)
+        self.listen()
+        self.process_request(request, client)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        client = clients_address(client_address[0])
+        refusal = self.site.connections.enter(client)
+        if not refusal:
+            try:
+                self.site.ask_policy("on_connect", client)
+            except Refused as refused:
+                self.site.connections.leave(client)
+                refusal = refused.reply.text
+        if refusal:
+            event("refused", protocol=self.name, client=client, reason=refusal)
+            with contextlib.suppress(OSError):
+                if not self.tls:
+                    request.settimeout(0)
+                    request.send(self.refusal(refusal))
+            self.shutdown_request(request)
+            return
+        event("connect", protocol=self.name, client=show_endpoint(client_address[:2]))
+        session = self.session(request, client_address, self)
+        if EPOLL and not getattr(session, "blocking", False):
+            session.turn(False)
+        else:
+            self.site.pool.own_thread(session.turn)
+
+    def refusal(self, reason: str) -> bytes:
+        """Return the words for a connection that is one too many."""
+        if self.name.startswith("pop3"):
+            return b"-ERR [SYS/TEMP] %s\r\n" % reason.encode()
+        return Reply(421, "4.3.2", reason).encode()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        log.exception("connection from %s failed", client_address)
+
+    def stop(self) -> None:
+        if not EPOLL:
+            self.shutdown()
+        self.server_close()
+
+
+# ======================================================================================================================
+# 14  SMTP.  RFC 5321 with PIPELINING, SIZE, 8BITMIME, SMTPUTF8, ENHANCEDSTATUSCODES, CHUNKING, STARTTLS, AUTH.
+#     Only DATA, BDAT, AUTH and STARTTLS touch the wire; the other verbs turn (state, argument) into a reply.
+# ======================================================================================================================
+
+OK = Reply(250, "2.0.0", "ok")
+HTTP_VERBS = (b"GET ", b"POST ", b"HEAD ", b"PUT ", b"DELETE ", b"OPTIONS ", b"CONNECT ", b"PATCH ", b"TRACE ", b"PRI ")
+
+
+class Transaction:
+    """A mail transaction between MAIL and the end of its content (RFC 5321 section 3.3); replaced whole, never reset."""
+
+    def __init__(self, envelope: Envelope) -> None:
+        self.envelope = envelope
+        self.destinations: List[Destinations] = []
+        self.parcel: Optional[Parcel] = None        # once BDAT has begun
+        self.content = Content(dots=False)
+
+
+class SMTPSession(Session):
+    """An SMTP server's side of a conversation."""
+
+    protocol = "smtp"
+    helo = ""
+    esmtp = False
+    refusals = 0
+    transaction: Optional[Transaction] = None
+    delivered: Optional[Parcel] = None              # a message just accepted, its 250 not sent yet
+    commands = 0
+    started = 0.0
+    SYNCHRONOUS = ("EHLO", "HELO", "DATA", "STARTTLS", "AUTH", "VRFY", "QUIT", "NOOP")  # end a pipeline (RFC 2920)
+
+    # The loop: the only place that writes replies.
+
+    def greet(self) -> None:
+        if self.site.recorder:
+            self.tape = self.site.recorder.tape(self)
+        self.say(self.faulty("connect", self.client) or Reply(220, "", self.site.hostname + " ESMTP minimail"))
+
+    def command(self, line: bytes) -> None:
+        self.commands += 1
+        verb, _, argument = line.partition(b" ")
+        name = verb.decode("ascii", "replace").upper()
+        method = getattr(self, "do_" + name, None) if name.isalpha() else None
+        if self.tape:
+            self.tape.heard(b"AUTH ***" if name == "AUTH" else line, name in self.SYNCHRONOUS and bool(self.wire.input))
+        if log.isEnabledFor(logging.DEBUG):
+            log.debug("%s > %s", self.client, "AUTH ***" if name == "AUTH" else printable(line))
+        try:
+            if method is None:
+                raise Refused(self.not_a_command(line, name))
+            reply = method(decode_argument(argument))
+        except Refused as refused:
+            reply = refused.reply
+        except (Disconnected, Silent, TimedOut):
+            raise
+        except Exception:
+            log.exception("%s from %s failed", name, self.client)
+            reply = Reply(451, "4.3.0", "something went wrong here, try again later")
+        if reply:
+            self.say(self.count_errors(reply))
+        if self.delivered:
+            self.follow_up()
+
+    def follow_up(self) -> None:
+        """Tell those who wait for mail, once the client has its 250."""
+        parcel, self.delivered = self.delivered, None
+        with contextlib.suppress(Disconnected, TimedOut):
+            self.wire.flush()
+        if self.tape:
+            self.tape.restart()
+        if parcel:
+            self.site.accepted(parcel)
+
+    def say(self, reply: Reply) -> None:
+        if reply.code >= 400:
+            event("refused", protocol="smtp", client=self.client, reason=printable(str(reply)))
+        elif log.isEnabledFor(logging.DEBUG):
+            log.debug("%s < %s", self.client, printable(str(reply)))
+        data = reply.encode()
+        if self.tape:
+            self.tape.said(data)
+        self.wire.send(data)
+        self.over = self.over or reply.close
+
+    def count_errors(self, reply: Reply) -> Reply:
+        """Return the reply, or a 421 when patience is at its end (RFC 5321 section 4.3.2, RFC 4954 section 4)."""
+        if reply.code in (500, 501, 502, 503, 504, 535, 538, 555):
+            self.errors += 1
+        elif reply.code in (550, 553):
+            self.refusals += 1
+        if (self.errors >= MAX_ERRORS or self.refusals >= MAX_REFUSALS) and reply.code >= 400:
+            return Reply(421, "4.7.0", "too many errors (the last: %s)" % reply.text.partition("\n")[0], close=True)
+        return reply
+
+    def not_a_command(self, line: bytes, name: str) -> Reply:
+        if self.commands == 1 and line.startswith(HTTP_VERBS):
+            web = self.site.config.web or ()
+            hint = "; the web inbox is at http://" + show_endpoint(web[0]) if web else ""
+            return Reply(421, "4.7.0", "this is a mail server and speaks SMTP, not HTTP" + hint, close=True)
+        if name in ("EXPN", "TURN", "ETRN", "SEND", "SOML", "SAML"):
+            return Reply(502, "5.5.1", "%s is not implemented here" % name)
+        return Reply(500, "5.5.2", "no such command; HELP lists them")
+
+    def too_long(self) -> None:
+        self.wire.renew()
+        self.say(self.count_errors(Reply(500, "5.5.2", "line longer than %d bytes" % self.line_limit)))
+
+    def farewell(self, why: str) -> None:
+        if why == "stop":
+            self.say(Reply(421, "4.3.2", self.site.hostname + " is shutting down, try again later"))
+        else:
+            self.say(Reply(421, "4.4.2", self.site.hostname + " waited too long for you, closing"))
+
+    def faulty(self, stage: str, subject: str = "") -> Optional[Reply]:
+        """Return the reply that a fault rule wants here."""
+        text = self.fault(stage, subject)
+        if text is None:
+            return None
+        code, _, words = text.partition(" ")
+        match = re.match(r"([245]\.\d{1,3}\.\d{1,3}) ?(.*)", words)
+        enhanced, words = match.groups() if match else (code[0] + ".0.0", words)
+        return Reply(int(code), "" if stage in ("connect", "helo") else enhanced, words or "because a fault rule says so",
+                     close=code == "421")
+
+    def raise_fault(self, stage: str, subject: str = "") -> None:
+        if self.site.faults:
+            reply = self.faulty(stage, subject)
+            if reply:
+                raise Refused(reply)
+
+    # Who are you?
+
+    def do_HELO(self, argument: str) -> Reply:
+        self.introduce(argument, esmtp=False)
+        return Reply(250, "", self.site.hostname)
+
+    def do_EHLO(self, argument: str) -> Reply:
+        """RFC 5321 section 4.1.1.1: announce only what works."""
+        self.introduce(argument, esmtp=True)
+        words = ["PIPELINING", "SIZE %d" % self.site.config.max_size, "8BITMIME", "SMTPUTF8", "ENHANCEDSTATUSCODES",
+                 "CHUNKING"]
+        if self.site.certificates and not self.wire.tls:
+            words.append("STARTTLS")
+        if self.may_log_in and self.user is None:
+            words.append("AUTH PLAIN LOGIN")
+        words.append("HELP")
+        if self.site.faults:
+            words = [word for word in words if not self.site.faults.hides(word.split()[0])]
+        return Reply(250, "", "\n".join([self.site.hostname] + words))
+
+    def introduce(self, argument: str, esmtp: bool) -> None:
+        name = argument.strip()
+        if not name or not name.isprintable() or not name.isascii() or " " in name or len(name) > 255:
+            raise Refused(501, "5.5.4", "say your host name: EHLO host.example")
+        self.raise_fault("helo", name)
+        self.transaction = None
+        self.helo, self.esmtp = re.sub(r"[^A-Za-z0-9.:_\[\]-]", "?", name), esmtp
+
+    def do_STARTTLS(self, argument: str) -> Optional[Reply]:
+        """RFC 3207."""
+        if argument:
+            raise Refused(501, "5.5.4", "STARTTLS takes no argument")
+        if self.wire.tls or not self.site.certificates:
+            raise Refused(503, "5.5.1", "TLS is on already" if self.wire.tls else "no TLS here")
+        self.wire.send(Reply(220, "2.0.0", "go ahead").encode())
+        self.start_tls()
+        self.helo, self.esmtp, self.user, self.transaction = "", False, None, None     # section 4.2: forget everything
+        if self.tape:
+            self.tape.restart()
+        return None                                 # the next word is the client's
+
+    def do_AUTH(self, argument: str) -> Reply:
+        """RFC 4954, PLAIN and LOGIN."""
+        mechanism, _, initial = argument.partition(" ")
+        if self.user is not None or self.transaction:
+            raise Refused(503, "5.5.1", "you are logged in" if self.user is not None else "not during a transaction")
+        if not self.esmtp:
+            raise Refused(503, "5.5.1", "say EHLO first")
+        if not self.may_log_in:
+            raise Refused(538, "5.7.11", "log in over TLS only")
+        if self.site.throttle.shut_out(self.client):
+            raise Refused(421, "4.7.0", "too many wrong passwords, come back later", close=True)
+        try:
+            if mechanism.upper() == "PLAIN":
+                response = initial.encode() if initial else self.challenge(b"")
+                name, password = sasl_plain(b"" if response == b"=" else response)
+            elif mechanism.upper() == "LOGIN":
+                response = initial.encode() if initial else self.challenge(b"Username:")
+                name = base64.b64decode(response, validate=True).decode("utf-8")
+                password = base64.b64decode(self.challenge(b"Password:"), validate=True).decode("utf-8")
+            else:
+                raise Refused(504, "5.5.4", "AUTH PLAIN or LOGIN")
+        except ValueError as error:                 # binascii.Error and UnicodeDecodeError are such
+            raise Refused(501, "5.5.2", "bad AUTH response: " + printable(str(error))) from None
+        self.raise_fault("auth", name)
+        self.user = self.site.log_in(self.client, name, password)
+        if self.user is None:
+            raise Refused(535, "5.7.8", "name and password do not fit")
+        event("login", protocol="smtp", client=self.client, user=printable(self.user))
+        return Reply(235, "2.7.0", "welcome")
+
+    def challenge(self, text: bytes) -> bytes:
+        """Return the client's answer to a SASL challenge; Refused when it cancels."""
+        self.wire.send(b"334 " + base64.b64encode(text) + b"\r\n")
+        try:
+            answer = self.wire.line(MAX_AUTH_LINE)
+        except LineTooLong:
+            raise Refused(500, "5.5.6", "response too long") from None
+        if answer == b"*":
+            raise Refused(501, "5.7.0", "cancelled")
+        return answer
+
+    # The envelope.
+
+    def do_MAIL(self, argument: str) -> Reply:
+        if not self.helo:
+            raise Refused(503, "5.5.1", "say EHLO first")
+        if self.transaction:
+            raise Refused(503, "5.5.1", "one transaction at a time; RSET ends it")
+        keyword, colon, path = argument.partition(":")
+        if keyword.strip().upper() != "FROM" or not colon:
+            raise Refused(501, "5.5.4", "MAIL FROM:<address>")
+        sender, rest = parse_path(path)
+        envelope = Envelope(sender=str(sender) if sender else "", helo=self.helo, client=self.client)
+        self.take_parameters(envelope, parse_parameters(rest) if rest else {})
+        if sender and not str(sender).isascii() and not envelope.smtputf8:
+            raise Refused(553, "5.6.7", "this address needs SMTPUTF8")
+        if self.user is not None and not self.site.config.capture:
+            if sender and not self.site.book.owns(self.user, sender):
+                raise Refused(553, "5.7.1", "you may not send as this address")
+        self.raise_fault("mail", envelope.sender)
+        self.site.ask_policy("on_mail", self.client, envelope.sender, self.user)
+        envelope.protocol = with_keyword(self.esmtp, self.wire.tls, self.user is not None, envelope.smtputf8)
+        self.transaction = Transaction(envelope)
+        self.started = time.monotonic()
+        return Reply(250, "2.1.0", "sender ok")
+
+    def take_parameters(self, envelope: Envelope, parameters: Dict[str, str]) -> None:
+        """Set what MAIL says about the message (RFC 1870, 6152, 6531, 4954); Refused."""
+        for keyword, value in parameters.items():
+            if keyword == "SIZE":
+                if not re.fullmatch(r"\d{1,20}", value, re.ASCII):
+                    raise Refused(501, "5.5.4", "SIZE=bytes")
+                envelope.declared = int(value)
+                if envelope.declared > self.site.config.max_size:
+                    raise Refused(552, "5.3.4", "message larger than %d bytes" % self.site.config.max_size)
+            elif keyword == "BODY":
+                if value.upper() not in ("7BIT", "8BITMIME"):
+                    raise Refused(501, "5.5.4", "BODY=7BIT or 8BITMIME")
+                envelope.body = value.upper()
+            elif keyword == "SMTPUTF8" and not value:
+                envelope.smtputf8 = True
+            elif keyword == "AUTH" and value:
+                pass                                # RFC 4954 section 5: whom we do not trust may say what it likes
+            else:
+                raise Refused(555, "5.5.4", "unknown parameter " + printable(keyword, 60))
+
+    def do_RCPT(self, argument: str) -> Reply:
+        transaction = self.transaction
+        if not transaction or transaction.parcel:
+            raise Refused(503, "5.5.1", "MAIL comes first" if not transaction else "the content has begun")
+        keyword, colon, path = argument.partition(":")
+        if keyword.strip().upper() != "TO" or not colon:
+            raise Refused(501, "5.5.4", "RCPT TO:<address>")
+        address, rest = parse_path(path)
+        if address is None:
+            raise Refused(501, "5.1.3", "the null path cannot receive mail")
+        for parameter in parse_parameters(rest) if rest else ():
+            raise Refused(555, "5.5.4", "unknown parameter " + printable(parameter, 60))
+        envelope = transaction.envelope
+        if not str(address).isascii() and not envelope.smtputf8:
+            raise Refused(553, "5.6.7", "this address needs SMTPUTF8")
+        if len(envelope.recipients) >= MAX_RECIPIENTS:
+            raise Refused(452, "4.5.3", "more than %d recipients" % MAX_RECIPIENTS)
+        destinations = self.may_deliver(address)
+        self.raise_fault("rcpt", address.key)
+        self.site.ask_policy("on_rcpt", envelope, str(address))
+        envelope.recipients.append(address)
+        transaction.destinations.append(destinations)
+        return Reply(250, "2.1.5", "recipient ok")
+
+    def may_deliver(self, address: Address) -> Destinations:
+        """Return where mail for `address` goes; Refused when nobody lives there or it is not ours to pass on."""
+        config, book = self.site.config, self.site.book
+        literal = domain_literal(address.domain)
+        if literal and literal == clients_address(self.request.getsockname()[0]):
+            address = Address(address.local, book.home)
+        if not book.is_local(address) and not self.may_relay():
+            raise Refused(550, "5.7.1", "relaying denied: log in first")
+        destinations = book.resolve(address)
+        if destinations.remote and not self.site.post.queue:
+            raise Refused(550, "5.7.1", "this node passes no mail on")
+        for remote in destinations.remote:
+            if config.relay_to and not any(covers(domain, lower(remote.domain)) for domain in config.relay_to):
+                raise Refused(550, "5.7.1", "relaying to this domain is not allowed here")
+        return destinations
+
+    def may_relay(self) -> bool:
+        if self.user is not None:
+            return True
+        client = ipaddress.ip_address(self.client)
+        return any(client.version == network.version and client in network for network in self.site.config.trust)
+
+    # The content.
+
+    def do_DATA(self, argument: str) -> Reply:
+        if argument:
+            raise Refused(501, "5.5.4", "DATA takes no argument")
+        transaction = self.begin_content()
+        if transaction.parcel:
+            raise Refused(503, "5.5.1", "BDAT has begun, DATA cannot follow")
+        self.raise_fault("data")
+        transaction.parcel = parcel = self.site.post.begin(transaction.envelope, transaction.destinations)
+        reply = Reply(354, "", "go ahead, end with CRLF.CRLF").encode()
+        self.wire.send(reply)
+        if self.tape:
+            self.tape.said(reply)
+        transaction.content = Content()
+        self.read_content(parcel, transaction.content, None)
+        return self.end_content(transaction)
+
+    def do_BDAT(self, argument: str) -> Reply:
+        """RFC 3030: a chunk is read to its end whatever is wrong, so that the conversation stays in step."""
+        match = re.fullmatch(r"(\d{1,15})( +LAST)?", argument.strip(), re.ASCII | re.IGNORECASE)
+        if not match:
+            raise Refused(501, "5.5.4", "BDAT bytes [LAST]")
+        count = int(match.group(1))
+        try:
+            transaction = self.begin_content()
+            if not transaction.parcel:
+                self.raise_fault("data")
+                transaction.parcel = self.site.post.begin(transaction.envelope, transaction.destinations)
+        except Refused:
+            self.read_content(None, Content(dots=False), count)
+            raise
+        self.read_content(transaction.parcel, transaction.content, count)
+        if not match.group(2):
+            if transaction.parcel.draft.too_large:
+                return self.end_content(transaction)
+            return Reply(250, "2.0.0", "%d bytes" % count)
+        self.write_content(transaction.parcel, transaction.content.end())
+        return self.end_content(transaction)
+
+    def begin_content(self) -> Transaction:
+        if not self.transaction:
+            raise Refused(503, "5.5.1", "MAIL comes first")
+        if not self.transaction.destinations:
+            raise Refused(554, "5.5.1", "no valid recipients")
+        return self.transaction
+
+    def read_content(self, parcel: Optional[Parcel], content: Content, count: Optional[int]) -> None:
+        """Read content to its end and write it to the parcel; what is too large is read and forgotten, but not for ever."""
+        try:
+            total = 0
+            for block in self.wire.blocks(content, count):
+                total += len(block)
+                if parcel:
+                    self.write_content(parcel, block)
+                if total > 2 * self.site.config.max_size + (1 << 26):
+                    self.over = True
+                    raise Refused(552, "5.3.4", "message larger than %d bytes" % self.site.config.max_size, close=True)
+        except BaseException:
+            if parcel:
+                parcel.draft.discard()
+            self.transaction = None
+            raise
+
+    def write_content(self, parcel: Parcel, block: bytes) -> None:
+        parcel.draft.write(block)
+        if self.tape:
+            self.tape.block(block)
+
+    def end_content(self, transaction: Transaction) -> Reply:
+        """Deliver, and answer for the message; the 250 is a promise."""
+        self.transaction = None
+        parcel, envelope = transaction.parcel, transaction.envelope
+        assert parcel
+        envelope.eightbit = parcel.draft.eightbit
+        try:
+            self.raise_fault("end", envelope.recipients[0].key)
+            if type(self.site.policy) is not Policy:
+                self.site.post.prepare(parcel)
+                self.site.ask_policy("on_message", envelope, parcel.draft.path)
+            if self.tape:
+                self.tape.save(envelope, transaction.content, parcel)
+            self.site.post.commit(parcel)
+        except BaseException:
+            parcel.draft.discard()
+            if self.site.recorder:
+                self.site.recorder.forget(envelope.id)
+            raise
+        event("message", id=envelope.id, client=self.client, sender=printable(envelope.sender),
+              recipients=len(envelope.recipients), to=printable(" ".join(map(str, envelope.recipients[:10]))),
+              size=parcel.draft.size, seconds=round(time.monotonic() - self.started, 4))
+        self.delivered = parcel
+        return Reply(250, "2.0.0", "accepted as " + envelope.id)
+
+    # The rest.
+
+    def do_RSET(self, argument: str) -> Reply:
+        if argument:
+            raise Refused(501, "5.5.4", "RSET takes no argument")
+        self.drop_transaction()
+        return OK
+
+    def drop_transaction(self) -> None:
+        if self.transaction and self.transaction.parcel:
+            self.transaction.parcel.draft.discard()
+        self.transaction = None
+
+    def do_NOOP(self, argument: str) -> Reply:
+        return OK
+
+    def do_VRFY(self, argument: str) -> Reply:
+        """RFC 5321 section 7.3: who asks is not told who lives here."""
+        if not argument.strip():
+            raise Refused(501, "5.5.4", "VRFY address")
+        return Reply(252, "2.5.0", "send it and see")
+
+    def do_HELP(self, argument: str) -> Reply:
+        verbs = sorted(name[3:] for name in dir(self) if name.startswith("do_"))
+        return Reply(214, "2.0.0", "RFC 5321 is spoken here: " + " ".join(verbs))
+
+    def do_QUIT(self, argument: str) -> Reply:
+        if argument:
+            raise Refused(501, "5.5.4", "QUIT takes no argument")
+        return Reply(221, "2.0.0", self.site.hostname + " says goodbye", close=True)
+
+    def ended(self) -> None:
+        self.drop_transaction()
+
+
+def decode_argument(argument: bytes) -> str:
+    """Return a command's argument as text; Refused 501 for what is not UTF-8 or has control characters (RFC 6531)."""
+    try:
+        text = argument.decode("utf-8").rstrip(" \t")
+    except UnicodeDecodeError:
+        raise Refused(501, "5.5.2", "not UTF-8") from None
+    if any(c < " " or c == "\x7f" for c in text):
+        raise Refused(501, "5.5.2", "control characters")
+    return text
+
+
+def covers(pattern: str, domain: str) -> bool:
+    """Return whether a domain is the one meant, or for `.example.org` lies under it."""
+    return domain.endswith(pattern) if pattern.startswith(".") else domain == pattern
+
+
+# ======================================================================================================================
+# 15  POP3.  RFC 1939 with TOP, UIDL, CAPA (RFC 2449), AUTH PLAIN (RFC 5034), STLS (RFC 2595).  Optional.
+# ======================================================================================================================
+
+class POP3Session(Session):
+    """A POP3 server's side of a conversation: it works on the listing it made at log-in."""
+
+    protocol = "pop3"
+    line_limit = 2048                               # RFC 2449 section 4 asks for 255; UTF-8 names are longer
+    timeout = 600.0
+    name = ""
+    lock = -1
+
+    def greet(self) -> None:
+        text = self.fault("connect", self.client)
+        self.items: List[Item] = []
+        self.deleted: Set[int] = set()
+        self.fetched = 0
+        self.wire.send(b"+OK minimail POP3 server ready\r\n" if text is None else self.faulty(text))
+
+    @staticmethod
+    def faulty(text: str) -> bytes:
+        return b"-ERR %s\r\n" % (text.partition(" ")[2] or "because a fault rule says so").encode()
+
+    def command(self, line: bytes) -> None:
+        verb, _, argument = line.partition(b" ")
+        name = verb.decode("ascii", "replace").upper()
+        method = getattr(self, "do_" + name, None) if name.isalpha() else None
+        if log.isEnabledFor(logging.DEBUG):
+            log.debug("%s > %s", self.client, printable(line) if name not in ("PASS", "AUTH") else name + " ***")
+        try:
+            if method is None:
+                raise Refused(500, "", "no such command")
+            if self.user is None and name not in ("USER", "PASS", "AUTH", "CAPA", "STLS", "QUIT", "NOOP"):
+                raise Refused(500, "", "log in first")
+            if self.user is not None and name in ("USER", "PASS", "AUTH", "STLS"):
+                raise Refused(500, "", "you are logged in")
+            answer = method(argument)
+        except Refused as refused:
+            answer = b"-ERR %s\r\n" % printable(refused.reply.text).encode("utf-8", "replace")
+            event("refused", protocol="pop3", client=self.client, verb=printable(name, 20), reason=refused.reply.text)
+            self.errors += name not in ("RETR", "TOP", "DELE", "LIST", "UIDL")
+            self.over = self.over or refused.reply.close or self.errors >= MAX_ERRORS
+        except (Disconnected, Silent, TimedOut):
+            raise
+        except OSError as error:
+            log.warning("%s from %s: %s", name, self.client, error)
+            answer = b"-ERR [SYS/TEMP] %s\r\n" % (error.strerror or "error").encode()
+        except Exception:
+            log.exception("%s from %s failed", name, self.client)
+            answer = b"-ERR [SYS/TEMP] something went wrong here\r\n"
+        self.wire.send(answer)
+
+    def too_long(self) -> None:
+        self.errors += 1
+        self.over = self.errors >= MAX_ERRORS
+        self.wire.renew()
+        self.wire.send(b"-ERR line too long\r\n")
+
+    def raise_fault(self, stage: str, subject: str = "") -> None:
+        text = self.fault(stage, subject)
+        if text is not None:
+            raise Refused(500, "", text.partition(" ")[2] or "because a fault rule says so", close=text.startswith("421"))
+
+    # Authorization state.
+
+    def do_CAPA(self, argument: bytes) -> bytes:
+        words = ["TOP", "UIDL", "RESP-CODES", "AUTH-RESP-CODE", "PIPELINING", "EXPIRE NEVER", "UTF8"]
+        if self.may_log_in:
+            words += ["USER", "SASL PLAIN"]
+        if self.site.certificates and not self.wire.tls and self.user is None:
+            words.append("STLS")
+        words.append("IMPLEMENTATION minimail-" + __version__)
+        if self.site.faults:
+            words = [word for word in words if not self.site.faults.hides(word.split()[0])]
+        return ("+OK\r\n%s\r\n.\r\n" % "\r\n".join(words)).encode()
+
+    def do_UTF8(self, argument: bytes) -> bytes:
+        """RFC 6856: what we send has always been raw."""
+        return b"+OK\r\n"
+
+    def do_STLS(self, argument: bytes) -> bytes:
+        if self.wire.tls or not self.site.certificates:
+            raise Refused(500, "", "TLS is on already" if self.wire.tls else "no TLS here")
+        self.wire.send(b"+OK go ahead\r\n")
+        self.start_tls()
+        self.name = ""
+        return b""
+
+    def check_privacy(self) -> None:
+        if not self.may_log_in:
+            raise Refused(500, "", "[AUTH] log in over TLS only")
+        if self.site.throttle.shut_out(self.client):
+            raise Refused(500, "", "[AUTH] too many wrong passwords, come back later", close=True)
+
+    def do_USER(self, argument: bytes) -> bytes:
+        self.check_privacy()
+        self.name = argument.strip().decode("utf-8", "replace")
+        if not self.name:
+            raise Refused(500, "", "USER address")
+        return b"+OK now PASS\r\n"
+
+    def do_PASS(self, argument: bytes) -> bytes:
+        self.check_privacy()
+        if not self.name:
+            raise Refused(500, "", "USER comes first")
+        name, self.name = self.name, ""
+        return self.log_in(name, argument.decode("utf-8", "surrogateescape"))
+
+    def do_AUTH(self, argument: bytes) -> bytes:
+        """RFC 5034."""
+        mechanism, _, response = argument.strip().partition(b" ")
+        if not mechanism:
+            return b"+OK\r\nPLAIN\r\n.\r\n"
+        self.check_privacy()
+        if mechanism.upper() != b"PLAIN":
+            raise Refused(500, "", "AUTH PLAIN")
+        if not response:
+            self.wire.send(b"+ \r\n")
+            try:
+                response = self.wire.line(MAX_AUTH_LINE)
+            except LineTooLong:
+                raise Refused(500, "", "response too long") from None
+            if response == b"*":
+                raise Refused(500, "", "cancelled")
+        try:
+            name, password = sasl_plain(b"" if response == b"=" else response)
+        except ValueError:
+            raise Refused(500, "", "bad AUTH response") from None
+        return self.log_in(name, password)
+
+    def log_in(self, name: str, password: str) -> bytes:
+        self.raise_fault("pop3-login", lower(name))
+        user = self.site.log_in(self.client, name, password)
+        if user is None:
+            raise Refused(500, "", "[AUTH] name and password do not fit")
+        try:
+            self.lock = self.site.mailboxes.lock(user)
+        except BlockingIOError:
+            raise Refused(500, "", "[IN-USE] another session has this mailbox") from None
+        self.items = self.site.mailboxes.listing(user)
+        self.user = user
+        event("login", protocol="pop3", client=self.client, user=printable(user), messages=len(self.items))
+        return b"+OK %d messages\r\n" % len(self.items)
+
+    # Transaction state. Message numbers count from 1.
+
+    def item(self, argument: bytes) -> Tuple[int, Item]:
+        text = argument.strip()
+        index = int(text) - 1 if text.isdigit() and len(text) < 10 else -1
+        if not 0 <= index < len(self.items) or index in self.deleted:
+            raise Refused(500, "", "no such message")
+        return index, self.items[index]
+
+    def present(self) -> Iterator[Tuple[int, Item]]:
+        return ((i + 1, item) for i, item in enumerate(self.items) if i not in self.deleted)
+
+    def do_STAT(self, argument: bytes) -> bytes:
+        return b"+OK %d %d\r\n" % (len(self.items) - len(self.deleted), sum(item.size for _, item in self.present()))
+
+    def do_LIST(self, argument: bytes) -> bytes:
+        if argument.strip():
+            index, item = self.item(argument)
+            return b"+OK %d %d\r\n" % (index + 1, item.size)
+        return ("+OK\r\n%s.\r\n" % "".join(["%d %d\r\n" % (n, item.size) for n, item in self.present()])).encode()
+
+    def do_UIDL(self, argument: bytes) -> bytes:
+        if argument.strip():
+            index, item = self.item(argument)
+            return b"+OK %d %s\r\n" % (index + 1, item.uid.encode())
+        return ("+OK\r\n%s.\r\n" % "".join(["%d %s\r\n" % (n, item.uid) for n, item in self.present()])).encode()
+
+    def do_RETR(self, argument: bytes) -> bytes:
+        index, item = self.item(argument)
+        self.raise_fault("pop3-retr", self.user or "")
+        fd = self.open(item)
+        try:
+            size = os.fstat(fd).st_size
+            if size != item.size:
+                self.send_converted(fd, item.size)
+            elif size <= BIG_BLOCK:
+                content = pread(fd, size + 1, 0)
+                if len(content) != size:
+                    raise Refused(500, "", "[SYS/TEMP] the message is changing")
+                self.wire.send(b"+OK %d octets\r\n%s.\r\n" % (size, stuff_dots(content, True)))
+            else:
+                self.send_blocks(fd, size)
+        finally:
+            os.close(fd)
+        self.fetched += 1
+        event("fetch", client=self.client, user=printable(self.user or ""), uid=item.uid, size=item.size)
+        return b""
+
+    def open(self, item: Item) -> int:
+        try:
+            return self.site.mailboxes.open(self.user or "", item)
+        except FileNotFoundError:
+            raise Refused(500, "", "[SYS/TEMP] the message is gone: another program removed it") from None
+
+    def send_blocks(self, fd: int, size: int) -> None:
+        """Send a large message: what has no leading dots goes from file to socket in the kernel."""
+        self.wire.send(b"+OK %d octets\r\n" % size)
+        offset, line_start = 0, True
+        while offset < size:
+            self.wire.renew()
+            block = pread(fd, BIG_BLOCK, offset)
+            if not block:
+                self.cut()                          # truncated meanwhile: the promised length cannot be kept
+            while block.endswith(b"\r") and len(block) > 1:
+                block = block[:-1]                  # never cut a CRLF in two
+            if b"." in block and (LEADING_DOT.search(block) or (line_start and block.startswith(b"."))):
+                self.wire.send(stuff_dots(block, line_start))
+            else:
+                self.wire.send_file(fd, offset, len(block))
+            line_start = block.endswith(b"\n")
+            offset += len(block)
+        self.wire.send(b".\r\n")
+
+    def send_converted(self, fd: int, size: int) -> None:
+        """Send a message that another program stored with other line ends."""
+        self.wire.send(b"+OK %d octets\r\n" % size)
+        line_start, tail = True, b""
+        with open(os.dup(fd), "rb") as file:
+            for block in iter(lambda: file.read(BIG_BLOCK), b""):
+                self.wire.renew()
+                block = tail + block
+                tail = b"\r" if block.endswith(b"\r") else b""
+                block = re.sub(rb"(?<!\r)\n", b"\r\n", block[:-1] if tail else block)
+                if block:
+                    self.wire.send(stuff_dots(block, line_start))
+                    line_start = block.endswith(b"\n")
+        self.wire.send(tail + (b"" if line_start and not tail else b"\r\n") + b".\r\n")
+
+    def do_TOP(self, argument: bytes) -> bytes:
+        words = argument.split()
+        if len(words) != 2 or not words[1].isdigit() or len(words[1]) > 9:
+            raise Refused(500, "", "TOP message lines")
+        _, item = self.item(words[0])
+        fd = self.open(item)
+        with open(fd, "rb") as file:
+            self.wire.send(b"+OK\r\n")
+            body, left = False, int(words[1])
+            for line in file:
+                if body and left <= 0:
+                    break
+                left -= body
+                body = body or line in (b"\r\n", b"\n")
+                line = line.rstrip(b"\r\n") if len(line) < 1000 else line[:-2] if line.endswith(b"\r\n") else line[:-1]
+                self.wire.send(b".%s\r\n" % line if line.startswith(b".") else line + b"\r\n")
+        return b".\r\n"
+
+    def do_DELE(self, argument: bytes) -> bytes:
+        self.deleted.add(self.item(argument)[0])
+        return b"+OK gone at QUIT\r\n"
+
+    def do_RSET(self, argument: bytes) -> bytes:
+        self.deleted.clear()
+        return b"+OK\r\n"
+
+    def do_NOOP(self, argument: bytes) -> bytes:
+        return b"+OK\r\n"
+
+    def do_QUIT(self, argument: bytes) -> bytes:
+        """RFC 1939 section 6: only here is anything removed."""
+        self.over = True
+        if self.user is None:
+            return b"+OK\r\n"
+        self.raise_fault("pop3-quit", self.user)
+        failed = 0
+        for index in sorted(self.deleted):
+            try:
+                self.site.mailboxes.delete(self.user, self.items[index])
+            except OSError as error:
+                log.warning("cannot remove %s: %s", self.items[index].name, error)
+                failed += 1
+        event("quit", protocol="pop3", client=self.client, user=printable(self.user), fetched=self.fetched,
+              deleted=len(self.deleted) - failed)
+        self.release()
+        if failed:
+            return b"-ERR [SYS/PERM] %d deleted messages not removed\r\n" % failed
+        return b"+OK\r\n"
+
+    def release(self) -> None:
+        if self.lock >= 0:
+            os.close(self.lock)
+            self.lock = -1
+
+    def ended(self) -> None:
+        self.release()
+
+
+REGISTRY["pop3"] = POP3Session
+
+
+# ======================================================================================================================
+# 17  Node.  Puts everything together; the library's front door.
+# ======================================================================================================================
+
+class Node:
+    """A mail node: the options of the command line as keywords, `data=None` for a temporary directory.
+
+    Use it with `with`, or call start() and stop(). A wrong option is TypeError or ValueError naming it, a port that is
+    taken an OSError naming it. `on_message(message)` is called once per accepted message, after the client has its 250.
+    """
+
+    def __init__(self, *, data: Optional[str] = None, on_message: Optional[Callable[[Message], Any]] = None,
+                 policy: Optional[Policy] = None, clock: Callable[[], float] = time.time, resolver: Any = None,
+                 **options: Any) -> None:
+        if "faults" in options:
+            options["fault"] = options.pop("faults")
+        zone = options.pop("dns") if isinstance(options.get("dns"), dict) else None
+        unknown = set(options) - {field.name for field in dataclasses.fields(Config)}
+        if unknown:
+            raise TypeError("Node() has no option %r" % min(unknown))
+        given = {name: value for name, value in options.items() if value is not None or name in LISTENERS}
+        given.setdefault("web", "off")
+        if data is not None:
+            given["data"] = data
+        self.config = Config(**read_options(given, lambda name: name))
+        if self.config.workers != 1:
+            raise ValueError("workers: only the command line forks; start several nodes on one data directory instead")
+        self._temporary = data is None
+        self._on_message = on_message
+        self._policy = policy or Policy()
+        self._clock = clock
+        self._resolver = resolver
+        self._zone = optional_section("relay")["Zone"](zone) if zone is not None else None
+        self._listeners: List[Listener] = []
+        self._certificates: Optional[Certificates] = None
+        self._connections = Connections(self.config.max_connections, self.config.max_per_client)
+        self._arrived = threading.Condition()
+        self._arrivals = 0
+        self._relay: Any = None
+        self._running = False
+        self.started_at = 0.0
+        self.stores: Optional[Stores] = None
+        self.site: Optional[Site] = None
+        self.data = "" if self._temporary else os.path.abspath(self.config.data)
+
+    # Coming and going.
+
+    def __enter__(self) -> "Node":
+        self.start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.stop()
+
+    def start(self) -> None:
+        """Bind the listeners and begin to serve; nothing when the node runs already. OSError, with all undone."""
+        if not self._running:
+            self.bind()
+            self.serve()
+
+    def bind(self) -> None:
+        """Take the ports, and read what only root may read."""
+        config = self.config
+        if config.tls_cert:
+            self._certificates = Certificates(config.tls_cert, config.tls_key)
+        elif config.smtps or config.pop3s:
+            raise CannotRun("--smtps and --pop3s need --tls-cert FILE")
+        pop3 = REGISTRY.get("pop3")
+        web = config.web if config.web is not None else ()
+        kinds: List[Tuple[str, Any, Sequence[Endpoint], bool]] = [
+            ("smtp", SMTPSession, config.smtp, False), ("smtps", SMTPSession, config.smtps, True),
+            ("pop3", pop3, config.pop3 if pop3 else (), False), ("pop3s", pop3, config.pop3s if pop3 else (), True),
+            ("web", optional_section("web")["Session"] if web else None, web, False)]
+        site: Any = None                            # serve() makes it: after a fork, and as the user that runs
+        try:
+            for name, session, endpoints, tls in kinds:
+                for endpoint in endpoints:
+                    self._listeners.append(Listener(site, name, endpoint, session, tls))
+        except BaseException:
+            self._close_listeners()
+            raise
+
+    def _close_listeners(self) -> None:
+        for listener in self._listeners:
+            listener.server_close()
+        self._listeners = []
+
+    def serve(self) -> None:
+        """Begin to take connections on the bound ports."""
+        config = self.config
+        try:
+            if self._temporary:
+                self.data = tempfile.mkdtemp(prefix="minimail-")
+            if self._zone:
+                self._zone.start()
+            self.stores = stores = open_stores(dataclasses.replace(config, data=self.data), self._clock)
+            site = Site(config, stores.hostname, stores.mailboxes, stores.accounts, stores.book, stores.post, Pool(),
+                        self._connections, Throttle(), self._policy, self._certificates, accepted=self._accepted)
+            self.site = site
+            section = REGISTRY.get("web")
+            if section:
+                section["equip"](site, self)
+            if stores.post.queue:
+                dns = [self._zone.address] if self._zone else list(config.dns)
+                self._relay = optional_section("relay")["Relay"](config, stores, dns, clock=self._clock,
+                                                                 resolver=self._resolver)
+        except OSError as error:
+            self._undo_start()
+            raise CannotRun(error.errno or errno.EIO, "cannot use the data directory %s: %s" % (
+                self.data, error.strerror or error)) from None
+        except BaseException:
+            self._undo_start()
+            raise
+        site.pool.start()
+        for listener in self._listeners:
+            listener.site = site
+            listener.listen()
+        if self._relay:
+            self._relay.start()
+        self._running = True
+        self.started_at = time.time()
+        site.pool.own_thread(lambda expired: self._sweep(stores))
+
+    def _sweep(self, stores: "Stores") -> None:
+        """Clean up what dead processes left behind."""
+        stores.storage.sweep()
+        stores.mailboxes.sweep()
+        if self.site and self.site.recorder:
+            self.site.recorder.sweep()
+
+    def _undo_start(self) -> None:
+        self._close_listeners()
+        if self._zone:
+            self._zone.stop()
+        if self.stores:
+            self.stores.storage.close()
+        if self.site:
+            self.site.pool.close()
+        if self._temporary and self.data:
+            shutil.rmtree(self.data, ignore_errors=True)
+            self.data = ""
+        self.stores = self.site = self._relay = None
+
+    def stop(self) -> None:
+        """End all sessions, each once its message in flight is done, all within 10 seconds; nothing when stopped."""
+        if not self._running or not self.site:
+            return
+        self._running = False
+        site, deadline = self.site, time.monotonic() + SHUTDOWN_GRACE
+        site.stopping = True
+        for listener in self._listeners:
+            listener.stop()
+        self._listeners = []
+        if self._relay:
+            self._relay.stop()
+        site.pool.expire_all()
+        while site.sessions and time.monotonic() < deadline:
+            with self._arrived:
+                self._arrived.wait(0.02)
+        for session in list(site.sessions):
+            with contextlib.suppress(OSError):
+                session.wire.sock.shutdown(socket.SHUT_RDWR)
+        site.pool.close()
+        if self._relay:
+            self._relay.join(max(0.1, deadline - time.monotonic()))
+        self._undo_start()
+
+    # Where it is.
+
+    def endpoints(self) -> List[Tuple[str, Endpoint]]:
+        """Return (name, (host, port)) of every listener."""
+        return [(listener.name, listener.endpoint) for listener in self._listeners]
+
+    def _endpoint(self, name: str) -> Optional[Endpoint]:
+        return next((endpoint for kind, endpoint in self.endpoints() if kind == name), None)
+
+    @property
+    def smtp_address(self) -> Any:
+        """(host, port) of the first SMTP listener, None without one; so the four below."""
+        return self._endpoint("smtp")
+
+    @property
+    def smtps_address(self) -> Any:
+        return self._endpoint("smtps")
+
+    @property
+    def pop3_address(self) -> Any:
+        return self._endpoint("pop3")
+
+    @property
+    def pop3s_address(self) -> Any:
+        return self._endpoint("pop3s")
+
+    @property
+    def web_address(self) -> Any:
+        return self._endpoint("web")
+
+    # The mail in it.
+
+    def _accepted(self, parcel: Parcel) -> None:
+        """The client has its 250: wake who waits, tell who asked."""
+        assert self.stores
+        self.stores.post.delivered(parcel)
+        self._wake()
+        if self._on_message:
+            try:
+                message = self._message(parcel)
+                if message:
+                    self._on_message(message)
+            except Exception:
+                log.exception("on_message failed; the message %s is stored", parcel.draft.id)
+
+    def _wake(self) -> None:
+        with self._arrived:
+            self._arrivals += 1
+            self._arrived.notify_all()
+
+    def _message(self, parcel: Parcel) -> Optional[Message]:
+        """Return the message just delivered, in the first of its mailboxes; None when all of it went elsewhere."""
+        assert self.stores
+        for mailbox in parcel.mailboxes[:1]:
+            name = "%s,S=%d,W=%d" % (self.stores.mailboxes.file_name(parcel.draft.id), parcel.draft.written,
+                                     parcel.draft.written)
+            item = Item(name.partition(",")[0], parcel.draft.written, "new", name)
+            return Message(self.stores.mailboxes, mailbox, item, self._envelope(item) or {
+                "sender": parcel.envelope.sender, "recipients": list(map(str, parcel.envelope.recipients))})
+        return None
+
+    def _envelope(self, item: Item) -> Optional[Dict[str, Any]]:
+        recorder = self.site.recorder if self.site else None
+        found: Optional[Dict[str, Any]] = recorder.load(message_id(item)) if recorder else None
+        return found
+
+    def messages(self, address: Optional[str] = None) -> List[Message]:
+        """Return the messages in the mailbox of `address`, or in all of them, oldest first."""
+        if not self.stores:
+            raise RuntimeError("the node is not running")
+        mailboxes = self.stores.mailboxes
+        names = mailboxes.names() if address is None else [self._mailbox(address)]
+        found = [(name, item) for name in names for item in mailboxes.listing(name)]
+        found.sort(key=lambda pair: pair[1].name)
+        return [Message(mailboxes, name, item, self._envelope(item)) for name, item in found]
+
+    def _mailbox(self, address: str) -> str:
+        assert self.stores
+        try:
+            return self.stores.book.key(parse_address(address))
+        except Refused as refused:
+            raise ValueError("address %r: %s" % (address, refused.reply.text)) from None
+
+    def clear(self) -> None:
+        """Delete every message."""
+        for message in self.messages():
+            message.delete()
+
+    def wait_for(self, address: Optional[str] = None, timeout: float = 10.0, count: Optional[int] = None,
+                 match: Optional[Callable[[Message], bool]] = None) -> Any:
+        """Return the oldest message to `address` (None: to anybody) that matches, waiting for it if need be.
+
+        With `count=n`, a list of the n oldest. TimeoutError after `timeout` seconds. Woken by delivery, also by other
+        processes on the same data directory.
+        """
+        if not self.stores or not self.site:
+            raise RuntimeError("the node is not running")
+        deadline = time.monotonic() + timeout
+        verdicts: Dict[Tuple[str, str], bool] = {}
+        with self.stores.storage.waker("mail") as sock:
+            def woken(expired: bool) -> None:
+                if sock and not expired:
+                    sock.recv(64)
+                    self._wake()
+                    pool.watch(sock.fileno(), woken)
+            pool = self.site.pool
+            if sock and EPOLL:
+                pool.watch(sock.fileno(), woken)
+            while True:
+                arrivals = self._arrivals
+                found = self.messages(address)
+                for message in found:
+                    key = (message.recipient, message.uid)
+                    if key not in verdicts:
+                        verdicts[key] = match is None or bool(match(message))
+                found = [message for message in found if verdicts[message.recipient, message.uid]]
+                if len(found) >= (count or 1):
+                    return found[0] if count is None else found[:count]
+                with self._arrived:
+                    left = deadline - time.monotonic()
+                    if left <= 0:
+                        raise TimeoutError("%d of %d messages for %s within %g seconds" % (
+                            len(found), count or 1, address or "anybody", timeout))
+                    if self._arrivals == arrivals:
+                        self._arrived.wait(min(left, 3600.0))
+
+
+LISTENERS = ("smtp", "smtps", "pop3", "pop3s", "web")
+
+
+# ======================================================================================================================
+# 18  Command line.  Options and environment to a Config, log lines, signals, processes, exit statuses.
+# ======================================================================================================================
+
+class Lines(logging.Formatter):
+    """One line per event, as text or as a JSON object; tracebacks are folded into the line."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+
+    def format(self, record: logging.LogRecord) -> str:
+        fields: Dict[str, Any] = dict(getattr(record, "fields", {}))
+        if record.exc_info:
+            fields["traceback"] = self.formatException(record.exc_info)
+        stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + ".%03dZ" % record.msecs
+        message = record.getMessage()
+        if self.kind == "json":
+            return json.dumps(dict({"time": stamp, "level": record.levelname.lower(), "event": message}, **fields))
+        level = "" if record.levelno in (logging.INFO, logging.DEBUG) else record.levelname.lower() + ": "
+        words = " ".join("%s=%s" % (name, self.quote(value)) for name, value in fields.items())
+        return ("%s %s%s %s" % (stamp, level, printable(message, 2000), words)).rstrip()
+
+    @staticmethod
+    def quote(value: Any) -> str:
+        text = str(value)
+        return text if re.fullmatch(r"[!#-~]+", text) else json.dumps(text, ensure_ascii=not text.isprintable())
+
+
+class Parser:
+    """Makes argparse raise UsageError with its one line, rather than print its usage and exit."""
+
+    def __new__(cls, *arguments: Any, **keywords: Any) -> Any:
+        import argparse
+
+        class OneLine(argparse.ArgumentParser):
+            def error(self, message: str) -> NoReturn:
+                raise UsageError(message)
+        keywords["allow_abbrev"] = False
+        return OneLine(*arguments, **keywords)
+
+
+def option_parser(leave_out: Sequence[str] = (), show_help: bool = False) -> Any:
+    """Return a parser with all Config options, each text kept as it is: read_options() turns them into values."""
+    from argparse import RawDescriptionHelpFormatter
+    parser = Parser(prog="minimail.py", add_help=False, formatter_class=RawDescriptionHelpFormatter,
+                    usage="minimail.py [serve] [options]\n       minimail.py %s ..." % "|".join(sorted(COMMANDS)),
+                    description="A mail node in one file. Without --domain it captures all mail; with it, it is a real node.",
+                    epilog="Every option can be given as an environment variable MINIMAIL_<OPTION> (repeatable ones "
+                           "comma-separated).\nCommands share the data directory with a running node; each has --help.")
+    for field in dataclasses.fields(Config):
+        if field.name in leave_out:
+            continue
+        meta, name = field.metadata, "--" + field.name.replace("_", "-")
+        if not meta["metavar"]:
+            parser.add_argument(name, action="store_const", const="on", help=meta["help"])
+            continue
+        default: Any = field.default
+        if field.name in ("smtp", "pop3"):
+            default = show_endpoint(default[0])
+        shown = " (default %s)" % default if isinstance(default, (str, int, float)) and default else ""
+        optional = {"nargs": "?", "const": "on"} if meta["metavar"] == "on|off" else {}
+        parser.add_argument(name, metavar=meta["metavar"], action="append" if meta["many"] else None,
+                            help=meta["help"].replace("%", "%%") + shown, **optional)
+    parser.add_argument("--version", action="store_true", help="print the version and exit")
+    parser.add_argument("--help", "-h", action="store_true", help="print this help and exit")
+    return parser
+
+
+def environment_options(environ: Any) -> Dict[str, Any]:
+    """Return {field: text} of the MINIMAIL_ variables that are set."""
+    given: Dict[str, Any] = {}
+    for field in dataclasses.fields(Config):
+        text = environ.get("MINIMAIL_" + field.name.upper())
+        if text is not None and (text.strip() or not field.metadata["metavar"]):
+            given[field.name] = [part.strip() for part in text.split(",") if part.strip()] if field.metadata["many"] else text
+    return given
+
+
+def parse_command_line(argv: List[str]) -> Tuple[str, List[str], Dict[str, Any]]:
+    """Return (command, its arguments, {field: text}); UsageError."""
+    known, rest = option_parser().parse_known_args(argv)
+    command = next((word for word in rest if not word.startswith("-")), "serve")
+    if command not in COMMANDS and command != "serve":
+        raise UsageError("no such command: %s (one of: serve %s)" % (printable(command), " ".join(sorted(COMMANDS))))
+    if command == "wait":                           # its --timeout is how long to wait
+        known, rest = option_parser(leave_out=["timeout"]).parse_known_args(argv)
+    if command in rest:
+        rest.remove(command)
+    given = {name: value for name, value in vars(known).items() if value is not None}
+    if given.pop("version"):
+        return "version", [], {}
+    if given.pop("help"):
+        if command == "serve":
+            return "help", [], {}
+        rest.append("--help")
+    if command == "serve" and rest:
+        raise UsageError("unknown option: " + printable(rest[0]))
+    return command, rest, given
+
+
+def read_config(given: Dict[str, Any], environ: Any) -> Config:
+    """Return the Config of the command line and, where that is silent, of the environment; UsageError."""
+    values = read_options(environment_options(environ), lambda name: "MINIMAIL_" + name.upper())
+    values.update(read_options(given, lambda name: "--" + name.replace("_", "-")))
+    config = Config(**values)
+    if config.tls_key and not config.tls_cert:
+        raise UsageError("--tls-key: needs --tls-cert FILE")
+    if (config.smtps or config.pop3s) and not config.tls_cert:
+        raise UsageError("%s: needs --tls-cert FILE" % ("--smtps" if config.smtps else "--pop3s"))
+    if config.catch_all and not config.domain:
+        raise UsageError("--catch-all: needs --domain NAME")
+    return config
+
+
+def set_up_logging(config: Config) -> None:
+    handler = logging.StreamHandler()
+    handler.setFormatter(Lines(config.log))
+    logging.raiseExceptions = False
+    logging.logProcesses = logging.logThreads = False
+    log.handlers = [handler]
+    log.propagate = False
+    log.setLevel(logging.WARNING if config.quiet else logging.DEBUG if config.verbose else logging.INFO)
+
+
+def main(argv: Optional[List[str]] = None) -> int:
+    """Run the command line and return its exit status: 0 ended as asked, 1 could not run, 2 wrong usage."""
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    kind = "json" if "--log=json" in arguments or ("--log" in arguments and "json" in arguments) \
+        or os.environ.get("MINIMAIL_LOG") == "json" else "text"
+
+    def fail(status: int, text: str) -> int:
+        text = printable(text, 2000)
+        print(json.dumps({"level": "error", "event": text}) if kind == "json" else "minimail: " + text, file=sys.stderr)
+        return status
+    try:
+        command, rest, given = parse_command_line(arguments)
+        if command == "version":
+            print("minimail " + __version__)
+            return 0
+        if command == "help":
+            print(option_parser().format_help(), end="")
+            return 0
+        config = read_config(given, os.environ)
+        set_up_logging(config)
+        return serve_command(config) if command == "serve" else COMMANDS[command](config, rest)
+    except UsageError as error:
+        return fail(2, str(error))
+    except BrokenPipeError:
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except CannotRun as error:
+        return fail(1, error.args[1] if len(error.args) > 1 else str(error))
+    except OSError as error:
+        return fail(1, "%s%s" % (error.filename + ": " if isinstance(error.filename, str) else "", error.strerror or error))
+    except SystemExit as stop:                      # argparse after --help of a command
+        return int(stop.code or 0)
+    except KeyboardInterrupt:
+        return 130
+
+
+def serve_command(config: Config) -> int:
+    """Run a node until SIGINT or SIGTERM."""
+    import signal
+    if config.workers > 1 and not hasattr(os, "fork"):
+        raise CannotRun("--workers: this platform cannot fork; leave the option out")
+    if config.web is None and "web" in REGISTRY:
+        config = dataclasses.replace(config, web=(("127.0.0.1", 8025),) if config.capture else ())
+    stop = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
+    node = node_for(config)
+    node.bind()
+    for name, endpoint in node.endpoints():
+        if config.capture and not is_loopback(endpoint[0]):
+            log.warning("%s listens on %s in capture mode: whoever reaches it can read and fill every mailbox",
+                        name, show_endpoint(endpoint))
+    if config.run_as:
+        drop_privileges(config.run_as)
+    if config.workers > 1:
+        return Workers(node, config.workers).run(stop)
+    node.serve()
+    announce(node)
+    wait_for_event(stop)
+    event("stopping")
+    node.stop()
+    return 0
+
+
+def node_for(config: Config) -> Node:
+    node = Node(data=config.data, smtp="off", pop3="off")
+    node.config = config
+    node._connections = Connections(config.max_connections, config.max_per_client)
+    return node
+
+
+def wait_for_event(stop: threading.Event) -> None:
+    while not stop.wait(3600 if os.name != "nt" else 0.5):     # Windows: a wait is not interrupted by Ctrl-C
+        pass
+
+
+def announce(node: Node) -> None:
+    for name, endpoint in node.endpoints():
+        print("listening %s %s" % (name, show_endpoint(endpoint)))
+    print("ready", flush=True)
+
+
+def drop_privileges(user: str) -> None:
+    """Become `user` for good, groups too; CannotRun when that is not possible."""
+    try:
+        import pwd
+    except ImportError:
+        raise CannotRun("--run-as: this platform has no such users") from None
+    try:
+        account = pwd.getpwnam(user)
+    except KeyError:
+        raise CannotRun("--run-as %s: no such user on this machine" % user) from None
+    if os.getuid() == account.pw_uid != 0:
+        return
+    try:
+        os.initgroups(user, account.pw_gid)
+        os.setgid(account.pw_gid)
+        os.setuid(account.pw_uid)
+    except OSError as error:
+        raise CannotRun("--run-as %s: %s; only root can become another user" % (user, error.strerror)) from None
+    if account.pw_uid != 0:
+        with contextlib.suppress(OSError):
+            os.setuid(0)
+            raise CannotRun("--run-as %s: root came back" % user)
+
+
+class SharedConnections(Connections):
+    """Counts connections of several processes in a table that they share: a slot per connection, freed with its owner."""
+
+    def __init__(self, limit: int, per_client: int) -> None:
+        import mmap
+        super().__init__(limit, per_client)
+        self.owner = 0                              # number of this process, from 1
+        self._owners = mmap.mmap(-1, limit)         # who has the slot, 0: nobody
+        self._slots = mmap.mmap(-1, limit * 16)     # whose connection: a digest of the address
+        self._file = tempfile.TemporaryFile()
+        self._key = secrets.token_bytes(16)
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        with self._lock:
+            fcntl.lockf(self._file.fileno(), fcntl.LOCK_EX)
+            try:
+                yield
+            finally:
+                fcntl.lockf(self._file.fileno(), fcntl.LOCK_UN)
+
+    def _digest(self, client: str) -> bytes:
+        return hashlib.blake2b(client.encode(), digest_size=16, key=self._key).digest()
+
+    def enter(self, client: str) -> str:
+        digest = self._digest(client)
+        with self._alone():
+            free = self._owners.find(b"\0", 0)
+            if free < 0:
+                return "too many connections, try again later"
+            if self._slots[:].count(digest) >= self.per_client and not is_loopback(client):
+                return "too many connections from your address, try again later"
+            self._owners[free] = self.owner
+            self._slots[free * 16:free * 16 + 16] = digest
+            self.total += 1
+            self.served += 1
+            return ""
+
+    def leave(self, client: str) -> None:
+        digest = self._digest(client)
+        with self._alone():
+            self.total -= 1
+            at = self._slots.find(digest, 0)
+            while at >= 0 and (at % 16 or self._owners[at // 16] != self.owner):
+                at = self._slots.find(digest, at + 1)
+            if at >= 0:
+                self._free(at // 16)
+
+    def _free(self, slot: int) -> None:
+        self._owners[slot] = 0
+        self._slots[slot * 16:slot * 16 + 16] = bytes(16)
+
+    def free_all(self, owner: int) -> None:
+        """Free what a dead process had."""
+        with self._alone():
+            for slot in range(self.limit):
+                if self._owners[slot] == owner:
+                    self._free(slot)
+
+
+class Workers:
+    """Processes that share a node's listeners: each serves on its own, one that dies is replaced, all end with the parent."""
+
+    def __init__(self, node: Node, count: int) -> None:
+        self.node = node
+        self.count = count
+        self.alive, self.leash = os.pipe()          # children read, only the parent can write: its end is its death
+        self.ready_read, self.ready_write = os.pipe()
+        self.connections = SharedConnections(node.config.max_connections, node.config.max_per_client)
+        self.children: Dict[int, Tuple[int, float]] = {}        # pid: (number, when it began)
+
+    def run(self, stop: threading.Event) -> int:
+        """Keep the workers running until told to stop; return the exit status."""
+        import signal
+        for number in range(1, self.count + 1):
+            self.fork(number)
+        ready = 0
+        while ready < self.count:
+            try:
+                ready += len(os.read(self.ready_read, 64))
+            except InterruptedError:
+                continue
+            if any(os.waitpid(pid, os.WNOHANG)[0] for pid in self.children):
+                os.close(self.leash)
+                return 1                            # it said why
+        announce(self.node)
+        due: List[Tuple[float, int]] = []           # workers to start again: (when, number)
+        while not stop.is_set():
+            pid = self.reap()
+            if pid:
+                number, began = self.children.pop(pid)
+                self.connections.free_all(number)
+                wait = 0.1 if time.monotonic() - began > 5 else 2.0
+                log.warning("worker %d ended, another one starts in %g seconds", pid, wait)
+                due.append((time.monotonic() + wait, number))
+                continue
+            for when, number in [entry for entry in due if entry[0] <= time.monotonic()]:
+                due.remove((when, number))
+                self.fork(number)
+            stop.wait(0.1 if due else 0.5)
+        for pid in self.children:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGTERM)
+        deadline = time.monotonic() + 10
+        while self.children and time.monotonic() < deadline:
+            pid = self.reap()
+            self.children.pop(pid, None) if pid else stop_soon.wait(0.02)
+        return 0
+
+    @staticmethod
+    def reap() -> int:
+        try:
+            return os.waitpid(-1, os.WNOHANG)[0]
+        except ChildProcessError:
+            return 0
+
+    def fork(self, number: int) -> None:
+        sys.stdout.flush()
+        pid = os.fork()
+        if pid:
+            self.children[pid] = (number, time.monotonic())
+            return
+        status = 1
+        try:
+            status = self.work(number)
+        except CannotRun as error:
+            log.error("%s", error.args[-1])
+        except BaseException:
+            log.exception("worker failed")
+        finally:
+            with contextlib.suppress(OSError):
+                os.write(self.ready_write, b"\n")
+            os._exit(status)
+
+    def work(self, number: int) -> int:
+        """Be a worker: serve until told to stop, or the parent is gone."""
+        import signal
+        stop = threading.Event()
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(signum, lambda *_: stop.set())
+        os.close(self.leash)
+        self.connections.owner = number
+        self.node._connections = self.connections
+        self.node.serve()
+        assert self.node.site
+        self.node.site.pool.watch(self.alive, lambda expired: stop.set())
+        os.write(self.ready_write, b"\n")
+        wait_for_event(stop)
+        self.node.stop()
+        return 0
+
+
+stop_soon = threading.Event()                       # never set: something to wait on
+
+
+def command(name: str) -> Callable[[Callable[[Config, List[str]], int]], Callable[[Config, List[str]], int]]:
+    """Enter a function into the table of commands."""
+    def enter(function: Callable[[Config, List[str]], int]) -> Callable[[Config, List[str]], int]:
+        COMMANDS[name] = function
+        return function
+    return enter
+
+
+@command("user")
+def user_command(config: Config, arguments: List[str]) -> int:
+    """Add, change, remove or list accounts."""
+    parser = Parser(prog="minimail.py user", description=user_command.__doc__)
+    parser.add_argument("action", choices=["add", "passwd", "remove", "list"])
+    parser.add_argument("name", nargs="?", metavar="NAME", help="the full address")
+    parser.add_argument("--password-stdin", action="store_true", help="read the password from standard input")
+    given = parser.parse_args(arguments)
+    accounts = Accounts(config.file("users"))
+    if given.action == "list":
+        print("".join(name + "\n" for name in sorted(accounts.names())), end="")
+        return 0
+    try:
+        key = parse_address(given.name or "").key
+        if "@" not in key:
+            raise UsageError("user %s: NAME is a full address, as bob@example.org" % given.action)
+    except Refused as refused:
+        raise UsageError("user %s %s: %s" % (given.action, given.name or "", refused.reply.text)) from None
+    exists = key in accounts.names()
+    if exists is (given.action == "add"):
+        raise CannotRun("%s %s in %s" % (key, "exists already" if exists else "is not", config.file("users")))
+    record = "" if given.action == "remove" else hash_password(ask_password(given.password_stdin))
+
+    def edit(users: Dict[str, str]) -> None:
+        if record:
+            users[key] = record
+        else:
+            users.pop(key, None)
+    accounts.change(Storage(config.data), edit)
+    return 0
+
+
+def ask_password(from_stdin: bool) -> str:
+    """Return a password, asked for twice on a terminal; CannotRun when there is none."""
+    if from_stdin:
+        password = sys.stdin.readline().rstrip("\r\n")
+    else:
+        import getpass
+        if not sys.stdin.isatty():
+            raise CannotRun("no terminal to ask for the password: use --password-stdin")
+        password = getpass.getpass("Password: ")
+        if getpass.getpass("Again: ") != password:
+            raise CannotRun("the passwords differ, nothing was changed")
+    if not password:
+        raise CannotRun("an empty password would let everybody in, nothing was changed")
+    return password
+
+
+@command("mail")
+def mail_command(config: Config, arguments: List[str]) -> int:
+    """List the mailboxes, or the messages in one."""
+    parser = Parser(prog="minimail.py mail", description=mail_command.__doc__)
+    parser.add_argument("address", nargs="?", metavar="ADDRESS")
+    given = parser.parse_args(arguments)
+    mailboxes = Mailboxes(Storage(config.data))
+    if given.address is None:
+        for name in mailboxes.names():
+            items = mailboxes.listing(name)
+            print("%6d %12d %s" % (len(items), sum(item.size for item in items), printable(name)))
+        return 0
+    try:
+        key = parse_address(given.address).key
+    except Refused as refused:
+        raise UsageError("mail %s: %s" % (given.address, refused.reply.text)) from None
+    import email.header
+    for item in mailboxes.listing(key):
+        message = Message(mailboxes, key, item)
+        fields = dict(reversed(split_headers(message.head(BLOCK))[0]))
+        subject = fields.get("subject", b"").partition(b":")[2].strip().decode("utf-8", "replace")
+        with contextlib.suppress(Exception):        # whatever a broken encoded-word does to the library
+            subject = str(email.header.make_header(email.header.decode_header(subject)))
+        when = message.received_at.astimezone().strftime("%Y-%m-%d %H:%M:%S")
+        print("%s %s %9d <%s> %s" % (item.uid, when, item.size, printable(message.sender), printable(subject)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
