@@ -2,6 +2,7 @@
 
 Standard library only. Nothing here sleeps a guessed time: waiting is always for a condition, until a deadline.
 """
+import atexit
 import contextlib
 import os
 import pty
@@ -70,6 +71,28 @@ def clean_environment(home, **extra):
     return {**fixed, **extra}
 
 
+started = []
+
+
+def start(command, **more):
+    """Start a program in a session of its own, so that it can be ended with all its children; return its Popen."""
+    process = subprocess.Popen([str(word) for word in command], start_new_session=True, **more)
+    started.append(process)
+    return process
+
+
+@atexit.register
+def end_what_is_left():
+    """A check that is interrupted leaves no process behind."""
+    for process in started:
+        if process.poll() is None:
+            end_group(process)
+
+
+# Out of time is for a check what Ctrl-C is, so that the above happens.
+signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+
 def end_group(process):
     """End a process that was started in its own session, with all its children."""
     with contextlib.suppress(ProcessLookupError):
@@ -79,9 +102,8 @@ def end_group(process):
 
 def run(command, stdin=b"", seconds=60, environment=None, expect=0, cwd=None):
     """Run a program to its end and return its standard output; on any other status than `expect` show all it said."""
-    command = [str(word) for word in command]
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                               env=environment, cwd=cwd, start_new_session=True)
+    process = start(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                    env=environment, cwd=cwd)
     try:
         output, errors = process.communicate(stdin, timeout=seconds)
     except subprocess.TimeoutExpired:
@@ -95,7 +117,7 @@ def run(command, stdin=b"", seconds=60, environment=None, expect=0, cwd=None):
 
 def told(command, output, errors=b"", most=4000):
     """Return a command and the end of what it printed, for a failure's text."""
-    parts = [" ".join(command)]
+    parts = [" ".join(map(str, command))]
     for name, text in (("stdout", output), ("stderr", errors)):
         if text:
             parts.append("--- %s\n%s" % (name, text[-most:].decode("utf-8", "backslashreplace")))
@@ -104,11 +126,8 @@ def told(command, output, errors=b"", most=4000):
 
 def run_in_terminal(command, seconds=60, environment=None, cwd=None):
     """Run a full-screen program on a terminal of its own, to a good end; return what it painted."""
-    command = [str(word) for word in command]
     ours, theirs = pty.openpty()
-    termios.tcsetwinsize(theirs, (24, 80))
-    process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=environment, cwd=cwd,
-                               start_new_session=True)
+    process = start(command, stdin=theirs, stdout=theirs, stderr=theirs, env=environment, cwd=cwd)
     os.close(theirs)
     painted = bytearray()
     try:
@@ -190,9 +209,8 @@ class Node:
             if option not in words:
                 words += [option, value]
         with open(self.place / "stdout", "wb") as output, open(self.place / "stderr", "ab") as errors:
-            self.process = subprocess.Popen(
-                self.command(*words), stdin=subprocess.DEVNULL, stdout=output, stderr=errors,
-                cwd=str(self.place), env=self.environment, start_new_session=True)
+            self.process = start(self.command(*words), stdin=subprocess.DEVNULL, stdout=output, stderr=errors,
+                                 cwd=str(self.place), env=self.environment)
         try:
             until(self.is_ready, 20, "minimail's line 'ready'")
         except AssertionError as problem:
@@ -229,6 +247,7 @@ class Node:
             end_group(self.process)
             raise AssertionError("SIGTERM, and still there after %g seconds:\n%s" % (seconds, self.log())) from None
         assert status == 0, "status %d after SIGTERM:\n%s" % (status, self.log())
+        assert "Traceback" not in self.log(), "minimail met what it did not expect:\n%s" % self.log()
         assert self.printed().endswith("ready\n"), "more than agreed on standard output: %s" % self.printed()
 
     def mailbox(self, address):
