@@ -105,7 +105,7 @@ MIN_RATE = 1024                     # bytes/s below which a message transfer run
 BLOCK = 1 << 16                     # bytes read from a socket at once, and ...
 BIG_BLOCK = 1 << 18                 # ... while content flows
 LINGER = 0.01                       # seconds a thread waits for the next command before it looks elsewhere
-WORK_THREADS = int(os.environ.get('WT','2'))                   # threads that carry sessions: those that wait for a client do not count
+WORK_THREADS = 2                    # threads that carry sessions; those that wait for a client or a disk do not count
 STALE_DRAFT = 36 * 3600             # seconds after which a foreign file in tmp/ is rubbish (maildir(5))
 LOGIN_FAILURES = 10                 # wrong passwords from one address within ...
 LOGIN_WINDOW = 600                  # ... these seconds cut it off for as long
@@ -2132,6 +2132,1743 @@ def open_stores(config: Config, clock: Callable[[], float] = time.time) -> Store
 
 
 # ======================================================================================================================
+# 8  DNS.  Encoding and decoding are pure; a resolver over raw UDP that caches; a fixture name server for tests.
+#    Knows nothing of mail but the MX record. Optional, with 9 to 12.
+# ======================================================================================================================
+
+A, CNAME, SOA, MX, AAAA, OPT = 1, 5, 6, 15, 28, 41
+TYPES = {"A": A, "CNAME": CNAME, "SOA": SOA, "MX": MX, "AAAA": AAAA}
+NOERROR, FORMERR, SERVFAIL, NXDOMAIN, NOTIMP = 0, 1, 2, 3, 4
+UDP_SIZE = 1232                                     # what we take over UDP: no fragments (DNS flag day 2020)
+MAX_CNAMES = 8
+MAX_RECORDS = 500                                   # looked at in one answer
+TTL_FLOOR, TTL_CAP, NEGATIVE_CAP, FAILURE_TTL = 5, 86400, 3600, 5   # seconds an answer is cached
+CACHE_ENTRIES = 10_000
+
+
+class DNSError(Exception):
+    """A name cannot be looked up."""
+
+
+class NoSuchDomain(DNSError):
+    """The domain does not exist (NXDOMAIN): permanent."""
+
+
+class DNSFailure(DNSError):
+    """No server gave a usable answer: temporary."""
+
+
+class Record(NamedTuple):
+    """A resource record; `data` is an address, a name, (preference, name) of an MX, or the negative TTL of a SOA."""
+    name: str
+    type: int
+    ttl: int
+    data: Any
+
+
+class Answer(NamedTuple):
+    """A decoded response (RFC 1035 section 4.1)."""
+    id: int
+    rcode: int
+    truncated: bool
+    question: Tuple[str, int]
+    records: List[Record]
+    negative_ttl: int                               # for how long to remember that there is nothing (RFC 2308)
+
+
+def encode_domain(name: str) -> bytes:
+    """Return a name as labels; ValueError when it is none."""
+    name = name.rstrip(".")
+    labels = [label.encode("ascii") for label in name.split(".")] if name else []
+    encoded = b"".join(bytes([len(label)]) + label for label in labels)
+    if any(not 0 < len(label) < 64 for label in labels) or len(encoded) > 254:
+        raise ValueError("not a domain name: " + printable(name, 100))
+    return encoded + b"\0"
+
+
+def encode_query(id: int, name: str, type: int, edns: bool = True) -> bytes:
+    """Return a query packet, recursion desired, with EDNS0 (RFC 6891) if wanted; ValueError for what is no name."""
+    packet = struct.pack(">6H", id, 0x0100, 1, 0, 0, int(edns)) + encode_domain(name) + struct.pack(">2H", type, 1)
+    return packet + (struct.pack(">BHHIH", 0, OPT, UDP_SIZE, 0, 0) if edns else b"")
+
+
+def decode_domain(packet: bytes, offset: int) -> Tuple[str, int]:
+    """Return (name in lower case, offset behind it). Pointers lead backwards only, so this ends. ValueError."""
+    labels: List[str] = []
+    behind, total, limit = -1, 0, offset
+    while True:
+        if offset >= len(packet):
+            raise ValueError("name runs over the end")
+        size = packet[offset]
+        if size >= 0xC0:
+            if offset + 1 >= len(packet):
+                raise ValueError("pointer runs over the end")
+            behind = offset + 2 if behind < 0 else behind
+            offset = (size & 0x3F) << 8 | packet[offset + 1]
+            if offset >= limit:
+                raise ValueError("pointer does not lead backwards")
+            limit = offset
+            continue
+        if size >= 0x40 or offset + 1 + size > len(packet):
+            raise ValueError("bad label")
+        offset += 1
+        if size == 0:
+            return ".".join(labels), behind if behind >= 0 else offset
+        total += size + 1
+        if total > 255:
+            raise ValueError("name too long")
+        # a label may hold any byte: written so that a dot in it is no separator, and nothing reaches a log raw
+        labels.append("".join(chr(b).lower() if 0x21 <= b <= 0x7E and b not in b".\\" else "\\%03d" % b
+                              for b in packet[offset:offset + size]))
+        offset += size
+
+
+def decode_record(packet: bytes, offset: int) -> Tuple[Record, int]:
+    """Return (record, offset behind it); ValueError."""
+    name, offset = decode_domain(packet, offset)
+    if offset + 10 > len(packet):
+        raise ValueError("record runs over the end")
+    type, klass, ttl, size = struct.unpack_from(">HHIH", packet, offset)
+    offset += 10
+    end = offset + size
+    if end > len(packet):
+        raise ValueError("record data runs over the end")
+    data: Any = None
+    if type in (A, AAAA) and klass == 1:
+        if size != (4 if type == A else 16):
+            raise ValueError("bad address size")
+        data = socket.inet_ntop(socket.AF_INET if type == A else socket.AF_INET6, packet[offset:end])
+    elif type in (CNAME, MX) and klass == 1:
+        start = offset + (2 if type == MX else 0)
+        data, behind = decode_domain(packet, start)
+        if behind != end or start > end:
+            raise ValueError("bad record data")
+        if type == MX:
+            data = (packet[offset] << 8 | packet[offset + 1], data)
+    elif type == SOA and klass == 1:
+        _, behind = decode_domain(packet, offset)
+        _, behind = decode_domain(packet, behind)
+        if behind + 20 != end:
+            raise ValueError("bad SOA")
+        data = min(ttl, struct.unpack_from(">I", packet, behind + 16)[0])
+    return Record(name, type if klass == 1 else -1, ttl if ttl < 1 << 31 else 0, data), end
+
+
+def decode_answer(packet: bytes) -> Answer:
+    """Return a response decoded; ValueError for whatever is not one."""
+    if len(packet) < 12:
+        raise ValueError("too short")
+    id, flags, questions, answers, authorities, _ = struct.unpack_from(">6H", packet)
+    if not flags & 0x8000 or flags & 0x7800 or questions != 1:
+        raise ValueError("not a response to a query")
+    if answers + authorities > MAX_RECORDS:
+        raise ValueError("too many records")
+    name, offset = decode_domain(packet, 12)
+    if offset + 4 > len(packet):
+        raise ValueError("question runs over the end")
+    type, klass = struct.unpack_from(">HH", packet, offset)
+    if klass != 1:
+        raise ValueError("not a question of the Internet")
+    offset += 4
+    truncated = bool(flags & 0x0200)
+    records: List[Record] = []
+    negative = FAILURE_TTL
+    try:
+        for index in range(answers + authorities):
+            record, offset = decode_record(packet, offset)
+            if index < answers:
+                records.append(record)
+            elif record.type == SOA:
+                negative = min(record.data, NEGATIVE_CAP)
+    except ValueError:
+        if not truncated:                           # it will be asked again anyhow
+            raise
+    return Answer(id, flags & 15, truncated, (name, type), records, negative)
+
+
+class Resolver:
+    """Asks recursive name servers, in turn and with timeouts, and remembers what they said."""
+
+    def __init__(self, servers: Sequence[Endpoint] = (), timeout: float = 4.0, attempts: int = 2,
+                 clock: Callable[[], float] = time.monotonic) -> None:
+        self.servers = list(servers)                # none: those of /etc/resolv.conf
+        self.timeout = timeout
+        self.attempts = attempts
+        self.clock = clock
+        self._system = Reloaded("/etc/resolv.conf", parse_resolv_conf)
+        self._cache: "collections.OrderedDict[Tuple[str, int], Tuple[float, Any]]" = collections.OrderedDict()
+        self._lock = threading.Lock()
+
+    def query(self, name: str, type: int) -> List[Record]:
+        """Return the records of a type, none when there are none, CNAMEs followed; NoSuchDomain, DNSFailure."""
+        for _ in range(MAX_CNAMES):
+            answer = self._cached(name, type)
+            found = [record for record in answer if record.type == type]
+            if found or not answer:
+                return found
+            name = answer[-1].data                  # a CNAME whose target the answer did not tell: ask on
+        raise DNSFailure("too many CNAMEs at " + name)
+
+    def mx(self, domain: str) -> List[Tuple[int, str, int]]:
+        """Return (preference, host, ttl) of each MX; host "" in the null MX of RFC 7505. NoSuchDomain, DNSFailure."""
+        return [record.data + (record.ttl,) for record in self.query(domain, MX)]
+
+    def addresses(self, host: str) -> List[Tuple[str, int]]:
+        """Return (address, ttl) of a host, IPv4 first: it is what works most often. NoSuchDomain, DNSFailure."""
+        with contextlib.suppress(ValueError):
+            return [(str(ipaddress.ip_address(host)), 0)]
+        found: List[Tuple[str, int]] = []
+        failure = None
+        for type in (A, AAAA):
+            try:
+                found += [(record.data, record.ttl) for record in self.query(host, type)]
+            except DNSFailure as error:
+                failure = error
+        if failure and not found:
+            raise failure
+        return found
+
+    def _cached(self, name: str, type: int) -> List[Record]:
+        key = (name.lower().rstrip("."), type)
+        now = self.clock()
+        with self._lock:
+            until, value = self._cache.get(key, (0.0, None))
+        if until <= now:
+            try:
+                value, ttl = self._ask_all(*key)
+            except DNSFailure as error:
+                value, ttl = error, FAILURE_TTL
+            with self._lock:
+                self._cache[key] = (self.clock() + max(TTL_FLOOR, min(ttl, TTL_CAP)), value)
+                self._cache.move_to_end(key)
+                while len(self._cache) > CACHE_ENTRIES:
+                    self._cache.popitem(last=False)
+        if isinstance(value, DNSError):
+            raise value.with_traceback(None)
+        records: List[Record] = value
+        return records
+
+    def _ask_all(self, name: str, type: int) -> Tuple[Any, int]:
+        """Return (chain of records or NoSuchDomain, TTL) from the first server that knows; DNSFailure."""
+        failure = "no name servers"
+        edns = True
+        for _ in range(self.attempts):
+            for server in self.servers or self._system.get() or [("127.0.0.1", 53)]:
+                try:
+                    answer = self._ask(server, name, type, edns)
+                    if answer.rcode in (FORMERR, NOTIMP) and edns:      # RFC 6891 section 7: a server of old
+                        answer = self._ask(server, name, type, False)
+                except (OSError, ValueError) as error:
+                    failure = "%s: %s" % (show_endpoint(server), "timeout" if isinstance(error, socket.timeout) else error)
+                    continue
+                if answer.rcode in (NOERROR, NXDOMAIN):
+                    return self._follow(answer, name, type)
+                failure = "%s answered with error %d" % (show_endpoint(server), answer.rcode)
+        raise DNSFailure(failure)
+
+    @staticmethod
+    def _follow(answer: Answer, name: str, type: int) -> Tuple[Any, int]:
+        """Return what the answer says about the question: records that are not on the way from it count for nothing."""
+        chain: List[Record] = []
+        for _ in range(MAX_CNAMES):
+            found = [record for record in answer.records if record.name == name and record.type == type]
+            if found:
+                return found, min(record.ttl for record in chain + found)
+            alias = [record for record in answer.records if record.name == name and record.type == CNAME]
+            if not alias:
+                break
+            chain.append(alias[0])
+            name = alias[0].data
+        if answer.rcode == NXDOMAIN:                # also of a CNAME's target (RFC 6604)
+            return NoSuchDomain("no such domain: " + name), answer.negative_ttl
+        return chain[-1:], min([record.ttl for record in chain] or [answer.negative_ttl])
+
+    def _ask(self, server: Endpoint, name: str, type: int, edns: bool) -> Answer:
+        """Ask one server, over TCP if the answer was cut short; OSError, ValueError.
+
+        The raw-UDP routine. A new socket gives a random port, the id is random, and only the address that was asked is
+        heard; what does not fit is ignored until the time is up (RFC 5452).
+        """
+        id = secrets.randbelow(65536)
+        query = encode_query(id, name, type, edns)
+        deadline = time.monotonic() + self.timeout
+        with socket.socket(socket.AF_INET6 if ":" in server[0] else socket.AF_INET, socket.SOCK_DGRAM) as sock:
+            sock.connect(server)
+            sock.send(query)
+            while True:
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    raise socket.timeout()
+                sock.settimeout(left)
+                packet = sock.recv(65535)
+                try:
+                    answer = decode_answer(packet)
+                except ValueError:
+                    if packet[:2] == query[:2] and len(packet) >= 12 and packet[3] & 15 == FORMERR and edns:
+                        return Answer(id, FORMERR, False, (name, type), [], FAILURE_TTL)    # some send a bare header
+                    continue
+                if answer.id == id and answer.question == (name, type):
+                    break
+        if answer.truncated:
+            answer = self._ask_tcp(server, query)
+            if answer.id != id or answer.question != (name, type) or answer.truncated:
+                raise ValueError("wrong answer over TCP")
+        return answer
+
+    def _ask_tcp(self, server: Endpoint, query: bytes) -> Answer:
+        """RFC 7766; OSError, ValueError."""
+        deadline = time.monotonic() + self.timeout
+        with socket.create_connection(server, timeout=self.timeout) as sock:
+            sock.sendall(struct.pack(">H", len(query)) + query)
+            data = b""
+            while len(data) < 2 or len(data) < 2 + (data[0] << 8 | data[1]):
+                sock.settimeout(max(0.001, deadline - time.monotonic()))
+                block = sock.recv(65537 - len(data))
+                if not block:
+                    raise ValueError("TCP answer ends early")
+                data += block
+        return decode_answer(data[2:2 + (data[0] << 8 | data[1])])
+
+
+def parse_resolv_conf(lines: List[Tuple[int, str]], complain: Callable[[int, str], None]) -> List[Endpoint]:
+    """Return the name servers of resolv.conf(5)."""
+    words = [line.split() for _, line in lines]
+    return [(word[1], 53) for word in words if len(word) > 1 and word[0] == "nameserver"]
+
+
+def encode_answer(query: bytes, records: Sequence[Record], rcode: int = NOERROR, truncated: bool = False) -> bytes:
+    """Return the response to a query packet; ValueError for what is no query."""
+    if len(query) < 12 or query[2] & 0x80:
+        raise ValueError("not a query")
+    _, end = decode_domain(query, 12)
+    packet = query[:2] + struct.pack(">5H", 0x8180 | (0x0200 if truncated else 0) | rcode, 1, len(records), 0, 0)
+    packet += query[12:end + 4]
+    for record in records:
+        if record.type in (A, AAAA):
+            data = socket.inet_pton(socket.AF_INET if record.type == A else socket.AF_INET6, record.data)
+        elif record.type == MX:
+            data = struct.pack(">H", record.data[0]) + encode_domain(record.data[1])
+        else:
+            data = encode_domain(record.data)
+        packet += encode_domain(record.name) + struct.pack(">HHIH", record.type, 1, record.ttl, len(data)) + data
+    return packet
+
+
+class Zone:
+    """A name server for tests: `Zone({"example.com": ["MX 10 mx.example.com"], "mx.example.com": ["A 127.0.0.1"]})`.
+
+    Items are A, AAAA, MX (`MX 0 .` is the null MX), CNAME, or how to answer: SERVFAIL, REFUSED, TRUNCATED (whole only over
+    TCP), SILENT, `SLOW seconds`. A name that is not there is NXDOMAIN. `address` is where it listens, `queries` what
+    it was asked. Use it with `with`, or start() and stop().
+    """
+
+    def __init__(self, names: Dict[str, Union[str, Sequence[str]]], ttl: int = 60) -> None:
+        self.names = {name.lower(): [items] if isinstance(items, str) else list(items) for name, items in names.items()}
+        self.ttl = ttl
+        self.queries: List[Tuple[str, int]] = []
+        self.address: Endpoint = ("", 0)
+        self._servers: List[socketserver.BaseServer] = []
+        self._wake = threading.Event()
+
+    def records(self, name: str, type: int) -> Tuple[List[Record], int]:
+        """Return (records, rcode) for a question, CNAMEs followed."""
+        found: List[Record] = []
+        for _ in range(MAX_CNAMES):
+            if name not in self.names:
+                return found, NXDOMAIN
+            items = [item.split() for item in self.names[name]]
+            if ["SERVFAIL"] in items or ["REFUSED"] in items:
+                return [], SERVFAIL if ["SERVFAIL"] in items else 5
+            found += [Record(name, type, self.ttl, (int(item[1]), item[2].rstrip(".")) if type == MX else item[-1])
+                      for item in items if TYPES.get(item[0]) == type]
+            alias = next((item[1].rstrip(".") for item in items if item[0] == "CNAME"), None)
+            if alias is None or type == CNAME:
+                break
+            found.append(Record(name, CNAME, self.ttl, alias))
+            name = alias
+        return found, NOERROR
+
+    def reply(self, query: bytes, tcp: bool) -> Optional[bytes]:
+        """Return the packet to answer with, None to stay silent; ValueError for what is no query."""
+        name, end = decode_domain(query, 12)
+        type = query[end] << 8 | query[end + 1]
+        self.queries.append((name, type))
+        for item in self.names.get(name, []):
+            if item.startswith("SLOW"):
+                self._wake.wait(float(item.split()[1]))
+            elif item == "SILENT":
+                return None
+        records, rcode = self.records(name, type)
+        if "TRUNCATED" in self.names.get(name, []) and not tcp:
+            return encode_answer(query, [], rcode, truncated=True)
+        return encode_answer(query, records, rcode)
+
+    def start(self) -> None:
+        """Listen on 127.0.0.1, UDP and TCP on the same free port."""
+        zone = self
+
+        class UDP(socketserver.BaseRequestHandler):
+            def handle(self) -> None:
+                answer = zone.reply(self.request[0], tcp=False)
+                if answer:
+                    self.request[1].sendto(answer, self.client_address)
+
+        class TCP(socketserver.StreamRequestHandler):
+            def handle(self) -> None:
+                size = self.rfile.read(2)
+                answer = zone.reply(self.rfile.read(size[0] << 8 | size[1]), tcp=True)
+                if answer:
+                    self.wfile.write(struct.pack(">H", len(answer)) + answer)
+
+        class Quiet(socketserver.ThreadingMixIn):
+            daemon_threads = True
+
+            def handle_error(self, request: Any, client_address: Any) -> None:
+                log.debug("fixture name server: bad request from %s", client_address)
+
+        class UDPServer(Quiet, socketserver.UDPServer):
+            pass
+
+        class TCPServer(Quiet, socketserver.TCPServer):
+            pass
+        while True:
+            udp = UDPServer(("127.0.0.1", 0), UDP)
+            try:
+                tcp = TCPServer(("127.0.0.1", udp.socket.getsockname()[1]), TCP)
+                break
+            except OSError:                         # taken for TCP: try another port
+                udp.server_close()
+        self.address = "127.0.0.1", udp.socket.getsockname()[1]
+        self._servers = [udp, tcp]
+        for server in self._servers:
+            threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+
+    def stop(self) -> None:
+        self._wake.set()
+        for server in self._servers:
+            server.shutdown()
+            server.server_close()
+        self._servers = []
+
+    def __enter__(self) -> "Zone":
+        self.start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.stop()
+
+
+# ======================================================================================================================
+# 9  Queue.  Messages that still have to go out, and when. Knows files and locks; nothing of DNS, SMTP or routes.
+#
+#    files under queue/          state                        a crash leaves it so, and then
+#    --------------------------  ---------------------------  ---------------------------------------------------------
+#    ID.msg                      being accepted (no 250 yet)  sweep() removes it once the accepting process is dead
+#    ID.msg  new/ID              due now                      the next start, or another process at once, sends it
+#    ID.msg  due/SECONDS/ID      waits until SECONDS          is due then
+#    ID.msg  busy/DEST/ID        due; DEST has enough to do   the next scan gives it to DEST
+#    ID.msg  + lock on ID.msg    somebody works on it         the lock ends with its process: free for others
+#    ID.msg  ID*.tmp too         its envelope is (re)written  the old envelope counts; sweep() removes the other
+#            new/ID              done, ID.msg is removed      (cannot be: the envelope goes first)
+#    ID.msg                      done, the envelope is gone   as in the first line
+#
+#         DATA's 250               taken up                    2xx or 5xx for every recipient
+#     --> [ new ] ---------------> [ locked ] ----------------------------------------------> (bounce, removed)
+#            ^   \                   |     ^
+#            |    `-> [ busy ] ------'     | SECONDS are over, or `queue flush`
+#            |                       v     |
+#            `------ flush -------- [ due ]'      4xx, lost, timed out: envelope replaced, then moved
+#
+#    The envelope is JSON and holds the truth; the directory it is in is only where to look. A move is one rename().
+# ======================================================================================================================
+
+@dataclasses.dataclass
+class Entry:
+    """A message in the queue: its envelope file, and while somebody works on it the lock."""
+    id: str
+    sender: str
+    size: int                                       # bytes of content
+    offset: int                                     # of the content in ID.msg that goes to other hosts
+    queued_at: float
+    next_attempt: float
+    recipients: List[Dict[str, Any]]                # address, state (waiting, delivered, failed), last_reply
+    attempts: int = 0
+    eightbit: bool = False
+    smtputf8: bool = False
+    place: str = ""                                 # path of the envelope
+    draft: int = -1                                 # fd of the envelope until it is published
+    lock: int = -1                                  # fd of ID.msg while claimed
+
+    def encode(self) -> bytes:
+        fields = {name: value for name, value in vars(self).items() if name not in ("place", "draft", "lock")}
+        return (json.dumps(fields, indent=1, ensure_ascii=False) + "\n").encode("utf-8")
+
+    def waiting(self) -> List[Dict[str, Any]]:
+        return [recipient for recipient in self.recipients if recipient["state"] == "waiting"]
+
+
+class Queue:
+    """DATA/queue. Entries are claimed by a lock on their message file, which ends with the process that holds it."""
+
+    def __init__(self, storage: Storage, config: Config, clock: Callable[[], float] = time.time) -> None:
+        self.storage = storage
+        self.root = os.path.join(storage.root, "queue")
+        self.new = os.path.join(self.root, "new")
+        self.due = os.path.join(self.root, "due")
+        self.busy = os.path.join(self.root, "busy")
+        self.clock = clock
+        self.submitted: Callable[[Entry], None] = lambda entry: None    # the relay of this process
+
+    def message(self, id: str) -> str:
+        return os.path.join(self.root, id + ".msg")
+
+    def open_draft(self, id: str) -> Tuple[int, str]:
+        """Make a message file that has no envelope yet and return (fd, path); OSError."""
+        flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | O_EXTRA
+        try:
+            return os.open(self.message(id), flags, 0o600), self.message(id)
+        except FileNotFoundError:
+            self.storage.make_directory(self.root)
+            return os.open(self.message(id), flags, 0o600), self.message(id)
+
+    def add(self, parcel: Parcel) -> Entry:
+        """Put a finished draft into the queue, and return its entry, not published yet; OSError."""
+        draft, envelope = parcel.draft, parcel.envelope
+        now = self.clock()
+        path = self.message(draft.id)
+        if draft.path != path:
+            self.storage.make_directory(self.root)
+            link_or_copy(draft.path, path)
+        entry = Entry(draft.id, envelope.sender, draft.written - parcel.own, parcel.own, now, now,
+                      [{"address": str(address), "state": "waiting", "last_reply": ""} for address in parcel.remote],
+                      eightbit=draft.eightbit, place=os.path.join(self.new, draft.id),
+                      smtputf8=envelope.smtputf8 and not draft.head.partition(b"\r\n\r\n")[0].isascii())
+        try:
+            entry.draft = self._open_envelope(entry.place + ".tmp")
+            lock_file(draft.fd)                     # until the draft is closed nobody takes the entry up
+            write_all(entry.draft, entry.encode())
+        except BaseException:
+            self.withdraw(entry)
+            raise
+        return entry
+
+    def _open_envelope(self, path: str) -> int:
+        flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | O_EXTRA
+        try:
+            return os.open(path, flags, 0o600)
+        except FileNotFoundError:
+            self.storage.make_directory(self.new)
+            return os.open(path, flags, 0o600)
+
+    def publish(self, entry: Entry) -> List[Union[int, str]]:
+        """Put the envelope in place, now that it and the message are on disk; return the directories to flush. OSError."""
+        os.close(entry.draft)
+        entry.draft = -1
+        os.rename(entry.place + ".tmp", entry.place)
+        return [self.root, self.new]
+
+    def withdraw(self, entry: Entry) -> None:
+        """Take an entry out that did not come to count."""
+        if entry.draft >= 0:
+            os.close(entry.draft)
+            entry.draft = -1
+        for path in (entry.place, entry.place + ".tmp", self.message(entry.id)):
+            with contextlib.suppress(OSError):
+                os.unlink(path)
+
+    def submit(self, entry: Entry) -> None:
+        """Let the entry be sent, here or by other processes."""
+        self.submitted(entry)
+        self.storage.wake("queue")
+
+    def read(self, place: str) -> Optional[Entry]:
+        """Return the entry whose envelope is at `place`; None when it is not there any more, or cannot be read."""
+        try:
+            with open(place, "rb") as file:
+                return Entry(place=place, **json.loads(file.read()))
+        except FileNotFoundError:
+            return None
+        except (ValueError, TypeError, OSError) as error:
+            log.warning("queue entry %s cannot be read, left alone: %s", place, error)
+            return None
+
+    def claim(self, entry: Entry) -> bool:
+        """Lock an entry and read it anew; False when another process has it or it is gone."""
+        try:
+            fd = os.open(self.message(entry.id), os.O_RDWR | O_EXTRA)
+        except FileNotFoundError:
+            if os.path.exists(entry.place):
+                log.error("queue entry %s has no message file: dropped", entry.id)
+                with contextlib.suppress(OSError):
+                    os.unlink(entry.place)
+            return False
+        fresh = self.read(entry.place) if lock_file(fd) else None
+        if fresh is None:
+            os.close(fd)
+            return False
+        for name in ("recipients", "attempts", "next_attempt"):
+            setattr(entry, name, getattr(fresh, name))
+        entry.lock = fd
+        return True
+
+    def release(self, entry: Entry) -> None:
+        if entry.lock >= 0:
+            os.close(entry.lock)
+            entry.lock = -1
+
+    def save(self, entry: Entry) -> None:
+        """Replace the envelope of a claimed entry, durably; OSError."""
+        self.storage.write(entry.place, entry.encode())
+
+    def postpone(self, entry: Entry, until: float) -> None:
+        """Record a claimed entry as due at `until` and move it there; OSError."""
+        step = max(1, int(until - self.clock()) // 60)      # long waits share directories
+        seconds = -int(-until // step) * step
+        entry.next_attempt = until
+        self.save(entry)
+        self.move(entry, os.path.join(self.due, "%012d" % seconds))
+
+    def move(self, entry: Entry, directory: str) -> None:
+        """Move the envelope into another directory; should it not happen, the envelope still says when it is due."""
+        place = os.path.join(directory, entry.id)
+        for _ in range(10):                         # whoever emptied the directory may be removing it
+            try:
+                os.rename(entry.place, place)
+                entry.place = place
+                return
+            except FileNotFoundError:
+                if not os.path.exists(entry.place):
+                    return
+                os.makedirs(directory, mode=0o700, exist_ok=True)
+
+    def finish(self, entry: Entry) -> None:
+        """Remove a claimed entry: all its recipients are served."""
+        for path in (entry.place, self.message(entry.id)):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
+        self.release(entry)
+
+    def due_directories(self, now: float) -> Iterator[str]:
+        """Yield the directories whose entries are due, the longest waiting ones last; empty old ones are removed."""
+        yield self.new
+        for name in sorted(list_directory(self.due)):
+            if not name.isdigit() or int(name) > now:
+                break
+            directory = os.path.join(self.due, name)
+            try:
+                os.rmdir(directory)
+            except OSError:
+                yield directory
+
+    def next_due(self, now: float) -> Optional[float]:
+        """Return when the next directory is due."""
+        return min((float(name) for name in list_directory(self.due) if name.isdigit() and int(name) > now), default=None)
+
+    def places(self) -> Iterator[str]:
+        """Yield the path of every envelope."""
+        directories = [self.new] + [os.path.join(above, name) for above in (self.due, self.busy)
+                                    for name in sorted(list_directory(above))]
+        for directory in directories:
+            for name in sorted(list_directory(directory)):
+                if not name.endswith(".tmp"):
+                    yield os.path.join(directory, name)
+
+    def find(self, id: str) -> Optional[Entry]:
+        return next((self.read(place) for place in self.places() if os.path.basename(place) == id), None)
+
+    def sweep(self) -> None:
+        """Remove what dead processes left half done."""
+        ids = {os.path.basename(place) for place in self.places()}
+        for name in list_directory(self.root):
+            id = name[:-4]
+            match = re.fullmatch(r"[0-9a-f]+-[0-9a-f]+-([0-9a-f]{8})[0-9a-f]+", id)
+            if name.endswith(".msg") and match and id not in ids and not self.storage.is_alive(match.group(1)):
+                if self.find(id) is None:           # not one that was moved while we looked
+                    with contextlib.suppress(OSError):
+                        os.unlink(os.path.join(self.root, name))
+        for directory in [self.new] + [os.path.join(self.due, name) for name in list_directory(self.due)]:
+            for name in list_directory(directory):
+                match = re.search(r"[-.]([0-9a-f]{8})[0-9a-f]+\.tmp$", name)     # ID.tmp, ID.TOKEN-and-number.tmp
+                if match and not self.storage.is_alive(match.group(1)):
+                    with contextlib.suppress(OSError):
+                        os.unlink(os.path.join(directory, name))
+
+
+# ======================================================================================================================
+# 10  Bounces.  Pure: what could not be delivered in, a message to its sender out (RFC 3464, RFC 6533).
+# ======================================================================================================================
+
+def bounce_message(hostname: str, sender: str, recipients: Sequence[Dict[str, Any]], headers: bytes, id: str,
+                   queued_at: float, now: float) -> bytes:
+    """Return a multipart/report to `sender` about recipients (address, last_reply, remote) of the message `id`.
+
+    `headers` are the original's, as they went out. It goes out with the null reverse-path, so nobody answers it.
+    """
+    boundary = "=_%s.%s" % (id, hashlib.sha256(headers + id.encode()).hexdigest()[:16])
+    utf8 = not (headers.isascii() and sender.isascii() and all(r["address"].isascii() for r in recipients))
+    status_type = "message/global-delivery-status" if utf8 else "message/delivery-status"
+    headers_type = "message/global-headers" if utf8 else "text/rfc822-headers"
+    reasons = "\r\n".join("<%s>:\r\n    %s" % (r["address"], r["last_reply"] or "no answer") for r in recipients)
+    fields = []
+    for recipient in recipients:
+        reply = recipient["last_reply"]
+        status = re.search(r"\b[45]\.\d{1,3}\.\d{1,3}\b", reply)
+        code = status.group() if status else "5.0.0"
+        kind = "rfc822" if recipient["address"].isascii() else "utf-8"
+        fields.append("Final-Recipient: %s; %s\r\nAction: failed\r\nStatus: %s\r\n%sDiagnostic-Code: smtp; %s\r\n" % (
+            kind, recipient["address"], "5" + code[1:] if code[0] == "4" and recipient.get("expired") is None else code,
+            "Remote-MTA: dns; %s\r\n" % recipient["remote"] if recipient.get("remote") else "",
+            re.sub(r"^.*? said: ", "", reply) or "no answer"))
+    text = "\r\n".join([
+        "From: Mail Delivery System <mailer-daemon@%s>" % hostname, "To: <%s>" % sender,
+        "Subject: Undelivered mail returned to sender", "Date: " + rfc5322_date(int(now)),
+        "Message-ID: <%s.bounce@%s>" % (boundary[2:], hostname), "Auto-Submitted: auto-replied", "MIME-Version: 1.0",
+        'Content-Type: multipart/report; report-type=delivery-status;\r\n\tboundary="%s"' % boundary,
+        "Content-Transfer-Encoding: %s" % ("8bit" if utf8 else "7bit"), "",
+        "--" + boundary, "Content-Type: text/plain; charset=%s" % ("utf-8" if utf8 else "us-ascii"), "",
+        "This is the mail server at %s. Your message could not be delivered to:" % hostname, "", reasons, "",
+        "It was taken over on %s as %s and is not tried again." % (rfc5322_date(int(queued_at)), id),
+        "The headers of the message are attached.", "",
+        "--" + boundary, "Content-Type: " + status_type, "",
+        "Reporting-MTA: dns; %s\r\nArrival-Date: %s\r\n" % (hostname, rfc5322_date(int(queued_at))), "\r\n".join(fields),
+        "--" + boundary, "Content-Type: " + headers_type, "", ""])
+    return text.encode("utf-8") + headers.rstrip(b"\r\n") + ("\r\n\r\n--%s--\r\n" % boundary).encode()
+
+
+# ======================================================================================================================
+# 11  SMTP client.  One connection to another server, on the same wire as our own server's. Knows no queue.
+# ======================================================================================================================
+
+class PeerFailed(Exception):
+    """The other server cannot be used now; `reply` says why, `address` which one it was."""
+
+    def __init__(self, reply: Reply) -> None:
+        super().__init__(str(reply))
+        self.reply = reply
+
+
+class Outgoing(NamedTuple):
+    """A message as the client needs it: an open file, where its content begins, and what it is like."""
+    fd: int
+    offset: int
+    size: int
+    sender: str
+    recipients: List[str]
+    eightbit: bool
+    smtputf8: bool
+
+
+class Peer:
+    """An SMTP connection to another server (RFC 5321 as client). Every step has `timeout` seconds."""
+
+    def __init__(self, sock: socket.socket, name: str, hostname: str, timeout: float) -> None:
+        self.wire = Wire(sock, timeout)
+        self.name = name                            # for logs and bounces
+        self.hostname = hostname
+        self.extensions: Dict[str, str] = {}
+        self.used = 0                               # messages sent over this connection
+
+    @contextlib.contextmanager
+    def step(self, what: str) -> Iterator[None]:
+        """Turn whatever goes wrong on the wire into PeerFailed."""
+        self.wire.renew()
+        try:
+            yield
+        except TimedOut:
+            raise PeerFailed(Reply(451, "4.4.2", "%s: timeout in %s" % (self.name, what))) from None
+        except Disconnected as error:
+            reason = ": %s" % error if str(error) else ""
+            raise PeerFailed(Reply(451, "4.4.2", "%s: connection lost in %s%s" % (
+                self.name, what, printable(reason, 200)))) from None
+
+    def reply(self, what: str) -> Reply:
+        """Return the next reply; PeerFailed when there is none, it is not SMTP, or it is 421."""
+        lines: List[str] = []
+        code = ""
+        with self.step(what):
+            while True:
+                try:
+                    raw = self.wire.line(MAX_REPLY_LINE)
+                except LineTooLong:
+                    raise PeerFailed(Reply(451, "4.5.0", "%s: reply line too long" % self.name)) from None
+                match = re.fullmatch(rb"([2-5]\d\d)([ -]?)(.*)", raw, re.DOTALL)
+                if not match or (code and match.group(1).decode() != code) or len(lines) >= MAX_REPLY_LINES:
+                    raise PeerFailed(Reply(451, "4.5.0", "%s: not an SMTP reply: %s" % (self.name, printable(raw, 100))))
+                code = match.group(1).decode()
+                lines.append(printable(match.group(3), 500))
+                if match.group(2) != b"-":
+                    break
+        enhanced = re.match(r"([245]\.\d{1,3}\.\d{1,3})(?: |$)", lines[-1])
+        if enhanced and enhanced.group(1)[0] == code[0]:
+            prefix = enhanced.group(1) + " "
+            lines = [line[len(prefix):] if line.startswith(prefix) else line for line in lines]
+        reply = Reply(int(code), enhanced.group(1) if enhanced and enhanced.group(1)[0] == code[0] else "",
+                      "\n".join(lines))
+        if reply.code == 421:
+            raise PeerFailed(self.said(reply))
+        return reply
+
+    def said(self, reply: Reply) -> Reply:
+        """Return the reply with the name of who gave it, on one line."""
+        default = "%d.0.0" % (reply.code // 100)
+        return Reply(reply.code, reply.enhanced or default, "%s said: %d %s%s" % (
+            self.name, reply.code, reply.enhanced + " " if reply.enhanced else "", reply.text.replace("\n", " / ")))
+
+    def command(self, text: str) -> Reply:
+        with self.step(text.partition(" ")[0]):
+            self.wire.send(text.encode("utf-8") + b"\r\n")
+        return self.reply(text.partition(" ")[0])
+
+    def greet(self) -> None:
+        """Take the greeting and introduce ourselves; PeerFailed."""
+        reply = self.reply("greeting")
+        if reply.code // 100 != 2:
+            raise PeerFailed(self.said(reply))
+        self.hello()
+
+    def hello(self) -> None:
+        name = self.hostname if "." in self.hostname else address_literal(self.wire.sock.getsockname()[0])
+        reply = self.command("EHLO " + name)
+        self.extensions = {}
+        if reply.code // 100 == 2:
+            for line in reply.text.split("\n")[1:]:
+                keyword, _, value = line.strip().partition(" ")
+                self.extensions[keyword.upper()] = value
+            return
+        reply = self.command("HELO " + name)        # RFC 5321 section 3.2
+        if reply.code // 100 != 2:
+            raise PeerFailed(self.said(reply))
+
+    def start_tls(self, context: "ssl.SSLContext", hostname: str) -> None:
+        """Switch to TLS and introduce ourselves again; PeerFailed."""
+        reply = self.command("STARTTLS")
+        if reply.code != 220:
+            raise PeerFailed(self.said(reply))
+        self.handshake(context, hostname)
+        self.hello()
+
+    def handshake(self, context: "ssl.SSLContext", hostname: str) -> None:
+        with self.step("TLS handshake"):
+            self.wire.start_tls(context, server_side=False, hostname=hostname)
+
+    def log_in(self, user: str, password: str) -> None:
+        """AUTH PLAIN, or LOGIN where that is all there is (RFC 4954); PeerFailed."""
+        words = self.extensions.get("AUTH", "").upper().split()
+        if "PLAIN" in words:
+            secret = base64.b64encode(("\0%s\0%s" % (user, password)).encode("utf-8")).decode()
+            reply = self.command("AUTH PLAIN " + secret)
+        elif "LOGIN" in words:
+            reply = self.command("AUTH LOGIN")
+            for text in (user, password):
+                if reply.code == 334:
+                    reply = self.command(base64.b64encode(text.encode("utf-8")).decode())
+        else:
+            raise PeerFailed(Reply(451, "4.7.0", "%s offers no log-in we know" % self.name))
+        if reply.code != 235:
+            raise PeerFailed(Reply(451, "4.7.8", "%s did not let us log in: %s" % (self.name, reply)))
+
+    def send(self, message: Outgoing) -> Dict[str, Reply]:
+        """Send a message in as few transactions as the peer takes; return {recipient: reply}. PeerFailed."""
+        replies: Dict[str, Reply] = {}
+        left = self.acceptable(message, replies)
+        while left:
+            some = self.transaction(message, left)
+            replies.update({recipient: self.said(reply) for recipient, reply in some.items()})
+            served = [recipient for recipient in left if some[recipient].code // 100 == 2]
+            again = [recipient for recipient in left if some[recipient].code == 452]
+            left = again if served else []          # RFC 5321 section 4.5.3.1.10: the rest in another transaction
+        self.used += 1
+        return replies
+
+    def acceptable(self, message: Outgoing, replies: Dict[str, Reply]) -> List[str]:
+        """Return the recipients worth trying; the others get a reply of our own, and nothing is sent for them."""
+        limit = self.extensions.get("SIZE", "")
+        refusal = None
+        if limit.isdigit() and 0 < int(limit) < message.size:
+            refusal = Reply(552, "5.3.4", "%s takes %s bytes at most, the message has %d" % (self.name, limit, message.size))
+        elif message.eightbit and "8BITMIME" not in self.extensions:
+            refusal = Reply(554, "5.6.3", "%s takes no 8-bit content (8BITMIME)" % self.name)
+        elif "SMTPUTF8" not in self.extensions and (message.smtputf8 or not self.plain(message.sender).isascii()):
+            refusal = Reply(550, "5.6.7", "%s takes no UTF-8 addresses or headers (SMTPUTF8)" % self.name)
+        good = []
+        for recipient in message.recipients:
+            if refusal:
+                replies[recipient] = refusal
+            elif "SMTPUTF8" not in self.extensions and not self.plain(recipient).isascii():
+                replies[recipient] = Reply(553, "5.6.7", "%s takes no UTF-8 addresses (SMTPUTF8)" % self.name)
+            else:
+                good.append(recipient)
+        return good
+
+    def plain(self, address: str) -> str:
+        """Return an address with its domain as A-labels: all that can be done for a peer without SMTPUTF8."""
+        local, at, domain = address.rpartition("@")
+        return address if domain.startswith("[") or not at else local + "@" + ascii_domain(domain)
+
+    def transaction(self, message: Outgoing, recipients: List[str]) -> Dict[str, Reply]:
+        """MAIL, RCPT, DATA for one message, pipelined where the peer takes that (RFC 2920)."""
+        utf8 = "SMTPUTF8" in self.extensions and (message.smtputf8 or not all(
+            self.plain(address).isascii() for address in [message.sender] + recipients))
+        spell = str if utf8 else self.plain
+        mail = "MAIL FROM:<%s>" % spell(message.sender)
+        if "SIZE" in self.extensions:
+            mail += " SIZE=%d" % message.size
+        if message.eightbit:
+            mail += " BODY=8BITMIME"
+        if utf8:
+            mail += " SMTPUTF8"
+        commands = [mail] + ["RCPT TO:<%s>" % spell(recipient) for recipient in recipients]
+        if "PIPELINING" in self.extensions:
+            with self.step("MAIL"):
+                self.wire.send(("\r\n".join(commands + ["DATA"]) + "\r\n").encode("utf-8"))
+            answers = [self.reply(text.partition(" ")[0]) for text in commands]
+            data = self.reply("DATA")
+        else:
+            answers = [self.command(mail)]
+            if answers[0].code // 100 == 2:
+                answers += [self.command(text) for text in commands[1:]]
+            data = Reply(503, "", "")
+            if any(answer.code // 100 == 2 for answer in answers[1:]):
+                data = self.command("DATA")
+        return self.finish_transaction(message, recipients, answers, data)
+
+    def finish_transaction(self, message: Outgoing, recipients: List[str], answers: List[Reply],
+                           data: Reply) -> Dict[str, Reply]:
+        mail = answers[0]
+        replies = dict(zip(recipients, answers[1:])) if mail.code // 100 == 2 else dict.fromkeys(recipients, mail)
+        taken = [recipient for recipient, answer in replies.items() if answer.code // 100 == 2]
+        if data.code == 354:
+            final = self.send_content(message) if taken else self.command(".")     # RFC 2920 section 3.1
+        else:
+            final = data
+        if data.code != 354 or not taken:
+            self.command("RSET")
+        for recipient in taken:
+            replies[recipient] = final if final.code // 100 in (2, 4, 5) else Reply(451, "4.5.0", "unexpected " + str(final))
+        return replies
+
+    def send_content(self, message: Outgoing) -> Reply:
+        offset, line_start = message.offset, True
+        while True:
+            with self.step("content"):
+                block = pread(message.fd, BIG_BLOCK, offset)
+                if not block:
+                    break
+                offset += len(block)
+                if block.endswith(b"\r") and len(block) > 1:
+                    block, offset = block[:-1], offset - 1      # never cut a CRLF in two
+                self.wire.send(stuff_dots(block, line_start))
+                line_start = block.endswith(b"\n")
+        with self.step("end of content"):
+            self.wire.send((b"" if line_start else b"\r\n") + b".\r\n")
+        return self.reply("end of content")
+
+    def quit(self) -> None:
+        """Say goodbye, if there is still somebody to hear it."""
+        try:
+            self.wire.timeout = min(self.wire.timeout, 5.0)
+            self.command("QUIT")
+        except PeerFailed:
+            pass
+        self.wire.close()
+
+
+# ======================================================================================================================
+# 12  Relay.  Where mail for elsewhere goes (RFC 5321 section 5.1), when, and what comes of it. Optional with 8 to 11.
+# ======================================================================================================================
+
+class Undeliverable(Exception):
+    """There is no way to a destination, now (4xx) or ever (5xx)."""
+
+    def __init__(self, code: int, enhanced: str, text: str) -> None:
+        super().__init__(text)
+        self.reply = Reply(code, enhanced, text)
+
+
+class Exchanger(NamedTuple):
+    """A host that takes mail for a destination."""
+    preference: int
+    host: str
+    addresses: List[str]
+    ttl: int = 0
+
+
+class Target(NamedTuple):
+    """Where the mail of a recipient goes: a domain by its MX records, or a given server."""
+    key: str
+    domain: str = ""
+    server: Optional[Server] = None
+
+
+class Routes:
+    """Turns addresses into targets, and targets into the hosts to try, in order."""
+
+    def __init__(self, config: Config, hostname: str, resolver: Any, own: Sequence[Endpoint] = ()) -> None:
+        self.config = config
+        self.hostname = hostname
+        self.resolver = resolver
+        self.own = own                              # where we listen for SMTP
+
+    def target(self, address: Address) -> Target:
+        """Return the target for an address: a route for its domain, the smarthost, or its own domain; ValueError."""
+        literal = domain_literal(address.domain)
+        domain = lower(address.domain) if literal else ascii_domain(lower(address.domain))
+        for pattern, server in self.config.route:
+            if covers(ascii_domain(pattern) if pattern.isascii() else pattern, domain):
+                return Target("route %s" % str(server), domain, server)
+        if self.config.smarthost:
+            return Target("smarthost", domain, self.config.smarthost)
+        return Target(domain, domain)
+
+    def is_own(self, host: str, addresses: Sequence[str]) -> bool:
+        """Return whether a host is this node: by its name, or by an address and port that it listens on."""
+        if host and ascii_domain(host) in (self.hostname, *self.config.domain):
+            return True
+        for bound, port in self.own:
+            if port == self.config.mx_port:
+                wildcard = bound in ("0.0.0.0", "::")
+                if any(address == bound or (wildcard and is_own_address(address)) for address in addresses):
+                    return True
+        return False
+
+    def exchangers(self, target: Target) -> List[Exchanger]:
+        """Return the hosts to try, in order (RFC 5321 section 5.1); Undeliverable."""
+        if target.server:
+            return self._given(target.server)
+        literal = domain_literal(target.domain)
+        if literal:
+            return self._without_ourselves([Exchanger(0, "", [literal])])
+        try:
+            records = self.resolver.mx(target.domain)
+        except NoSuchDomain:
+            raise Undeliverable(550, "5.1.2", "no such domain: " + target.domain) from None
+        except DNSError as error:
+            raise Undeliverable(451, "4.4.3", "%s: %s" % (target.domain, error)) from None
+        if any(not host for _, host, _ in records):
+            if len(records) == 1:                   # RFC 7505
+                raise Undeliverable(556, "5.1.10", "%s takes no mail (null MX)" % target.domain)
+            records = [record for record in records if record[1]]
+        implicit = not records
+        if implicit:
+            records = [(0, target.domain, 0)]       # RFC 5321 section 5.1: the domain's own address
+        secrets.SystemRandom().shuffle(records)
+        records.sort(key=lambda record: int(record[0]))
+        return self._with_addresses(target.domain, records, implicit)
+
+    def _with_addresses(self, domain: str, records: Sequence[Tuple[int, str, int]], implicit: bool) -> List[Exchanger]:
+        found: List[Exchanger] = []
+        failure: Optional[str] = None
+        for preference, host, ttl in records[:MAX_EXCHANGERS]:
+            if not implicit and self.is_own(host, []):
+                found.append(Exchanger(preference, host, [], ttl))
+                break                               # what comes after us in preference is of no use to us
+            try:
+                addresses = self.resolver.addresses(host)
+            except NoSuchDomain:
+                continue                            # an exchanger without address is skipped
+            except DNSError as error:
+                failure = str(error)
+                continue
+            if addresses:
+                shortest = min([ttl] * (not implicit) + [address_ttl for _, address_ttl in addresses])
+                found.append(Exchanger(preference, host, [address for address, _ in addresses], shortest))
+        hosts = self._without_ourselves(found)
+        if not hosts and failure:
+            raise Undeliverable(451, "4.4.3", "%s: %s" % (domain, failure))
+        if not hosts:
+            raise Undeliverable(550, "5.1.2", "%s has no host that takes mail" % domain if not implicit else
+                                "%s has no MX and no address" % domain)
+        return hosts
+
+    def _without_ourselves(self, hosts: List[Exchanger]) -> List[Exchanger]:
+        """Cut off everything from our own preference on: RFC 5321 section 5.1, so that mail never goes in circles."""
+        limit = min((host.preference for host in hosts if self.is_own(host.host, host.addresses)), default=None)
+        if limit is None:
+            return hosts
+        hosts = [host for host in hosts if host.preference < limit]
+        if not hosts:
+            raise Undeliverable(554, "5.4.6", "mail loop: the best exchanger is this host, which does not keep this mail")
+        return hosts
+
+    def _given(self, server: Server) -> List[Exchanger]:
+        try:
+            addresses = [address for address, _ in self.resolver.addresses(server.host)]
+        except NoSuchDomain:
+            addresses = local_addresses(server.host)
+        except DNSError as error:
+            addresses = local_addresses(server.host)
+            if not addresses:
+                raise Undeliverable(451, "4.4.3", "%s: %s" % (server.host, error)) from None
+        if not addresses:
+            raise Undeliverable(451, "4.4.4", "%s has no address" % server.host)
+        return [Exchanger(0, server.host, addresses)]
+
+
+def local_addresses(host: str) -> List[str]:
+    """Return what the machine's own tables (/etc/hosts) say about a host: a smarthost may have no DNS name."""
+    try:
+        return list(dict.fromkeys(str(found[4][0]) for found in socket.getaddrinfo(host, 25, type=socket.SOCK_STREAM)))
+    except OSError:
+        return []
+
+
+def is_own_address(address: str) -> bool:
+    """Return whether an IP address is one of this machine's: only such can be bound."""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    try:
+        with socket.socket(family, socket.SOCK_DGRAM) as sock:
+            sock.bind((address, 0))
+        return True
+    except OSError:
+        return False
+
+
+class Destination:
+    """What is waiting in memory for one target, and how it did lately."""
+
+    def __init__(self, target: Target) -> None:
+        self.target = target
+        self.jobs: "collections.deque[Tuple[Entry, List[Dict[str, Any]]]]" = collections.deque()
+        self.workers = 0
+        self.allowed = 1                            # workers, grows with success
+        self.dead_until = 0.0
+        self.failure = Reply(451, "4.4.1", "no answer")
+        self.overflow = False                       # more of it waits in busy/
+
+
+class Relay:
+    """The runner: takes due entries from the queue into memory, a bounded number, and sends them.
+
+    Each destination has its own threads, so that none waits for another; a thread keeps its connection while there is
+    more to send. start() runs it in threads; step() does what is due now in the caller's thread, for tests.
+    """
+
+    def __init__(self, config: Config, stores: Stores, dns: Sequence[Endpoint] = (), own: Sequence[Endpoint] = (),
+                 clock: Callable[[], float] = time.time, resolver: Any = None,
+                 connect: Callable[..., socket.socket] = socket.create_connection) -> None:
+        self.config = config
+        self.queue: Queue = stores.post.queue
+        self.post = stores.post
+        self.book = stores.book
+        self.hostname = stores.hostname
+        self.routes = Routes(config, stores.hostname, resolver or Resolver(dns), own)
+        self.clock = clock
+        self.connect = connect
+        self.timeout = config.seconds(300.0)
+        self.sent = self.bounced = self.deferred = 0        # recipients, since the start
+        self._active: Dict[str, int] = {}           # id: how many destinations still work on it
+        self._destinations: Dict[str, Destination] = {}
+        self._threads: Set[threading.Thread] = set()
+        self._wakeup = threading.Condition()
+        self._rescan = True
+        self._stopping = False
+        self._foreign = 0.0                         # look again then: another process had something
+
+    # The runner.
+
+    def start(self) -> None:
+        self.queue.submitted = self.submitted
+        self._start_thread(self._run)
+        self._start_thread(self._listen)
+
+    def _start_thread(self, target: Callable[..., None], *arguments: Any) -> None:
+        def run() -> None:
+            try:
+                target(*arguments)
+            except Exception:
+                log.exception("the relay stumbled")
+            finally:
+                self._threads.discard(thread)
+        thread = threading.Thread(target=run, name="minimail-relay", daemon=True)
+        self._threads.add(thread)
+        thread.start()
+
+    def stop(self) -> None:
+        """Begin to stop: what is being sent goes to its end, nothing new begins."""
+        self._stopping = True
+        self.queue.submitted = lambda entry: None
+        self.wake()
+        with contextlib.suppress(OSError, AttributeError):
+            self._listener.shutdown(socket.SHUT_RDWR)
+
+    def join(self, seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        for thread in list(self._threads):
+            thread.join(max(0.0, deadline - time.monotonic()))
+
+    def wake(self) -> None:
+        with self._wakeup:
+            self._rescan = True
+            self._wakeup.notify_all()
+
+    def _listen(self) -> None:
+        """Look into the queue when another process put something there."""
+        with self.queue.storage.waker("queue") as sock:
+            if not sock:
+                return
+            self._listener = sock
+            sock.settimeout(1.0)
+            while not self._stopping:
+                try:
+                    if not sock.recv(64):
+                        continue
+                except OSError as error:
+                    if is_timeout(error):
+                        continue
+                    return
+                for destination in list(self._destinations.values()):
+                    destination.dead_until = 0.0    # `queue flush` means now
+                self.wake()
+
+    def submitted(self, entry: Entry) -> None:
+        """Take up an entry that this process has just put into the queue."""
+        with self._wakeup:
+            if self._stopping or len(self._active) >= MAX_ACTIVE:
+                self._rescan = True
+            else:
+                self._admit(entry)
+            self._wakeup.notify_all()
+
+    def _run(self) -> None:
+        self.queue.sweep()
+        while not self._stopping:
+            with self._wakeup:
+                self._rescan = False
+            self.scan()
+            now = self.clock()
+            due = self.queue.next_due(now)
+            waits = [60.0] + [moment - now for moment in (due, self._foreign) if moment and moment > now]
+            with self._wakeup:
+                if not self._rescan and not self._stopping:
+                    self._wakeup.wait(max(0.01, min(waits)))
+
+    def scan(self) -> None:
+        """Take due entries into memory, as many as there is room for."""
+        now = self.clock()
+        self._foreign = 0.0
+        directories = list(self.queue.due_directories(now)) + [
+            os.path.join(self.queue.busy, name) for name in list_directory(self.queue.busy)]
+        for directory in directories:
+            try:
+                found = os.scandir(directory)
+            except FileNotFoundError:
+                continue
+            with found:
+                for file in found:
+                    if len(self._active) >= MAX_ACTIVE or self._stopping:
+                        return
+                    if file.name in self._active or file.name.endswith(".tmp") or self._is_full(directory):
+                        continue
+                    entry = self.queue.read(file.path)
+                    if entry:
+                        self._take_up(entry, now)
+            with contextlib.suppress(OSError):
+                if directory != self.queue.new:
+                    os.rmdir(directory)
+
+    def _is_full(self, directory: str) -> bool:
+        """True for a directory in busy/ whose destination still has enough to do."""
+        if os.path.dirname(directory) != self.queue.busy:
+            return False
+        destination = self._destinations.get(os.path.basename(directory))
+        return destination is not None and len(destination.jobs) >= MAX_WAITING
+
+    def _take_up(self, entry: Entry, now: float) -> None:
+        if entry.next_attempt > now + 1 and os.path.dirname(entry.place) not in (self.queue.new,):
+            if self.queue.claim(entry):             # a crash came between recording and moving it
+                self.queue.postpone(entry, entry.next_attempt)
+                self.queue.release(entry)
+            return
+        with self._wakeup:
+            self._admit(entry)
+
+    def _admit(self, entry: Entry) -> None:
+        """Hand an entry to its destinations; with one of them full, let it wait on disk. Called with the lock held."""
+        if entry.id in self._active:
+            return
+        groups: Dict[Target, List[Dict[str, Any]]] = {}
+        for recipient in entry.waiting():
+            groups.setdefault(self.routes.target(parse_address(recipient["address"])), []).append(recipient)
+        destinations = {}
+        for target in groups:
+            name = encode_name(target.key)
+            destination = self._destinations.setdefault(name, Destination(target))
+            destinations[target] = destination
+            if len(destination.jobs) >= MAX_WAITING:
+                destination.overflow = True
+                self.queue.move(entry, os.path.join(self.queue.busy, name))
+                return
+        self._active[entry.id] = max(1, len(groups))
+        if not groups:
+            self._settle(entry)
+        for target, recipients in groups.items():
+            destinations[target].jobs.append((entry, recipients))
+            self._staff(destinations[target])
+
+    def _staff(self, destination: Destination) -> None:
+        """Start a worker if there is work for one more. Called with the lock held."""
+        busy = sum(other.workers for other in self._destinations.values())
+        if destination.workers < min(destination.allowed, len(destination.jobs) + destination.workers) \
+                and destination.jobs and busy < MAX_SENDERS and not self._stopping and self._threads:
+            destination.workers += 1
+            self._start_thread(self._work, destination)
+
+    def _work(self, destination: Destination) -> None:
+        """Send what waits for one destination, over one connection as long as there is more."""
+        peer: Optional[Peer] = None
+        try:
+            while True:
+                with self._wakeup:
+                    if self._stopping or not destination.jobs:
+                        destination.workers -= 1
+                        self._leave(destination)
+                        break
+                    entry, recipients = destination.jobs.popleft()
+                    if destination.overflow and len(destination.jobs) < MAX_WAITING // 2:
+                        destination.overflow = False
+                        self._rescan = True
+                        self._wakeup.notify_all()
+                peer = self.attempt(destination, peer, entry, recipients)
+                with self._wakeup:
+                    if peer:
+                        destination.allowed = min(MAX_SENDERS_PER_HOST, destination.allowed + 1)
+                        self._staff(destination)
+        except BaseException:
+            destination.workers -= 1
+            raise
+        finally:
+            if peer:
+                peer.quit()
+
+    def _leave(self, destination: Destination) -> None:
+        """Forget an idle destination, and staff those that wait for a free worker."""
+        if not destination.workers and not destination.jobs and destination.dead_until <= self.clock():
+            self._destinations.pop(encode_name(destination.target.key), None)
+        for other in list(self._destinations.values()):
+            if other.jobs and not other.workers:
+                self._staff(other)
+
+    def step(self) -> Optional[float]:
+        """Do all that is due now, in this thread; return when the next is due, None when the queue is empty."""
+        self.scan()
+        for destination in list(self._destinations.values()):
+            peer: Optional[Peer] = None
+            while destination.jobs:
+                entry, recipients = destination.jobs.popleft()
+                peer = self.attempt(destination, peer, entry, recipients)
+            if peer:
+                peer.quit()
+        self._destinations.clear()
+        return self.queue.next_due(self.clock())
+
+    # One attempt.
+
+    def attempt(self, destination: Destination, peer: Optional[Peer], entry: Entry,
+                recipients: List[Dict[str, Any]]) -> Optional[Peer]:
+        """Try to serve some recipients of an entry; return the connection if it can be used again."""
+        first = entry.lock < 0
+        if first and not self.queue.claim(entry):
+            self._forget(entry)
+            self._foreign = self.clock() + 1.0      # another process has it, or had: see what became of it
+            return peer
+        wanted = {recipient["address"] for recipient in recipients}
+        recipients = [recipient for recipient in entry.waiting() if recipient["address"] in wanted]
+        started = self.clock()
+        replies: Dict[str, Reply] = {}
+        try:
+            if destination.dead_until > started:
+                raise Undeliverable(*destination.failure[:3])
+            message = Outgoing(entry.lock, entry.offset, entry.size, entry.sender,
+                               [recipient["address"] for recipient in recipients], entry.eightbit, entry.smtputf8)
+            peer, replies = self.deliver(destination.target, peer, message)
+        except Undeliverable as error:
+            if peer:
+                peer.wire.close()
+            peer = None
+            replies = {recipient["address"]: error.reply for recipient in recipients}
+            if error.reply.code < 500 and destination.dead_until <= started:
+                destination.failure, destination.allowed = error.reply, 1
+                destination.dead_until = self.clock() + min(self.config.retry[0], 60.0) / 2
+        self._record(entry, recipients, replies, peer.name if peer else "", self.clock() - started)
+        return peer
+
+    def deliver(self, target: Target, peer: Optional[Peer], message: Outgoing) -> Tuple[Peer, Dict[str, Reply]]:
+        """Send over `peer`, else over the exchangers in turn; return (connection, {recipient: reply}). Undeliverable.
+
+        What a host answers 4xx is tried at the next one; a connection lost after the final dot counts as not sent.
+        """
+        if peer:
+            try:
+                return peer, peer.send(message)
+            except PeerFailed:
+                peer.wire.close()                   # it may have been idle for too long: try anew
+        failure = Reply(451, "4.4.1", "no exchanger could be tried")
+        best: Optional[Tuple[Peer, Dict[str, Reply]]] = None
+        for exchanger in self.routes.exchangers(target):
+            for address in exchanger.addresses[:MAX_EXCHANGERS]:
+                peer = None
+                try:
+                    peer = self.open_peer(exchanger.host, address, target.server)
+                    left = [r for r in message.recipients if best is None or best[1][r].code // 100 == 4]
+                    replies = peer.send(message._replace(recipients=left))
+                except PeerFailed as error:
+                    failure = error.reply
+                    if peer:
+                        peer.wire.close()
+                    continue
+                if best:
+                    best[0].quit()
+                    replies = dict(best[1], **replies)
+                best = peer, replies
+                if all(reply.code // 100 != 4 for reply in replies.values()):
+                    return best
+                break                               # the same host at another address would say the same
+        if best:
+            return best
+        raise Undeliverable(*failure[:3])
+
+    def open_peer(self, host: str, address: str, server: Optional[Server]) -> Peer:
+        """Return a connection ready for MAIL; PeerFailed."""
+        for plain in (False, True):
+            peer = self._connect(host, address, server)
+            try:
+                if server and server.tls:
+                    peer.handshake(self._tls_context(), server.host)
+                peer.greet()
+                if not peer.wire.tls and not plain:
+                    self._secure(peer, host or address)
+                if server and server.user:
+                    if not peer.wire.tls and not is_loopback(address):
+                        raise PeerFailed(Reply(451, "4.7.0", peer.name + " offers no TLS: the password is not sent in clear"))
+                    peer.log_in(server.user, server.password)
+                return peer
+            except OpportunityMissed:
+                peer.wire.close()                   # TLS was only an opportunity: once more without
+            except BaseException:
+                peer.wire.close()
+                raise
+        raise AssertionError
+
+    def _connect(self, host: str, address: str, server: Optional[Server]) -> Peer:
+        port = server.port if server else self.config.mx_port
+        name = "%s[%s]:%d" % (host or address, address, port)
+        try:
+            sock = self.connect((address, port), timeout=min(self.timeout, 30.0))
+        except OSError as error:
+            reason = "timeout" if is_timeout(error) else error.strerror or str(error)
+            raise PeerFailed(Reply(451, "4.4.1", "cannot connect to %s: %s" % (name, reason))) from None
+        return Peer(sock, name, self.hostname, self.timeout)
+
+    def _secure(self, peer: Peer, host: str) -> None:
+        """Use STARTTLS when it is offered (may), or insist on it (require)."""
+        require = self.config.relay_tls == "require"
+        if "STARTTLS" not in peer.extensions:
+            if require:
+                raise PeerFailed(Reply(451, "4.7.4", "%s offers no TLS, which --relay-tls require asks for" % peer.name))
+            return
+        try:
+            context = self._tls_context()
+        except CannotRun:
+            if require:
+                raise PeerFailed(Reply(451, "4.7.4", "this Python has no TLS")) from None
+            return
+        try:
+            peer.start_tls(context, host)
+        except PeerFailed:
+            if require:
+                raise
+            raise OpportunityMissed from None
+
+    def _tls_context(self) -> "ssl.SSLContext":
+        try:
+            import ssl
+        except ImportError:
+            raise CannotRun("this Python has no ssl module") from None
+        context = ssl.create_default_context()
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+        if self.config.relay_tls == "may":
+            context.check_hostname = False
+            context.verify_mode = ssl.CERT_NONE
+        return context
+
+    # What came of it.
+
+    def _record(self, entry: Entry, recipients: List[Dict[str, Any]], replies: Dict[str, Reply], remote: str,
+                seconds: float) -> None:
+        """Note the replies; when all destinations have been tried, settle the entry."""
+        for recipient in recipients:
+            reply = replies.get(recipient["address"]) or Reply(451, "4.4.1", "not tried")
+            recipient["last_reply"] = printable(str(reply.text if " said: " in reply.text else reply), 1000)
+            recipient["remote"] = remote.partition("[")[0]
+            recipient["state"] = {2: "delivered", 5: "failed"}.get(reply.code // 100, "waiting")
+            event({"delivered": "sent", "failed": "failed", "waiting": "deferred"}[recipient["state"]], id=entry.id,
+                  recipient=printable(recipient["address"]), remote=remote, reply=recipient["last_reply"],
+                  seconds=round(seconds, 3))
+        with self._wakeup:
+            self._active[entry.id] = self._active.get(entry.id, 1) - 1
+            last = self._active[entry.id] <= 0
+        if last:
+            self._settle(entry)
+        elif any(recipient["state"] == "delivered" for recipient in recipients):
+            self.queue.save(entry)                  # never again to those who have it
+
+    def _settle(self, entry: Entry) -> None:
+        """Bounce what failed, postpone what may still work, remove what is done."""
+        try:
+            now = self.clock()
+            if now - entry.queued_at >= self.config.give_up:
+                for recipient in entry.waiting():
+                    recipient["state"] = "failed"
+                    recipient["expired"] = True
+                    event("given-up", id=entry.id, recipient=printable(recipient["address"]))
+            failed = [recipient for recipient in entry.recipients if recipient["state"] == "failed"]
+            self.sent += sum(recipient["state"] == "delivered" for recipient in entry.recipients)
+            if failed:
+                self.bounce(entry, failed)
+            entry.recipients = entry.waiting()
+            if not entry.recipients:
+                self.queue.finish(entry)
+                return
+            self.deferred += len(entry.recipients)
+            wait = self.config.retry[min(entry.attempts, len(self.config.retry) - 1)]
+            entry.attempts += 1
+            wait *= secrets.SystemRandom().uniform(0.9, 1.1)        # so that not all come back at once
+            self.queue.postpone(entry, min(now + wait, max(now + 1, entry.queued_at + self.config.give_up)))
+        except OSError as error:
+            log.error("queue entry %s: %s; it stays as it was", entry.id, error)
+            self._foreign = self.clock() + 10.0
+        finally:
+            self.queue.release(entry)
+            self._forget(entry)
+
+    def _forget(self, entry: Entry) -> None:
+        with self._wakeup:
+            self._active.pop(entry.id, None)
+            if len(self._active) == MAX_ACTIVE // 2 or not self._active:
+                self._rescan = True
+            self._wakeup.notify_all()
+
+    def bounce(self, entry: Entry, failed: List[Dict[str, Any]]) -> None:
+        """Tell the sender; a bounce is never bounced (RFC 5321 section 6.1). OSError when that cannot be stored now."""
+        self.bounced += len(failed)
+        if not entry.sender:
+            event("dropped", id=entry.id, reason="a bounce that cannot be delivered")
+            return
+        fields, _ = split_headers(pread(entry.lock, BLOCK, entry.offset))
+        content = bounce_message(self.hostname, entry.sender, failed, b"".join(field for _, field in fields), entry.id,
+                                 entry.queued_at, self.clock())
+        sender = parse_address(entry.sender)
+        envelope = Envelope(sender="", recipients=[sender], protocol="bounce", smtputf8=not content.isascii())
+        try:
+            if self.config.relay_to and not self.book.is_local(sender) and not any(
+                    covers(domain, lower(sender.domain)) for domain in self.config.relay_to):
+                raise Refused(550, "5.7.1", "relaying to this domain is not allowed here")
+            id = self.post.send(envelope, [self.book.resolve(sender)], content)
+        except Refused as refused:
+            if refused.reply.code < 500:
+                raise OSError(errno.EIO, "bounce not stored: %s" % refused) from None
+            event("dropped", id=entry.id, reason="no bounce to %s: %s" % (printable(entry.sender), refused))
+            return
+        event("bounce", id=id, about=entry.id, sender=printable(entry.sender),
+              recipients=printable(" ".join(recipient["address"] for recipient in failed)))
+
+
+class OpportunityMissed(Exception):
+    """STARTTLS failed where it was not required."""
+
+
+def queue_command(config: Config, arguments: List[str]) -> int:
+    """Look into the queue, or move things along in it."""
+    parser = Parser(prog="minimail.py queue", description=queue_command.__doc__)
+    parser.add_argument("action", nargs="?", default="list", choices=["list", "flush", "retry", "drop"])
+    parser.add_argument("id", nargs="?", metavar="ID")
+    parser.add_argument("--json", action="store_true", help="print a JSON list")
+    given = parser.parse_args(arguments)
+    if (given.action in ("retry", "drop")) is (given.id is None):
+        raise UsageError("queue %s: %s" % (given.action, "needs an ID" if given.id is None else "takes no ID"))
+    storage = Storage(config.data, not config.no_sync)
+    queue = Queue(storage, config)
+    if given.action == "list":
+        entries = list(filter(None, map(queue.read, queue.places())))
+        if given.json:
+            shown = ("id", "sender", "size", "queued_at", "next_attempt", "attempts", "recipients")
+            print(json.dumps([{name: getattr(entry, name) for name in shown} for entry in entries], indent=1))
+        else:
+            for entry in entries:
+                print_entry(entry)
+        return 0
+    places = list(queue.places())
+    if given.id is not None:
+        places = [place for place in places if os.path.basename(place) == given.id]
+        if not places:
+            raise CannotRun("no message %s in the queue" % printable(given.id))
+    for place in places:
+        found = queue.read(place)
+        if found is None or not queue.claim(found):
+            if given.id is not None:
+                raise CannotRun("%s is being sent right now, try again" % given.id)
+            continue
+        if given.action == "drop":
+            queue.finish(found)
+            continue
+        found.next_attempt = time.time()
+        queue.save(found)
+        queue.move(found, queue.new)
+        queue.release(found)
+    storage.wake("queue")
+    return 0
+
+
+def print_entry(entry: Entry) -> None:
+    def moment(seconds: float) -> str:
+        return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
+    print("%s %9d %s <%s> attempts=%d next=%s" % (
+        entry.id, entry.size, moment(entry.queued_at), printable(entry.sender), entry.attempts, moment(entry.next_attempt)))
+    for recipient in entry.recipients:
+        print("    %s %s: %s" % (recipient["state"], printable(recipient["address"]),
+                                 recipient["last_reply"] or "not tried yet"))
+
+
+def mx_command(config: Config, arguments: List[str]) -> int:
+    """Say where mail for a domain or an address would go, and why, without sending anything."""
+    parser = Parser(prog="minimail.py mx", description=mx_command.__doc__)
+    parser.add_argument("where", metavar="DOMAIN")
+    given = parser.parse_args(arguments)
+    where = given.where
+    try:
+        address = parse_address(where) if "@" in where else Address("postmaster", where)
+        if domain_literal(address.domain) is None:
+            ascii_domain(parse_domain(address.domain))
+    except (Refused, ValueError) as error:
+        raise UsageError("mx %s: %s" % (printable(where), error)) from None
+    hostname = config.hostname or socket.gethostname().lower()
+    book = AddressBook(config.domain, Accounts(config.file("users")), config.file("aliases"), config.catch_all, hostname)
+    if config.domain and book.is_local(address):
+        return explain_local(book, address, "@" in where)
+    routes = Routes(config, hostname, Resolver(config.dns), config.smtp)
+    target = routes.target(address)
+    try:
+        hosts = routes.exchangers(target)
+    except Undeliverable as error:
+        print("%s: %s" % (printable(where), error.reply))
+        return 1
+    ttl = min(host.ttl for host in hosts)
+    why = "by --smarthost %s" % str(target.server) if target.key == "smarthost" else \
+        "by --route to %s" % str(target.server) if target.server else "address literal" if domain_literal(target.domain) else \
+        "by the exchangers in DNS (TTL %d)" % ttl if hosts[0].host != target.domain else \
+        "no MX record, by the domain's own address (TTL %d)" % ttl
+    print("%s: %s" % (printable(where), why))
+    for host in hosts:
+        print("%d %s %s" % (host.preference, host.host or address.domain, " ".join(host.addresses)))
+    return 0
+
+
+def explain_local(book: AddressBook, address: Address, whole: bool) -> int:
+    if not whole:
+        print("%s: local, its mail is kept here" % address.domain)
+        return 0
+    try:
+        found = book.resolve(address)
+    except Refused as refused:
+        print("%s: %s" % (printable(str(address)), refused.reply))
+        return 1
+    key = book.key(address)
+    print("%s: %s" % (str(address), "local mailbox" if found.mailboxes == [key] and not found.remote else "local, by alias"))
+    for mailbox in found.mailboxes:
+        print("0 mailbox %s" % mailbox)
+    for remote in found.remote:
+        print("0 remote %s" % str(remote))
+    return 0
+
+
+def sendmail_command(config: Config, arguments: List[str]) -> int:
+    """Take a message on standard input, as /usr/sbin/sendmail does, and queue it durably."""
+    parser = Parser(prog="minimail.py sendmail", description=sendmail_command.__doc__)
+    parser.add_argument("-t", action="store_true", help="recipients also from To, Cc and Bcc")
+    parser.add_argument("-i", action="store_true", help="a line with a single dot does not end the message")
+    parser.add_argument("-f", "-r", dest="sender", metavar="FROM", help="envelope sender")
+    parser.add_argument("-F", dest="name", metavar="NAME", help="sender's full name")
+    parser.add_argument("-o", action="append", default=[], metavar="OPTION", help="-oi is -i; others are ignored")
+    parser.add_argument("-B", "-N", "-R", "-V", "-X", "-O", "-h", dest="ignored", action="append", help="ignored")
+    parser.add_argument("-b", dest="mode", metavar="MODE", help="-bm (deliver) only")
+    for flag in "-U", "-v", "-n", "-m", "-G":
+        parser.add_argument(flag, dest="ignored", action="store_const", const="", help="ignored")
+    parser.add_argument("recipients", nargs="*", metavar="TO")
+    given = parser.parse_args(arguments)
+    if given.mode not in (None, "m"):
+        raise UsageError("sendmail -b%s: only -bm is possible" % printable(given.mode))
+    raw = sys.stdin.buffer.read()
+    if not (given.i or "i" in given.o):
+        raw = re.split(rb"(?m)^\.\r?\n", raw, maxsplit=1)[0]
+    content = BARE_NEWLINE.sub(b"\r\n", raw)
+    content += b"" if content.endswith(b"\r\n") or not content else b"\r\n"
+    stores = open_stores(config)
+    try:
+        home = stores.book.home if "." in stores.book.home or config.capture else stores.hostname
+        user = given.sender if given.sender is not None else login_name()
+        fields, body = split_headers(content)
+        names = [local_address(text, home) for text in given.recipients]
+        if given.t:
+            headers = [value.partition(b":")[2].decode("utf-8", "replace") for name, value in fields
+                       if name in ("to", "cc", "bcc")]
+            names += [local_address(found, home) for _, found in email.utils.getaddresses(headers) if found]
+        if not names:
+            raise UsageError("sendmail: no recipients: name them, or use -t with To, Cc or Bcc headers")
+        sender = "" if user in ("", "<>") else str(local_address(user, home))
+        head = submission_headers(fields, sender or "mailer-daemon@" + home, given.name, stores.hostname)
+        envelope = Envelope(sender=sender, recipients=names, protocol="local",
+                            smtputf8=not all(map(str.isascii, [sender] + list(map(str, names)))))
+        destinations = []
+        for name in names:
+            try:
+                destinations.append(stores.book.resolve(name))
+            except Refused as refused:
+                raise CannotRun("sendmail: %s: %s; nothing was sent" % (str(name), refused.reply)) from None
+        try:
+            print_id = stores.post.send(envelope, destinations, head + b"\r\n" + body)
+        except Refused as refused:
+            raise CannotRun("sendmail: not accepted: " + str(refused.reply)) from None
+        event("message", id=print_id, client="local", sender=printable(sender), recipients=len(names), size=len(content))
+    finally:
+        stores.storage.close()
+    return 0
+
+
+def login_name() -> str:
+    import getpass
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError, ImportError):
+        return "nobody"
+
+
+def local_address(text: str, home: str) -> Address:
+    """Return the address a local user wrote, with our domain where it has none; UsageError."""
+    text = text.strip().strip("<>")
+    try:
+        return parse_address(text if "@" in text else text + "@" + home)
+    except Refused as refused:
+        raise UsageError("sendmail: %s: %s" % (printable(text), refused.reply.text)) from None
+
+
+def submission_headers(fields: List[Tuple[str, bytes]], sender: str, name: Optional[str], hostname: str) -> bytes:
+    """Return a local program's headers without Bcc, and with Date, From and Message-ID (RFC 6409 section 8)."""
+    present = {field for field, _ in fields}
+    head = b"".join(value for field, value in fields if field != "bcc")
+    if "date" not in present:
+        head += ("Date: %s\r\n" % rfc5322_date(int(time.time()))).encode()
+    if "message-id" not in present:
+        head += ("Message-ID: <%x.%s@%s>\r\n" % (int(time.time()), secrets.token_hex(6), hostname)).encode()
+    if "from" not in present:
+        head += ("From: %s\r\n" % email.utils.formataddr((name or "", sender))).encode("utf-8")
+    return head
+
+
+REGISTRY["relay"] = {"Queue": Queue, "Relay": Relay, "Zone": Zone}
+COMMANDS.update(queue=queue_command, mx=mx_command, sendmail=sendmail_command)
+
+
+# ======================================================================================================================
 # 13  Sessions, policy, listeners.  Threads take over a connection when its client has something to say; what all
 #     sessions share; limits. Knows sockets and threads, but not what is spoken.
 # ======================================================================================================================
@@ -3560,8 +5297,8 @@ class Node:
                 section["equip"](site, self)
             if stores.post.queue:
                 dns = [self._zone.address] if self._zone else list(config.dns)
-                self._relay = optional_section("relay")["Relay"](config, stores, dns, clock=self._clock,
-                                                                 resolver=self._resolver)
+                own = [listener.endpoint for listener in self._listeners if listener.name == "smtp"]
+                self._relay = optional_section("relay")["Relay"](config, stores, dns, own, self._clock, self._resolver)
         except OSError as error:
             self._undo_start()
             raise CannotRun(error.errno or errno.EIO, "cannot use the data directory %s: %s" % (
