@@ -17,8 +17,8 @@ How mail travels, and the section that does each step:
 
 Map: 1 head, 2 limits, replies, options, 3 addresses and headers, 4 wire, 5 durable files, 6 mailboxes and accounts,
 7 delivery, 8 DNS, 9 queue, 10 bounces, 11 SMTP client, 12 relay, 13 sessions and listeners, 14 SMTP, 15 POP3,
-16 web inbox, 17 node, 18 command line. A section uses only names printed above it. Sections 8 to 12 (together), 15
-and 16 may be deleted: what is left runs without them. Protocol decisions (3, parts of 4 and 8, 10) are pure functions.
+16 node, 17 web inbox, 18 command line. A section uses only names printed above it. Sections 8 to 12 (together), 15
+and 17 may be deleted: what is left runs without them. Protocol decisions (3, parts of 4 and 8, 10) are pure functions.
 
 Legend, used without exception: `address` an Address or its text local@domain; `key` the lower-case text by which
 addresses are compared; `mailbox` a key that has a Maildir; `sender` the envelope's reverse-path ("" for the null one);
@@ -62,6 +62,7 @@ import sys
 import tempfile
 import threading
 import time
+import types
 from typing import (TYPE_CHECKING, Any, Callable, Dict, Iterable, Iterator, List, NamedTuple, NoReturn, Optional,
                     Sequence, Set, Tuple, Type, Union)
 
@@ -4153,8 +4154,9 @@ class Site:
     throttle: Throttle
     policy: Policy
     certificates: Optional[Certificates] = None
-    recorder: Any = None                            # section 16: transcripts
-    faults: Any = None                              # section 16: misbehaviour on purpose
+    recorder: Any = None                            # section 17: transcripts
+    faults: Any = None                              # section 17: misbehaviour on purpose
+    inbox: Any = None                               # section 17: web inbox and API
     accepted: Callable[[Parcel], None] = lambda parcel: None    # called once the client has its 250
     prompt: bool = True                             # that takes no time worth mentioning
     stopping: bool = False
@@ -4281,6 +4283,8 @@ class Session(socketserver.BaseRequestHandler):
         self.wire.start_tls(self.site.certificates.context(), server_side=True)
         self.request = self.wire.sock
 
+    blocking = False                                # carried by a thread of its own, not by the pool's
+
     @property
     def private(self) -> bool:
         """True when nobody on the network can read along."""
@@ -4289,6 +4293,9 @@ class Session(socketserver.BaseRequestHandler):
     @property
     def may_log_in(self) -> bool:
         return self.private or self.site.config.capture
+
+    def hurry(self) -> None:
+        """The node stops: come to an end without more input, if the pool cannot see to that."""
 
     def finish(self) -> None:
         self.wire.close()
@@ -4402,7 +4409,7 @@ class Listener(socketserver.TCPServer):
             return
         event("connect", protocol=self.name, client=show_endpoint(client_address[:2]))
         session = self.session(request, client_address, self)
-        if EPOLL and not getattr(session, "blocking", False):
+        if EPOLL and not session.blocking:
             session.turn(False)
         else:
             self.site.pool.own_thread(session.turn)
@@ -5192,7 +5199,7 @@ REGISTRY["pop3"] = POP3Session
 
 
 # ======================================================================================================================
-# 17  Node.  Puts everything together; the library's front door.
+# 16  Node.  Puts everything together; the library's front door.
 # ======================================================================================================================
 
 class Node:
@@ -5232,6 +5239,7 @@ class Node:
         self._relay: Any = None
         self._running = False
         self.started_at = 0.0
+        self.accepted = self.accepted_bytes = 0     # messages, since the start
         self.stores: Optional[Stores] = None
         self.site: Optional[Site] = None
         self.data = "" if self._temporary else os.path.abspath(self.config.data)
@@ -5315,6 +5323,8 @@ class Node:
         self._running = True
         self.started_at = time.time()
         site.pool.own_thread(lambda expired: self._sweep(stores))
+        if site.inbox:
+            site.pool.own_thread(lambda expired: self._watch_others(stores))
 
     def _sweep(self, stores: "Stores") -> None:
         """Clean up what dead processes left behind."""
@@ -5349,6 +5359,10 @@ class Node:
         if self._relay:
             self._relay.stop()
         site.pool.expire_all()
+        for session in list(site.sessions):
+            session.hurry()
+        if site.inbox:
+            site.inbox.tell("stop")
         while site.sessions and time.monotonic() < deadline:
             with self._arrived:
                 self._arrived.wait(0.02)
@@ -5395,6 +5409,8 @@ class Node:
     def _accepted(self, parcel: Parcel) -> None:
         """The client has its 250: wake who waits, tell who asked."""
         assert self.stores
+        self.accepted += 1
+        self.accepted_bytes += parcel.draft.size
         self.stores.post.delivered(parcel)
         self._wake()
         if self._on_message:
@@ -5409,6 +5425,17 @@ class Node:
         with self._arrived:
             self._arrivals += 1
             self._arrived.notify_all()
+        if self.site and self.site.inbox:
+            self.site.inbox.tell("new")
+
+    def _watch_others(self, stores: "Stores") -> None:
+        """Tell the open pages of mail that other processes delivered."""
+        with stores.storage.waker("mail") as sock:
+            while sock and self._running:
+                sock.settimeout(0.5)
+                with contextlib.suppress(OSError):
+                    sock.recv(64)
+                    self._wake()
 
     def _message(self, parcel: Parcel) -> Optional[Message]:
         """Return the message just delivered, in the first of its mailboxes; None when all of it went elsewhere."""
@@ -5449,8 +5476,10 @@ class Node:
             message.delete()
 
     def wait_for(self, address: Optional[str] = None, timeout: float = 10.0, count: Optional[int] = None,
-                 match: Optional[Callable[[Message], bool]] = None) -> Any:
+                 match: Union[None, str, Callable[[Message], bool]] = None) -> Any:
         """Return the oldest message to `address` (None: to anybody) that matches, waiting for it if need be.
+
+        `match` is a function of the message, or a search as in the web inbox: "from:x subject:y words".
 
         With `count=n`, a list of the n oldest. TimeoutError after `timeout` seconds. Woken by delivery, also by other
         processes on the same data directory.
@@ -5458,6 +5487,8 @@ class Node:
         if not self.stores or not self.site:
             raise RuntimeError("the node is not running")
         deadline = time.monotonic() + timeout
+        if isinstance(match, str):
+            match = optional_section("web")["matcher"](self.site, self, match)
         verdicts: Dict[Tuple[str, str], bool] = {}
         with self.stores.storage.waker("mail") as sock:
             def woken(expired: bool) -> None:
@@ -5474,7 +5505,7 @@ class Node:
                 for message in found:
                     key = (message.recipient, message.uid)
                     if key not in verdicts:
-                        verdicts[key] = match is None or bool(match(message))
+                        verdicts[key] = match is None or bool(match(message))  # type: ignore[operator]
                 found = [message for message in found if verdicts[message.recipient, message.uid]]
                 if len(found) >= (count or 1):
                     return found[0] if count is None else found[:count]
@@ -5488,6 +5519,1602 @@ class Node:
 
 
 LISTENERS = ("smtp", "smtps", "pop3", "pop3s", "web")
+
+
+# ======================================================================================================================
+# 17  Web inbox, JSON API, transcripts and lint, faults, wait, selftest: for looking at the mail your program sends.
+#     Optional. Mail is hostile: what comes out of a message is data, never markup. Knows sessions by their hooks only.
+# ======================================================================================================================
+
+class Tape:
+    """What one SMTP session said and did, as far as it belongs to the message that comes next."""
+
+    MAX_LINES = 4000
+
+    def __init__(self, recorder: "Recorder", session: SMTPSession) -> None:
+        self.recorder = recorder
+        self.session = session
+        self.introduction: List[Tuple[str, str]] = []       # what came before the first MAIL: kept for every message
+        self.lines: List[Tuple[str, str]] = []
+        self.habits: Set[str] = set()               # lint rules that the session as such broke
+        self.head = b""
+        self.longest = self.column = 0
+        with contextlib.suppress(OSError):
+            if session.wire.sock.recv(1, socket.MSG_PEEK | getattr(socket, "MSG_DONTWAIT", 0)):
+                self.habits.add("early-talker")
+
+    def heard(self, line: bytes, more: bool) -> None:
+        """Note a command; `more` says that others came with it although the client had to wait for the answer."""
+        if more:
+            self.habits.add("pipelining")
+        if line[:4].upper() == b"MAIL" and not self.introduction:
+            self.introduction, self.lines = self.lines, []
+        self.add("C", line)
+
+    def said(self, data: bytes) -> None:
+        for line in data.splitlines():
+            self.add("S", line)
+
+    def add(self, side: str, line: bytes) -> None:
+        if len(self.lines) < self.MAX_LINES:
+            self.lines.append((side, printable(line, 2000)))
+
+    def block(self, block: bytes) -> None:
+        """Look at content as it passes."""
+        if len(self.head) < BLOCK:
+            self.head += block[:BLOCK]
+        first = block.find(b"\n")
+        if first < 0:
+            self.column += len(block)
+        else:
+            self.longest = max(self.longest, self.column + first)
+            if len(block) > 1000 and re.search(rb"[^\n]{1000}", block):
+                self.longest = max(self.longest, max(map(len, block.split(b"\n"))))
+            self.column = len(block) - block.rfind(b"\n") - 1
+        self.longest = max(self.longest, self.column)
+
+    def save(self, envelope: Envelope, content: Content, parcel: Parcel) -> None:
+        """Write what is known beside the message; the 250 is in it, though it is only about to be said."""
+        lines = self.introduction + self.lines + [("S", "250 2.0.0 accepted as " + envelope.id)]
+        known = lint(envelope, content, parcel.draft, self.head, self.longest) + [
+            rule for rule in LINT if rule in self.habits]
+        self.recorder.save(envelope, lines, known, self.session.wire.tls)
+
+    def restart(self) -> None:
+        """Begin with the next message."""
+        self.lines, self.head, self.longest, self.column = [], b"", 0, 0
+        self.habits.discard("pipelining")
+
+
+LINT = {                                            # rule: (what is wrong, where it says so)
+    "bare-newline": ("A CR or LF stands alone in the content; lines end with CRLF.", "RFC 5321 section 2.3.8"),
+    "8bit": ("The content has 8-bit bytes but MAIL did not say BODY=8BITMIME.", "RFC 6152 section 3"),
+    "no-date": ("There is no Date header.", "RFC 5322 section 3.6"),
+    "no-message-id": ("There is no Message-ID header; receivers use it to tell messages apart.", "RFC 5322 section 3.6.4"),
+    "no-from": ("There is no From header.", "RFC 5322 section 3.6"),
+    "long-line": ("A line has more than 998 characters.", "RFC 5322 section 2.1.1"),
+    "early-talker": ("The client talked before the greeting.", "RFC 5321 section 4.3.1"),
+    "pipelining": ("Commands were sent on without waiting where the answer had to be awaited.", "RFC 2920 section 3.1"),
+    "size": ("MAIL said another SIZE than the content had, by more than one part in ten.", "RFC 1870 section 6"),
+    "header-encoding": ("A header has raw 8-bit characters or a broken encoded word.", "RFC 2047 section 2"),
+    "dot-stuffing": ("A line began with a single dot; the client must double it, or text is lost.", "RFC 5321 section 4.5.2"),
+}
+
+
+def lint(envelope: Envelope, content: Content, draft: Draft, head: bytes, longest: int) -> List[str]:
+    """Return the rules (keys of LINT) that a message breaks."""
+    fields, _ = split_headers(head)
+    names = [name for name, _ in fields]
+    raw = b"".join(value for _, value in fields)
+    words = re.findall(rb"=\?[^\s]*\?=", raw)
+    size = draft.size
+    broken = [
+        ("bare-newline", content.bare),
+        ("8bit", draft.eightbit and envelope.body != "8BITMIME"),
+        ("no-date", "date" not in names),
+        ("no-message-id", "message-id" not in names),
+        ("no-from", "from" not in names),
+        ("long-line", longest > 999),
+        ("size", envelope.declared is not None and abs(envelope.declared - size) * 10 > max(size, 100)),
+        ("header-encoding", (not raw.isascii() and not envelope.smtputf8) or any(
+            not re.fullmatch(rb"=\?[\w-]+(\*\w+)?\?([Bb]\?[\w+/]+=*|[Qq]\?[!->@-~]+)\?=", word) for word in words)),
+        ("dot-stuffing", content.unstuffed),
+    ]
+    return [rule for rule, is_broken in broken if is_broken]
+
+
+class Recorder:
+    """DATA/sessions: a file for each message with its envelope, the conversation and what was wrong with it."""
+
+    def __init__(self, storage: Storage) -> None:
+        self.storage = storage
+        self.root = os.path.join(storage.root, "sessions")
+        storage.make_directory(self.root)
+
+    def tape(self, session: SMTPSession) -> Tape:
+        return Tape(self, session)
+
+    def path(self, id: str) -> str:
+        return os.path.join(self.root, re.sub(r"[^0-9a-z-]", "_", id) + ".json")
+
+    def save(self, envelope: Envelope, lines: Sequence[Tuple[str, str]], rules: Sequence[str], tls: bool) -> None:
+        record = {"id": envelope.id, "sender": envelope.sender, "recipients": [str(r) for r in envelope.recipients],
+                  "helo": envelope.helo, "client": envelope.client, "protocol": envelope.protocol, "tls": tls,
+                  "transcript": lines, "lint": list(rules)}
+        try:
+            self.storage.write(self.path(envelope.id), json.dumps(record).encode(), sync=False)
+        except OSError as error:
+            log.warning("transcript of %s not kept: %s", envelope.id, error)
+
+    def load(self, id: str) -> Optional[Dict[str, Any]]:
+        """Return what is known about a message, None when that is nothing."""
+        try:
+            with open(self.path(id), "rb") as file:
+                record: Dict[str, Any] = json.loads(file.read())
+                return record
+        except (OSError, ValueError):
+            return None
+
+    def forget(self, id: str) -> None:
+        with contextlib.suppress(OSError):
+            os.unlink(self.path(id))
+
+    def sweep(self) -> None:
+        """Nothing refers to these files but their messages: remove those of messages removed by other programs."""
+        for name in list_directory(self.root):
+            path = os.path.join(self.root, name)
+            with contextlib.suppress(OSError):
+                if name.endswith(".tmp") and time.time() - os.stat(path).st_mtime > 60:
+                    os.unlink(path)
+
+
+# Faults: misbehaviour on purpose.
+
+class Fault:
+    """One rule, `STAGE[=PATTERN] ACTION [xCOUNT]`; ValueError when it is none."""
+
+    STAGES = ("connect", "helo", "mail", "rcpt", "data", "end", "auth", "pop3-login", "pop3-retr", "pop3-quit")
+
+    def __init__(self, text: str) -> None:
+        self.text = text.strip()
+        words = self.text.split()
+        self.left: Optional[int] = None             # how many times more; None: always
+        if len(words) > 1 and re.fullmatch(r"x\d{1,6}", words[-1]):
+            self.left = int(words.pop()[1:])
+        self.stage, _, self.pattern = (words[0] if words else "").partition("=")
+        self.action = " ".join(words[1:])
+        hide = self.stage == "hide" and len(words) == 2
+        good = re.fullmatch(r"[45]\d\d( [ -~]+)?|drop|stall|delay \d+(\.\d+)?", self.action)
+        if not hide and (self.stage not in self.STAGES or not good):
+            raise ValueError("expected STAGE[=PATTERN] ACTION [xCOUNT], or hide EXTENSION; stages: " + " ".join(self.STAGES))
+
+
+class Faults:
+    """The rules in force: the first that matches wins, nothing is random."""
+
+    def __init__(self, rules: Iterable[Fault] = ()) -> None:
+        self.rules = list(rules)
+        self._lock = threading.Lock()
+
+    def __bool__(self) -> bool:
+        return bool(self.rules)
+
+    def hides(self, extension: str) -> bool:
+        return any(rule.stage == "hide" and rule.action.upper() == extension.upper() for rule in self.rules)
+
+    def take(self, stage: str, subject: str) -> Optional[str]:
+        """Return the action due at this stage, and count it."""
+        import fnmatch
+        with self._lock:
+            for rule in self.rules:
+                if rule.stage == stage and rule.left != 0 and (
+                        not rule.pattern or fnmatch.fnmatchcase(lower(subject), lower(rule.pattern))):
+                    if rule.left is not None:
+                        rule.left -= 1
+                    return rule.action
+        return None
+
+    def apply(self, session: Session, stage: str, subject: str) -> Optional[str]:
+        """Do what is due; return the reply to give, None to go on as if nothing was."""
+        action = self.take(stage, subject)
+        if action is None:
+            return None
+        event("fault", client=session.client, stage=stage, subject=printable(subject, 100), action=action)
+        if action.startswith("delay "):
+            with session.wire.blocked():
+                time.sleep(float(action[6:]))       # what the rule asks for
+            return None
+        if action == "stall":
+            while True:
+                session.wire.receive(BLOCK)         # until the client leaves or the deadline passes
+        if action == "drop":
+            session.wire.output.clear()
+            session.cut()
+        return action
+
+
+# What is in a message, for people and programs.
+
+def decode_words(value: bytes) -> str:
+    """Return a header's value as text: encoded words decoded (RFC 2047), raw 8-bit as UTF-8 or Latin-1; never fails."""
+    import email.header
+    text = " ".join(value.decode("utf-8" if is_utf8(value) else "latin-1").split())
+    try:
+        return str(email.header.make_header(email.header.decode_header(text))) if "=?" in text else text
+    except Exception:                               # broken encodings raise nearly anything
+        return text
+
+
+def is_utf8(data: bytes) -> bool:
+    try:
+        data.decode("utf-8")
+        return True
+    except UnicodeDecodeError:
+        return False
+
+
+def address_list(value: str) -> List[Dict[str, str]]:
+    return [{"Name": name, "Address": found} for name, found in email.utils.getaddresses([value]) if name or found]
+
+
+def part_text(part: Any) -> str:
+    """Return a text part decoded, whatever its charset says."""
+    data = part.get_payload(decode=True) or b""
+    charset = part.get_content_charset() or "utf-8"
+    for name in ({"gb2312": "gb18030", "iso-2022-jp": "iso2022_jp_ext", "shift_jis": "cp932"}.get(charset, charset), charset,
+                 "utf-8"):
+        try:
+            return str(data.decode(name))
+        except (LookupError, UnicodeDecodeError):
+            continue
+    return str(data.decode("latin-1" if charset in ("us-ascii", "utf-8") else "utf-8", "replace"))
+
+
+class View:
+    """A message as the API shows it; what is broken in it is shown as far as it goes."""
+
+    def __init__(self, raw: bytes) -> None:
+        self.fields = split_headers(raw[:1 << 20])[0]
+        self.raw = raw
+
+    @functools.cached_property
+    def tree(self) -> Any:
+        import email
+        import email.policy
+        return email.message_from_bytes(self.raw, policy=email.policy.compat32)
+
+    def header(self, name: str) -> str:
+        return next((decode_words(value.partition(b":")[2]) for field, value in self.fields if field == name), "")
+
+    def addresses(self, name: str) -> List[Dict[str, str]]:
+        """Return the addresses of a header; names are decoded after parsing, so that they cannot look like addresses."""
+        raw = b" ".join(value.partition(b":")[2].strip() for field, value in self.fields if field == name)
+        text = " ".join(raw.decode("utf-8" if is_utf8(raw) else "latin-1").split())
+        return [{"Name": decode_words(found["Name"].encode("utf-8")), "Address": found["Address"]}
+                for found in address_list(text)]
+
+    @functools.cached_property
+    def parts(self) -> List[Tuple[str, Any]]:
+        """The leaves of the MIME tree as (PartID, part)."""
+        found: List[Tuple[str, Any]] = []
+
+        def walk(part: Any, id: str) -> None:
+            children = part.get_payload() if part.is_multipart() else None
+            if isinstance(children, list) and part.get_content_maintype() == "multipart":
+                for number, child in enumerate(children, 1):
+                    walk(child, "%s.%d" % (id, number) if id else str(number))
+            else:
+                found.append((id or "1", part))
+        walk(self.tree, "")
+        return found[:1000]
+
+    def is_body(self, part: Any) -> bool:
+        return part.get_content_type() in ("text/plain", "text/html") and \
+            part.get_content_disposition() != "attachment" and not file_name(part)
+
+    def text(self, kind: str) -> str:
+        """Return the message's text/plain or text/html."""
+        texts = [part_text(part) for _, part in self.parts if self.is_body(part) and part.get_content_type() == kind]
+        return "\n".join(texts)
+
+    def files(self) -> Tuple[List[Dict[str, Any]], List[Dict[str, Any]]]:
+        """Return (inline parts, attachments)."""
+        inline: List[Dict[str, Any]] = []
+        attached: List[Dict[str, Any]] = []
+        for id, part in self.parts:
+            content_id = str(part.get("Content-ID", "")).strip("<> \t")
+            name = file_name(part) or content_id or ("message.eml" if part.get_content_type() == "message/rfc822" else "")
+            if self.is_body(part) or not (name or part.get_content_disposition() == "attachment"):
+                continue
+            data = part_bytes(part)
+            entry = {"PartID": id, "FileName": name, "ContentType": part.get_content_type(), "ContentID": content_id,
+                     "Size": len(data), "Checksums": {"SHA256": hashlib.sha256(data).hexdigest()}}
+            to = inline if content_id and part.get_content_disposition() != "attachment" else attached
+            to.append(entry)
+        return inline, attached
+
+    def links(self) -> List[str]:
+        """Return the URLs in the message, in order, each once."""
+        import html
+        found = re.findall(r"""href\s*=\s*["']?(https?://[^\s"'<>]+)""", self.text("text/html"), re.IGNORECASE)
+        found = [html.unescape(link) for link in found]
+        found += re.findall(r"https?://[^\s<>\"']+", self.text("text/plain"))
+        return list(dict.fromkeys(link.rstrip(".,;:!?)") for link in found))
+
+
+def file_name(part: Any) -> str:
+    """Return a part's file name decoded (RFC 2231, RFC 2047), without directories or control characters."""
+    try:
+        name = part.get_filename() or ""
+    except Exception:                               # broken RFC 2231 encodings
+        name = "attachment"
+    name = decode_words(str(name).encode("utf-8", "replace"))
+    return re.sub(r"[\x00-\x1f\x7f/\\:]", "_", name).strip(". ")[:200]
+
+
+def part_bytes(part: Any) -> bytes:
+    if part.is_multipart():
+        return b"".join(child.as_bytes() for child in part.get_payload())
+    data = part.get_payload(decode=True)
+    return data if isinstance(data, bytes) else b""
+
+
+def iso_time(seconds: float) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds)) + ".%03d+00:00" % (seconds % 1 * 1000)
+
+
+class Query:
+    """A search: `from: to: subject: addressed: is:read is:unread has:attachment` and words, all of which must match."""
+
+    KEYS = ("from", "to", "cc", "bcc", "reply-to", "addressed", "subject", "message-id", "is", "has", "text", "tag")
+
+    def __init__(self, text: str = "", **fields: str) -> None:
+        self.terms: List[Tuple[bool, str, str]] = [(False, key, value.lower()) for key, value in fields.items() if value]
+        for negation, term in re.findall(r'([-!]?)((?:"[^"]*"|\S)+)', text):
+            term = term.replace('"', "")
+            key, colon, value = term.partition(":")
+            if not colon or key.lower() not in self.KEYS:
+                key, value = "", term
+            if value:
+                self.terms.append((bool(negation), key.lower(), value.lower()))
+
+    def matches(self, letter: "Letter") -> bool:
+        return all(bool(self.fits(letter, key, value)) is not negation for negation, key, value in self.terms)
+
+    @staticmethod
+    def fits(letter: "Letter", key: str, value: str) -> bool:
+        summary = letter.summary()
+        people = {"from": [summary["From"]], "to": summary["To"], "cc": summary["Cc"], "bcc": summary["Bcc"],
+                  "reply-to": summary["ReplyTo"]}
+        people["addressed"] = [person for group in people.values() for person in group]
+        if key in people:
+            found = people[key] + (summary["Bcc"] if key == "to" else [])
+            return any(value in ("%(Name)s %(Address)s" % person).lower() for person in found)
+        if key in ("subject", "message-id"):
+            return value in summary["Subject" if key == "subject" else "MessageID"].lower()
+        if key == "is":
+            return bool(summary["Read"]) is (value == "read")
+        if key == "has":
+            return bool(summary["Attachments"])
+        if key == "tag":
+            return False
+        if not key and value in " ".join([summary["Subject"]] + ["%(Name)s %(Address)s" % person
+                                                                 for person in people["addressed"]]).lower():
+            return True
+        view = letter.view()
+        return value in (view.text("text/plain") + "\n" + view.text("text/html")).lower()
+
+
+class Letter:
+    """An accepted message, however many mailboxes have it."""
+
+    def __init__(self, id: str, copies: List[Tuple[str, Item]], inbox: "Inbox") -> None:
+        self.id, self.copies, self.inbox = id, copies, inbox
+
+    @property
+    def read(self) -> bool:
+        return all("S" in item.name.partition(FLAGS)[2] for _, item in self.copies)
+
+    def message(self) -> Message:
+        mailbox, item = self.copies[0]
+        return Message(self.inbox.mailboxes, mailbox, item)
+
+    def view(self) -> View:
+        return View(self.message().read())
+
+    def session(self) -> Dict[str, Any]:
+        """Return envelope, transcript and lint; what can be told from the message alone where none were kept."""
+        recorder = self.inbox.site.recorder
+        record = (recorder.load(self.id) if recorder else None) or {
+            "id": self.id, "sender": self.message().sender, "recipients": [mailbox for mailbox, _ in self.copies],
+            "helo": "", "client": "", "protocol": "", "tls": False, "transcript": [], "lint": []}
+        record["bcc"] = [person["Address"] for person in self.summary()["Bcc"]]
+        record["lint"] = [{"rule": rule, "text": LINT[rule][0], "rfc": LINT[rule][1]} for rule in record["lint"]
+                          if rule in LINT]
+        return record
+
+    def summary(self) -> Dict[str, Any]:
+        """Return the entry of a list; what is in the file is read once and remembered."""
+        known = self.inbox.summaries.get(self.id)
+        if known is None:
+            known = self.inbox.remember(self.id, self._summary())
+        return dict(known, Read=self.read)
+
+    def _summary(self) -> Dict[str, Any]:
+        message = self.message()
+        view = View(message.read() if message.size < 1 << 20 else message.head(1 << 20))
+        recorder = self.inbox.site.recorder
+        record = recorder.load(self.id) if recorder else None
+        named = {name: view.addresses(name) for name in ("from", "to", "cc", "reply-to")}
+        shown = {lower(person["Address"]) for name in ("to", "cc") for person in named[name]}
+        recipients = record["recipients"] if record else [mailbox for mailbox, _ in self.copies]
+        hidden = [{"Name": "", "Address": recipient} for recipient in recipients if lower(recipient) not in shown]
+        text = view.text("text/plain") or re.sub(r"(?s)<(style|script).*?</\1>|<[^>]*>", " ", view.text("text/html"))
+        return {"ID": self.id, "MessageID": view.header("message-id").strip("<>"),
+                "From": (named["from"] or [{"Name": view.header("from"), "Address": ""}])[0], "To": named["to"],
+                "Cc": named["cc"], "Bcc": hidden, "ReplyTo": named["reply-to"], "Subject": view.header("subject"),
+                "Created": iso_time(message.received_at.timestamp()), "Username": "", "Tags": [], "Size": message.size,
+                "Attachments": len(view.files()[1]), "Snippet": " ".join(text[:2000].split())[:250]}
+
+    def whole(self) -> Dict[str, Any]:
+        """Return the message as GET /api/v1/message/ID gives it."""
+        view, summary = self.view(), self.summary()
+        inline, attached = view.files()
+        try:
+            date = email.utils.parsedate_to_datetime(view.header("date")).isoformat()
+        except (TypeError, ValueError, IndexError):
+            date = summary["Created"]
+        shown = {key: summary[key] for key in ("ID", "MessageID", "Read", "From", "To", "Cc", "Bcc", "ReplyTo", "Subject",
+                                               "Tags", "Username", "Size")}
+        return dict(shown, ReturnPath=self.message().sender, Date=date, Text=view.text("text/plain"),
+                    HTML=view.text("text/html"), Inline=inline, Attachments=attached,
+                    ListUnsubscribe={"Header": view.header("list-unsubscribe"), "Links": [], "Errors": "", "HeaderPost": ""})
+
+
+def matcher(site: Site, node: Node, text: str) -> Callable[[Message], bool]:
+    """Return a function that tells whether a message matches a search."""
+    inbox, wanted = Inbox(site, node), Query(text)
+    return lambda message: inbox.matches(message, wanted)
+
+
+class Answered(NamedTuple):
+    """An HTTP response."""
+    status: int
+    type: str
+    body: bytes
+    headers: Dict[str, str] = {}
+
+
+def json_answer(value: Any, status: int = 200) -> Answered:
+    return Answered(status, "application/json", json.dumps(value).encode())
+
+
+def text_answer(status: int, text: str) -> Answered:
+    return Answered(status, "text/plain; charset=utf-8", text.encode("utf-8"))
+
+
+NOT_FOUND = text_answer(404, "404 page not found")
+OK_ANSWER = text_answer(200, "ok")
+SAFE_TYPES = ("image/png", "image/jpeg", "image/gif", "image/webp", "text/plain", "application/pdf", "audio/mpeg", "video/mp4")
+
+
+class Inbox:
+    """Turns HTTP requests into answers; knows no socket. Routes are the methods named in ROUTES."""
+
+    def __init__(self, site: Any, node: Any = None) -> None:
+        self.site, self.node = site, node
+        self.mailboxes = site.mailboxes
+        self.summaries: "collections.OrderedDict[str, Dict[str, Any]]" = collections.OrderedDict()
+        self.changed = threading.Condition()
+        self.events: "collections.deque[Tuple[int, str]]" = collections.deque(maxlen=1000)
+        self.serial = 0
+        self._lock = threading.Lock()
+        self._letters: List[Letter] = []
+        self._by_id: Dict[str, Letter] = {}
+        self._stamp: Any = None
+
+    def remember(self, id: str, summary: Dict[str, Any]) -> Dict[str, Any]:
+        self.summaries[id] = summary
+        while len(self.summaries) > 20_000:
+            self.summaries.popitem(last=False)
+        return summary
+
+    def tell(self, kind: str) -> None:
+        """Tell the pages that are open."""
+        with self.changed:
+            self.serial += 1
+            self.events.append((self.serial, kind))
+            self.changed.notify_all()
+
+    def letters(self) -> List[Letter]:
+        """Return all messages, newest first; the work is done again only when a mailbox changed."""
+        listings = [(mailbox, self.mailboxes.listing(mailbox)) for mailbox in self.mailboxes.names()]
+        stamp = [(mailbox, listing) for mailbox, listing in listings]
+        with self._lock:
+            if self._stamp is None or len(stamp) != len(self._stamp) or any(
+                    old[0] != new[0] or (old[1] is not new[1] and old[1] != new[1]) for old, new in zip(self._stamp, stamp)):
+                copies: Dict[str, List[Tuple[str, Item]]] = {}
+                for mailbox, listing in listings:
+                    for item in listing:
+                        copies.setdefault(message_id(item), []).append((mailbox, item))
+                self._letters = [Letter(id, found, self) for id, found in copies.items()]
+                self._letters.sort(key=lambda letter: letter.copies[0][1].name, reverse=True)
+                self._by_id = {letter.id: letter for letter in self._letters}
+                self._stamp = stamp
+            return self._letters
+
+    def letter(self, id: str, query: Dict[str, str]) -> Letter:
+        """Return the message with an id, or the latest; KeyError."""
+        letters = self.letters()
+        if id == "latest":
+            wanted = Query(query.get("query", ""))
+            return next(iter(letter for letter in letters if wanted.matches(letter)), None) or self._by_id[id]
+        return self._by_id[id]
+
+    # Requests.
+
+    def respond(self, method: str, path: str, query: Dict[str, str], body: bytes, type: str, user: Optional[str]) -> Answered:
+        """Answer a request; never fails."""
+        try:
+            for verb, pattern, name in ROUTES:
+                match = re.fullmatch(pattern, path)
+                if match and verb == method:
+                    given = dict(match.groupdict(), query=query, body=body, type=type, user=user)
+                    answer: Answered = getattr(self, name)(**given)
+                    return answer
+            return NOT_FOUND
+        except (KeyError, FileNotFoundError):
+            return text_answer(404, "Message not found")
+        except (ValueError, TypeError, AttributeError) as error:
+            return text_answer(400, "Error: " + printable(str(error)))
+        except Exception:
+            log.exception("%s %s failed", method, printable(path))
+            return text_answer(500, "something went wrong here")
+
+    def page(self, **_: Any) -> Answered:
+        nonce = secrets.token_urlsafe(16)
+        policy = ("default-src 'none'; style-src 'nonce-%s'; script-src 'nonce-%s'; connect-src 'self'; img-src 'self' data:; "
+                  "frame-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'" % (nonce, nonce))
+        return Answered(200, "text/html; charset=utf-8", PAGE.replace("{{nonce}}", nonce).encode("utf-8"),
+                        {"Content-Security-Policy": policy, "X-Frame-Options": "DENY"})
+
+    def info(self, **_: Any) -> Answered:
+        letters = self.letters()
+        return json_answer({
+            "Version": "minimail " + __version__, "LatestVersion": "disabled", "Database": self.node.data,
+            "DatabaseSize": sum(letter.copies[0][1].size for letter in letters), "Messages": len(letters),
+            "Unread": sum(not letter.read for letter in letters), "Tags": {}, "capture": self.site.config.capture,
+            "smtp": [show_endpoint(endpoint) for name, endpoint in self.node.endpoints() if name == "smtp"],
+            "pop3": [show_endpoint(endpoint) for name, endpoint in self.node.endpoints() if name == "pop3"],
+            "RuntimeStats": {"Uptime": int(time.time() - self.node.started_at), "Memory": 0, "MessagesDeleted": 0,
+                             "SMTPAccepted": self.node.accepted, "SMTPAcceptedSize": self.node.accepted_bytes,
+                             "SMTPRejected": 0, "SMTPIgnored": 0}})
+
+    def list_messages(self, query: Dict[str, str], **_: Any) -> Answered:
+        return self._list(self.letters(), query)
+
+    def search(self, query: Dict[str, str], **_: Any) -> Answered:
+        return self._list(self._found(query), query)
+
+    def _found(self, query: Dict[str, str]) -> List[Letter]:
+        if not query.get("query", "").strip():
+            raise ValueError("no search query")
+        wanted = Query(query["query"])
+        return [letter for letter in self.letters() if wanted.matches(letter)]
+
+    def _list(self, letters: List[Letter], query: Dict[str, str]) -> Answered:
+        def number(name: str, default: int) -> int:
+            text = query.get(name, "")
+            return int(text) if text.isascii() and text.isdigit() and len(text) < 10 else default
+        start, limit = number("start", 0), number("limit", 50) or 50
+        shown = []
+        for letter in letters[start:start + limit]:
+            with contextlib.suppress(FileNotFoundError):        # removed while we looked
+                shown.append(letter.summary())
+        every = self._letters
+        return json_answer({
+            "total": len(every), "unread": sum(not letter.read for letter in every), "count": len(shown),
+            "messages_count": len(letters), "messages_unread": sum(not letter.read for letter in letters),
+            "start": start, "tags": [], "messages": shown})
+
+    def show(self, id: str, query: Dict[str, str], **_: Any) -> Answered:
+        letter = self.letter(id, query)
+        whole = dict(letter.whole(), Read=True)
+        self._set_read([letter], True)
+        return json_answer(whole)
+
+    def headers(self, id: str, query: Dict[str, str], **_: Any) -> Answered:
+        values: Dict[str, List[str]] = {}
+        for name, value in View(self.letter(id, query).message().read()).fields:
+            key = "-".join(word.capitalize() for word in name.split("-"))
+            values.setdefault(key, []).append(" ".join(value.partition(b":")[2].decode("utf-8", "replace").split()))
+        for name in ("Content-Type", "Date", "Delivered-To", "From", "Message-Id"):
+            values.setdefault(name, [])             # client libraries look these up without asking whether they are there
+        return json_answer(values)
+
+    def raw(self, id: str, query: Dict[str, str], **_: Any) -> Answered:
+        letter = self.letter(id, query)
+        more = {"Content-Disposition": 'attachment; filename="%s.eml"' % letter.id} if query.get("dl") else {}
+        return Answered(200, "text/plain; charset=utf-8", letter.message().read(), more)
+
+    def part(self, id: str, part: str, query: Dict[str, str], **_: Any) -> Answered:
+        from urllib.parse import quote
+        found = dict(self.letter(id, query).view().parts)[part]
+        kind = found.get_content_type()
+        name = file_name(found) or "part-" + part
+        shown = kind in SAFE_TYPES
+        ascii_name = re.sub(r'[^A-Za-z0-9._ -]', "_", name)
+        place = "%s; filename=\"%s\"; filename*=UTF-8''%s" % (
+            "inline" if shown else "attachment", ascii_name, quote(name, safe=""))
+        return Answered(200, kind if shown else "application/octet-stream", part_bytes(found), {
+            "Content-Disposition": place, "Content-Security-Policy": "default-src 'none'; sandbox"})
+
+    def session(self, id: str, query: Dict[str, str], **_: Any) -> Answered:
+        return json_answer(self.letter(id, query).session())
+
+    def view_html(self, id: str, query: Dict[str, str], **_: Any) -> Answered:
+        """Serve a message's HTML so that it can do nothing: no script, no form, no load from elsewhere unless asked for."""
+        letter = self.letter(id, query)
+        view = letter.view()
+        text = view.text("text/html")
+        if not text:
+            return text_answer(404, "This message does not contain a HTML part")
+        for entry in view.files()[0]:
+            link = "/api/v1/message/%s/part/%s" % (letter.id, entry["PartID"])
+            text = text.replace("cid:" + entry["ContentID"], link)
+        images = "img-src 'self' data: http: https:" if query.get("images") else "img-src 'self' data:"
+        return Answered(200, "text/html; charset=utf-8", text.encode("utf-8", "replace"), {
+            "Content-Security-Policy": "sandbox; default-src 'none'; style-src 'unsafe-inline'; font-src data:; %s; "
+            "form-action 'none'; base-uri 'none'; frame-ancestors 'self'" % images})
+
+    def view_text(self, id: str, query: Dict[str, str], **_: Any) -> Answered:
+        return text_answer(200, self.letter(id, query).view().text("text/plain"))
+
+    def _chosen(self, body: bytes, type: str) -> Tuple[List[Letter], Dict[str, Any]]:
+        """Return (messages a request means, its parameters): the IDs it names, the search, else all; ValueError."""
+        from urllib.parse import parse_qs
+        given: Dict[str, Any]
+        if type.startswith("application/x-www-form-urlencoded") and body.strip():
+            form = parse_qs(body.decode("utf-8"), keep_blank_values=True)
+            given = {"IDs": form.get("IDs") or form.get("ids") or [],
+                     "Read": form.get("Read", [""])[0] in ("true", "True", "1")}
+            if not given["IDs"]:
+                raise ValueError("no IDs")
+        else:
+            given = json.loads(body) if body.strip() else {}
+        if not isinstance(given, dict) or not isinstance(given.get("IDs") or [], list):
+            raise ValueError("expected {\"IDs\": [...]}")
+        letters = self.letters()
+        if given.get("Search"):
+            wanted = Query(str(given["Search"]))
+            return [letter for letter in letters if wanted.matches(letter)], given
+        if given.get("IDs"):
+            return [self._by_id[id] for id in map(str, given["IDs"]) if id in self._by_id], given
+        return list(letters), given
+
+    def delete(self, body: bytes, type: str, **_: Any) -> Answered:
+        self._delete(self._chosen(body, type)[0])
+        return OK_ANSWER
+
+    def delete_found(self, query: Dict[str, str], **_: Any) -> Answered:
+        self._delete(self._found(query))
+        return OK_ANSWER
+
+    def _delete(self, letters: List[Letter]) -> None:
+        for letter in letters:
+            for mailbox, item in letter.copies:
+                self.mailboxes.delete(mailbox, item)
+        self.tell("delete")
+
+    def set_read(self, body: bytes, type: str, **_: Any) -> Answered:
+        letters, given = self._chosen(body, type)
+        self._set_read(letters, bool(given.get("Read")))
+        return OK_ANSWER
+
+    def _set_read(self, letters: List[Letter], seen: bool) -> None:
+        changed = [letter for letter in letters if letter.read is not seen]
+        for letter in changed:
+            for mailbox, item in letter.copies:
+                with contextlib.suppress(OSError):
+                    self.mailboxes.set_seen(mailbox, item, seen)
+        if changed:
+            self.tell("read")
+
+    def send(self, body: bytes, user: Optional[str], **_: Any) -> Answered:
+        """Mailpit's POST /api/v1/send: a message in JSON, delivered like any other."""
+        try:
+            if not self.site.config.capture and user is None:
+                raise ValueError("sending needs a log-in in node mode")
+            envelope, content = compose(json.loads(body))
+            destinations = [self.site.book.resolve(address) for address in envelope.recipients]
+            parcel = self.site.post.begin(envelope, destinations)
+            parcel.draft.write(content)
+            if self.site.recorder:
+                self.site.recorder.save(envelope, [], [], False)
+            self.site.post.commit(parcel)
+            self.site.accepted(parcel)
+        except (ValueError, TypeError, KeyError, AttributeError, Refused) as error:
+            return json_answer({"Error": printable(str(error))}, 400)
+        return json_answer({"ID": envelope.id})
+
+    def wait(self, query: Dict[str, str], **_: Any) -> Answered:
+        """Long poll: answer as soon as a message matches, also if it came before."""
+        wanted = Query(query.get("query", ""))
+        timeout = min(parse_seconds(query.get("timeout", "30")), 3600.0)
+        try:
+            found = self.node.wait_for(None, timeout, match=lambda message: self.matches(message, wanted))
+        except TimeoutError as error:
+            return text_answer(404, str(error))
+        return self.show(found.id, {})
+
+    def matches(self, message: Message, wanted: Query) -> bool:
+        try:
+            return wanted.matches(Letter(message.id, [(message.recipient, message._item)], self))
+        except FileNotFoundError:
+            return False
+
+    def links(self, id: str, query: Dict[str, str], **_: Any) -> Answered:
+        return json_answer(self.letter(id, query).view().links())
+
+    def get_faults(self, **_: Any) -> Answered:
+        return json_answer([{"rule": rule.text, "left": rule.left} for rule in self.site.faults.rules])
+
+    def put_faults(self, body: bytes, **_: Any) -> Answered:
+        given = json.loads(body)
+        rules = given.get("rules") if isinstance(given, dict) else given
+        if not isinstance(rules, list):
+            raise ValueError("expected a list of rules")
+        self.site.faults.rules = [Fault(str(rule["rule"] if isinstance(rule, dict) else rule)) for rule in rules]
+        return self.get_faults()
+
+    def delete_faults(self, **_: Any) -> Answered:
+        self.site.faults.rules = []
+        return OK_ANSWER
+
+    def metrics(self, **_: Any) -> Answered:
+        node, site = self.node, self.site
+        values = [("messages_accepted_total", "counter", node.accepted),
+                  ("bytes_accepted_total", "counter", node.accepted_bytes),
+                  ("connections_total", "counter", site.connections.served), ("sessions", "gauge", len(site.sessions)),
+                  ("messages", "gauge", len(self.letters()))]
+        if node._relay:
+            values += [("recipients_sent_total", "counter", node._relay.sent),
+                       ("recipients_bounced_total", "counter", node._relay.bounced),
+                       ("recipients_deferred_total", "counter", node._relay.deferred),
+                       ("queue_entries", "gauge", sum(1 for _ in node._relay.queue.places()))]
+        text = "".join("# TYPE minimail_%s %s\nminimail_%s %d\n" % (name, kind, name, value) for name, kind, value in values)
+        return Answered(200, "text/plain; version=0.0.4", text.encode())
+
+    def alive(self, **_: Any) -> Answered:
+        return text_answer(200, "")
+
+    def ready(self, **_: Any) -> Answered:
+        writable = os.access(self.node.data, os.W_OK) and not self.site.stopping
+        return text_answer(200 if writable else 503, "")
+
+    def chaos(self, **_: Any) -> Answered:
+        return text_answer(400, "Chaos is not enabled")
+
+    def tags(self, **_: Any) -> Answered:
+        return json_answer([])
+
+    def webui(self, **_: Any) -> Answered:
+        return json_answer({"Label": "", "MessageRelay": {"Enabled": False}, "SpamAssassin": False, "ChaosEnabled": False,
+                            "DuplicatesIgnored": False})
+
+
+ID = r"/api/v1/message/(?P<id>[^/]+)"
+ROUTES = [
+    ("GET", "/", "page"), ("GET", "/livez", "alive"), ("GET", "/readyz", "ready"), ("GET", "/metrics", "metrics"),
+    ("GET", "/api/v1/info", "info"), ("GET", "/api/v1/messages", "list_messages"), ("GET", "/api/v1/search", "search"),
+    ("GET", ID, "show"), ("GET", ID + "/headers", "headers"), ("GET", ID + "/raw", "raw"), ("GET", ID + "/session", "session"),
+    ("GET", ID + "/links", "links"), ("GET", ID + r"/part/(?P<part>[\d.]+)", "part"),
+    ("GET", r"/view/(?P<id>[^/]+)\.html", "view_html"), ("GET", r"/view/(?P<id>[^/]+)\.txt", "view_text"),
+    ("DELETE", "/api/v1/messages", "delete"), ("DELETE", "/api/v1/search", "delete_found"),
+    ("PUT", "/api/v1/messages", "set_read"),
+    ("POST", "/api/v1/send", "send"), ("GET", "/api/v1/wait", "wait"), ("GET", "/api/v1/faults", "get_faults"),
+    ("PUT", "/api/v1/faults", "put_faults"), ("DELETE", "/api/v1/faults", "delete_faults"),
+    ("GET", "/api/v1/chaos", "chaos"), ("GET", "/api/v1/tags", "tags"), ("GET", "/api/v1/webui", "webui"),
+]
+
+
+def compose(given: Dict[str, Any]) -> Tuple[Envelope, bytes]:
+    """Return envelope and content of a message given in Mailpit's JSON; ValueError, Refused."""
+    import email.message
+    import email.policy
+
+    def person(who: Any) -> Tuple[str, Address]:
+        who = {"Email": who} if isinstance(who, str) else who
+        try:
+            return str(who.get("Name") or ""), parse_address(str(who["Email"]))
+        except Refused:
+            raise ValueError("invalid address: " + printable(str(who.get("Email")))) from None
+    message = email.message.EmailMessage(policy=email.policy.SMTP)
+    name, sender = person(given["From"])
+    message["From"] = email.utils.formataddr((name, str(sender)))
+    recipients = []
+    for field, header in (("To", "To"), ("Cc", "Cc"), ("Bcc", ""), ("ReplyTo", "Reply-To")):
+        people = [person(who) for who in given.get(field) or []]
+        if header and people:
+            message[header] = ", ".join(email.utils.formataddr((name, str(address))) for name, address in people)
+        recipients += [address for _, address in people if field != "ReplyTo"]
+    if not recipients:
+        raise ValueError("no recipients")
+    message["Subject"] = str(given.get("Subject") or "")
+    message["Date"] = email.utils.formatdate(localtime=True)
+    message["Message-ID"] = "<%s@%s>" % (secrets.token_hex(12), sender.domain or "localhost")
+    for key, value in (given.get("Headers") or {}).items():
+        if key in message or key.lower() in ("to", "from", "cc", "bcc", "content-type", "mime-version"):
+            raise ValueError('cannot overwrite header: "%s"' % key)
+        message[key] = value
+    message.set_content(str(given.get("Text") or ""))
+    if given.get("HTML"):
+        message.add_alternative(str(given["HTML"]), subtype="html")
+    for entry in given.get("Attachments") or []:
+        data = base64.b64decode(str(entry["Content"]).rpartition(",")[2], validate=True)
+        kind = str(entry.get("ContentType") or "application/octet-stream").partition("/")
+        message.add_attachment(data, kind[0], kind[2] or "octet-stream", filename=str(entry.get("Filename") or "file"),
+                               cid="<%s>" % entry["ContentID"] if entry.get("ContentID") else None)
+    return Envelope(sender=str(sender), recipients=recipients, protocol="HTTP"), message.as_bytes()
+
+
+class WebSession(Session):
+    """An HTTP connection; the standard library's server reads the requests, in a thread of its own."""
+
+    protocol = "web"
+    blocking = True
+
+    def turn(self, expired: bool) -> None:
+        self.wire.sock.settimeout(self.site.config.seconds(self.timeout))
+        with contextlib.suppress(OSError):
+            web_handler()(self)
+        self.finish()
+
+    def hurry(self) -> None:
+        with contextlib.suppress(OSError):
+            self.wire.sock.shutdown(socket.SHUT_RDWR)
+
+
+@functools.lru_cache(maxsize=1)
+def web_handler() -> Any:
+    """Return the class that carries HTTP; made at the first request, as http.server takes a while to import."""
+    from http.server import BaseHTTPRequestHandler
+    from urllib.parse import parse_qsl, unquote, urlsplit
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+        server_version = "minimail"
+        sys_version = ""
+
+        def __init__(self, session: WebSession) -> None:
+            self.session, self.inbox = session, session.site.inbox
+            super().__init__(session.request, session.client_address, session.server)
+
+        def log_message(self, format: str, *args: Any) -> None:
+            log.debug("web %s %s", self.session.client, printable(format % args))
+
+        def serve(self) -> None:
+            url = urlsplit(self.path)
+            query = dict(parse_qsl(url.query, keep_blank_values=True))
+            refusal, user = self.check()
+            size = self.headers.get("Content-Length") or "0"
+            if refusal is None and (not size.isdigit() or int(size) > MAX_HTTP_BODY or "Transfer-Encoding" in self.headers):
+                refusal = text_answer(413, "body too large or of unknown length")
+            if refusal is not None:
+                self.close_connection = True
+                return self.give(refusal)
+            body = self.rfile.read(int(size))
+            if url.path == "/api/events" and self.command == "GET":
+                return self.stream()
+            method = "GET" if self.command == "HEAD" else self.command
+            self.give(self.inbox.respond(method, unquote(url.path), query, body, self.headers.get("Content-Type") or "", user))
+
+        do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = serve
+
+        def check(self) -> Tuple[Optional[Answered], Optional[str]]:
+            """Return (refusal or None, who logged in): no DNS rebinding, no requests from other sites, log-in outside."""
+            host = (self.headers.get("Host") or "").lower()
+            name = re.sub(r":\d+$", "", host)
+            site = self.session.site
+            literal = re.fullmatch(r"\[[0-9a-f:.]+\]|[\d.]+", name)
+            if not (literal or "." not in name or name.endswith(".localhost") or name == site.hostname):
+                return text_answer(403, "this host name is not served here"), None
+            origin = self.headers.get("Origin")
+            if self.command not in ("GET", "HEAD"):
+                if origin is not None and re.sub(r"^https?://", "", origin.lower()) != host:
+                    return text_answer(403, "request from another site"), None
+                if self.headers.get("Sec-Fetch-Site", "none") not in ("none", "same-origin"):
+                    return text_answer(403, "request from another site"), None
+            user = self.logged_in(site)
+            outside = not is_loopback(self.session.request.getsockname()[0])
+            if outside and user is None and (not site.config.capture or site.accounts.names()):
+                return Answered(401, "text/plain; charset=utf-8", b"log in with an account of the users file",
+                                {"WWW-Authenticate": 'Basic realm="minimail", charset="UTF-8"'}), None
+            return None, user
+
+        def logged_in(self, site: Site) -> Optional[str]:
+            kind, _, secret = (self.headers.get("Authorization") or "").partition(" ")
+            if kind.lower() != "basic" or site.throttle.shut_out(self.session.client):
+                return None
+            try:
+                name, _, password = base64.b64decode(secret, validate=True).decode("utf-8").partition(":")
+            except ValueError:
+                return None
+            user = site.accounts.verify(name, password)
+            if user is None:
+                site.throttle.failed(self.session.client)
+            return user
+
+        def give(self, answer: Answered) -> None:
+            self.send_response(answer.status)
+            headers = {"Content-Type": answer.type, "Content-Length": str(len(answer.body)), "Cache-Control": "no-store",
+                       "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer"}
+            for name, value in dict(headers, **answer.headers).items():
+                self.send_header(name, value)
+            if self.close_connection:
+                self.send_header("Connection", "close")
+            self.end_headers()
+            if self.command != "HEAD":
+                self.wfile.write(answer.body)
+
+        def stream(self) -> None:
+            """Server-sent events until the page goes away."""
+            self.close_connection = True
+            self.send_response(200)
+            for name, value in (("Content-Type", "text/event-stream"), ("Cache-Control", "no-store"), ("Connection", "close")):
+                self.send_header(name, value)
+            self.end_headers()
+            inbox, seen = self.inbox, self.inbox.serial
+            self.wfile.write(b": hello\n\n")
+            while not self.session.site.stopping:
+                with inbox.changed:
+                    if inbox.serial == seen:
+                        inbox.changed.wait(15.0)
+                    kinds = [kind for serial, kind in inbox.events if serial > seen]
+                    seen = inbox.serial
+                text = "".join("event: %s\ndata: {}\n\n" % kind for kind in kinds) or ": still here\n\n"
+                self.wfile.write(text.encode())
+                self.wfile.flush()
+    return Handler
+
+
+def equip(site: Site, node: Node) -> None:
+    """Give a site what this section has to offer, as far as its options ask for it."""
+    config = site.config
+    if config.transcripts or (config.transcripts is None and config.capture):
+        site.recorder = Recorder(site.mailboxes.storage)
+        site.mailboxes.forget = site.recorder.forget
+    site.faults = Faults(Fault(rule.text) for rule in config.fault)
+    if config.web:
+        site.inbox = Inbox(site, node)
+
+
+def wait_command(config: Config, arguments: List[str]) -> int:
+    """Wait until a message is there that matches; status 1 when time is up."""
+    parser = Parser(prog="minimail.py wait", description=wait_command.__doc__)
+    parser.add_argument("address", nargs="?", metavar="ADDRESS")
+    parser.add_argument("--from", dest="sender", default="", metavar="X", help="in the From header")
+    parser.add_argument("--subject", default="", metavar="X", help="in the subject")
+    parser.add_argument("--text", default="", metavar="X", help="in the text")
+    parser.add_argument("--timeout", default="30", metavar="SECONDS", help="how long to wait (default 30)")
+    parser.add_argument("--print", dest="show", choices=["raw", "text", "links", "json"], help="what to print of it")
+    given = parser.parse_args(arguments)
+    try:
+        deadline = time.monotonic() + (float(given.timeout) if given.timeout == "0" else parse_seconds(given.timeout))
+        address = parse_address(given.address).key if given.address else None
+    except (ValueError, Refused) as error:
+        raise UsageError("wait: %s" % error) from None
+    query = Query(**{"from": given.sender, "subject": given.subject, "text": given.text})
+    stores = open_stores(config)
+    inbox = Inbox(types.SimpleNamespace(recorder=Recorder(stores.storage), mailboxes=stores.mailboxes))
+    seen: Set[Tuple[str, str]] = set()
+    try:
+        with stores.storage.waker("mail") as sock:
+            while True:
+                for name in [address] if address else list(stores.mailboxes.names()):
+                    for item in stores.mailboxes.listing(name):
+                        if (name, item.uid) in seen:
+                            continue
+                        letter = Letter(message_id(item), [(name, item)], inbox)
+                        if query.matches(letter):
+                            show_letter(letter, given.show)
+                            return 0
+                        seen.add((name, item.uid))
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    return 1
+                if sock:
+                    sock.settimeout(left)
+                    with contextlib.suppress(socket.timeout):
+                        sock.recv(64)
+                else:
+                    time.sleep(min(left, 0.2))      # no such sockets here (Windows)
+    finally:
+        stores.storage.close()
+
+
+def show_letter(letter: Letter, kind: Optional[str]) -> None:
+    if kind == "raw":
+        sys.stdout.flush()
+        sys.stdout.buffer.write(letter.message().read())
+        sys.stdout.buffer.flush()
+    elif kind == "text":
+        print(letter.view().text("text/plain") or letter.view().text("text/html"))
+    elif kind == "links":
+        print("".join(link + "\n" for link in letter.view().links()), end="")
+    elif kind == "json":
+        print(json.dumps(letter.whole(), indent=1))
+
+
+class Selftest:
+    """Tries on this machine, in a directory beside the data, what minimail promises; each check_NAME says what holds."""
+
+    def __init__(self, directory: str) -> None:
+        self.directory = directory
+        self.text = "Subject: selftest\r\n\r\n.a line with a dot\r\n"
+        zone = {"far.test": ["MX 10 mx.far.test"], "mx.far.test": ["A 127.0.0.1"], "null.test": ["MX 0 ."]}
+        self.far = Node(smtp="127.0.0.1:0", pop3="127.0.0.1:0", data=os.path.join(directory, "far"), faults=["rcpt 451 x1"])
+        self.far.start()
+        relay: Dict[str, Any] = {"domain": "near.test", "catch_all": "all@near.test", "dns": zone, "retry": "0.2",
+                                 "mx_port": self.far.smtp_address[1]} if "relay" in REGISTRY else {}
+        self.near = Node(smtp="127.0.0.1:0", pop3="127.0.0.1:0", data=os.path.join(directory, "near"), **relay)
+        self.near.start()
+
+    def stop(self) -> None:
+        self.near.stop()
+        self.far.stop()
+
+    def send(self, node: Node, recipient: str) -> None:
+        import smtplib
+        with smtplib.SMTP(node.smtp_address[0], node.smtp_address[1], timeout=5) as client:
+            client.sendmail("me@near.test", recipient, self.text)
+
+    def check_1_queue_dns_retry(self) -> str:
+        if "relay" not in REGISTRY:
+            return "skipped: no relay section"
+        self.send(self.near, "bob@far.test")        # refused once, for a while, by the fault rule
+        message = self.far.wait_for("bob@far.test", timeout=10)
+        assert message.read().endswith(self.text.replace("\r\n.a", "\r\n.a").encode())
+        return "queued, found by MX record, refused once, sent again"
+
+    def check_2_bounce(self) -> str:
+        if "relay" not in REGISTRY:
+            return "skipped: no relay section"
+        self.send(self.near, "nobody@null.test")
+        report = self.near.wait_for("all@near.test", timeout=10).email()
+        assert report.get_content_type() == "multipart/report" and "5.1.10" in report.as_string()
+        return "a null MX comes back as a report with 5.1.10"
+
+    def check_3_accept_store(self) -> str:
+        try:
+            self.send(self.far, "keep@here.test")
+        except OSError:
+            self.send(self.far, "keep@here.test")   # the fault rule was still there
+        message = self.far.wait_for("keep@here.test", timeout=5)
+        assert os.stat(message.path).st_mode & 0o077 == 0 or os.name == "nt"
+        return "250 given, the message in its Maildir, readable by its owner only"
+
+    def check_4_fetch(self) -> str:
+        import poplib
+        client = poplib.POP3(self.far.pop3_address[0], self.far.pop3_address[1], timeout=5)
+        client.user("keep@here.test")
+        client.pass_("any")
+        content = b"\r\n".join(client.retr(1)[1]) + b"\r\n"
+        assert content == self.far.messages("keep@here.test")[0].read()
+        other = poplib.POP3(self.far.pop3_address[0], self.far.pop3_address[1], timeout=5)
+        other.user("keep@here.test")
+        try:
+            other.pass_("any")
+            raise AssertionError("a second session got the mailbox")
+        except poplib.error_proto as error:
+            assert "[IN-USE]" in str(error)
+        client.dele(1)
+        client.quit()
+        other.quit()
+        assert not self.far.messages("keep@here.test")
+        return "fetched byte for byte, one session at a time, removed at QUIT"
+
+    def check_5_fsync(self) -> str:
+        storage = Storage(os.path.join(self.directory, "storage"))
+        storage.open()
+        storage.write(os.path.join(storage.root, "file"), b"x")
+        errors = storage.flush([storage.root])
+        storage.close()
+        assert not errors, errors
+        return "files and directories can be flushed to disk" + ("" if os.name != "nt" else " (files only)")
+
+    def check_6_locks(self) -> str:
+        path = os.path.join(self.directory, "lock")
+        fds = [os.open(path, os.O_CREAT | os.O_RDWR | O_EXTRA, 0o600) for _ in range(2)]
+        first, second = lock_file(fds[0]), lock_file(fds[1])
+        for fd in fds:
+            os.close(fd)
+        assert first and not second
+        return "a lock keeps others out until it is closed"
+
+    def check_7_file_names(self) -> str:
+        keys = ["../../etc@x.test", ".hidden@x.test", "a%b@x.test", "con@x.test", "\u00fc@x.test", "a b@x.test", "A@x.test"]
+        seen = set()
+        assert self.far.stores
+        for key in keys:
+            path = self.far.stores.mailboxes.path(lower(key))
+            os.makedirs(path)
+            seen.add(os.path.realpath(path).lower())
+        root = os.path.realpath(self.far.stores.mailboxes.root).lower()
+        assert len(seen) == len(keys) and all(path.startswith(root) for path in seen)
+        source = os.path.join(self.directory, "lock")
+        os.link(source, source + "2")
+        return "odd addresses get a place of their own, hard links work"
+
+    def check_8_dns_packets(self) -> str:
+        if "relay" not in REGISTRY:
+            return "skipped: no relay section"
+        query = encode_query(7, "far.test", MX)
+        packet = encode_answer(query, [Record("far.test", MX, 60, (10, "mx.far.test"))])
+        assert decode_answer(packet).records[0].data == (10, "mx.far.test")
+        for size in range(len(packet)):
+            with contextlib.suppress(ValueError):
+                decode_answer(packet[:size])
+        return "answers are decoded, broken ones refused"
+
+    def check_9_tls(self) -> str:
+        try:
+            import ssl
+        except ImportError:
+            return "skipped: this Python has no ssl module"
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).minimum_version = ssl.TLSVersion.TLSv1_2
+        return "%s, TLS 1.2 and later" % ssl.OPENSSL_VERSION
+
+
+def selftest_command(config: Config, arguments: List[str]) -> int:
+    """Try every guarantee on this machine, on free ports and beside the data directory; print a line for each."""
+    Parser(prog="minimail.py selftest", description=selftest_command.__doc__).parse_args(arguments)
+    log.setLevel(logging.CRITICAL)
+    above = os.path.dirname(os.path.abspath(config.data))
+    directory = tempfile.mkdtemp(prefix="minimail-selftest-", dir=above)
+    failed = 0
+    try:
+        test = Selftest(directory)
+        try:
+            for name in sorted(name for name in dir(test) if name.startswith("check_")):
+                try:
+                    verdict = getattr(test, name)()
+                    print("%-4s %s: %s" % ("skip" if verdict.startswith("skipped") else "ok", name[8:], verdict), flush=True)
+                except Exception as error:
+                    failed += 1
+                    print("FAIL %s: %s: %s" % (name[8:], type(error).__name__, printable(str(error))), flush=True)
+        finally:
+            test.stop()
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+    print("%d of the guarantees do not hold here" % failed if failed else "all hold")
+    return 1 if failed else 0
+
+
+PAGE = r"""<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>minimail</title>
+<link rel="icon" href="data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 16 16'%3E
+%3Crect y='2' width='16' height='12' rx='2' fill='%231f686c'/%3E
+%3Cpath d='m2 5 6 4 6-4' fill='none' stroke='white' stroke-width='1.5'/%3E%3C/svg%3E">
+<style nonce="{{nonce}}">
+:root {
+  color-scheme: light dark;
+  --paper: light-dark(#ffffff, #17191c); --hover: light-dark(#f4f5f4, #202427);
+  --ink: light-dark(#1c2321, #e4e7e5); --faint: light-dark(#5c6663, #98a29f);
+  --line: light-dark(#dfe3e1, #2f3538); --pick: light-dark(#e2efee, #1d3334);
+  --accent: light-dark(#1f686c, #74c3c2); --warn: light-dark(#8a4b08, #f0b266);
+}
+* { box-sizing: border-box; min-width: 0; }
+[hidden] { display: none !important; }
+body {
+  margin: 0; height: 100dvh; display: grid; grid: auto minmax(0, 1fr) / minmax(20rem, 2fr) 3fr;
+  font: 0.95rem/1.45 system-ui, sans-serif; color: var(--ink); background: var(--paper);
+}
+a, h1 { color: var(--accent); }
+h1 { margin-block: 0; font-size: 1.1rem; }
+h2 { margin: 0.5rem 0; font-size: 1.25rem; line-height: 1.3; }
+h2, dd, li, pre { overflow-wrap: anywhere; }
+b { font-weight: 650; }
+dl { display: grid; grid-template-columns: auto 1fr; gap: 0.1rem 0.9rem; margin: 0.4rem 0; }
+dd, ol { margin: 0; padding: 0; list-style: none; }
+pre { margin: 0; white-space: pre-wrap; font: 0.85rem/1.5 ui-monospace, monospace; }
+button, input, .button {
+  padding: 0.25rem 0.55rem; border: 1px solid var(--line); border-radius: 6px;
+  font: inherit; color: inherit; background: none; text-decoration: none;
+}
+button:hover:enabled, .button:hover { border-color: var(--accent); }
+button:disabled { opacity: 0.45; }
+:focus-visible { outline: 2px solid var(--accent); outline-offset: -2px; border-radius: 4px; }
+h2:focus-visible { outline: none; }
+dt, time, .faint, #status, #live, #range, #none { color: var(--faint); }
+time, .faint, #status, #live, #range { font-size: 0.85rem; }
+h1, #status { margin-right: 0.4rem; }
+.bar { display: flex; flex-wrap: wrap; gap: 0.4rem; align-items: center; }
+header { grid-column: 1 / -1; padding: 0.5rem 1rem; border-bottom: 1px solid var(--line); }
+#search { flex: 1 1 12rem; max-width: 30rem; margin-left: auto; }
+#problem { flex-basis: 100%; color: var(--warn); }
+#welcome { grid-column: 1 / -1; max-width: 46rem; padding: 1rem; place-self: center; }
+nav { display: grid; grid-template-rows: minmax(0, 1fr) auto; border-right: 1px solid var(--line); }
+nav .bar { justify-content: space-between; padding: 0.4rem 1rem; border-top: 1px solid var(--line); }
+#list, main { overflow: auto; }
+#list a {
+  display: grid; grid-template-columns: 1fr auto; column-gap: 0.8rem; padding: 0.5rem 1rem; color: inherit;
+  text-decoration: none; border: solid var(--line); border-width: 0 0 1px 3px; border-left-color: transparent;
+}
+#list a:hover { background: var(--hover); }
+#list [aria-current=true] { background: var(--pick); }
+#list .unread { border-left-color: var(--accent); }
+#list a * { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
+#list a:not(.unread) b { font-weight: inherit; }
+#list b ~ b { grid-column: 1 / -1; }
+#list time, #list span ~ span { justify-self: end; }
+main { padding: 0.8rem 1.2rem; }
+#message, #panel { display: flex; flex-direction: column; }
+#message { min-height: 100%; }
+#tabs { gap: 0; border-bottom: 1px solid var(--line); }
+#tabs button { border-color: transparent; border-width: 0 0 2px; border-radius: 0; }
+#tabs [aria-selected=true] { border-color: var(--accent); color: var(--accent); }
+#panel { flex: 1; gap: 0.6rem; padding: 0.6rem 0; }
+#panel ul { margin: 0; padding-left: 1.2rem; }
+#text { font: inherit; }
+#tab-Lint span { color: var(--warn); }
+iframe { flex: 1; min-height: 50vh; border: 1px solid var(--line); background: white; color-scheme: light; }
+kbd { font: inherit; border: 1px solid var(--line); border-radius: 4px; padding: 0 0.35em; }
+#back { display: none; }
+@media (max-width: 46rem) {
+  body { grid-template-columns: 100%; }
+  body.reading nav, body:not(.reading) main { display: none; }
+  #back { display: inline-block; }
+}
+</style>
+<header class="bar">
+  <h1>minimail</h1>
+  <span id="status" role="status"></span> <span id="live"></span>
+  <input id="search" type="search" aria-label="Search messages" aria-keyshortcuts="/" autocomplete="off"
+         placeholder="Search: words, from: to: subject:">
+  <button id="clear">Delete all</button>
+  <span id="problem" role="alert" hidden></span>
+</header>
+<section id="welcome" hidden>
+  <h2>No mail yet</h2>
+  <p>Let your program send to <b id="smtp">this machine</b>. What arrives shows up here at once.</p>
+  <p class="capture">Any address will do, with any password or none, and nothing leaves this machine.
+    A first message from a shell:</p>
+  <pre class="capture" id="try"></pre>
+</section>
+<nav aria-label="Messages">
+  <ol id="list" role="list"></ol>
+  <div class="bar">
+    <button id="newer">‹ Newer</button> <span id="range"></span> <button id="older">Older ›</button>
+  </div>
+</nav>
+<main aria-label="Message">
+  <p id="none"><kbd>j</kbd> <kbd>k</kbd> or arrows choose a message · <kbd>Enter</kbd> opens it ·
+    <kbd>Esc</kbd> back · <kbd>/</kbd> search · <kbd>u</kbd> unread · <kbd>d</kbd> delete · <kbd>←</kbd>
+    <kbd>→</kbd> tabs</p>
+  <div id="message" hidden>
+    <div class="bar">
+      <button id="back">‹ Back</button>
+      <button id="toggle" aria-keyshortcuts="u">Mark unread</button>
+      <button id="remove" aria-keyshortcuts="d Delete">Delete</button>
+      <a id="save" class="button">Save</a>
+    </div>
+    <h2 id="subject" tabindex="-1" aria-live="polite"></h2>
+    <div id="who"></div>
+    <div id="tabs" class="bar" role="tablist" aria-label="Views of the message"></div>
+    <div id="panel" role="tabpanel"></div>
+  </div>
+</main>
+<script nonce="{{nonce}}">
+"use strict";
+// What comes from a message gets onto the page as text, or into a frame that may run nothing.
+const PAGE = 50, SHOWN = 500000;
+const at = {start: 0, query: "", rows: [], found: 0, open: "", tab: "", tabs: [], asked: 0, timer: 0};
+const $ = id => document.getElementById(id);
+const rowOf = id => $("row-" + id);
+const pathOf = id => "api/v1/message/" + encodeURIComponent(id);
+const go = id => location.hash = encodeURIComponent(id);
+const isRead = id => at.rows.find(message => message.ID === id)?.Read ?? true;
+const named = who => who.Name || who.Address;
+const full = who => who.Name ? who.Name + " <" + who.Address + ">" : who.Address;
+const size = bytes => bytes < 1e6 ? Math.ceil(bytes / 1000) + " kB" : (bytes / 1e6).toFixed(1) + " MB";
+
+function el(tag, props, ...children) {
+  const node = Object.assign(document.createElement(tag), props);
+  node.append(...children);
+  return node;
+}
+
+const faint = text => el("span", {className: "faint"}, text);
+const list = items => el("ul", {}, ...items.map(item => el("li", {}, ...item)));
+const table = pairs => el("dl", {}, ...pairs.filter(([, value]) => value.length).flatMap(([name, value]) =>
+  [el("dt", {}, name), el("dd", {}, [].concat(value).join(", "))]));
+
+function when(text) {
+  const date = new Date(text), today = date.toDateString() === new Date().toDateString();
+  return el("time", {dateTime: text, title: date.toLocaleString()}, today
+    ? date.toLocaleTimeString([], {timeStyle: "short"})
+    : date.toLocaleDateString([], {day: "numeric", month: "short"}));
+}
+
+async function ask(path, method = "GET", body) {
+  const headers = body ? {"Content-Type": "application/json"} : {};
+  const answer = await fetch(path, {method, headers, body: body && JSON.stringify(body)});
+  if (!answer.ok) throw new Error(await answer.text() || answer.statusText);
+  $("problem").hidden = true;
+  return answer;
+}
+
+const get = async path => (await ask(path)).json();
+
+addEventListener("unhandledrejection", event => {
+  event.preventDefault();
+  $("problem").textContent = "That did not work: " + event.reason.message;
+  $("problem").hidden = false;
+});
+
+// The list
+
+async function refresh() {
+  const asked = ++at.asked;
+  const what = at.query ? "search?query=" + encodeURIComponent(at.query) + "&" : "messages?";
+  const answer = await get("api/v1/" + what + "start=" + at.start + "&limit=" + PAGE);
+  if (asked !== at.asked) return;  // a newer question is on its way
+  at.rows = answer.messages;
+  at.found = answer.messages_count;
+  if (!at.rows.length && at.start) {  // the page is gone
+    at.start = Math.max(0, Math.ceil(at.found / PAGE) - 1) * PAGE;
+    return refresh();
+  }
+  const focused = document.activeElement.id, last = at.start + at.rows.length;
+  $("list").replaceChildren(...at.rows.map(row));
+  if (focused.startsWith("row-")) $(focused)?.focus({preventScroll: true});
+  $("range").textContent = last ? at.start + 1 + " – " + last + " of " + at.found : "Nothing found";
+  $("newer").disabled = !at.start;
+  $("older").disabled = last >= at.found;
+  $("status").textContent = answer.total + " in all, " + answer.unread + " unread";
+  $("clear").textContent = at.query ? "Delete found" : "Delete all";
+  $("clear").disabled = !at.found;
+  $("welcome").hidden = answer.total || at.query;
+  document.querySelector("nav").hidden = document.querySelector("main").hidden = !$("welcome").hidden;
+  document.title = (answer.unread ? "(" + answer.unread + ") " : "") + "minimail";
+  mark();
+}
+
+function row(message) {
+  const link = {id: "row-" + message.ID, href: "#" + encodeURIComponent(message.ID)};
+  const people = [...message.To, ...message.Cc, ...message.Bcc].map(named).join(", ");
+  const files = message.Attachments ? message.Attachments + " attached · " : "";
+  return el("li", {}, el("a", {...link, className: message.Read ? "" : "unread"},
+    el("b", {}, named(message.From) || "(no sender)"), when(message.Created),
+    el("b", {}, message.Subject || "(no subject)"), faint("to " + people),
+    faint((message.Read ? "" : "unread · ") + files + size(message.Size))));
+}
+
+function mark() {  // which message is open
+  for (const message of at.rows) rowOf(message.ID).ariaCurrent = message.ID === at.open;
+  $("toggle").textContent = isRead(at.open) ? "Mark unread" : "Mark read";
+}
+
+async function turn(by) {  // the page; returns the message that is next
+  if (by < 0 ? !at.start : at.start + PAGE >= at.found) return "";
+  at.start = Math.max(0, at.start + by * PAGE);
+  await refresh();
+  const next = at.rows.at(by < 0 ? -1 : 0)?.ID || "";
+  rowOf(next)?.focus();
+  return next;
+}
+
+function soon() {  // many arrivals, one question
+  at.timer ||= setTimeout(() => { at.timer = 0; refresh(); }, 150);
+}
+
+function listen() {
+  const events = new EventSource("api/events");
+  for (const kind of ["new", "delete", "read"]) events.addEventListener(kind, soon);
+  events.onopen = () => { $("live").textContent = "● live"; soon(); };
+  events.onerror = () => {
+    $("live").textContent = "○ not connected";
+    if (events.readyState === EventSource.CLOSED) setTimeout(listen, 3000);
+  };
+}
+
+// One message
+
+async function open() {
+  const id = at.open = decodeURIComponent(location.hash.slice(1));
+  document.body.classList.toggle("reading", id);
+  $("message").hidden = !id;
+  $("none").hidden = id;
+  mark();
+  if (!id) return;
+  const both = await Promise.all([get(pathOf(id)), get(pathOf(id) + "/session")]).catch(error => {
+    go("");
+    throw error;
+  });
+  if (at.open !== id) return;
+  const [message] = both;
+  at.open = message.ID;  // of #latest, too
+  at.tabs = tabs(...both).filter(tab => tab.there ?? true);
+  $("subject").textContent = message.Subject || "(no subject)";
+  $("who").replaceChildren(table([["From", full(message.From)], ["To", message.To.map(full)],
+    ["Cc", message.Cc.map(full)], ["Bcc", message.Bcc.map(full)], ["Reply to", message.ReplyTo.map(full)],
+    ["Date", new Date(message.Date).toLocaleString() + " · " + size(message.Size)]]));
+  $("save").href = pathOf(message.ID) + "/raw?dl=1";
+  $("tabs").replaceChildren(...at.tabs.map(({name, count}) => el("button", {role: "tab", id: "tab-" + name,
+    onclick: () => view(at.tab = name)}, name, el("span", {className: "faint"}, count ? " " + count : ""))));
+  mark();
+  if ($("back").offsetWidth) $("subject").focus();
+  await view(at.tabs.some(tab => tab.name === at.tab) ? at.tab : at.tabs[0].name);
+}
+
+function tabs(message, session) {
+  const path = pathOf(message.ID), links = linksIn(message);
+  const files = [...message.Attachments, ...message.Inline];
+  const link = href => [el("a", {href, target: "_blank", rel: "noreferrer"}, href)];
+  const file = ({PartID, FileName, ContentType, Size}) => [
+    el("a", {href: path + "/part/" + encodeURIComponent(PartID), download: ""}, FileName || "no name"),
+    faint(" " + ContentType + " · " + size(Size))];
+  const fault = ({rule, text, rfc}) => [el("b", {}, rule), " " + text + " ", faint(rfc)];
+  return [
+    {name: "HTML", there: message.HTML, show: () => framed(message.ID, "")},
+    {name: "Text", there: message.Text || !message.HTML,
+     show: () => [el("pre", {id: "text"}, message.Text.slice(0, SHOWN))]},
+    {name: "Links", there: links.length, count: links.length, show: () => [list(links.map(link))]},
+    {name: "Files", there: files.length, count: files.length, show: () => [list(files.map(file))]},
+    {name: "Headers", show: () => headers(path)},
+    {name: "Source", show: () => source(path)},
+    {name: "Session", show: () => conversation(session)},
+    {name: "Lint", count: session.lint.length, show: () =>
+      session.lint.length ? [list(session.lint.map(fault))] : ["Nothing to complain about."]},
+  ];
+}
+
+async function view(name) {
+  for (const tab of $("tabs").children) {
+    tab.ariaSelected = tab.id === "tab-" + name;
+    tab.tabIndex = tab.id === "tab-" + name ? 0 : -1;
+  }
+  const asked = at.tabs, nodes = await at.tabs.find(tab => tab.name === name).show();
+  if (asked === at.tabs) $("panel").replaceChildren(...nodes);
+  $("panel").setAttribute("aria-labelledby", "tab-" + name);
+}
+
+async function headers(path) {
+  const pairs = Object.entries(await get(path + "/headers"));
+  return [table(pairs.flatMap(([name, values]) => values.map(value => [name, value])))];
+}
+
+function framed(id, images) {
+  const frame = el("iframe", {title: "The message as HTML"});
+  frame.setAttribute("sandbox", "");  // no script, no form, no way out
+  frame.src = "view/" + encodeURIComponent(id) + ".html" + images;
+  const again = () => $("panel").replaceChildren(...framed(id, "?images=1"));
+  return [el("div", {className: "bar faint"}, ...images ? ["Images on other servers were loaded."] :
+    ["Images on other servers are not loaded.", el("button", {onclick: again}, "Load images")]), frame];
+}
+
+function linksIn(message) {
+  const html = message.HTML.matchAll(/href *= *["']?(https?:[/][/][!#-&(-;=?-~]+)/gi);
+  const text = message.Text.matchAll(/(https?:[/][/][!#-&*-;=?-~]*[#-&*+/-9=@-~-])/gi);
+  return [...new Set([...html, ...text].map(([, link]) => link.replaceAll("&amp;", "&")))];
+}
+
+async function source(path) {  // as much of it as anyone reads
+  const reader = (await ask(path + "/raw")).body.pipeThrough(new TextDecoderStream()).getReader();
+  let text = "", piece = {};
+  while (!piece.done && text.length < SHOWN) text += (piece = await reader.read()).value || "";
+  reader.cancel();
+  return [el("pre", {}, text), piece.done ? "" : "This is the beginning; Save has it all."];
+}
+
+function conversation(session) {
+  const lines = session.transcript.map(([side, text]) =>
+    el(side === "C" ? "b" : "span", {}, side + ": " + text, el("br")));
+  const envelope = [["MAIL FROM", "<" + session.sender + ">"], ["RCPT TO", session.recipients],
+    ["Bcc", session.bcc], ["Client", session.client], ["Greeting", session.helo],
+    ["Protocol", session.protocol], ["TLS", session.tls || "no"]];
+  return [table(envelope), el("pre", {}, ...lines.length ? lines : ["The conversation was not kept."])];
+}
+
+// What one can do
+
+function chosen() {
+  const id = document.activeElement.id;
+  return id.startsWith("row-") ? id.slice(4) : at.open;
+}
+
+async function step(by) {
+  const index = at.rows.findIndex(message => message.ID === chosen());
+  const next = at.rows[index + by]?.ID || (index < 0 ? "" : await turn(by));
+  rowOf(next)?.focus();
+  if (at.open && next) go(next);
+}
+
+async function toggle(id) {
+  if (id) await ask("api/v1/messages", "PUT", {IDs: [id], Read: !isRead(id)}).then(refresh);
+}
+
+async function remove(id) {
+  if (!id) return;  // to the API, no ID means all
+  const index = at.rows.findIndex(message => message.ID === id);
+  const next = (at.rows[index + 1] || at.rows[index - 1])?.ID || "";
+  await ask("api/v1/messages", "DELETE", {IDs: [id]});
+  rowOf(next)?.focus();
+  if (at.open === id) go($("back").offsetWidth ? "" : next);
+  await refresh();
+}
+
+async function removeAll() {
+  if (!confirm("Delete " + at.found + " messages?")) return;
+  await (at.query ? ask("api/v1/search?query=" + encodeURIComponent(at.query), "DELETE")
+                  : ask("api/v1/messages", "DELETE", {IDs: []}));
+  go("");
+  await refresh();
+}
+
+function back() {
+  const id = at.open;
+  go("");
+  setTimeout(() => rowOf(id)?.focus());  // once the list is visible again
+}
+
+function choose(selector) {
+  const tab = $("tabs").querySelector(selector);
+  tab?.click();
+  tab?.focus();
+}
+
+function search() {
+  at.query = $("search").value.trim();
+  at.start = 0;
+  soon();
+}
+
+const keys = {
+  j: () => step(1), ArrowDown: () => step(1), k: () => step(-1), ArrowUp: () => step(-1),
+  u: () => toggle(chosen()), d: () => remove(chosen()), Delete: () => remove(chosen()), Escape: back,
+  ArrowLeft: () => choose(":has(+ [aria-selected=true])"),
+  ArrowRight: () => choose("[aria-selected=true] + *"),
+  "/": () => $("search").focus(),
+};
+
+addEventListener("keydown", event => {
+  const typing = event.target === $("search"), scrolling = $("panel").contains(event.target);
+  if (typing && event.key === "Escape") {
+    $("search").value = "";
+    $("search").blur();
+    search();
+  }
+  if (event.ctrlKey || event.metaKey || event.altKey || typing || !Object.hasOwn(keys, event.key)) return;
+  if (scrolling && event.key.startsWith("Arrow")) return;
+  event.preventDefault();
+  keys[event.key]();
+});
+
+const clicks = {newer: () => turn(-1), older: () => turn(1), back, toggle: () => toggle(at.open),
+                remove: () => remove(at.open), clear: removeAll};
+for (const [id, action] of Object.entries(clicks)) $(id).onclick = action;
+$("search").oninput = search;
+addEventListener("hashchange", open);
+
+listen();
+refresh().then(open);
+get("api/v1/info").then(({smtp: [address], capture}) => {
+  const colon = address.lastIndexOf(":"), host = address.slice(0, colon), port = address.slice(colon + 1);
+  const letter = "'me@example.com', 'you@example.com', 'Subject: Hello'";
+  $("smtp").textContent = "host " + host + ", port " + port;
+  $("try").textContent = `python3 -c "import smtplib; smtplib.SMTP('${host}', ${port}).sendmail(${letter})"`;
+  for (const text of document.querySelectorAll(".capture")) text.hidden = !capture;
+});
+</script>
+"""
+
+REGISTRY["web"] = {"parse_fault": Fault, "equip": equip, "Session": WebSession, "matcher": matcher}
+COMMANDS.update(wait=wait_command, selftest=selftest_command)
 
 
 # ======================================================================================================================
@@ -5828,7 +7455,7 @@ class Workers:
         deadline = time.monotonic() + 10
         while self.children and time.monotonic() < deadline:
             pid = self.reap()
-            self.children.pop(pid, None) if pid else stop_soon.wait(0.02)
+            self.children.pop(pid, None) if pid else time.sleep(0.02)
         return 0
 
     @staticmethod
@@ -5872,9 +7499,6 @@ class Workers:
         wait_for_event(stop)
         self.node.stop()
         return 0
-
-
-stop_soon = threading.Event()                       # never set: something to wait on
 
 
 def command(name: str) -> Callable[[Callable[[Config, List[str]], int]], Callable[[Config, List[str]], int]]:

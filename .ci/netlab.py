@@ -288,8 +288,11 @@ class Postfix:
         self.write("users", "".join("%s %s/%s/\n" % (user, *reversed(user.split("@"))) for user in users))
         self.write("main.cf", self.settings(*certificate))
         self.write("master.cf", self.services())
-        network.serve("mx", ["postfix", "-c", self.folder / "etc", "start-fg"],
-                      env=lab.clean_environment(self.folder))
+        environment = lab.clean_environment(self.folder)
+        lab.run(["postfix", "-c", self.folder / "etc", "check"], environment=environment)  # makes the queue's folders
+        # "postfix start" would put the master out of our reach
+        master = lab.run(["postconf", "-h", "daemon_directory"]).decode().strip() + "/master"
+        network.serve("mx", [master, "-d", "-c", self.folder / "etc"], env=environment)
         lab.until(lambda: network.accepts("mx", "127.0.0.1", 25), 30, "Postfix")
 
     def write(self, name, text):

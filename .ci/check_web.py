@@ -1,0 +1,953 @@
+"""The web inbox in a real browser, and client libraries that were written for Mailpit, against minimail in capture mode.
+
+    python3 .ci/check_web.py [-v] [--screenshot] [Class[.test]]
+
+The browser is headless Chromium, driven through chromedriver's WebDriver protocol with the standard library alone. With
+--screenshot, .ci/inbox.png (the README's picture) is made anew, and the pictures of the other tests are kept for a look.
+
+install.sh must bring, beside chromium, chromium-driver, nodejs and npm:
+    into its venv:   pip install mailpit-api-client==1.0.0 pytest-mailpit==0.4.1
+    beside it:       npm install --prefix ~/.cache/minimail-ci/npm mailpit-api@2.1.0
+"""
+# time limit: 300
+import base64
+import contextlib
+import email.message
+import email.policy
+import email.utils
+import functools
+import http.server
+import json
+import os
+import re
+import shutil
+import signal
+import smtplib
+import subprocess
+import sys
+import tempfile
+import textwrap
+import threading
+import time
+import unittest
+import urllib.error
+import urllib.parse
+import urllib.request
+from pathlib import Path
+
+import lab
+
+TOOLS = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minimail-ci"
+PICTURES = Path(tempfile.mkdtemp(prefix="minimail-web-"))
+PICTURE_OF_README = Path(__file__).resolve().parent / "inbox.png"
+PIXEL = base64.b64decode("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNkYPhfDwAChwGA60e6kgAAAABJRU5ErkJggg==")
+ENTER, ESCAPE, UP, LEFT, DOWN, RIGHT, DELETE = "\ue007", "\ue00c", "\ue013", "\ue012", "\ue015", "\ue014", "\ue017"
+
+
+# The browser
+
+class Browser:
+    """A headless Chromium with one window; `log()` and `requests()` say what happened since they were last asked."""
+
+    def __init__(self):
+        self.place = Path(tempfile.mkdtemp(prefix="minimail-chromium-"))
+        port = lab.free_port()
+        self.driver = lab.start(["chromedriver", "--port=%d" % port], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+                                stderr=subprocess.DEVNULL, env=lab.clean_environment(self.place))
+        self.url, self.session = "http://127.0.0.1:%d" % port, None
+        try:
+            lab.until(lambda: lab.accepts(port), 20, "chromedriver")
+            flags = ["headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-background-networking",
+                     "disable-component-update", "disable-sync", "lang=en-US", "user-data-dir=%s" % (self.place / "profile")]
+            options = {"browserName": "chrome", "goog:loggingPrefs": {"browser": "ALL", "performance": "ALL"},
+                       "goog:chromeOptions": {"args": ["--" + flag for flag in flags]}, "unhandledPromptBehavior": "ignore"}
+            self.session = self.call("POST", "/session", {"capabilities": {"alwaysMatch": options}})["sessionId"]
+            self.call("POST", "", cmd="Browser.setDownloadBehavior", behavior="allow", downloadPath=str(self.place / "got"))
+            self.look()
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self):
+        """End the browser, its driver and what they left on disk."""
+        with contextlib.suppress(OSError, AssertionError):
+            if self.session:
+                self.call("DELETE", "")
+        lab.end_group(self.driver)
+        shutil.rmtree(self.place, ignore_errors=True)
+
+    def call(self, method, path, body=None, cmd=None, **params):
+        """Send a WebDriver command, or with `cmd` one of Chromium's own, and return its value."""
+        if self.session:
+            path = "/session/" + self.session + ("/goog/cdp/execute" if cmd else path)
+        body = {"cmd": cmd, "params": params} if cmd else body
+        request = urllib.request.Request(self.url + path, None if method != "POST" else json.dumps(body or {}).encode(),
+                                         {"Content-Type": "application/json"}, method=method)
+        try:
+            with urllib.request.urlopen(request, timeout=60) as answer:
+                return json.load(answer)["value"]
+        except urllib.error.HTTPError as problem:
+            raise AssertionError("%s %s: %s" % (method, path, json.load(problem)["value"]["message"][:1000])) from None
+
+    def look(self, width=1280, height=800, dark=False):
+        """Set the size of the window and the person's taste."""
+        self.call("POST", "", cmd="Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1,
+                  mobile=False)
+        self.call("POST", "", cmd="Emulation.setEmulatedMedia", media="",
+                  features=[{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}])
+
+    def open(self, url):
+        """Go to a page, also when only its part after # differs."""
+        self.call("POST", "/url", {"url": "about:blank"})
+        self.call("POST", "/url", {"url": url})
+
+    def run(self, script, *arguments):
+        """Run JavaScript in the page; without a `return` in it, it is an expression whose value is returned."""
+        script = script if re.search(r"\breturn\b", script) else "return " + script
+        return self.call("POST", "/execute/sync", {"script": script, "args": arguments})
+
+    def until(self, script, *arguments, seconds=10):
+        """Wait until an expression in the page is true and return its value."""
+        try:
+            return lab.until(lambda: self.run(script, *arguments), seconds, script)
+        except AssertionError as problem:
+            raise AssertionError("%s %r; the page says:\n%s" % (problem, arguments, self.run("document.body.innerText"))) from None
+
+    def element(self, selector):
+        """Return the path of the commands on the one element that a CSS selector finds."""
+        found = self.call("POST", "/elements", {"using": "css selector", "value": selector})
+        assert len(found) == 1, "%d elements are %s" % (len(found), selector)
+        return "/element/" + next(iter(found[0].values()))
+
+    def click(self, selector):
+        """Click as a person does: it must be visible and on top."""
+        self.call("POST", self.element(selector) + "/click")
+
+    def point(self, x, y):
+        """Click at a place in the window."""
+        press = [{"type": "pointerMove", "x": int(x), "y": int(y)}, {"type": "pointerDown"}, {"type": "pointerUp"}]
+        self.call("POST", "/actions", {"actions": [{"type": "pointer", "id": "mouse", "actions": press}]})
+
+    def press(self, *texts):
+        """Type on the keyboard, wherever the focus is."""
+        strokes = [{"type": kind, "value": key} for key in "".join(texts) for kind in ("keyDown", "keyUp")]
+        self.call("POST", "/actions", {"actions": [{"type": "key", "id": "keyboard", "actions": strokes}]})
+
+    def picture(self, name):
+        """Save what the window shows as PNG and return the path."""
+        path = PICTURES / (name + ".png")
+        path.write_bytes(base64.b64decode(self.call("GET", "/screenshot")))
+        return path
+
+    def log(self):
+        """Return the console's complaints."""
+        entries = self.call("POST", "/se/log", {"type": "browser"})
+        return [entry["message"] for entry in entries if entry["level"] in ("SEVERE", "WARNING")]
+
+    def requests(self):
+        """Return the URLs that were asked for over the network; those that a policy stopped are not among them."""
+        asked, stopped = {}, set()
+        for entry in self.call("POST", "/se/log", {"type": "performance"}):
+            event = json.loads(entry["message"])["message"]
+            if event["method"] == "Network.requestWillBeSent":
+                asked[event["params"]["requestId"]] = event["params"]["request"]["url"]
+            if event["method"] == "Network.loadingFailed" and event["params"].get("blockedReason"):
+                stopped.add(event["params"]["requestId"])
+        return [url for key, url in asked.items() if key not in stopped and not url.startswith(("data:", "about:", "chrome"))]
+
+
+class Trap(http.server.ThreadingHTTPServer):
+    """Another host, on this machine: `asked` has the path of every request that reached it."""
+    daemon_threads = True
+
+    def __init__(self):
+        self.asked = []
+        super().__init__(("127.0.0.2", 0), functools.partial(TrapRequest))
+        self.url = "http://127.0.0.2:%d" % self.server_port
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+
+class TrapRequest(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.server.asked.append(self.path)
+        self.send_response(200)
+        self.send_header("Content-Type", "image/png")
+        self.end_headers()
+        self.wfile.write(PIXEL)
+
+    do_POST = do_GET
+
+    def log_message(self, *_):
+        pass
+
+
+# Messages
+
+def letter(subject, text="Hello Bob,\n\nhere it is.\n", html=None, sender="Ann Lee <ann@example.org>", **fields):
+    """Return a message; fields are further headers, `_` in a name stands for `-`."""
+    made = email.message.EmailMessage()
+    made["From"], made["To"], made["Subject"] = sender, "Bob <bob@example.com>", subject
+    made["Date"], made["Message-ID"] = email.utils.localtime(), email.utils.make_msgid(domain="example.org")
+    for name, value in fields.items():
+        made[name.replace("_", "-")] = value
+    made.set_content(text)
+    if html:
+        made.add_alternative(html, subtype="html")
+    return made
+
+
+HOSTILE = """<html><head><base href="{0}/base/"><meta http-equiv=refresh content="0;url={0}/refresh">
+<link rel=stylesheet href="{0}/style.css"><link rel=prefetch href="{0}/prefetch"><link rel=preload as=image href="{0}/preload">
+<link rel=icon href="{0}/icon"><link rel=dns-prefetch href="{0}"><link rel=preconnect href="{0}">
+<style>@import url({0}/import.css); @font-face {{ font-family: x; src: url({0}/font) }} body {{ background: url({0}/background) }}
+a, button {{ position: fixed; left: 0; width: 200px; height: 40px; font-family: x }}</style>
+<script>parent.document.title = "owned"; fetch("{0}/fetch")</script><script src="{0}/script.js"></script></head>
+<body onload="fetch('{0}/onload'); top.location = '{0}/top'"><img src="{0}/image.png" onerror="fetch('{0}/onerror')">
+<img src=x onerror="parent.document.title = 'owned'"><svg onload="parent.document.title = 'owned'"></svg>
+<img srcset="{0}/srcset 1x"><video src="{0}/video" poster="{0}/poster" autoplay></video><audio src="{0}/audio" autoplay></audio>
+<iframe src="{0}/iframe"></iframe><iframe srcdoc="<script>parent.parent.document.title='owned'</script>"></iframe>
+<object data="{0}/object"></object><embed src="{0}/embed"><input type=image src="{0}/input"><table background="{0}/table">
+<a style="top:0" href="{0}/link">link</a><a style="top:50px" href="{0}/blank" target=_blank>new window</a>
+<a style="top:100px" href="{0}/topmost" target=_top>top</a><a style="top:150px" ping="{0}/ping" href="#x">ping</a>
+<a style="top:200px" href="javascript:parent.document.title='owned'">script</a>
+<form action="{0}/form" method=post><button style="top:250px">send</button></form>
+<form action="/api/v1/messages" method=get target=_top><button style="top:300px">inside</button></form></body></html>"""
+
+
+# The inbox
+
+class InboxCase(unittest.TestCase):
+    """A node and a browser for all tests of a class; each starts with an empty inbox on the screen."""
+    options = ("--web", "127.0.0.1:0", "--no-sync")
+
+    @classmethod
+    def setUpClass(cls):
+        cls.resources = contextlib.ExitStack()
+        cls.addClassCleanup(cls.resources.close)
+        cls.node = cls.resources.enter_context(lab.Node(*cls.options))
+        cls.url = "http://127.0.0.1:%d/" % cls.node.listening["web"][0][1]
+        cls.browser = cls.resources.enter_context(contextlib.closing(Browser()))
+
+    def setUp(self):
+        self.browser.look()
+        self.api("messages", "DELETE")
+        self.expected = []  # patterns of what the console may say
+        self.reload()
+        self.browser.log()
+        self.browser.requests()
+
+    def tearDown(self):
+        """Nothing in the console, and no request to anyone else, whatever the test did."""
+        foreign = [url for url in self.browser.requests() if not url.startswith(self.url)]
+        self.assertEqual(foreign, [])
+        said = [line for line in self.browser.log() if not any(re.search(known, line) for known in self.expected)]
+        self.assertEqual(said, [])
+
+    def reload(self, fragment=""):
+        self.browser.open(self.url + fragment)
+        self.browser.until("document.querySelector('#live').textContent.includes('● live')")
+
+    def api(self, path, method="GET", body=None):
+        """Ask the API as a program would; JSON is returned as what it means."""
+        request = urllib.request.Request(self.url + "api/v1/" + path, json.dumps(body).encode() if body else None, method=method,
+                                         headers={"Content-Type": "application/json"} if body else {})
+        with urllib.request.urlopen(request, timeout=20) as answer:
+            content = answer.read()
+            return json.loads(content) if answer.headers["Content-Type"].startswith("application/json") else content
+
+    def send(self, *messages, sender="ann@example.org", to=("bob@example.com",)):
+        """Send messages (bytes or EmailMessage) in one SMTP session."""
+        with smtplib.SMTP(*self.node.smtp, local_hostname="client.example.org", timeout=20) as client:
+            for message in messages:
+                content = message if isinstance(message, bytes) else message.as_bytes(policy=email.policy.SMTP)
+                client.sendmail(sender, to, content)
+
+    def show(self, *messages, **envelope):
+        """Send messages and wait until the list has them and no others; return its subjects."""
+        self.send(*messages, **envelope)
+        self.until_rows(len(messages))
+        return self.subjects()
+
+    def until_rows(self, count):
+        self.browser.until("document.querySelectorAll('#list a').length === arguments[0]", count)
+
+    def subjects(self):
+        return self.browser.run("[...document.querySelectorAll('#list b:nth-of-type(2)')].map(b => b.textContent)")
+
+    def pick(self, subject):
+        """Open the message with this subject."""
+        self.browser.run("[...document.querySelectorAll('#list a')].find(a => a.textContent.includes(arguments[0])).click()", subject)
+        self.browser.until("document.querySelector('#subject').textContent === arguments[0]", subject)
+        self.browser.until("document.querySelector('#panel').childNodes.length > 0")
+
+    def tab(self, name, until):
+        """Choose a tab, wait until its text has the given piece, and return the text."""
+        self.browser.click("#tab-" + name)
+        self.browser.until("document.querySelector('#panel').textContent.includes(arguments[0])", until)
+        return self.browser.run("document.querySelector('#panel').textContent")
+
+
+class Looking(InboxCase):
+    def test_empty_inbox_says_how_to_send_and_that_works(self):
+        said = self.browser.until("document.querySelector('#welcome').innerText.includes('port') && "
+                                  "document.querySelector('#welcome').innerText")
+        self.assertIn("host %s, port %d" % self.node.smtp, said)
+        self.browser.picture("empty")
+        command = said.strip().splitlines()[-1].replace("python3", sys.executable)
+        lab.run(["sh", "-c", command])
+        self.until_rows(1)
+        self.assertEqual(self.subjects(), ["Hello"])
+        self.assertTrue(self.browser.run("document.querySelector('#welcome').hidden"))
+
+    def test_list(self):
+        """Newest first, with from, to, subject, size and time; unread is bold and counted; a new one comes by itself."""
+        self.send(letter("first"), letter("second", "x" * 30000, sender="carl@example.org"))
+        self.reload()
+        self.until_rows(2)
+        self.assertEqual(self.subjects(), ["second", "first"])
+        rows = self.browser.run("[...document.querySelectorAll('#list a')].map(a => a.innerText)")
+        for row, expected in zip(rows, (("carl@example.org", "to Bob", r"\d\d kB"), ("Ann Lee", "to Bob", r"\b1 kB"))):
+            for pattern in expected + (r"\d:\d\d", "unread"):
+                self.assertRegex(row, pattern)
+        self.assertEqual(self.browser.run("getComputedStyle(document.querySelector('#list b')).fontWeight"), "650")
+        self.assertIn("2 unread", self.browser.run("document.querySelector('#status').textContent"))
+        self.send(letter("third"))
+        self.until_rows(3)
+        self.assertEqual(self.subjects()[0], "third")
+        self.assertEqual(self.browser.run("document.title"), "(3) minimail")
+
+    def test_one_line_per_message_not_per_recipient(self):
+        self.show(letter("to three", Cc="cc@example.net"), to=["bob@example.com", "cc@example.net", "secret@example.net"])
+        self.pick("to three")
+        self.assertRegex(self.browser.run("document.querySelector('#who').innerText"), r"Cc\s+cc@example.net\s+Bcc\s+secret@example.net")
+
+    def test_burst_and_pages(self):
+        """A burst is one or a few questions, not one per message; the page stays; 50 are shown at a time."""
+        self.send(*[letter("number %d" % number) for number in range(120)])
+        self.browser.until("document.querySelector('#range').textContent === '1 – 50 of 120'")
+        asked = [url for url in self.browser.requests() if "/api/v1/messages" in url]
+        self.assertLess(len(asked), 60)
+        self.browser.click("#older")
+        self.browser.until("document.querySelector('#range').textContent === '51 – 100 of 120'")
+        self.assertEqual(self.subjects()[0], "number 69")
+        self.browser.click("#older")
+        self.browser.until("document.querySelector('#range').textContent === '101 – 120 of 120'")
+        self.assertTrue(self.browser.run("document.querySelector('#older').disabled"))
+        self.browser.click("#newer")
+        self.browser.until("document.querySelector('#range').textContent === '51 – 100 of 120'")
+
+    def test_search(self):
+        self.show(letter("apples", "green and sour", sender="Carl <carl@example.org>"), letter("pears", "soft and sweet"),
+                  letter("plums", "blue and sweet"))
+        for query, found in (("sweet", ["plums", "pears"]), ("subject:pears", ["pears"]), ("from:carl", ["apples"]),
+                             ("to:bob@example.com sour", ["apples"]), ("nowhere", [])):
+            with self.subTest(query=query):
+                self.browser.press("/", query)
+                self.browser.until("JSON.stringify([...document.querySelectorAll('#list b:nth-of-type(2)')].map(b => b.textContent))"
+                                   " === JSON.stringify(arguments[0])", found)
+                self.browser.press(ESCAPE)
+                self.until_rows(3)
+
+    def test_tabs(self):
+        """Every view of a message shows what it should."""
+        message = letter("all of it", "Text with a link: https://example.com/confirm?a=1&b=2.\n",
+                         "<p>HTML part</p><img src='cid:logo'><a href='https://example.com/other?x=1&amp;y=2'>go</a>")
+        message.get_payload()[1].add_related(PIXEL, "image", "png", cid="<logo>", filename="logo.png")
+        message.add_attachment(b"%PDF-", "application", "pdf", filename="Rechnung März.pdf")
+        del message["Date"]
+        self.show(message, to=["bob@example.com", "hidden@example.net"])
+        self.pick("all of it")
+        frame = self.browser.run("document.querySelector('iframe').outerHTML")
+        self.assertIn('sandbox=""', frame)
+        self.assertNotIn("allow-", frame)
+        self.browser.picture("html")
+        self.assertIn("Text with a link", self.tab("Text", "link"))
+        links = self.tab("Links", "https")
+        self.assertIn("https://example.com/confirm?a=1&b=2", links)
+        self.assertIn("https://example.com/other?x=1&y=2", links)
+        self.assertNotIn("&amp;", links)
+        self.assertRegex(self.tab("Files", "pdf"), "Rechnung März.pdf application/pdf.*logo.png image/png")
+        self.assertIn(message["Message-ID"], self.tab("Headers", "Message-Id"))
+        source = self.tab("Source", "Content-Type")
+        self.assertEqual(source, self.api("message/latest/raw").decode().replace("\r\n", "\n"))
+        session = self.tab("Session", "MAIL FROM")
+        for piece in ("<ann@example.org>", "hidden@example.net", "Bcc", "client.example.org", "C: DATA", "S: 250"):
+            self.assertIn(piece, session)
+        self.browser.picture("session")
+        self.assertIn("RFC 5322", self.tab("Lint", "Date"))
+        self.assertRegex(self.browser.run("document.querySelector('#tab-Lint').textContent"), r"Lint \d")
+        self.browser.picture("lint")
+
+    def test_character_sets(self):
+        """Subjects, names and texts in the encodings that are still sent."""
+        for charset, text in (("iso-2022-jp", "ご注文ありがとうございます"), ("shift_jis", "日本語メール"), ("gb18030", "您的订单已发货"),
+                              ("koi8-r", "Ваш заказ отправлен"), ("windows-1252", "Grüße – “quoted”"), ("utf-8", "नमस्ते 📬")):
+            with self.subTest(charset=charset):
+                encode = email.charset.Charset(charset).header_encode
+                head = ["From: %s <a@example.org>" % encode(text), "To: bob@example.com", "Subject: %s" % encode(text),
+                        "MIME-Version: 1.0", "Content-Type: text/plain; charset=" + charset, "Content-Transfer-Encoding: 8bit"]
+                self.send("\r\n".join(head + ["", ""]).encode() + text.encode(charset) + b"\r\n")
+                self.browser.until("document.querySelector('#list b:nth-of-type(2)').textContent === arguments[0]", text)
+                self.assertEqual(self.browser.run("document.querySelector('#list b').textContent"), text)
+                self.pick(text)
+                self.assertIn(text, self.tab("Text", text))
+
+    def test_broken_mime_shows_what_it_can(self):
+        self.show(b"Subject: broken\r\nContent-Type: multipart/mixed; boundary=x\r\n\r\n--x\r\nContent-Type: text/plain; charset=nonsense"
+                  b"\r\nContent-Transfer-Encoding: base64\r\n\r\n!!!!\r\n--y\r\n", b"\r\nno header at all \xff\xfe\r\n",
+                  b"From: =?utf-8?q?=zz?= <\r\nTo: ,,<@>\r\nDate: yesterday\r\nSubject: =?x-unknown?b?////?=\r\n\r\nodd\r\n")
+        for row in range(3):
+            self.browser.run("document.querySelectorAll('#list a')[arguments[0]].click()", row)
+            self.browser.until("document.querySelectorAll('#list a')[arguments[0]].ariaCurrent === 'true' && "
+                               "document.querySelector('#problem').hidden && document.querySelector('#tab-Source')", row)
+            self.tab("Source", ":")
+
+    def test_deep_link(self):
+        self.show(letter("older"), letter("newer"))
+        older = self.api("messages?start=1")["messages"][0]["ID"]
+        for fragment, subject in (("#" + older, "older"), ("#latest", "newer")):
+            self.reload(fragment)
+            self.browser.until("document.querySelector('#subject').textContent === arguments[0]", subject)
+        self.expected = ["status of 404"]
+        self.reload("#nothing-like-that")
+        self.browser.until("!document.querySelector('#problem').hidden && location.hash === ''")
+
+
+class Doing(InboxCase):
+    def test_read_and_unread(self):
+        self.show(letter("one"), letter("two"))
+        self.pick("two")
+        self.browser.until("document.querySelectorAll('#list .unread').length === 1")
+        self.browser.click("#toggle")
+        self.browser.until("document.querySelectorAll('#list .unread').length === 2")
+        self.assertEqual(self.browser.run("document.querySelector('#toggle').textContent"), "Mark read")
+        self.browser.press("u")
+        self.browser.until("document.querySelectorAll('#list .unread').length === 1")
+        self.assertEqual([entry["Read"] for entry in self.api("messages")["messages"]], [True, False])
+        self.api("messages", "PUT", {"Read": True})  # someone else did it: the page follows
+        self.browser.until("document.querySelectorAll('#list .unread').length === 0")
+
+    def test_delete(self):
+        self.show(*map(letter, ("one", "two", "three", "four")))
+        self.pick("two")
+        self.browser.click("#remove")
+        self.browser.until("document.querySelector('#subject').textContent === 'one'")
+        self.assertEqual(self.subjects(), ["four", "three", "one"])
+        self.browser.press(UP, DELETE)
+        self.until_rows(2)
+        self.assertEqual([entry["Subject"] for entry in self.api("messages")["messages"]], ["four", "one"])
+        self.browser.press("/", "four")
+        self.until_rows(1)
+        self.browser.click("#clear")
+        self.call_on_alert("accept")
+        self.browser.until("document.querySelector('#range').textContent === 'Nothing found'")
+        self.browser.press(ESCAPE)
+        self.until_rows(1)
+        self.browser.click("#clear")
+        self.call_on_alert("dismiss")
+        self.assertEqual(self.api("messages")["total"], 1)
+        self.browser.click("#clear")
+        self.call_on_alert("accept")
+        self.browser.until("!document.querySelector('#welcome').hidden")
+        self.assertEqual(self.api("messages")["total"], 0)
+
+    def call_on_alert(self, answer):
+        lab.until(lambda: self.answered(answer), what="the question before everything is deleted")
+
+    def answered(self, answer):
+        with contextlib.suppress(AssertionError):
+            self.browser.call("POST", "/alert/" + answer)
+            return True
+
+    def test_deleted_elsewhere(self):
+        self.show(letter("one"), letter("two"))
+        self.api("messages", "DELETE", {"IDs": [self.api("messages")["messages"][0]["ID"]]})
+        self.until_rows(1)
+        self.assertEqual(self.subjects(), ["one"])
+
+    def test_attachments(self):
+        """They download under a safe name, byte for byte, and never open as a page."""
+        message, content = letter("files"), bytes(range(256)) * 300
+        message.add_attachment(content, "application", "octet-stream", filename="../../evil\u202e<b>.bin")
+        message.add_attachment("<script>alert(1)</script>", subtype="html", filename="page.html")
+        message.add_attachment(b"<svg xmlns='http://www.w3.org/2000/svg' onload='alert(1)'/>", "image", "svg+xml", filename="x.svg")
+        self.show(message)
+        self.pick("files")
+        self.tab("Files", "page.html")
+        self.browser.run("document.querySelector('#panel a').click()")
+        got = lab.until(lambda: [path for path in (self.browser.place / "got").glob("*") if path.suffix == ".bin"], what="the file")
+        self.assertEqual(got[0].read_bytes(), content)
+        self.assertEqual(list(self.browser.place.parent.glob("evil*")), [])
+        identity = self.api("messages")["messages"][0]["ID"]
+        for part in self.api("message/" + identity)["Attachments"]:
+            with urllib.request.urlopen(self.url + "api/v1/message/%s/part/%s" % (identity, part["PartID"])) as answer:
+                self.assertTrue(answer.headers["Content-Disposition"].startswith("attachment"), answer.headers)
+                self.assertEqual(answer.headers["X-Content-Type-Options"], "nosniff")
+                self.assertNotRegex(answer.headers["Content-Type"], "html|xml|svg")
+                self.assertNotRegex(answer.headers["Content-Disposition"], r"[/\\<\u202e]")
+
+    def test_keyboard(self):
+        """Everything without a mouse, and one sees where one is."""
+        self.show(*map(letter, ("one", "two", "three")))
+        focused = "document.activeElement.querySelector?.('b:nth-of-type(2)')?.textContent"
+        for keys, subject in (("j", "three"), (DOWN, "two"), ("j", "one"), ("k", "two")):
+            self.browser.press(keys)
+            self.browser.until(focused + " === arguments[0]", subject)
+        self.assertNotEqual(self.browser.run("getComputedStyle(document.activeElement).outlineStyle"), "none")
+        self.browser.press(ENTER)
+        self.browser.until("document.querySelector('#subject').textContent === 'two'")
+        self.browser.press("j")
+        self.browser.until("document.querySelector('#subject').textContent === 'one'")
+        selected = "document.querySelector('#tabs [aria-selected=true]')?.textContent"
+        self.browser.until(selected + " === 'Text'")
+        self.browser.press(RIGHT)
+        self.browser.until(selected + " === 'Headers'")
+        self.browser.press(LEFT)
+        self.browser.until(selected + " === 'Text'")
+        self.browser.press(ESCAPE)
+        self.browser.until("location.hash === '' && document.querySelector('#message').hidden && " + focused + " === 'one'")
+        self.browser.press("d")
+        self.until_rows(2)
+        self.browser.until(focused + " === 'two'")
+        self.browser.press("/")
+        self.browser.until("document.activeElement.id === 'search'")
+        self.browser.press("jkud")
+        self.assertEqual(self.browser.run("document.querySelector('#search').value"), "jkud")
+        self.assertEqual(self.api("messages")["total"], 2)
+
+    def test_list_keeps_its_place(self):
+        """An arrival moves neither the focus nor the open message."""
+        self.show(letter("one"), letter("two"))
+        self.pick("one")
+        self.browser.press("j")
+        self.browser.run("document.querySelectorAll('#list a')[1].focus()")
+        self.send(letter("three"))
+        self.until_rows(3)
+        self.assertIn("one", self.browser.run("document.activeElement.textContent"))
+        self.assertEqual(self.browser.run("document.querySelector('#subject').textContent"), "one")
+
+
+class Appearance(InboxCase):
+    def fill(self):
+        self.show(letter("A subject that goes on and on, since someone put all of the message in it: " + "word" * 60,
+                         "a" * 500 + "\n" + "text " * 300, sender='"%s" <%s@example.org>' % ("Long Name " * 12, "x" * 64)),
+                  letter("Order shipped", "Hello,\n\nit is on its way.\n", "<h1>Order shipped</h1><p>It is on its way.</p>"))
+
+    def test_narrow(self):
+        """400 pixels are enough: no sideways scrolling, first the list, then the message with a way back."""
+        self.browser.look(400, 800)
+        self.fill()
+        sideways = ("[document.documentElement, ...document.querySelectorAll('nav, #list, main, header')]"
+                    ".filter(e => e.scrollWidth > e.clientWidth + 1 || e.scrollWidth > 400).map(e => e.tagName)")
+        self.assertEqual(self.browser.run(sideways), [])
+        self.browser.picture("narrow-list")
+        for row in range(2):
+            self.browser.run("document.querySelectorAll('#list a')[arguments[0]].click()", row)
+            self.browser.until("document.querySelector('main').offsetWidth && !document.querySelector('nav').offsetWidth && "
+                               "document.querySelector('#panel').childNodes.length")
+            for tab in ("Text", "Headers", "Source", "Session", "Lint"):
+                self.tab(tab, "")
+                self.assertEqual(self.browser.run(sideways), [], tab)
+            self.browser.picture("narrow-message-%d" % row)
+            self.browser.click("#back")
+            self.browser.until("document.querySelector('nav').offsetWidth && document.activeElement.id.startsWith('row-')")
+
+    def test_dark_and_light(self):
+        """Both are readable: 4.5 to 1 between any text and what is behind it (WCAG AA)."""
+        grounds = []
+        for dark in (False, True):
+            self.browser.look(dark=dark)
+            self.reload()
+            if not grounds:
+                self.fill()
+            self.until_rows(2)
+            self.pick("Order shipped")
+            self.assertEqual([pair for pair in self.browser.run(CONTRAST) if pair[1] < 4.5], [])
+            grounds.append(self.browser.run("getComputedStyle(document.body).backgroundColor"))
+            self.browser.picture("dark" if dark else "light")
+        self.assertNotEqual(*grounds)
+
+    def test_names_for_screen_readers(self):
+        self.fill()
+        self.pick("Order shipped")
+        self.assertEqual(self.browser.run("document.documentElement.lang"), "en")
+        for element in self.browser.call("POST", "/elements", {"using": "css selector", "value": "button, input, a, iframe, nav, main"}):
+            path = "/element/" + next(iter(element.values()))
+            if self.browser.call("GET", path + "/displayed"):
+                self.assertTrue(self.browser.call("GET", path + "/computedlabel"), self.browser.run("arguments[0].outerHTML", element))
+        roles = self.browser.run("[...document.querySelectorAll('[role]')].map(e => e.getAttribute('role'))")
+        for role in ("status", "alert", "tablist", "tab", "tabpanel"):
+            self.assertIn(role, roles)
+
+    def test_picture_for_the_readme(self):
+        messages = [letter("Your invoice for November", sender="Billing <billing@shop.example>"),
+                    letter("Build 4711 failed", sender="CI <ci@build.example>"),
+                    letter("Reset your password", sender="Accounts <accounts@shop.example>"),
+                    letter("Welcome to the shop, Bob", "Welcome! Confirm: https://shop.example/confirm?token=5f2c\n", WELCOME,
+                           sender="The Shop <hello@shop.example>")]
+        messages[0].add_attachment(b"%PDF-", "application", "pdf", filename="invoice.pdf")
+        self.show(*messages, to=["bob@example.com", "archive@shop.example"])
+        self.api("messages", "PUT", {"Read": True, "IDs": [entry["ID"] for entry in self.api("messages")["messages"][2:]]})
+        self.browser.look(1280, 640)
+        self.pick("Welcome to the shop, Bob")
+        self.browser.until("document.querySelectorAll('#list .unread').length === 1")
+        picture = self.browser.picture("inbox")
+        if keep_pictures:
+            shutil.copy(picture, PICTURE_OF_README)
+
+
+WELCOME = """<body style="font-family:sans-serif;margin:2em;color:#223"><h1 style="color:#1f686c">Welcome, Bob!</h1>
+<p>Thank you for signing up. One click and you are done:</p>
+<p><a href="https://shop.example/confirm?token=5f2c" style="background:#1f686c;color:white;padding:.7em 1.2em;border-radius:6px;
+text-decoration:none">Confirm my address</a></p><p style="color:#667">The link works for one day.</p></body>"""
+
+CONTRAST = """
+const canvas = new OffscreenCanvas(1, 1).getContext("2d", {willReadFrequently: true});
+const light = color => {
+  canvas.fillStyle = color; canvas.fillRect(0, 0, 1, 1);
+  const [r, g, b] = [...canvas.getImageData(0, 0, 1, 1).data].map(v => v / 255 <= 0.04045 ? v / 3294.6 : ((v / 255 + 0.055) / 1.055) ** 2.4);
+  return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+};
+const behind = e => { const c = getComputedStyle(e).backgroundColor; return c === "rgba(0, 0, 0, 0)" ? behind(e.parentElement) : c; };
+return [...document.querySelectorAll("body *")].filter(e => e.offsetWidth && !e.disabled &&
+  [...e.childNodes].some(n => n.nodeType === 3 && n.data.trim())).map(e => {
+    const [a, b] = [light(getComputedStyle(e).color), light(behind(e))].sort((x, y) => y - x);
+    return [e.outerHTML.slice(0, 100), (a + 0.05) / (b + 0.05)];
+  });"""
+
+
+class Hostile(InboxCase):
+    def setUp(self):
+        super().setUp()
+        self.trap = Trap()
+        self.addCleanup(self.trap.server_close)
+        self.addCleanup(self.trap.shutdown)
+        self.expected = ["Content Security Policy", "sandbox", "Blocked", "ERR_BLOCKED", "net::ERR_FAILED"]
+
+    def assert_unharmed(self):
+        """The page is where it was, the only window, and no script of the message has run."""
+        self.assertTrue(self.browser.run("location.href").startswith(self.url + "#"))
+        self.assertNotIn("owned", self.browser.run("document.title"))
+        self.assertEqual(len(self.browser.call("GET", "/window/handles")), 1)
+
+    def frame(self):
+        """Show the HTML anew and wait until it is there; return where the frame is."""
+        self.browser.run("document.querySelector('iframe')?.remove()")
+        self.browser.click("#tab-HTML")
+        self.wait_for_frame()
+        return self.browser.run("const box = document.querySelector('iframe').getBoundingClientRect(); return [box.x, box.y]")
+
+    def wait_for_frame(self):
+        """A frame that has loaded has replaced its first, empty document by one that this page may not look into."""
+        self.browser.until("document.querySelector('iframe') && document.querySelector('iframe').contentDocument === null")
+        self.browser.call("POST", "/execute/async", {"args": [], "script":  # and it had the time to paint twice
+                          "const done = arguments[0]; requestAnimationFrame(() => requestAnimationFrame(() => setTimeout(done, 300)))"})
+
+    def test_html(self):
+        """No script, no request, no form, no navigation; images only after the button, and then only images."""
+        self.show(letter("hostile", "text", HOSTILE.format(self.trap.url)))
+        self.pick("hostile")
+        self.frame()
+        self.browser.picture("hostile")
+        self.assert_unharmed()
+        for place in range(7):  # its links and buttons
+            x, y = self.frame()
+            self.browser.point(x + 60, y + 20 + 50 * place)
+            self.wait_for_frame()
+            self.assert_unharmed()
+        self.assertEqual(self.trap.asked, [])
+        self.frame()
+        self.browser.click("#panel button")
+        lab.until(lambda: "/image.png" in self.trap.asked, what="the image, once it was asked for")
+        self.wait_for_frame()
+        self.assert_unharmed()
+        images = {"/image.png", "/srcset", "/background", "/poster", "/table", "/input", "/preload", "/icon"}
+        self.assertEqual(set(self.trap.asked) - images, set())
+        asked = set(self.trap.asked)
+        self.browser.requests()  # the images were asked for on purpose
+        self.assertIn("/image.png", asked)
+
+    def test_headers(self):
+        """Names, subjects and file names are text, wherever they are shown."""
+        bait = "<img src=x onerror=document.title='owned'><script>document.title='owned'</script>"
+        message = letter(bait, "<script>document.title='owned'</script>", sender='"%s" <ann@example.org>' % bait)
+        message["Reply-To"] = '"%s" <ann@example.org>' % bait
+        message["X-Bait"] = bait
+        message.add_attachment(b"x", "application", "octet-stream", filename=bait)
+        self.show(message, to=["bob@example.com"])
+        self.assertEqual(self.subjects(), [bait])
+        self.pick(bait)
+        for tab in ("Text", "Files", "Headers", "Source", "Session", "Lint"):
+            self.tab(tab, "")
+            self.assertEqual(self.browser.run("document.querySelectorAll('img, body > script:not([nonce]), nav script, main script').length"), 0)
+        self.assert_unharmed()
+
+    def test_headers_of_the_answers(self):
+        """The policies that keep the above so."""
+        self.show(letter("policy", "text", "<p>html</p>"))
+        page, view, images = (self.policy(path) for path in ("", "view/latest.html", "view/latest.html?images=1"))
+        self.assertIn("default-src 'none'", page)
+        self.assertNotRegex(page, "unsafe|https?:|[*]")
+        for policy in (view, images):
+            self.assertRegex(policy, r"\bsandbox\b(?! allow)")
+            self.assertIn("default-src 'none'", policy)
+            self.assertNotIn("script-src", policy)
+        self.assertNotRegex(view, "https?:")
+        self.assertRegex(images, "img-src[^;]*http")
+
+    def policy(self, path):
+        with urllib.request.urlopen(self.url + path) as answer:
+            self.assertEqual(answer.headers["X-Content-Type-Options"], "nosniff")
+            self.assertEqual(answer.headers["Referrer-Policy"], "no-referrer")
+            return answer.headers["Content-Security-Policy"]
+
+
+class Lasting(unittest.TestCase):
+    def test_restart(self):
+        """The page says when the server is gone, and goes on by itself when it is back; open pages do not delay the end."""
+        port = lab.free_port()
+        with lab.Node("--web", "127.0.0.1:%d" % port, "--no-sync") as node, contextlib.closing(Browser()) as browser:
+            browser.open("http://127.0.0.1:%d/" % port)
+            browser.until("document.querySelector('#live').textContent.includes('● live')")
+            node.stop()
+            browser.until("document.querySelector('#live').textContent.includes('not connected')")
+            node.start()
+            browser.until("document.querySelector('#live').textContent.includes('● live')", seconds=20)
+            with smtplib.SMTP(*node.smtp, timeout=20) as client:
+                client.sendmail("a@example.org", ["b@example.com"], "Subject: back\r\n\r\n")
+            browser.until("document.querySelector('#list').textContent.includes('back')")
+
+    def test_ten_thousand(self, count=10000):
+        """Lists, pages, opens and follows fluently with many messages."""
+        with lab.Node("--web", "127.0.0.1:0", "--no-sync") as node, contextlib.closing(Browser()) as browser:
+            fill(node.smtp, count)
+            browser.open("http://127.0.0.1:%d/" % node.listening["web"][0][1])
+            browser.until("document.querySelector('#range').textContent === arguments[0]", "1 – 50 of %d" % count, seconds=30)
+            for selector, text in (("#older", "51 – 100 of %d" % count), ("#older", "101 – 150 of %d" % count)):
+                began = time.monotonic()
+                browser.click(selector)
+                browser.until("document.querySelector('#range').textContent === arguments[0]", text)
+                self.assertLess(time.monotonic() - began, 1)
+            began = time.monotonic()
+            browser.run("document.querySelector('#list a').click()")
+            browser.until("document.querySelector('#subject').textContent.startsWith('number ')")
+            self.assertLess(time.monotonic() - began, 1)
+            began = time.monotonic()
+            fill(node.smtp, 1)
+            browser.until("document.querySelector('#range').textContent.endsWith(arguments[0])", "of %d" % (count + 1))
+            self.assertLess(time.monotonic() - began, 1)
+
+
+def fill(address, count):
+    """Send many small messages fast."""
+    with smtplib.SMTP(*address, timeout=60) as client:
+        for number in range(count):
+            client.sendmail("ann@example.org", ["bob@example.com"],
+                            "From: Ann <ann@example.org>\r\nTo: Bob <bob@example.com>\r\nSubject: number %d\r\n\r\nHello\r\n" % number)
+
+
+# Client libraries that were written for Mailpit
+
+class MailpitClients(unittest.TestCase):
+    """Each runs as its makers published it; only its server's address differs."""
+
+    def setUp(self):
+        resources = contextlib.ExitStack()
+        self.addCleanup(resources.close)
+        self.node = resources.enter_context(lab.Node("--web", "127.0.0.1:0", "--no-sync"))
+        self.place = resources.enter_context(lab.folder())
+        self.url = "http://127.0.0.1:%d" % self.node.listening["web"][0][1]
+        self.environment = lab.clean_environment(self.place, URL=self.url, SMTP="%s:%d" % self.node.smtp,
+                                                 NODE_PATH=str(TOOLS / "npm" / "node_modules"), PYTHONDONTWRITEBYTECODE="1")
+
+    def run_program(self, name, text, *command):
+        (self.place / name).write_text(textwrap.dedent(text))
+        return lab.run([*command, name], environment=self.environment, cwd=str(self.place))
+
+    def test_mailpit_api_client(self):
+        """PyPI: mailpit-api-client, with its unittest class."""
+        self.run_program("use.py", """
+            import os, smtplib, unittest
+            from email.message import EmailMessage
+            from mailpit.client.api import API
+            from mailpit.testing.unittest import EMailTestCase
+
+            class Use(EMailTestCase):
+                api_url = os.environ["URL"]
+
+                def send(self, subject):
+                    message = EmailMessage()
+                    message["From"], message["To"], message["Cc"] = "Ann <ann@example.org>", "Bob <bob@example.com>", "c@example.com"
+                    message["Subject"], message["Message-ID"] = subject, "<%s@example.org>" % subject
+                    message["Date"] = "Tue, 24 Nov 2026 19:43:17 +0100"
+                    message.set_content("text of " + subject)
+                    message.add_alternative("<p>html</p>", subtype="html")
+                    message.add_attachment("attached", filename="a.txt")
+                    host, port = os.environ["SMTP"].split(":")
+                    with smtplib.SMTP(host, int(port)) as client:
+                        client.send_message(message)
+
+                def test_all(self):
+                    for subject in ("one", "two", "three"):
+                        self.send(subject)
+                        self.assertMessageReceived(subject + "@example.org")
+                    api = self.mailpit_api
+                    page = api.get_messages(limit=2, start=1)
+                    self.assertEqual((page.total, page.unread, page.count, page.start), (3, 3, 2, 1))
+                    self.assertEqual([entry.subject for entry in page.messages], ["two", "one"])
+                    two = api.get_message(page.messages[0].id)
+                    self.assertEqual((two.from_.name, two.to[0].address, two.cc[0].address), ("Ann", "bob@example.com", "c@example.com"))
+                    self.assertEqual((two.text.strip(), two.html.strip(), two.read), ("text of two", "<p>html</p>", True))
+                    self.assertEqual(two.date.isoformat(), "2026-11-24T19:43:17+01:00")
+                    self.assertLess(page.messages[1].created, page.messages[0].created)
+                    self.assertEqual([part.file_name for part in two.attachments], ["a.txt"])
+                    self.assertEqual(api.get_message_attachment(two.id, two.attachments[0].part_id).strip(), "attached")
+                    headers = api.get_message_headers(two.id)
+                    self.assertEqual((headers.message_id, headers.additional["Subject"]), (["<two@example.org>"], ["two"]))
+                    self.assertEqual(api.get_messages().unread, 2)
+                    api.put_messages([page.messages[1].id], "Read", True)
+                    self.assertEqual([entry.read for entry in api.get_messages().messages], [False, True, True])
+                    api.delete_messages([two.id])
+                    self.assertEqual([entry.subject for entry in api.get_messages().messages], ["three", "one"])
+                    api.delete_messages([])
+                    self.assertEqual(api.get_messages().total, 0)
+
+            unittest.main()
+            """, str(TOOLS / "bin" / "python"))
+
+    def test_pytest_mailpit(self):
+        """PyPI: pytest-mailpit, with its fixtures."""
+        self.environment["MAILPIT_URL"] = self.url
+        self.environment["MAILPIT_SMTP"] = self.environment["SMTP"]
+        output = self.run_program("test_use.py", """
+            import smtplib
+            from email.message import EmailMessage
+            import pytest
+            from pytest_mailpit.errors import MailpitAPIError, MailpitAssertionError
+
+            def send(server, to, subject, cc=None, bcc=(), html="<a href='https://shop.example/reset/abc?a=1&amp;b=2'>reset</a>"):
+                message = EmailMessage()
+                message["From"], message["To"], message["Subject"] = "Shop <shop@example.org>", to, subject
+                if cc:
+                    message["Cc"] = cc
+                message["List-Unsubscribe"] = "<https://shop.example/unsubscribe>"
+                message.set_content("Your code is 123456")
+                message.add_alternative(html, subtype="html")
+                message.add_attachment(b"%PDF-", "application", "pdf", filename="invoice.pdf")
+                with smtplib.SMTP(server.host, server.port) as client:
+                    client.sendmail("bounce@example.org", [to, *([cc] if cc else []), *bcc], message.as_bytes())
+
+            def test_inbox(mailpit_inbox, mailpit_smtp):
+                send(mailpit_smtp, mailpit_inbox.address, "Reset your password", cc="other@example.com")
+                message = mailpit_inbox.wait_for_message(subject="Reset your password", sender="shop@example.org")
+                assert message.link("/reset/") == "https://shop.example/reset/abc?a=1&b=2"
+                assert message.code() == "123456"
+                assert message.attachment("invoice-*.pdf".replace("-*", "")).content_type.startswith("application/pdf")
+                assert message.return_path == "bounce@example.org"
+
+            def test_cc_and_bcc(mailpit_inbox_factory, mailpit_smtp):
+                copied, hidden = mailpit_inbox_factory(), mailpit_inbox_factory()
+                send(mailpit_smtp, "to@example.com", "copies", cc=copied.address, bcc=[hidden.address])
+                assert copied.wait_for_message().id == hidden.wait_for_message().id
+                assert hidden.address in [address.address for address in hidden.messages()[0].bcc]
+
+            def test_nobody(mailpit_inbox):
+                mailpit_inbox.assert_no_message(within=0.2)
+
+            def test_client(mailpit, mailpit_smtp):
+                mailpit.delete_all()
+                since = mailpit.server_time()
+                for number in range(5):
+                    send(mailpit_smtp, "bob@example.com", "number %d" % number)
+                info = mailpit.info()
+                assert (info.messages, info.unread) == (5, 5) and info.version
+                assert mailpit.is_ready()
+                found = mailpit.wait_for_messages(5, recipient="bob@example.com", since=since)
+                assert [message.subject for message in found] == ["number %d" % number for number in range(5)]
+                page = mailpit.search('subject:"number 3"')
+                assert (page.messages_count, page.total, page.messages[0].attachments) == (1, 5, 1)
+                assert mailpit.search("from:shop -subject:3").messages_count == 4
+                assert mailpit.get_raw(found[0].id).endswith(b"--\\r\\n")
+                assert mailpit.get_attachment(found[0].attachments[0]) == b"%PDF-"
+                assert mailpit.get_headers(found[0].id)["Subject"] == ["number 0"]
+                mailpit.mark_read([found[0].id], read=False)
+                assert mailpit.search("is:unread").messages_count == 1
+                mailpit.delete_messages([found[0].id, found[1].id])
+                mailpit.delete_search("subject:4")
+                assert [entry.subject for entry in mailpit.search_all("to:bob", page_size=1)] == ["number 3", "number 2"]
+                with pytest.raises(MailpitAPIError) as problem:
+                    mailpit.get_message("nothing-like-that")
+                assert problem.value.status_code == 404
+                with pytest.raises(MailpitAssertionError, match="number 3"):
+                    mailpit.wait_for_message(subject="number 9", timeout=0)
+            """, str(TOOLS / "bin" / "python"), "-m", "pytest", "-q", "-W", "error", "-p", "no:cacheprovider")
+        self.assertIn(b"4 passed", output)
+
+    def test_mailpit_api(self):
+        """npm: mailpit-api."""
+        self.run_program("use.cjs", """
+            const assert = require("node:assert/strict");
+            const {MailpitClient} = require("mailpit-api");
+            const mailpit = new MailpitClient(process.env.URL);
+            (async () => {
+              const content = Buffer.from("attached Grüße").toString("base64");
+              const {ID} = await mailpit.sendMessage({
+                From: {Email: "ann@example.org", Name: "Ann"}, To: [{Email: "bob@example.com", Name: "Böb"}],
+                Cc: [{Email: "carol@example.com"}], Bcc: ["dan@example.com"], ReplyTo: [{Email: "re@example.org"}],
+                Subject: "Grüße", Text: "Text of it", HTML: "<p>HTML of it</p>", Headers: {"X-Key": "value"},
+                Attachments: [{Filename: "a.txt", Content: content, ContentType: "text/plain"}]});
+              const message = await mailpit.getMessageSummary(ID);
+              assert.equal(message.Subject, "Grüße");
+              assert.deepEqual(message.From, {Name: "Ann", Address: "ann@example.org"});
+              assert.deepEqual(message.To, [{Name: "Böb", Address: "bob@example.com"}]);
+              assert.equal(message.Cc[0].Address, "carol@example.com");
+              assert.equal(message.Bcc[0].Address, "dan@example.com");
+              assert.equal(message.ReplyTo[0].Address, "re@example.org");
+              assert.equal(message.Text.trim(), "Text of it");
+              assert.equal(message.HTML.trim(), "<p>HTML of it</p>");
+              assert.ok(!Number.isNaN(Date.parse(message.Date)));
+              assert.ok(Array.isArray(message.Tags) && Array.isArray(message.Inline));
+              const blob = await mailpit.getMessageAttachment(ID, message.Attachments[0].PartID);
+              assert.match(blob.type, /^text[/]plain/);
+              assert.equal(await blob.text(), "attached Grüße");
+              assert.deepEqual((await mailpit.getMessageHeaders())["X-Key"], ["value"]);
+              assert.match(await mailpit.getMessageSource(), /^X-Key: value/m);
+              assert.match(await mailpit.renderMessageHTML(), /HTML of it/);
+              assert.match(await mailpit.renderMessageText(), /Text of it/);
+              const list = await mailpit.listMessages();
+              assert.deepEqual([list.total, list.unread, list.messages_count, list.messages_unread, list.start], [1, 0, 1, 0, 0]);
+              assert.deepEqual([list.messages[0].ID, list.messages[0].Attachments, list.messages[0].Read], [ID, 1, true]);
+              assert.match(list.messages[0].Snippet, /Text of it|HTML of it/);
+              assert.equal(await mailpit.setReadStatus({IDs: [ID], Read: false}), "ok");
+              assert.equal((await mailpit.getInfo()).Unread, 1);
+              assert.equal(await mailpit.setReadStatus({Search: "from:ann", Read: true}), "ok");
+              assert.equal((await mailpit.searchMessages({query: "is:unread"})).messages_count, 0);
+              for (const number of [1, 2]) await mailpit.sendMessage({From: {Email: "a@example.org"},
+                To: [{Email: "bob@example.com"}], Subject: "number " + number, Text: "x"});
+              assert.equal((await mailpit.waitForMessage({query: "subject:Grüße"})).ID, ID);
+              assert.equal((await mailpit.waitForMessages({query: "to:bob@example.com", count: 3, exact: true})).messages_count, 3);
+              assert.equal((await mailpit.waitForMessages({count: 3, exact: true})).messages[0].Subject, "number 2");
+              assert.equal(await mailpit.deleteMessagesBySearch({query: "subject:number"}), "ok");
+              await assert.rejects(mailpit.getMessageSummary("nothing-like-that"), /404/);
+              await assert.rejects(mailpit.sendMessage({From: {Email: "a@example.org"}, To: [{Email: "no address"}]}), /400.*Error/s);
+              assert.equal(await mailpit.deleteMessages({IDs: [ID]}), "ok");
+              assert.equal((await mailpit.listMessages()).total, 0);
+              assert.equal(await mailpit.deleteMessages(), "ok");
+              await assert.rejects(mailpit.getMessageSummary(), /404/);
+            })().catch(error => { console.error(error); process.exit(1); });
+            """, "node")
+
+
+keep_pictures = "--screenshot" in sys.argv
+
+if __name__ == "__main__":
+    for program in ("chromium", "chromedriver", "node"):
+        if not shutil.which(program):
+            sys.exit("%s is not installed: run .ci/install.sh first" % program)
+    try:
+        unittest.main(argv=[word for word in sys.argv if word != "--screenshot"])
+    finally:
+        if keep_pictures:
+            print("Pictures: %s and %s" % (PICTURE_OF_README, PICTURES))
+        else:
+            shutil.rmtree(PICTURES)
