@@ -106,7 +106,7 @@ MIN_RATE = 1024                     # bytes/s below which a message transfer run
 BLOCK = 1 << 16                     # bytes read from a socket at once, and ...
 BIG_BLOCK = 1 << 18                 # ... while content flows
 LINGER = 0.01                       # seconds a thread waits for the next command before it looks elsewhere
-WORK_THREADS = 2                    # threads that carry sessions; those that wait for a client or a disk do not count
+WORK_THREADS = 1                    # that carry sessions: Python runs one at a time anyway; who waits does not count
 STALE_DRAFT = 36 * 3600             # seconds after which a foreign file in tmp/ is rubbish (maildir(5))
 LOGIN_FAILURES = 10                 # wrong passwords from one address within ...
 LOGIN_WINDOW = 600                  # ... these seconds cut it off for as long
@@ -1177,8 +1177,8 @@ class Storage:
                 with contextlib.suppress(OSError):
                     os.unlink(path)
 
-    def wake(self, kind: str) -> None:
-        """Tell all other processes on this directory that wait for `kind`; costs one stat() when there are none."""
+    def wake(self, kind: str, own: bool = False) -> None:
+        """Tell all (other) processes on this directory that wait for `kind`; costs one stat() when there are none."""
         try:
             stamp = os.stat(self.run).st_mtime_ns
         except OSError:
@@ -1187,7 +1187,7 @@ class Storage:
             self._wakers = stamp, [name for name in list_directory(self.run) if not name.endswith(".lock")]
         for name in self._wakers[1]:
             token, _, rest = name.partition(".")
-            if not rest.startswith(kind) or (token == self.token and kind == "queue"):
+            if not rest.startswith(kind) or (token == self.token and kind == "queue" and not own):
                 continue
             with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
                 sock.setblocking(False)
@@ -1309,9 +1309,12 @@ class Reloaded:
     `parse` gets the lines as [(number, text)] and a function to complain with; a line it cannot use locks nobody out.
     """
 
+    PAUSE = 0.02                                    # seconds for which a look at the file is good enough
+
     def __init__(self, path: str, parse: Callable[[List[Tuple[int, str]], Callable[[int, str], None]], Any]) -> None:
         self.path = path
         self._parse = parse
+        self._checked = 0.0
         self._stamp: Any = ()
         self._value: Any = parse([], self._complain)
 
@@ -1320,6 +1323,10 @@ class Reloaded:
 
     def get(self) -> Any:
         """Return the parsed value; the last good one when the file cannot be read."""
+        now = time.monotonic()
+        if now - self._checked < self.PAUSE:
+            return self._value
+        self._checked = now
         try:
             info: Any = os.stat(self.path)
             stamp = (info.st_mtime_ns, info.st_size, info.st_ino)
@@ -2067,42 +2074,47 @@ class Post:
 
 
 class Committer:
-    """Commits the messages of many sessions together: whoever comes while a commit runs is in the next one.
+    """Commits the messages of many sessions together, so that they share the disk's flushes.
 
-    Who comes first does the work, for itself and for the others; `done(refused)` is called for these when the promise
-    can be given, in the thread of whoever does the work, and must not wait for anything.
+    add() only notes a message. The thread that carries sessions calls run() when nobody has anything to say, or many
+    wait: then all that has come together is committed. `done(refused)` of each is called in that thread; it must not
+    wait for anything. A disk that is slow to flush is waited for within `blocked`, so that others go on meanwhile.
     """
 
-    def __init__(self, post: Post) -> None:
-        self.post = post
-        self._lock = threading.Lock()
-        self._pending: List[Tuple[Parcel, Callable[[Optional[Refused]], None]]] = []
-        self._running = False
+    BATCH = 100
+    SLOW = 0.02                                     # seconds for a batch
 
-    def add(self, parcel: Parcel, done: Callable[[Optional[Refused]], None]) -> bool:
-        """Commit a message. True: it is done, and Refused was raised if need be. False: done() tells, or told, of it."""
+    def __init__(self, post: Post, blocked: Callable[[], Any] = contextlib.nullcontext) -> None:
+        self.post = post
+        self.blocked = blocked
+        self._lock = threading.Lock()
+        self.waiting: List[Tuple[Parcel, Callable[[Optional[Refused]], None]]] = []
+        self._running = False
+        self._slow = False
+
+    def add(self, parcel: Parcel, done: Callable[[Optional[Refused]], None]) -> None:
+        """Commit a message together with others."""
         with self._lock:
-            self._pending.append((parcel, done))
-            if self._running:
-                return False
+            self.waiting.append((parcel, done))
+            full = len(self.waiting) >= self.BATCH
+        if full:
+            self.run()
+
+    def run(self) -> None:
+        """Commit what waits, unless another thread is at it."""
+        with self._lock:
+            if self._running or not self.waiting:
+                return
             self._running = True
-        while True:
-            with self._lock:
-                batch, self._pending = self._pending, []
-            results = self.post.commit_all([other for other, _ in batch])
-            with self._lock:
-                last = not self._pending
-                self._running = not last
-            mine = False
-            for (other, tell), refused in zip(batch, results):
-                if last and other is parcel:
-                    mine, own = True, refused
-                else:
-                    tell(refused)
-            if last:
-                if mine and own:
-                    raise own
-                return mine
+            batch, self.waiting = self.waiting, []
+        started = time.monotonic()
+        large = any(parcel.draft.written > 1 << 20 for parcel, _ in batch)
+        with self.blocked() if self._slow or large else contextlib.nullcontext():
+            results = self.post.commit_all([parcel for parcel, _ in batch])
+        self._slow = time.monotonic() - started > self.SLOW * max(1.0, len(batch) / 20)
+        self._running = False
+        for (_, done), refused in zip(batch, results):
+            done(refused)
 
 
 class Stores(NamedTuple):
@@ -3289,8 +3301,7 @@ class Relay:
         self._stopping = True
         self.queue.submitted = lambda entry: None
         self.wake()
-        with contextlib.suppress(OSError, AttributeError):
-            self._listener.shutdown(socket.SHUT_RDWR)
+        self.queue.storage.wake("queue", own=True)  # the thread that listens for other processes
 
     def join(self, seconds: float) -> None:
         deadline = time.monotonic() + seconds
@@ -3307,8 +3318,7 @@ class Relay:
         with self.queue.storage.waker("queue") as sock:
             if not sock:
                 return
-            self._listener = sock
-            sock.settimeout(1.0)
+            sock.settimeout(5.0)
             while not self._stopping:
                 try:
                     if not sock.recv(64):
@@ -3904,6 +3914,7 @@ class Pool:
     def __init__(self, limit: int = WORK_THREADS, clock: Callable[[], float] = time.monotonic) -> None:
         self.limit = limit
         self.clock = clock
+        self.committer: Optional[Committer] = None  # has its turn when nobody has anything to say
         self.closing = False
         self._closed = False
         self._lock = threading.Lock()
@@ -3974,8 +3985,10 @@ class Pool:
     def _work(self) -> None:
         while not self._closed:
             sweeping = bool(self._waiting) and self._sweeping.acquire(blocking=False)
+            committer = self.committer
+            more = committer is not None and bool(committer.waiting)
             try:
-                events = self._poller.poll(0.5 if sweeping else -1, 1)
+                events = self._poller.poll(0 if more else 0.5 if sweeping else -1, 1)
             except (OSError, ValueError):           # closed
                 events = []
             finally:
@@ -3986,6 +3999,8 @@ class Pool:
             with self._lock:
                 self._idle -= 1
                 self._spawn_if_needed()
+            if committer and more and not events:
+                self._run(lambda _: committer.run(), None)
             for fd, _ in events:
                 waiting = self._waiting.pop(fd, None)
                 if waiting:
@@ -3997,7 +4012,7 @@ class Pool:
                         self._run(self._expire, fd)
             with self._lock:
                 self._idle += 1
-                if self._idle > 2 and len(self._threads) - self._blocked > self.limit:
+                if self._idle > 8 and len(self._threads) - self._blocked > self.limit:
                     break                           # it stood in for one that was blocked
         with self._lock:
             self._idle -= 1
@@ -4822,11 +4837,10 @@ class SMTPSession(Session):
             parcel.draft.discard()
             raise
         self.delivered = parcel
-        with self.wire.blocked():
-            if not EPOLL:
-                self.site.post.commit(parcel)
-            elif not self.site.committer.add(parcel, self.committed):
-                raise Suspended
+        if EPOLL:
+            self.site.committer.add(parcel, self.committed)
+            raise Suspended
+        self.site.post.commit(parcel)
         return self.answer(parcel)
 
     def answer(self, parcel: Parcel) -> Reply:
@@ -4921,7 +4935,7 @@ class POP3Session(Session):
         text = self.fault("connect", self.client)
         self.items: List[Item] = []
         self.deleted: Set[int] = set()
-        self.fetched = 0
+        self.fetched = self.bytes = self.removed = 0
         self.wire.send(b"+OK minimail POP3 server ready\r\n" if text is None else self.faulty(text))
 
     @staticmethod
@@ -5044,7 +5058,8 @@ class POP3Session(Session):
             self.lock = self.site.mailboxes.lock(user)
         except BlockingIOError:
             raise Refused(500, "", "[IN-USE] another session has this mailbox") from None
-        self.items = self.site.mailboxes.listing(user)
+        with self.wire.blocked():
+            self.items = self.site.mailboxes.listing(user)
         self.user = user
         event("login", protocol="pop3", client=self.client, user=printable(user), messages=len(self.items))
         return b"+OK %d messages\r\n" % len(self.items)
@@ -5090,11 +5105,12 @@ class POP3Session(Session):
                     raise Refused(500, "", "[SYS/TEMP] the message is changing")
                 self.wire.send(b"+OK %d octets\r\n%s.\r\n" % (size, stuff_dots(content, True)))
             else:
-                self.send_blocks(fd, size)
+                with self.wire.blocked():
+                    self.send_blocks(fd, size)
         finally:
             os.close(fd)
         self.fetched += 1
-        event("fetch", client=self.client, user=printable(self.user or ""), uid=item.uid, size=item.size)
+        self.bytes += item.size
         return b""
 
     def open(self, item: Item) -> int:
@@ -5179,8 +5195,7 @@ class POP3Session(Session):
             except OSError as error:
                 log.warning("cannot remove %s: %s", self.items[index].name, error)
                 failed += 1
-        event("quit", protocol="pop3", client=self.client, user=printable(self.user), fetched=self.fetched,
-              deleted=len(self.deleted) - failed)
+        self.removed = len(self.deleted) - failed
         self.release()
         if failed:
             return b"-ERR [SYS/PERM] %d deleted messages not removed\r\n" % failed
@@ -5193,6 +5208,9 @@ class POP3Session(Session):
 
     def ended(self) -> None:
         self.release()
+        if self.user is not None:
+            event("fetch", client=self.client, user=printable(self.user), messages=self.fetched, bytes=self.bytes,
+                  deleted=self.removed)
 
 
 REGISTRY["pop3"] = POP3Session
@@ -5314,6 +5332,8 @@ class Node:
         except BaseException:
             self._undo_start()
             raise
+        site.pool.committer = site.committer
+        site.committer.blocked = site.pool.blocked
         site.pool.start()
         for listener in self._listeners:
             listener.site = site

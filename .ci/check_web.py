@@ -21,7 +21,6 @@ import json
 import os
 import re
 import shutil
-import signal
 import smtplib
 import subprocess
 import sys
@@ -111,21 +110,24 @@ class Browser:
         try:
             return lab.until(lambda: self.run(script, *arguments), seconds, script)
         except AssertionError as problem:
-            raise AssertionError("%s %r; the page says:\n%s" % (problem, arguments, self.run("document.body.innerText"))) from None
+            shown = self.run("document.body.innerText")
+            raise AssertionError("%s %r; the page says:\n%s" % (problem, arguments, shown)) from None
 
-    def element(self, selector):
-        """Return the path of the commands on the one element that a CSS selector finds."""
+    def elements(self, selector):
+        """Return the paths of the commands on the elements that a CSS selector finds."""
         found = self.call("POST", "/elements", {"using": "css selector", "value": selector})
-        assert len(found) == 1, "%d elements are %s" % (len(found), selector)
-        return "/element/" + next(iter(found[0].values()))
+        return ["/element/" + next(iter(element.values())) for element in found]
 
     def click(self, selector):
-        """Click as a person does: it must be visible and on top."""
-        self.call("POST", self.element(selector) + "/click")
+        """Click on the one such element as a person does: it must be visible and on top."""
+        found = self.elements(selector)
+        assert len(found) == 1, "%d elements are %s" % (len(found), selector)
+        self.call("POST", found[0] + "/click")
 
     def point(self, x, y):
         """Click at a place in the window."""
-        press = [{"type": "pointerMove", "x": int(x), "y": int(y)}, {"type": "pointerDown"}, {"type": "pointerUp"}]
+        press = [{"type": "pointerMove", "x": int(x), "y": int(y)}, {"type": "pointerDown", "button": 0},
+                 {"type": "pointerUp", "button": 0}]
         self.call("POST", "/actions", {"actions": [{"type": "pointer", "id": "mouse", "actions": press}]})
 
     def press(self, *texts):
@@ -199,12 +201,13 @@ def letter(subject, text="Hello Bob,\n\nhere it is.\n", html=None, sender="Ann L
 HOSTILE = """<html><head><base href="{0}/base/"><meta http-equiv=refresh content="0;url={0}/refresh">
 <link rel=stylesheet href="{0}/style.css"><link rel=prefetch href="{0}/prefetch"><link rel=preload as=image href="{0}/preload">
 <link rel=icon href="{0}/icon"><link rel=dns-prefetch href="{0}"><link rel=preconnect href="{0}">
-<style>@import url({0}/import.css); @font-face {{ font-family: x; src: url({0}/font) }} body {{ background: url({0}/background) }}
+<style>@import url({0}/import.css); @font-face {{ font-family: x; src: url({0}/font) }}
+body {{ background: url({0}/background) }}
 a, button {{ position: fixed; left: 0; width: 200px; height: 40px; font-family: x }}</style>
 <script>parent.document.title = "owned"; fetch("{0}/fetch")</script><script src="{0}/script.js"></script></head>
 <body onload="fetch('{0}/onload'); top.location = '{0}/top'"><img src="{0}/image.png" onerror="fetch('{0}/onerror')">
 <img src=x onerror="parent.document.title = 'owned'"><svg onload="parent.document.title = 'owned'"></svg>
-<img srcset="{0}/srcset 1x"><video src="{0}/video" poster="{0}/poster" autoplay></video><audio src="{0}/audio" autoplay></audio>
+<img srcset="{0}/srcset 1x"><video src="{0}/video" poster="{0}/poster" autoplay></video><audio src="{0}/audio" autoplay>
 <iframe src="{0}/iframe"></iframe><iframe srcdoc="<script>parent.parent.document.title='owned'</script>"></iframe>
 <object data="{0}/object"></object><embed src="{0}/embed"><input type=image src="{0}/input"><table background="{0}/table">
 <a style="top:0" href="{0}/link">link</a><a style="top:50px" href="{0}/blank" target=_blank>new window</a>
@@ -212,6 +215,15 @@ a, button {{ position: fixed; left: 0; width: 200px; height: 40px; font-family: 
 <a style="top:200px" href="javascript:parent.document.title='owned'">script</a>
 <form action="{0}/form" method=post><button style="top:250px">send</button></form>
 <form action="/api/v1/messages" method=get target=_top><button style="top:300px">inside</button></form></body></html>"""
+
+
+TEXTS = {"iso-2022-jp": "ご注文ありがとうございます", "shift_jis": "日本語メール", "gb18030": "您的订单已发货", "koi8-r": "Ваш заказ отправлен",
+         "windows-1252": "Grüße – “quoted”", "utf-8": "नमस्ते 📬"}
+
+BROKEN = [b"Subject: broken\r\nContent-Type: multipart/mixed; boundary=x\r\n\r\n--x\r\nContent-Type: text/plain; charset=nonsense\r\n"
+          b"Content-Transfer-Encoding: base64\r\n\r\n!!!!\r\n--y\r\n",
+          b"\r\nno header at all \xff\xfe\r\n",
+          b"From: =?utf-8?q?=zz?= <\r\nTo: ,,<@>\r\nDate: yesterday\r\nSubject: =?x-unknown?b?////?=\r\n\r\nodd\r\n"]
 
 
 # The inbox
@@ -249,8 +261,8 @@ class InboxCase(unittest.TestCase):
 
     def api(self, path, method="GET", body=None):
         """Ask the API as a program would; JSON is returned as what it means."""
-        request = urllib.request.Request(self.url + "api/v1/" + path, json.dumps(body).encode() if body else None, method=method,
-                                         headers={"Content-Type": "application/json"} if body else {})
+        request = urllib.request.Request(self.url + "api/v1/" + path, json.dumps(body).encode() if body else None,
+                                         {"Content-Type": "application/json"} if body else {}, method=method)
         with urllib.request.urlopen(request, timeout=20) as answer:
             content = answer.read()
             return json.loads(content) if answer.headers["Content-Type"].startswith("application/json") else content
@@ -276,7 +288,8 @@ class InboxCase(unittest.TestCase):
 
     def pick(self, subject):
         """Open the message with this subject."""
-        self.browser.run("[...document.querySelectorAll('#list a')].find(a => a.textContent.includes(arguments[0])).click()", subject)
+        self.browser.run("[...document.querySelectorAll('#list a')].find(a => a.textContent.includes(arguments[0])).click()",
+                         subject)
         self.browser.until("document.querySelector('#subject').textContent === arguments[0]", subject)
         self.browser.until("document.querySelector('#panel').childNodes.length > 0")
 
@@ -319,7 +332,8 @@ class Looking(InboxCase):
     def test_one_line_per_message_not_per_recipient(self):
         self.show(letter("to three", Cc="cc@example.net"), to=["bob@example.com", "cc@example.net", "secret@example.net"])
         self.pick("to three")
-        self.assertRegex(self.browser.run("document.querySelector('#who').innerText"), r"Cc\s+cc@example.net\s+Bcc\s+secret@example.net")
+        self.assertRegex(self.browser.run("document.querySelector('#who').innerText"),
+                         r"Cc\s+cc@example.net\s+Bcc\s+secret@example.net")
 
     def test_burst_and_pages(self):
         """A burst is one or a few questions, not one per message; the page stays; 50 are shown at a time."""
@@ -343,8 +357,7 @@ class Looking(InboxCase):
                              ("to:bob@example.com sour", ["apples"]), ("nowhere", [])):
             with self.subTest(query=query):
                 self.browser.press("/", query)
-                self.browser.until("JSON.stringify([...document.querySelectorAll('#list b:nth-of-type(2)')].map(b => b.textContent))"
-                                   " === JSON.stringify(arguments[0])", found)
+                lab.until(lambda found=found: self.subjects() == found, what="the list with %s" % found)
                 self.browser.press(ESCAPE)
                 self.until_rows(3)
 
@@ -369,7 +382,7 @@ class Looking(InboxCase):
         self.assertRegex(self.tab("Files", "pdf"), "Rechnung März.pdf application/pdf.*logo.png image/png")
         self.assertIn(message["Message-ID"], self.tab("Headers", "Message-Id"))
         source = self.tab("Source", "Content-Type")
-        self.assertEqual(source, self.api("message/latest/raw").decode().replace("\r\n", "\n"))
+        self.assertEqual(source, self.api("message/latest/raw").decode())
         session = self.tab("Session", "MAIL FROM")
         for piece in ("<ann@example.org>", "hidden@example.net", "Bcc", "client.example.org", "C: DATA", "S: 250"):
             self.assertIn(piece, session)
@@ -380,23 +393,20 @@ class Looking(InboxCase):
 
     def test_character_sets(self):
         """Subjects, names and texts in the encodings that are still sent."""
-        for charset, text in (("iso-2022-jp", "ご注文ありがとうございます"), ("shift_jis", "日本語メール"), ("gb18030", "您的订单已发货"),
-                              ("koi8-r", "Ваш заказ отправлен"), ("windows-1252", "Grüße – “quoted”"), ("utf-8", "नमस्ते 📬")):
+        for charset, text in TEXTS.items():
             with self.subTest(charset=charset):
-                encode = email.charset.Charset(charset).header_encode
-                head = ["From: %s <a@example.org>" % encode(text), "To: bob@example.com", "Subject: %s" % encode(text),
-                        "MIME-Version: 1.0", "Content-Type: text/plain; charset=" + charset, "Content-Transfer-Encoding: 8bit"]
+                word = "=?%s?b?%s?=" % (charset, base64.b64encode(text.encode(charset)).decode())
+                head = ["From: %s <a@example.org>" % word, "To: bob@example.com", "Subject: " + word, "MIME-Version: 1.0",
+                        "Content-Type: text/plain; charset=" + charset, "Content-Transfer-Encoding: 8bit"]
                 self.send("\r\n".join(head + ["", ""]).encode() + text.encode(charset) + b"\r\n")
-                self.browser.until("document.querySelector('#list b:nth-of-type(2)').textContent === arguments[0]", text)
+                self.browser.until("document.querySelector('#list b:nth-of-type(2)')?.textContent === arguments[0]", text)
                 self.assertEqual(self.browser.run("document.querySelector('#list b').textContent"), text)
                 self.pick(text)
                 self.assertIn(text, self.tab("Text", text))
 
     def test_broken_mime_shows_what_it_can(self):
-        self.show(b"Subject: broken\r\nContent-Type: multipart/mixed; boundary=x\r\n\r\n--x\r\nContent-Type: text/plain; charset=nonsense"
-                  b"\r\nContent-Transfer-Encoding: base64\r\n\r\n!!!!\r\n--y\r\n", b"\r\nno header at all \xff\xfe\r\n",
-                  b"From: =?utf-8?q?=zz?= <\r\nTo: ,,<@>\r\nDate: yesterday\r\nSubject: =?x-unknown?b?////?=\r\n\r\nodd\r\n")
-        for row in range(3):
+        self.show(*BROKEN)
+        for row in range(len(BROKEN)):
             self.browser.run("document.querySelectorAll('#list a')[arguments[0]].click()", row)
             self.browser.until("document.querySelectorAll('#list a')[arguments[0]].ariaCurrent === 'true' && "
                                "document.querySelector('#problem').hidden && document.querySelector('#tab-Source')", row)
@@ -470,12 +480,13 @@ class Doing(InboxCase):
         message, content = letter("files"), bytes(range(256)) * 300
         message.add_attachment(content, "application", "octet-stream", filename="../../evil\u202e<b>.bin")
         message.add_attachment("<script>alert(1)</script>", subtype="html", filename="page.html")
-        message.add_attachment(b"<svg xmlns='http://www.w3.org/2000/svg' onload='alert(1)'/>", "image", "svg+xml", filename="x.svg")
+        message.add_attachment(b"<svg xmlns='http://www.w3.org/2000/svg' onload='alert(1)'/>", "image", "svg+xml",
+                               filename="x.svg")
         self.show(message)
         self.pick("files")
         self.tab("Files", "page.html")
         self.browser.run("document.querySelector('#panel a').click()")
-        got = lab.until(lambda: [path for path in (self.browser.place / "got").glob("*") if path.suffix == ".bin"], what="the file")
+        got = lab.until(lambda: list((self.browser.place / "got").glob("*.bin")), what="the file")
         self.assertEqual(got[0].read_bytes(), content)
         self.assertEqual(list(self.browser.place.parent.glob("evil*")), [])
         identity = self.api("messages")["messages"][0]["ID"]
@@ -571,10 +582,9 @@ class Appearance(InboxCase):
         self.fill()
         self.pick("Order shipped")
         self.assertEqual(self.browser.run("document.documentElement.lang"), "en")
-        for element in self.browser.call("POST", "/elements", {"using": "css selector", "value": "button, input, a, iframe, nav, main"}):
-            path = "/element/" + next(iter(element.values()))
+        for path in self.browser.elements("button, input, a, iframe, nav, main"):
             if self.browser.call("GET", path + "/displayed"):
-                self.assertTrue(self.browser.call("GET", path + "/computedlabel"), self.browser.run("arguments[0].outerHTML", element))
+                self.assertTrue(self.browser.call("GET", path + "/computedlabel"), path)
         roles = self.browser.run("[...document.querySelectorAll('[role]')].map(e => e.getAttribute('role'))")
         for role in ("status", "alert", "tablist", "tab", "tabpanel"):
             self.assertIn(role, roles)
@@ -598,17 +608,21 @@ class Appearance(InboxCase):
 
 WELCOME = """<body style="font-family:sans-serif;margin:2em;color:#223"><h1 style="color:#1f686c">Welcome, Bob!</h1>
 <p>Thank you for signing up. One click and you are done:</p>
-<p><a href="https://shop.example/confirm?token=5f2c" style="background:#1f686c;color:white;padding:.7em 1.2em;border-radius:6px;
-text-decoration:none">Confirm my address</a></p><p style="color:#667">The link works for one day.</p></body>"""
+<p><a href="https://shop.example/confirm?token=5f2c" style="background:#1f686c;color:white;padding:.7em 1.2em;
+border-radius:6px;text-decoration:none">Confirm my address</a></p><p style="color:#667">The link works for one day.</p></body>"""
 
 CONTRAST = """
 const canvas = new OffscreenCanvas(1, 1).getContext("2d", {willReadFrequently: true});
 const light = color => {
   canvas.fillStyle = color; canvas.fillRect(0, 0, 1, 1);
-  const [r, g, b] = [...canvas.getImageData(0, 0, 1, 1).data].map(v => v / 255 <= 0.04045 ? v / 3294.6 : ((v / 255 + 0.055) / 1.055) ** 2.4);
+  const [r, g, b] = [...canvas.getImageData(0, 0, 1, 1).data].map(value => value / 255).map(value =>
+    value <= 0.04045 ? value / 12.92 : ((value + 0.055) / 1.055) ** 2.4);
   return 0.2126 * r + 0.7152 * g + 0.0722 * b;
 };
-const behind = e => { const c = getComputedStyle(e).backgroundColor; return c === "rgba(0, 0, 0, 0)" ? behind(e.parentElement) : c; };
+const behind = e => {
+  const color = getComputedStyle(e).backgroundColor;
+  return color === "rgba(0, 0, 0, 0)" ? behind(e.parentElement) : color;
+};
 return [...document.querySelectorAll("body *")].filter(e => e.offsetWidth && !e.disabled &&
   [...e.childNodes].some(n => n.nodeType === 3 && n.data.trim())).map(e => {
     const [a, b] = [light(getComputedStyle(e).color), light(behind(e))].sort((x, y) => y - x);
@@ -640,8 +654,8 @@ class Hostile(InboxCase):
     def wait_for_frame(self):
         """A frame that has loaded has replaced its first, empty document by one that this page may not look into."""
         self.browser.until("document.querySelector('iframe') && document.querySelector('iframe').contentDocument === null")
-        self.browser.call("POST", "/execute/async", {"args": [], "script":  # and it had the time to paint twice
-                          "const done = arguments[0]; requestAnimationFrame(() => requestAnimationFrame(() => setTimeout(done, 300)))"})
+        self.browser.call("POST", "/execute/async", {"args": [], "script":  # and had time to do what it must not do
+                          "requestAnimationFrame(() => requestAnimationFrame(() => setTimeout(arguments[0], 300)))"})
 
     def test_html(self):
         """No script, no request, no form, no navigation; images only after the button, and then only images."""
@@ -679,7 +693,7 @@ class Hostile(InboxCase):
         self.pick(bait)
         for tab in ("Text", "Files", "Headers", "Source", "Session", "Lint"):
             self.tab(tab, "")
-            self.assertEqual(self.browser.run("document.querySelectorAll('img, body > script:not([nonce]), nav script, main script').length"), 0)
+            self.assertEqual(self.browser.run("document.querySelectorAll('img, nav script, main script').length"), 0)
         self.assert_unharmed()
 
     def test_headers_of_the_answers(self):
@@ -742,8 +756,8 @@ def fill(address, count):
     """Send many small messages fast."""
     with smtplib.SMTP(*address, timeout=60) as client:
         for number in range(count):
-            client.sendmail("ann@example.org", ["bob@example.com"],
-                            "From: Ann <ann@example.org>\r\nTo: Bob <bob@example.com>\r\nSubject: number %d\r\n\r\nHello\r\n" % number)
+            client.sendmail("ann@example.org", ["bob@example.com"], "From: Ann <ann@example.org>\r\nTo: bob@example.com\r\n"
+                            "Subject: number %d\r\n\r\nHello\r\n" % number)
 
 
 # Client libraries that were written for Mailpit
@@ -777,7 +791,8 @@ class MailpitClients(unittest.TestCase):
 
                 def send(self, subject):
                     message = EmailMessage()
-                    message["From"], message["To"], message["Cc"] = "Ann <ann@example.org>", "Bob <bob@example.com>", "c@example.com"
+                    message["From"], message["To"] = "Ann <ann@example.org>", "Bob <bob@example.com>"
+                    message["Cc"] = "c@example.com"
                     message["Subject"], message["Message-ID"] = subject, "<%s@example.org>" % subject
                     message["Date"] = "Tue, 24 Nov 2026 19:43:17 +0100"
                     message.set_content("text of " + subject)
@@ -796,7 +811,8 @@ class MailpitClients(unittest.TestCase):
                     self.assertEqual((page.total, page.unread, page.count, page.start), (3, 3, 2, 1))
                     self.assertEqual([entry.subject for entry in page.messages], ["two", "one"])
                     two = api.get_message(page.messages[0].id)
-                    self.assertEqual((two.from_.name, two.to[0].address, two.cc[0].address), ("Ann", "bob@example.com", "c@example.com"))
+                    self.assertEqual((two.from_.name, two.to[0].address), ("Ann", "bob@example.com"))
+                    self.assertEqual(two.cc[0].address, "c@example.com")
                     self.assertEqual((two.text.strip(), two.html.strip(), two.read), ("text of two", "<p>html</p>", True))
                     self.assertEqual(two.date.isoformat(), "2026-11-24T19:43:17+01:00")
                     self.assertLess(page.messages[1].created, page.messages[0].created)
@@ -915,7 +931,8 @@ class MailpitClients(unittest.TestCase):
               assert.match(await mailpit.renderMessageHTML(), /HTML of it/);
               assert.match(await mailpit.renderMessageText(), /Text of it/);
               const list = await mailpit.listMessages();
-              assert.deepEqual([list.total, list.unread, list.messages_count, list.messages_unread, list.start], [1, 0, 1, 0, 0]);
+              assert.deepEqual([list.total, list.unread, list.start], [1, 0, 0]);
+              assert.deepEqual([list.messages_count, list.messages_unread], [1, 0]);
               assert.deepEqual([list.messages[0].ID, list.messages[0].Attachments, list.messages[0].Read], [ID, 1, true]);
               assert.match(list.messages[0].Snippet, /Text of it|HTML of it/);
               assert.equal(await mailpit.setReadStatus({IDs: [ID], Read: false}), "ok");
@@ -925,11 +942,12 @@ class MailpitClients(unittest.TestCase):
               for (const number of [1, 2]) await mailpit.sendMessage({From: {Email: "a@example.org"},
                 To: [{Email: "bob@example.com"}], Subject: "number " + number, Text: "x"});
               assert.equal((await mailpit.waitForMessage({query: "subject:Grüße"})).ID, ID);
-              assert.equal((await mailpit.waitForMessages({query: "to:bob@example.com", count: 3, exact: true})).messages_count, 3);
+              assert.equal((await mailpit.waitForMessages({query: "to:bob@example.com", count: 3, exact: true})).count, 3);
               assert.equal((await mailpit.waitForMessages({count: 3, exact: true})).messages[0].Subject, "number 2");
               assert.equal(await mailpit.deleteMessagesBySearch({query: "subject:number"}), "ok");
               await assert.rejects(mailpit.getMessageSummary("nothing-like-that"), /404/);
-              await assert.rejects(mailpit.sendMessage({From: {Email: "a@example.org"}, To: [{Email: "no address"}]}), /400.*Error/s);
+              const wrong = {From: {Email: "a@example.org"}, To: [{Email: "no address"}]};
+              await assert.rejects(mailpit.sendMessage(wrong), /400.*"Error"/s);
               assert.equal(await mailpit.deleteMessages({IDs: [ID]}), "ok");
               assert.equal((await mailpit.listMessages()).total, 0);
               assert.equal(await mailpit.deleteMessages(), "ok");
