@@ -100,6 +100,7 @@ MAX_EXCHANGERS = 10                 # hosts tried for one delivery attempt
 MAX_SENDERS = 128                   # outbound connections at once, and ...
 MAX_SENDERS_PER_HOST = 10           # ... to one destination
 MAX_ACTIVE = 2000                   # queue entries held in memory; the others wait on disk
+MAX_QUEUE = 1_000_000               # messages in the queue, then 452: something is badly wrong
 MAX_WAITING = 500                   # of them for one destination, so that a slow one does not fill them all
 MAX_HTTP_BODY = 1 << 26             # bytes in a request to the JSON API
 MIN_RATE = 1024                     # bytes/s below which a message transfer runs into the command's deadline
@@ -497,8 +498,11 @@ def parse_address(text: str) -> Address:
     domain = rest[1:]
     if domain_literal(domain) is None:
         domain = domain[:-1] if domain.endswith(".") else domain
-        if not is_domain(domain):
-            raise Refused(BAD_SYNTAX)
+        try:
+            if not is_domain(domain) or not is_domain(ascii_domain(domain)):
+                raise Refused(BAD_SYNTAX)
+        except ValueError:
+            raise Refused(BAD_SYNTAX) from None
     return Address(local, domain)
 
 
@@ -683,7 +687,7 @@ class Content:
 
     def feed(self, block: bytes) -> bytes:
         """Return the content in `block`, as far as it is decided."""
-        data = self.held + block
+        data = self.held + block if self.held else block
         dotted = self.dots and b"." in data and LEADING_DOT.search(data) is not None
         if dotted and END_OF_DATA in data:
             self.finished = True
@@ -2631,6 +2635,13 @@ class Queue:
         self.busy = os.path.join(self.root, "busy")
         self.clock = clock
         self.submitted: Callable[[Entry], None] = lambda entry: None    # the relay of this process
+        self._counted = (0.0, 0)                    # when its messages were counted, and how many there were
+
+    def is_full(self) -> bool:
+        """True when no more can be taken; counted every now and then, as that takes a while."""
+        if self.clock() - self._counted[0] > 10:
+            self._counted = self.clock(), len(list_directory(self.root))
+        return self._counted[1] >= MAX_QUEUE
 
     def message(self, id: str) -> str:
         return os.path.join(self.root, id + ".msg")
@@ -2698,10 +2709,14 @@ class Queue:
         """Return the entry whose envelope is at `place`; None when it is not there any more, or cannot be read."""
         try:
             with open(place, "rb") as file:
-                return Entry(place=place, **json.loads(file.read()))
+                entry = Entry(place=place, **json.loads(file.read()))
+            entry.size + entry.offset + entry.queued_at + entry.next_attempt + entry.attempts   # numbers, or TypeError
+            for recipient in entry.recipients:
+                parse_address(recipient["address"]), recipient["state"], recipient["last_reply"]
+            return entry
         except FileNotFoundError:
             return None
-        except (ValueError, TypeError, OSError) as error:
+        except (ValueError, TypeError, KeyError, OSError, Refused) as error:
             log.warning("queue entry %s cannot be read, left alone: %s", place, error)
             return None
 
@@ -2777,11 +2792,14 @@ class Queue:
         """Return when the next directory is due."""
         return min((float(name) for name in list_directory(self.due) if name.isdigit() and int(name) > now), default=None)
 
+    def directories(self) -> List[str]:
+        """Return all directories that hold envelopes."""
+        return [self.new] + [os.path.join(above, name) for above in (self.due, self.busy)
+                             for name in sorted(list_directory(above))]
+
     def places(self) -> Iterator[str]:
         """Yield the path of every envelope."""
-        directories = [self.new] + [os.path.join(above, name) for above in (self.due, self.busy)
-                                    for name in sorted(list_directory(above))]
-        for directory in directories:
+        for directory in self.directories():
             for name in sorted(list_directory(directory)):
                 if not name.endswith(".tmp"):
                     yield os.path.join(directory, name)
@@ -2799,7 +2817,7 @@ class Queue:
                 if self.find(id) is None:           # not one that was moved while we looked
                     with contextlib.suppress(OSError):
                         os.unlink(os.path.join(self.root, name))
-        for directory in [self.new] + [os.path.join(self.due, name) for name in list_directory(self.due)]:
+        for directory in self.directories():
             for name in list_directory(directory):
                 match = re.search(r"[-.]([0-9a-f]{8})[0-9a-f]+\.tmp$", name)     # ID.tmp, ID.TOKEN-and-number.tmp
                 if match and not self.storage.is_alive(match.group(1)):
@@ -2818,33 +2836,39 @@ def bounce_message(hostname: str, sender: str, recipients: Sequence[Dict[str, An
     `headers` are the original's, as they went out. It goes out with the null reverse-path, so nobody answers it.
     """
     boundary = "=_%s.%s" % (id, hashlib.sha256(headers + id.encode()).hexdigest()[:16])
-    utf8 = not (headers.isascii() and sender.isascii() and all(r["address"].isascii() for r in recipients))
+    utf8 = not (sender.isascii() and all(recipient["address"].isascii() for recipient in recipients))
+    eightbit = utf8 or not headers.isascii()
     status_type = "message/global-delivery-status" if utf8 else "message/delivery-status"
     headers_type = "message/global-headers" if utf8 else "text/rfc822-headers"
-    reasons = "\r\n".join("<%s>:\r\n    %s" % (r["address"], r["last_reply"] or "no answer") for r in recipients)
+
+    def fold(text: str, indent: str) -> str:
+        """Return a reply in lines of decent length; what is not ASCII is escaped where the bounce has to be ASCII."""
+        text = text if utf8 else text.encode("ascii", "backslashreplace").decode()
+        return ("\r\n" + indent).join(re.findall(r"\S.{0,75}(?=\s|$)|\S{76}|\S+", text)) or "no answer"
+    reasons = "\r\n".join("<%s>:\r\n    %s" % (r["address"], fold(r["last_reply"], "    ")) for r in recipients)
     fields = []
     for recipient in recipients:
         reply = recipient["last_reply"]
         status = re.search(r"\b[45]\.\d{1,3}\.\d{1,3}\b", reply)
-        code = status.group() if status else "5.0.0"
-        kind = "rfc822" if recipient["address"].isascii() else "utf-8"
         fields.append("Final-Recipient: %s; %s\r\nAction: failed\r\nStatus: %s\r\n%sDiagnostic-Code: smtp; %s\r\n" % (
-            kind, recipient["address"], "5" + code[1:] if code[0] == "4" and recipient.get("expired") is None else code,
+            "rfc822" if recipient["address"].isascii() else "utf-8", recipient["address"],
+            status.group() if status else "5.0.0",
             "Remote-MTA: dns; %s\r\n" % recipient["remote"] if recipient.get("remote") else "",
-            re.sub(r"^.*? said: ", "", reply) or "no answer"))
+            fold(re.sub(r"^.*? said: ", "", reply), " ")))
     text = "\r\n".join([
         "From: Mail Delivery System <mailer-daemon@%s>" % hostname, "To: <%s>" % sender,
         "Subject: Undelivered mail returned to sender", "Date: " + rfc5322_date(int(now)),
         "Message-ID: <%s.bounce@%s>" % (boundary[2:], hostname), "Auto-Submitted: auto-replied", "MIME-Version: 1.0",
         'Content-Type: multipart/report; report-type=delivery-status;\r\n\tboundary="%s"' % boundary,
-        "Content-Transfer-Encoding: %s" % ("8bit" if utf8 else "7bit"), "",
+        "Content-Transfer-Encoding: %s" % ("8bit" if eightbit else "7bit"), "",
         "--" + boundary, "Content-Type: text/plain; charset=%s" % ("utf-8" if utf8 else "us-ascii"), "",
         "This is the mail server at %s. Your message could not be delivered to:" % hostname, "", reasons, "",
         "It was taken over on %s as %s and is not tried again." % (rfc5322_date(int(queued_at)), id),
         "The headers of the message are attached.", "",
         "--" + boundary, "Content-Type: " + status_type, "",
         "Reporting-MTA: dns; %s\r\nArrival-Date: %s\r\n" % (hostname, rfc5322_date(int(queued_at))), "\r\n".join(fields),
-        "--" + boundary, "Content-Type: " + headers_type, "", ""])
+        "--" + boundary, "Content-Type: " + headers_type,
+        "Content-Transfer-Encoding: %s" % ("8bit" if eightbit else "7bit"), "", ""])
     return text.encode("utf-8") + headers.rstrip(b"\r\n") + ("\r\n\r\n--%s--\r\n" % boundary).encode()
 
 
@@ -3669,7 +3693,9 @@ class Relay:
         content = bounce_message(self.hostname, entry.sender, failed, b"".join(field for _, field in fields), entry.id,
                                  entry.queued_at, self.clock())
         sender = parse_address(entry.sender)
-        envelope = Envelope(sender="", recipients=[sender], protocol="bounce", smtputf8=not content.isascii())
+        envelope = Envelope(sender="", recipients=[sender], protocol="bounce",
+                            smtputf8=entry.smtputf8 or not entry.sender.isascii() or not all(
+                                recipient["address"].isascii() for recipient in failed))
         try:
             if self.config.relay_to and not self.book.is_local(sender) and not any(
                     covers(domain, lower(sender.domain)) for domain in self.config.relay_to):
@@ -3800,7 +3826,7 @@ def sendmail_command(config: Config, arguments: List[str]) -> int:
     parser.add_argument("-f", "-r", dest="sender", metavar="FROM", help="envelope sender")
     parser.add_argument("-F", dest="name", metavar="NAME", help="sender's full name")
     parser.add_argument("-o", action="append", default=[], metavar="OPTION", help="-oi is -i; others are ignored")
-    parser.add_argument("-B", "-N", "-R", "-V", "-X", "-O", "-h", dest="ignored", action="append", help="ignored")
+    parser.add_argument("-B", "-N", "-R", "-V", "-X", "-O", dest="ignored", action="append", help="ignored")
     parser.add_argument("-b", dest="mode", metavar="MODE", help="-bm (deliver) only")
     for flag in "-U", "-v", "-n", "-m", "-G":
         parser.add_argument(flag, dest="ignored", action="store_const", const="", help="ignored")
@@ -3999,8 +4025,8 @@ class Pool:
             with self._lock:
                 self._idle -= 1
                 self._spawn_if_needed()
-            if committer and more and not events:
-                self._run(lambda _: committer.run(), None)
+            if more and not events:
+                self._run(self._commit, None)
             for fd, _ in events:
                 waiting = self._waiting.pop(fd, None)
                 if waiting:
@@ -4017,6 +4043,10 @@ class Pool:
         with self._lock:
             self._idle -= 1
             self._threads.discard(threading.current_thread())
+
+    def _commit(self, _: None) -> None:
+        if self.committer:
+            self.committer.run()
 
     @staticmethod
     def _run(task: Callable[[Any], None], argument: Any) -> None:
@@ -4264,8 +4294,9 @@ class Session(socketserver.BaseRequestHandler):
             self.wire.flush()
         except Silent:
             return True
-        except (Disconnected, TimedOut):
-            pass
+        except (Disconnected, TimedOut) as error:
+            if str(error):
+                event("lost", protocol=self.protocol, client=self.client, reason=printable(str(error)))
         except Suspended:
             raise
         except Exception:
@@ -4738,6 +4769,8 @@ class SMTPSession(Session):
         destinations = book.resolve(address)
         if destinations.remote and not self.site.post.queue:
             raise Refused(550, "5.7.1", "this node passes no mail on")
+        if destinations.remote and self.site.post.queue.is_full():
+            raise Refused(452, "4.3.1", "the queue is full, try again later")
         for remote in destinations.remote:
             if config.relay_to and not any(covers(domain, lower(remote.domain)) for domain in config.relay_to):
                 raise Refused(550, "5.7.1", "relaying to this domain is not allowed here")
@@ -7281,6 +7314,8 @@ def main(argv: Optional[List[str]] = None) -> int:
             print(option_parser().format_help(), end="")
             return 0
         config = read_config(given, os.environ)
+        if command != "serve" and not config.verbose:
+            config = dataclasses.replace(config, quiet=True)
         set_up_logging(config)
         return serve_command(config) if command == "serve" else COMMANDS[command](config, rest)
     except UsageError as error:

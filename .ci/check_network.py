@@ -45,12 +45,13 @@ def setUpModule():
     a = stack.enter_context(netlab.Node(
         network, "a", "--domain", "a.test", "--hostname", "mx.a.test", "--smtp", "0.0.0.0:25", "--smtp", "[::]:25",
         "--trust", "127.0.0.0/8", "--trust", netlab.HOSTS["sender"][0], "--retry", "1,2,4", "--timeout", "10", *tls,
-        before=accounts(ANN, "amy@a.test", "alf@a.test", "abe@a.test", "ada@a.test", aliases=[
-            "team@a.test: ann@a.test, aliased@postfix.test, bob@b.test",
-            "everyone@a.test: team@a.test, amy@a.test, ann@a.test"])))
+        before=accounts(ANN, "amy@a.test", "alf@a.test", "abe@a.test", "ada@a.test", "art@a.test", aliases=[
+            "team@a.test: ann@a.test, aliased@postfix.test, bernd@b.test",
+            "everyone@a.test: team@a.test, art@a.test, ann@a.test"])))
     b = stack.enter_context(netlab.Node(
         network, "b", "--domain", "b.test", "--hostname", "mx.b.test", "--trust", "127.0.0.0/8", "--retry", "1,2,4",
-        "--timeout", "10", *tls, before=accounts("bob@b.test", "ben@b.test", "bea@b.test", "bill@b.test", "bert@b.test")))
+        "--timeout", "10", *tls, before=accounts("bob@b.test", "ben@b.test", "bea@b.test", "bill@b.test", "bert@b.test",
+                        "bernd@b.test")))
 
 
 def accounts(*addresses, aliases=()):
@@ -104,7 +105,7 @@ class Report:
         case.assertEqual(fields["Final-Recipient"].replace(" ", "").lower(), "rfc822;" + recipient)
         case.assertEqual(fields["Action"].lower(), "failed")
         case.assertRegex(fields["Status"], "^%s$" % status)
-        case.assertRegex(" ".join(fields["Diagnostic-Code"].split()), diagnostic)
+        case.assertRegex(" ".join(fields["Diagnostic-Code"].split()), "(?i)" + diagnostic)
         case.assertIn(recipient, self.text.get_content(), "the words for people name the recipient")
         case.assertIn(sender, self.message["To"])
         case.assertRegex(self.message["Auto-Submitted"], "^auto-replied")
@@ -172,6 +173,11 @@ class Case(unittest.TestCase):
 
     def assert_queue_empty(self, node, seconds=15):
         lab.until(lambda: self.queue(node) == [], seconds, "an empty queue on node " + node.host)
+
+    def assert_nothing_left(self, node, address, seconds=15):
+        """Wait until nothing in a node's queue is for an address (or domain) any more; others may use the queue, too."""
+        lab.until(lambda: address not in json.dumps([entry["recipients"] for entry in self.queue(node)]), seconds,
+                  "no more for %s in the queue on node %s" % (address, node.host))
 
 
 # The journey
@@ -244,19 +250,19 @@ class Journey(Case):
             self.assert_same(below_trace(got), content)
         self.assert_same(below_trace(self.at_postfix("all@postfix.test", content, 8)), local_lines(content))
         self.assertLess(time.monotonic() - began, 8)
-        (entry,) = [entry for entry in self.queue(a) if "x@hole.test" in str(entry)]
-        self.assertEqual([r["address"] for r in entry["recipients"]], ["x@hole.test"], "only what is still to be done")
-        a.run("queue", "drop", entry["id"])
+        # a node killed now must not send to the others again
+        lab.until(lambda: ["x@hole.test"] in [[r["address"] for r in entry["recipients"]] for entry in self.queue(a)],
+                  began + 9 - time.monotonic(), "the record of what is done, while one is still being tried")
 
     def test_aliases(self):
         """An alias with targets here and elsewhere; each gets one copy, whatever the ways to it."""
         content = message("aliases", b"Dear team\r\n")
         self.send("everyone@a.test", content, "mallory@postfix.test", host="stranger")
         self.at_postfix("aliased@postfix.test", content)
-        self.at_node(b, "bob@b.test", content)
-        for address in (ANN, "amy@a.test"):
+        self.at_node(b, "bernd@b.test", content)
+        for address in (ANN, "art@a.test"):
             self.at_node(a, address, content)
-        self.assert_queue_empty(a)
+        self.assert_nothing_left(a, "aliased@postfix.test")
         copies = [c for c in self.fetch(a, ANN) if message_id(content) in c]
         self.assertEqual(len(copies), 1)
         self.assertEqual(len([c for c in postfix.stored("aliased@postfix.test") if message_id(content) in c]), 1)
@@ -469,7 +475,7 @@ class Peers(Case):
             content = message("eight", "Grüße\r\n".encode())
             self.send("x@old.test", content, "ada@a.test", options=["BODY=8BITMIME"])
             Report(self, self.at_node(a, "ada@a.test", content)).check(
-                self, "x@old.test", r"5\.6\.3", "", "mx.a.test", "ada@a.test", content)
+                self, "x@old.test", r"5\.6\.3", ".", "mx.a.test", "ada@a.test", content)
             self.assertEqual(peer.messages, [])
 
     def test_too_large(self):
@@ -477,7 +483,7 @@ class Peers(Case):
             content = message("large", b"x" * 70 + b"\r\n" + b"y" * 1000 + b"\r\n")
             self.send("x@small.test", content, "ada@a.test")
             Report(self, self.at_node(a, "ada@a.test", content)).check(
-                self, "x@small.test", r"5\.3\.4", "", "mx.a.test", "ada@a.test", content)
+                self, "x@small.test", r"5\.3\.4", ".", "mx.a.test", "ada@a.test", content)
             self.assertEqual([line for line in peer.lines if line.upper() == "DATA"], [])
 
     def test_one_transaction(self):
@@ -488,13 +494,15 @@ class Peers(Case):
             content = message("three", b"Hello\r\n")
             self.send(["one@plain.test", "bad@plain.test", "two@plain.test", "later@plain.test"], content, "ada@a.test")
             Report(self, self.at_node(a, "ada@a.test", content)).check(
-                self, "bad@plain.test", r"5\.2\.1", "(?i)^smtp; ?550 5.2.1 closed", "mx.a.test", "ada@a.test", content)
+                self, "bad@plain.test", r"5\.2\.1", "^smtp; ?550 5.2.1 closed", "mx.a.test", "ada@a.test", content)
             self.assertEqual([given[1] for given in peer.messages], [["one@plain.test", "two@plain.test"]])
             (entry,) = [entry for entry in self.queue(a) if "@plain.test" in str(entry["recipients"])]
             (waiting,) = entry["recipients"]
             self.assertEqual(waiting["address"], "later@plain.test")
             self.assertIn("452 4.2.2 full", waiting["last_reply"])
-            a.run("queue", "drop", entry["id"])
+            peer.answer = lambda line: None
+            self.assert_nothing_left(a, "later@plain.test")
+            self.assertEqual(peer.messages[-1][1], ["later@plain.test"])
 
 
 # What cannot be delivered
@@ -512,27 +520,27 @@ class Bounces(Case):
 
     def test_unknown_at_postfix(self):
         """The full round on one node: Postfix says no, the report is made and delivered here."""
-        bounce = self.check("nosuch@postfix.test", r"5\.1\.1", "(?i)^smtp; ?550 5.1.1 .*User unknown", "unknown")
+        bounce = self.check("nosuch@postfix.test", r"5\.1\.1", "^smtp; ?550 5.1.1 .*User unknown", "unknown")
         (fields,) = Report(self, bounce).recipients
         self.assertEqual(fields["Remote-MTA"].replace(" ", ""), "dns;mx.postfix.test")
 
     def test_unknown_and_the_sender_elsewhere(self):
         """The full round over two nodes: the report finds its way by DNS to the sender's node."""
-        bounce = self.check("nosuch@postfix.test", r"5\.1\.1", "(?i)^smtp; ?550 5.1.1 ", "unknown-far",
+        bounce = self.check("nosuch@postfix.test", r"5\.1\.1", "^smtp; ?550 5.1.1 ", "unknown-far",
                             (lambda: b, "bill@b.test"))
         self.assertRegex(received(bounce)[0], r"^from mx\.a\.test .* by mx\.b\.test ")
 
     def test_null_mx(self):
-        self.check("x@null.test", r"5\.1\.10", "", "null")
+        self.check("x@null.test", r"5\.1\.10", ".", "null")
 
     def test_no_such_domain(self):
-        self.check("x@nosuch.test", r"5\.1\.2", "", "nxdomain")
+        self.check("x@nosuch.test", r"5\.1\.2", ".", "nxdomain")
 
     def test_loop_by_name(self):
-        self.check("x@loop.test", r"5\.4\.6", "", "loop")
+        self.check("x@loop.test", r"5\.4\.6", ".", "loop")
 
     def test_loop_by_address(self):
-        self.check("x@loop-by-address.test", r"5\.4\.6", "", "loop-by-address")
+        self.check("x@loop-by-address.test", r"5\.4\.6", ".", "loop-by-address")
 
     def test_too_many_hops(self):
         hops = ["Received: from h%d.test by h%d.test; Tue, 01 Sep 2026 10:00:00 +0000" % (n, n + 1) for n in range(60)]
@@ -548,14 +556,14 @@ class Bounces(Case):
         content = message("given-up", b"Hello\r\n")
         self.send("x@dead.test", content, "quin@q.test", "127.0.0.1", "q")
         Report(self, self.at_node(node, "quin@q.test", content)).check(
-            self, "x@dead.test", r"[45]\.4\.\d+", "", "mx.q.test", "quin@q.test", content)
+            self, "x@dead.test", r"[45]\.4\.\d+", ".", "mx.q.test", "quin@q.test", content)
         self.assert_queue_empty(node)
 
     def test_never_bounced(self):
         """What came with the null reverse-path comes back to nobody."""
         content = message("null-sender", b"Hello\r\n")
         self.send("nosuch@postfix.test", content, "")
-        self.assert_queue_empty(a, 30)
+        self.assert_nothing_left(a, "nosuch@postfix.test", 30)
         everywhere = [p.read_bytes() for p in (a.data / "mail").rglob("new/*")]
         self.assertEqual([c for c in everywhere if message_id(content) in c], [])
 
@@ -627,8 +635,6 @@ class Queue(Case):
                               "--data", node.data)
             for _ in range(3):
                 node.run("queue", "flush")
-            (entry,) = self.queue(node)
-            node.run("queue", "retry", entry["id"])
             go_on.set()
             self.assert_queue_empty(node)
             self.assertEqual(len(peer.messages), 1)
@@ -800,6 +806,7 @@ class Strangers(Case):
 
     def test_local_addresses_in_any_spelling(self):
         client = self.open()
+        client.ehlo()
         for address in ("bob@b.test", "BOB@B.TEST", '"bob"@b.test', "bob@b.test.", "postmaster", "Postmaster@b.test",
                         "@elsewhere.test:bob@b.test"):
             with self.subTest(address):
@@ -838,7 +845,7 @@ class Routes(Case):
     """--route and --smarthost instead of the DNS."""
 
     def test_smarthost(self):
-        """Everything for elsewhere goes through node a's trust... which q has not; so through a peer that takes all."""
+        """Everything for elsewhere goes to one host, whose transaction has all recipients; no DNS is asked."""
         peer = self.enter(netlab.Peer(network, "192.0.2.46"))
         self.node("--domain", "q.test", "--smarthost", "smtp://192.0.2.46", "--dns", netlab.CLOSED)
         content = message("smarthost", b"Hello\r\n")
@@ -963,11 +970,11 @@ class TwoExchangers(Case):
 
     def test_minimail_sends_and_the_cable_is_pulled(self):
         self.check("a", self.pull_the_cable, self.plug_it_in)
-        self.assert_queue_empty(a)
+        self.assert_nothing_left(a, "@pair.test")
 
     def test_minimail_sends_and_a_node_is_killed(self):
         self.check("a", self.kill, self.start_again)
-        self.assert_queue_empty(a)
+        self.assert_nothing_left(a, "@pair.test")
 
 
 if __name__ == "__main__":

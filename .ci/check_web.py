@@ -217,11 +217,11 @@ a, button {{ position: fixed; left: 0; width: 200px; height: 40px; font-family: 
 <form action="/api/v1/messages" method=get target=_top><button style="top:300px">inside</button></form></body></html>"""
 
 
-TEXTS = {"iso-2022-jp": "ご注文ありがとうございます", "shift_jis": "日本語メール", "gb18030": "您的订单已发货", "koi8-r": "Ваш заказ отправлен",
-         "windows-1252": "Grüße – “quoted”", "utf-8": "नमस्ते 📬"}
+TEXTS = {"iso-2022-jp": "ご注文ありがとうございます", "shift_jis": "日本語メール", "gb18030": "您的订单已发货",
+         "koi8-r": "Ваш заказ отправлен", "windows-1252": "Grüße – “quoted”", "utf-8": "नमस्ते 📬"}
 
-BROKEN = [b"Subject: broken\r\nContent-Type: multipart/mixed; boundary=x\r\n\r\n--x\r\nContent-Type: text/plain; charset=nonsense\r\n"
-          b"Content-Transfer-Encoding: base64\r\n\r\n!!!!\r\n--y\r\n",
+BROKEN = [b"Subject: broken\r\nContent-Type: multipart/mixed; boundary=x\r\n\r\n--x\r\n"
+          b"Content-Type: text/plain; charset=nonsense\r\nContent-Transfer-Encoding: base64\r\n\r\n!!!!\r\n--y\r\n",
           b"\r\nno header at all \xff\xfe\r\n",
           b"From: =?utf-8?q?=zz?= <\r\nTo: ,,<@>\r\nDate: yesterday\r\nSubject: =?x-unknown?b?////?=\r\n\r\nodd\r\n"]
 
@@ -293,10 +293,10 @@ class InboxCase(unittest.TestCase):
         self.browser.until("document.querySelector('#subject').textContent === arguments[0]", subject)
         self.browser.until("document.querySelector('#panel').childNodes.length > 0")
 
-    def tab(self, name, until):
-        """Choose a tab, wait until its text has the given piece, and return the text."""
+    def tab(self, name):
+        """Choose a tab and return the text on it."""
         self.browser.click("#tab-" + name)
-        self.browser.until("document.querySelector('#panel').textContent.includes(arguments[0])", until)
+        self.browser.until("document.querySelector('#panel').getAttribute('aria-labelledby') === arguments[0]", "tab-" + name)
         return self.browser.run("document.querySelector('#panel').textContent")
 
 
@@ -374,20 +374,20 @@ class Looking(InboxCase):
         self.assertIn('sandbox=""', frame)
         self.assertNotIn("allow-", frame)
         self.browser.picture("html")
-        self.assertIn("Text with a link", self.tab("Text", "link"))
-        links = self.tab("Links", "https")
+        self.assertIn("Text with a link", self.tab("Text"))
+        links = self.tab("Links")
         self.assertIn("https://example.com/confirm?a=1&b=2", links)
         self.assertIn("https://example.com/other?x=1&y=2", links)
         self.assertNotIn("&amp;", links)
-        self.assertRegex(self.tab("Files", "pdf"), "Rechnung März.pdf application/pdf.*logo.png image/png")
-        self.assertIn(message["Message-ID"], self.tab("Headers", "Message-Id"))
-        source = self.tab("Source", "Content-Type")
+        self.assertRegex(self.tab("Files"), "Rechnung März.pdf application/pdf.*logo.png image/png")
+        self.assertIn(message["Message-ID"], self.tab("Headers"))
+        source = self.tab("Source")
         self.assertEqual(source, self.api("message/latest/raw").decode())
-        session = self.tab("Session", "MAIL FROM")
+        session = self.tab("Session")
         for piece in ("<ann@example.org>", "hidden@example.net", "Bcc", "client.example.org", "C: DATA", "S: 250"):
-            self.assertIn(piece, session)
+            self.assertIn(piece.lower(), session.lower())
         self.browser.picture("session")
-        self.assertIn("RFC 5322", self.tab("Lint", "Date"))
+        self.assertIn("RFC 5322", self.tab("Lint"))
         self.assertRegex(self.browser.run("document.querySelector('#tab-Lint').textContent"), r"Lint \d")
         self.browser.picture("lint")
 
@@ -402,7 +402,7 @@ class Looking(InboxCase):
                 self.browser.until("document.querySelector('#list b:nth-of-type(2)')?.textContent === arguments[0]", text)
                 self.assertEqual(self.browser.run("document.querySelector('#list b').textContent"), text)
                 self.pick(text)
-                self.assertIn(text, self.tab("Text", text))
+                self.assertIn(text, self.tab("Text"))
 
     def test_broken_mime_shows_what_it_can(self):
         self.show(*BROKEN)
@@ -410,7 +410,7 @@ class Looking(InboxCase):
             self.browser.run("document.querySelectorAll('#list a')[arguments[0]].click()", row)
             self.browser.until("document.querySelectorAll('#list a')[arguments[0]].ariaCurrent === 'true' && "
                                "document.querySelector('#problem').hidden && document.querySelector('#tab-Source')", row)
-            self.tab("Source", ":")
+            self.tab("Source")
 
     def test_deep_link(self):
         self.show(letter("older"), letter("newer"))
@@ -442,8 +442,11 @@ class Doing(InboxCase):
         self.pick("two")
         self.browser.click("#remove")
         self.browser.until("document.querySelector('#subject').textContent === 'one'")
+        self.until_rows(3)
         self.assertEqual(self.subjects(), ["four", "three", "one"])
-        self.browser.press(UP, DELETE)
+        self.browser.press(UP)
+        self.browser.until("document.querySelector('#subject').textContent === 'three'")
+        self.browser.press(DELETE)
         self.until_rows(2)
         self.assertEqual([entry["Subject"] for entry in self.api("messages")["messages"]], ["four", "one"])
         self.browser.press("/", "four")
@@ -484,7 +487,7 @@ class Doing(InboxCase):
                                filename="x.svg")
         self.show(message)
         self.pick("files")
-        self.tab("Files", "page.html")
+        self.tab("Files")
         self.browser.run("document.querySelector('#panel a').click()")
         got = lab.until(lambda: list((self.browser.place / "got").glob("*.bin")), what="the file")
         self.assertEqual(got[0].read_bytes(), content)
@@ -557,7 +560,7 @@ class Appearance(InboxCase):
             self.browser.until("document.querySelector('main').offsetWidth && !document.querySelector('nav').offsetWidth && "
                                "document.querySelector('#panel').childNodes.length")
             for tab in ("Text", "Headers", "Source", "Session", "Lint"):
-                self.tab(tab, "")
+                self.tab(tab)
                 self.assertEqual(self.browser.run(sideways), [], tab)
             self.browser.picture("narrow-message-%d" % row)
             self.browser.click("#back")
@@ -582,6 +585,7 @@ class Appearance(InboxCase):
         self.fill()
         self.pick("Order shipped")
         self.assertEqual(self.browser.run("document.documentElement.lang"), "en")
+        self.browser.until("document.querySelectorAll('#list .unread').length === 1 && !at.timer")
         for path in self.browser.elements("button, input, a, iframe, nav, main"):
             if self.browser.call("GET", path + "/displayed"):
                 self.assertTrue(self.browser.call("GET", path + "/computedlabel"), path)
@@ -597,7 +601,8 @@ class Appearance(InboxCase):
                            sender="The Shop <hello@shop.example>")]
         messages[0].add_attachment(b"%PDF-", "application", "pdf", filename="invoice.pdf")
         self.show(*messages, to=["bob@example.com", "archive@shop.example"])
-        self.api("messages", "PUT", {"Read": True, "IDs": [entry["ID"] for entry in self.api("messages")["messages"][2:]]})
+        older = [entry["ID"] for entry in self.api("messages")["messages"][2:]]
+        self.api("messages", "PUT", {"Read": True, "IDs": older})
         self.browser.look(1280, 640)
         self.pick("Welcome to the shop, Bob")
         self.browser.until("document.querySelectorAll('#list .unread').length === 1")
@@ -609,7 +614,7 @@ class Appearance(InboxCase):
 WELCOME = """<body style="font-family:sans-serif;margin:2em;color:#223"><h1 style="color:#1f686c">Welcome, Bob!</h1>
 <p>Thank you for signing up. One click and you are done:</p>
 <p><a href="https://shop.example/confirm?token=5f2c" style="background:#1f686c;color:white;padding:.7em 1.2em;
-border-radius:6px;text-decoration:none">Confirm my address</a></p><p style="color:#667">The link works for one day.</p></body>"""
+border-radius:6px;text-decoration:none">Confirm my address</a></p><p style="color:#667">It works for one day.</p></body>"""
 
 CONTRAST = """
 const canvas = new OffscreenCanvas(1, 1).getContext("2d", {willReadFrequently: true});
@@ -675,7 +680,8 @@ class Hostile(InboxCase):
         lab.until(lambda: "/image.png" in self.trap.asked, what="the image, once it was asked for")
         self.wait_for_frame()
         self.assert_unharmed()
-        images = {"/image.png", "/srcset", "/background", "/poster", "/table", "/input", "/preload", "/icon"}
+        images = {"/image.png", "/srcset", "/background", "/poster", "/table", "/input", "/preload", "/icon",
+                  "/prefetch"}  # of a prefetch Chromium asks only that some kind of content may come from there
         self.assertEqual(set(self.trap.asked) - images, set())
         asked = set(self.trap.asked)
         self.browser.requests()  # the images were asked for on purpose
@@ -692,7 +698,7 @@ class Hostile(InboxCase):
         self.assertEqual(self.subjects(), [bait])
         self.pick(bait)
         for tab in ("Text", "Files", "Headers", "Source", "Session", "Lint"):
-            self.tab(tab, "")
+            self.tab(tab)
             self.assertEqual(self.browser.run("document.querySelectorAll('img, nav script, main script').length"), 0)
         self.assert_unharmed()
 
@@ -838,6 +844,7 @@ class MailpitClients(unittest.TestCase):
         output = self.run_program("test_use.py", """
             import smtplib
             from email.message import EmailMessage
+            from email.policy import SMTP
             import pytest
             from pytest_mailpit.errors import MailpitAPIError, MailpitAssertionError
 
@@ -851,7 +858,7 @@ class MailpitClients(unittest.TestCase):
                 message.add_alternative(html, subtype="html")
                 message.add_attachment(b"%PDF-", "application", "pdf", filename="invoice.pdf")
                 with smtplib.SMTP(server.host, server.port) as client:
-                    client.sendmail("bounce@example.org", [to, *([cc] if cc else []), *bcc], message.as_bytes())
+                    client.sendmail("bounce@example.org", [to, *([cc] if cc else []), *bcc], message.as_bytes(policy=SMTP))
 
             def test_inbox(mailpit_inbox, mailpit_smtp):
                 send(mailpit_smtp, mailpit_inbox.address, "Reset your password", cc="other@example.com")

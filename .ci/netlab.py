@@ -489,7 +489,9 @@ class Node(lab.Node):
         self.address = HOSTS[host][0]
 
     def command(self, *words):
-        return self.network.command(self.host, *self.wrapper, *super().command(*words))
+        """The wrapper is for the node itself, whose words begin with an option, not for commands beside it."""
+        wrapper = self.wrapper if words[0].startswith("-") else []
+        return self.network.command(self.host, *wrapper, *super().command(*words))
 
     def start(self):
         if self.before and not self.data.exists():
