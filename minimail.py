@@ -456,13 +456,24 @@ def is_domain(text: str) -> bool:
 def ascii_domain(domain: str) -> str:
     """Return a domain in lower case as A-labels, as DNS and peers without SMTPUTF8 take it (RFC 5891); ValueError."""
     domain = domain.rstrip(".")
-    if not domain.isascii():
-        try:
-            domain = ".".join(label if label.isascii() else label.encode("idna").decode("ascii")
-                              for label in domain.split("."))
-        except UnicodeError as error:
-            raise ValueError("domain %s has no ASCII form: %s" % (printable(domain), error)) from None
-    return domain.lower()
+    return domain.lower() if domain.isascii() else ".".join(map(a_label, domain.split(".")))
+
+
+def a_label(label: str) -> str:
+    """Return one label of a domain in ASCII; ValueError. The letters that IDNA 2003 would turn into others stay themselves."""
+    if label.isascii():
+        return label.lower()
+    try:
+        if re.search("[\u00df\u03c2\u200c\u200d]", label):
+            import unicodedata
+            ascii_label = "xn--" + unicodedata.normalize("NFC", label.lower()).encode("punycode").decode("ascii")
+        else:
+            ascii_label = label.encode("idna").decode("ascii")
+    except UnicodeError as error:
+        raise ValueError("%s has no ASCII form: %s" % (printable(label, 70), error)) from None
+    if not re.fullmatch(r"[a-z0-9_-]{1,63}", ascii_label):
+        raise ValueError("%s has no ASCII form" % printable(label, 70))
+    return ascii_label
 
 
 def domain_literal(domain: str) -> Optional[str]:
@@ -542,6 +553,11 @@ def parse_parameters(text: str) -> Dict[str, str]:
             raise Refused(501, "5.5.4", "parameter given twice: " + keyword.upper())
         parameters[keyword.upper()] = value
     return parameters
+
+
+def covers(pattern: str, domain: str) -> bool:
+    """Return whether a domain is the one meant, or for `.example.org` lies under it."""
+    return domain.endswith(pattern) if pattern.startswith(".") else domain == pattern
 
 
 def clients_address(host: str) -> str:
@@ -1003,6 +1019,14 @@ def lock_file(fd: int, wait: bool = False) -> bool:
     return True
 
 
+def is_same_file(fd: int, path: str) -> bool:
+    """Return whether `path` still names the open file."""
+    try:
+        return os.path.samestat(os.fstat(fd), os.stat(path))
+    except OSError:
+        return False
+
+
 def write_all(fd: int, data: Union[bytes, memoryview]) -> None:
     while data:
         data = memoryview(data)[os.write(fd, data):]
@@ -1036,10 +1060,25 @@ class Storage:
 
     def open(self) -> None:
         """Make the directory and enter this process in it; OSError."""
+        while self._lock < 0:
+            self.token = secrets.token_hex(4)
+            self._enter()
+
+    def _enter(self) -> None:
         self.make_directory(self.run)
-        self.token = secrets.token_hex(4)
-        self._lock = os.open(os.path.join(self.run, self.token + ".lock"), os.O_CREAT | os.O_RDWR | O_EXTRA, 0o600)
-        lock_file(self._lock)
+        path = os.path.join(self.run, self.token + ".lock")
+        fd = os.open(path, os.O_CREAT | os.O_RDWR | O_EXTRA, 0o600)
+        if lock_file(fd) and is_same_file(fd, path):
+            self._lock = fd
+        else:                                       # a sweeping process came between the two, and removes it
+            os.close(fd)
+
+    def stay(self) -> None:
+        """Enter again if somebody removed the directory underneath us; OSError."""
+        if self._lock >= 0 and not is_same_file(self._lock, os.path.join(self.run, self.token + ".lock")):
+            os.close(self._lock)
+            self._lock = -1
+            self._enter()
 
     def close(self) -> None:
         if self._lock >= 0:
@@ -2121,6 +2160,12 @@ class Committer:
             done(refused)
 
 
+def may_go(config: Config, address: Address) -> bool:
+    """Return whether --relay-to lets mail out to this address; there, `.example.org` is that domain and all below it."""
+    domain = lower(address.domain)
+    return not config.relay_to or any(covers(name, domain) or name == "." + domain for name in config.relay_to)
+
+
 class Stores(NamedTuple):
     """What the data directory holds, opened; node and commands use the same."""
     hostname: str
@@ -2153,7 +2198,7 @@ def open_stores(config: Config, clock: Callable[[], float] = time.time) -> Store
 #    Knows nothing of mail but the MX record. Optional, with 9 to 12.
 # ======================================================================================================================
 
-A, CNAME, SOA, MX, AAAA, OPT = 1, 5, 6, 15, 28, 41
+A, NS, CNAME, SOA, MX, AAAA, OPT = 1, 2, 5, 6, 15, 28, 41
 TYPES = {"A": A, "CNAME": CNAME, "SOA": SOA, "MX": MX, "AAAA": AAAA}
 NOERROR, FORMERR, SERVFAIL, NXDOMAIN, NOTIMP = 0, 1, 2, 3, 4
 UDP_SIZE = 1232                                     # what we take over UDP: no fragments (DNS flag day 2020)
@@ -2191,12 +2236,14 @@ class Answer(NamedTuple):
     question: Tuple[str, int]
     records: List[Record]
     negative_ttl: int                               # for how long to remember that there is nothing (RFC 2308)
+    referral: bool = False                          # "ask those": a server that does not recurse, so no answer for us
 
 
 def encode_domain(name: str) -> bytes:
     """Return a name as labels; ValueError when it is none."""
     name = name.rstrip(".")
-    labels = [label.encode("ascii") for label in name.split(".")] if name else []
+    labels = [re.sub(rb"\\(\d{3})", lambda match: bytes([int(match.group(1)) & 255]), label.encode("ascii"))
+              for label in name.split(".")] if name else []
     encoded = b"".join(bytes([len(label)]) + label for label in labels)
     if any(not 0 < len(label) < 64 for label in labels) or len(encoded) > 254:
         raise ValueError("not a domain name: " + printable(name, 100))
@@ -2212,7 +2259,7 @@ def encode_query(id: int, name: str, type: int, edns: bool = True) -> bytes:
 def decode_domain(packet: bytes, offset: int) -> Tuple[str, int]:
     """Return (name in lower case, offset behind it). Pointers lead backwards only, so this ends. ValueError."""
     labels: List[str] = []
-    behind, total, limit = -1, 0, offset
+    behind, total, limit, jumps = -1, 0, offset, 0
     while True:
         if offset >= len(packet):
             raise ValueError("name runs over the end")
@@ -2222,8 +2269,9 @@ def decode_domain(packet: bytes, offset: int) -> Tuple[str, int]:
                 raise ValueError("pointer runs over the end")
             behind = offset + 2 if behind < 0 else behind
             offset = (size & 0x3F) << 8 | packet[offset + 1]
-            if offset >= limit:
-                raise ValueError("pointer does not lead backwards")
+            jumps += 1
+            if offset >= limit or jumps > 127:
+                raise ValueError("pointer does not lead backwards, or there are too many")
             limit = offset
             continue
         if size >= 0x40 or offset + 1 + size > len(packet):
@@ -2289,18 +2337,20 @@ def decode_answer(packet: bytes) -> Answer:
     offset += 4
     truncated = bool(flags & 0x0200)
     records: List[Record] = []
-    negative = FAILURE_TTL
+    negative, referral = FAILURE_TTL, False
     try:
         for index in range(answers + authorities):
             record, offset = decode_record(packet, offset)
             if index < answers:
                 records.append(record)
             elif record.type == SOA:
-                negative = min(record.data, NEGATIVE_CAP)
+                negative, referral = min(record.data, NEGATIVE_CAP), False
+            elif record.type == NS and negative == FAILURE_TTL:
+                referral = True
     except ValueError:
         if not truncated:                           # it will be asked again anyhow
             raise
-    return Answer(id, flags & 15, truncated, (name, type), records, negative)
+    return Answer(id, flags & 15, truncated, (name, type), records, negative, referral and not records)
 
 
 class Resolver:
@@ -2341,6 +2391,9 @@ class Resolver:
                 found += [(record.data, record.ttl) for record in self.query(host, type)]
             except DNSFailure as error:
                 failure = error
+            except NoSuchDomain:
+                if not found:                       # RFC 4074 section 4.2: some servers say so when only AAAA is missing
+                    raise
         if failure and not found:
             raise failure
         return found
@@ -2361,12 +2414,16 @@ class Resolver:
                 while len(self._cache) > CACHE_ENTRIES:
                     self._cache.popitem(last=False)
         if isinstance(value, DNSError):
-            raise value.with_traceback(None)
+            raise value.__class__(*value.args)
         records: List[Record] = value
         return records
 
     def _ask_all(self, name: str, type: int) -> Tuple[Any, int]:
         """Return (chain of records or NoSuchDomain, TTL) from the first server that knows; DNSFailure."""
+        try:
+            encode_domain(name)
+        except ValueError as error:
+            return NoSuchDomain(str(error)), NEGATIVE_CAP
         failure = "no name servers"
         edns = True
         for _ in range(self.attempts):
@@ -2378,9 +2435,10 @@ class Resolver:
                 except (OSError, ValueError) as error:
                     failure = "%s: %s" % (show_endpoint(server), "timeout" if isinstance(error, socket.timeout) else error)
                     continue
-                if answer.rcode in (NOERROR, NXDOMAIN):
+                if answer.rcode in (NOERROR, NXDOMAIN) and not answer.referral:
                     return self._follow(answer, name, type)
-                failure = "%s answered with error %d" % (show_endpoint(server), answer.rcode)
+                failure = "%s answered with %s" % (
+                    show_endpoint(server), "a referral" if answer.referral else "error %d" % answer.rcode)
         raise DNSFailure(failure)
 
     @staticmethod
@@ -2614,10 +2672,14 @@ class Entry:
     smtputf8: bool = False
     place: str = ""                                 # path of the envelope
     draft: int = -1                                 # fd of the envelope until it is published
+    pending: int = 0                                # destinations in this process that still have to try
+    lost: bool = False                              # another process has it
+    mutex: Any = dataclasses.field(default_factory=threading.Lock)      # held to claim, record and settle it
     lock: int = -1                                  # fd of ID.msg while claimed
+    PASSING = ("place", "draft", "pending", "lost", "mutex", "lock")    # not in the envelope file
 
     def encode(self) -> bytes:
-        fields = {name: value for name, value in vars(self).items() if name not in ("place", "draft", "lock")}
+        fields = {name: value for name, value in vars(self).items() if name not in self.PASSING}
         return (json.dumps(fields, indent=1, ensure_ascii=False) + "\n").encode("utf-8")
 
     def waiting(self) -> List[Dict[str, Any]]:
@@ -2635,6 +2697,7 @@ class Queue:
         self.busy = os.path.join(self.root, "busy")
         self.clock = clock
         self.submitted: Callable[[Entry], None] = lambda entry: None    # the relay of this process
+        self.horizon = 1.2 * max(config.retry) + 120    # seconds
         self._counted = (0.0, 0)                    # when its messages were counted, and how many there were
 
     def is_full(self) -> bool:
@@ -2734,8 +2797,7 @@ class Queue:
         if fresh is None:
             os.close(fd)
             return False
-        for name in ("recipients", "attempts", "next_attempt"):
-            setattr(entry, name, getattr(fresh, name))
+        entry.recipients, entry.attempts, entry.next_attempt = fresh.recipients, fresh.attempts, fresh.next_attempt
         entry.lock = fd
         return True
 
@@ -2780,8 +2842,8 @@ class Queue:
         """Yield the directories whose entries are due, the longest waiting ones last; empty old ones are removed."""
         yield self.new
         for name in sorted(list_directory(self.due)):
-            if not name.isdigit() or int(name) > now:
-                break
+            if not name.isdigit() or self.is_later(int(name), now):
+                continue
             directory = os.path.join(self.due, name)
             try:
                 os.rmdir(directory)
@@ -2790,7 +2852,12 @@ class Queue:
 
     def next_due(self, now: float) -> Optional[float]:
         """Return when the next directory is due."""
-        return min((float(name) for name in list_directory(self.due) if name.isdigit() and int(name) > now), default=None)
+        return min((float(name) for name in list_directory(self.due) if name.isdigit() and self.is_later(int(name), now)),
+                   default=None)
+
+    def is_later(self, moment: float, now: float) -> bool:
+        """Return whether something is due later. What is further off than anybody puts it is due: the clock was set back."""
+        return now < moment < now + self.horizon
 
     def directories(self) -> List[str]:
         """Return all directories that hold envelopes."""
@@ -2904,6 +2971,7 @@ class Peer:
         self.hostname = hostname
         self.extensions: Dict[str, str] = {}
         self.used = 0                               # messages sent over this connection
+        self.broken = False                         # it cannot be used any more
 
     @contextlib.contextmanager
     def step(self, what: str) -> Iterator[None]:
@@ -3005,15 +3073,18 @@ class Peer:
             raise PeerFailed(Reply(451, "4.7.8", "%s did not let us log in: %s" % (self.name, reply)))
 
     def send(self, message: Outgoing) -> Dict[str, Reply]:
-        """Send a message in as few transactions as the peer takes; return {recipient: reply}. PeerFailed."""
+        """Send a message in as few transactions as the peer takes; return {recipient: reply}.
+
+        PeerFailed when the connection failed before anything was certain; later, `broken` says that it did.
+        """
         replies: Dict[str, Reply] = {}
         left = self.acceptable(message, replies)
         while left:
             some = self.transaction(message, left)
-            replies.update({recipient: self.said(reply) for recipient, reply in some.items()})
+            replies.update(some)
             served = [recipient for recipient in left if some[recipient].code // 100 == 2]
             again = [recipient for recipient in left if some[recipient].code == 452]
-            left = again if served else []          # RFC 5321 section 4.5.3.1.10: the rest in another transaction
+            left = again if served and not self.broken else []  # RFC 5321 section 4.5.3.1.10: the rest in another transaction
         self.used += 1
         return replies
 
@@ -3055,34 +3126,60 @@ class Peer:
         if utf8:
             mail += " SMTPUTF8"
         commands = [mail] + ["RCPT TO:<%s>" % spell(recipient) for recipient in recipients]
+        answers: List[Reply] = []
+        try:
+            data = self.envelope(commands, answers)
+            final = self.content(message, answers, data)
+            lost = None
+        except PeerFailed as error:
+            self.broken, lost, final = True, error, error.reply
+            self.wire.close()
+        replies: Dict[str, Reply] = {}
+        for number, recipient in enumerate(recipients, 1):
+            answer = answers[number] if number < len(answers) else final
+            if answers and answers[0].code // 100 != 2:
+                answer = answers[0]
+            elif answer.code // 100 == 2:
+                answer = final
+            replies[recipient] = answer if lost and answer is final else self.said(answer)
+        if lost and not any(reply.code // 100 == 5 for reply in replies.values()):
+            raise lost
+        return replies
+
+    def envelope(self, commands: List[str], answers: List[Reply]) -> Reply:
+        """Send MAIL and RCPTs, the answers into `answers`, and DATA if it makes sense; return its reply. PeerFailed."""
         if "PIPELINING" in self.extensions:
             with self.step("MAIL"):
                 self.wire.send(("\r\n".join(commands + ["DATA"]) + "\r\n").encode("utf-8"))
-            answers = [self.reply(text.partition(" ")[0]) for text in commands]
-            data = self.reply("DATA")
-        else:
-            answers = [self.command(mail)]
-            if answers[0].code // 100 == 2:
-                answers += [self.command(text) for text in commands[1:]]
-            data = Reply(503, "", "")
-            if any(answer.code // 100 == 2 for answer in answers[1:]):
-                data = self.command("DATA")
-        return self.finish_transaction(message, recipients, answers, data)
+            for text in commands:
+                answers.append(self.reply(text.partition(" ")[0]))
+            return self.reply("DATA")
+        for text in commands:
+            answers.append(self.command(text))
+            if answers[0].code // 100 != 2:
+                break
+        if any(answer.code // 100 == 2 for answer in answers[1:]):
+            return self.command("DATA")
+        return Reply(503, "5.5.1", "no recipients")
 
-    def finish_transaction(self, message: Outgoing, recipients: List[str], answers: List[Reply],
-                           data: Reply) -> Dict[str, Reply]:
-        mail = answers[0]
-        replies = dict(zip(recipients, answers[1:])) if mail.code // 100 == 2 else dict.fromkeys(recipients, mail)
-        taken = [recipient for recipient, answer in replies.items() if answer.code // 100 == 2]
-        if data.code == 354:
-            final = self.send_content(message) if taken else self.command(".")     # RFC 2920 section 3.1
+    def content(self, message: Outgoing, answers: List[Reply], data: Reply) -> Reply:
+        """Send the content if somebody is to get it; return the final reply. PeerFailed."""
+        taken = answers[0].code // 100 == 2 and any(answer.code // 100 == 2 for answer in answers[1:])
+        if data.code == 354 and taken:
+            final = self.send_content(message)
+        elif data.code == 354:
+            final = self.command(".")               # RFC 2920 section 3.1: nobody is to get it, but DATA was taken
         else:
             final = data
         if data.code != 354 or not taken:
-            self.command("RSET")
-        for recipient in taken:
-            replies[recipient] = final if final.code // 100 in (2, 4, 5) else Reply(451, "4.5.0", "unexpected " + str(final))
-        return replies
+            try:
+                self.command("RSET")
+            except PeerFailed:                      # what it said before still counts
+                self.broken = True
+                self.wire.close()
+        if final.code // 100 in (4, 5) or (data.code == 354 and final.code // 100 == 2):
+            return final
+        return Reply(451, "4.5.0", "unexpected reply: %s" % str(final))
 
     def send_content(self, message: Outgoing) -> Reply:
         offset, line_start = message.offset, True
@@ -3293,13 +3390,15 @@ class Relay:
         self.connect = connect
         self.timeout = config.seconds(300.0)
         self.sent = self.bounced = self.deferred = 0        # recipients, since the start
-        self._active: Dict[str, int] = {}           # id: how many destinations still work on it
+        self._active: Set[str] = set()              # ids of the entries in memory
+        self._unsettled: List[Entry] = []           # what could not be recorded, for the disk was full or broken
         self._destinations: Dict[str, Destination] = {}
         self._threads: Set[threading.Thread] = set()
         self._wakeup = threading.Condition()
         self._rescan = True
+        self._more = False                          # there was no room for all that is due
+        self._next = 0.0                            # when to look into the queue again
         self._stopping = False
-        self._foreign = 0.0                         # look again then: another process had something
 
     # The runner.
 
@@ -3339,48 +3438,58 @@ class Relay:
 
     def _listen(self) -> None:
         """Look into the queue when another process put something there."""
-        with self.queue.storage.waker("queue") as sock:
-            if not sock:
-                return
-            sock.settimeout(5.0)
-            while not self._stopping:
-                try:
-                    if not sock.recv(64):
-                        continue
-                except OSError as error:
-                    if is_timeout(error):
-                        continue
+        while not self._stopping:
+            with self.queue.storage.waker("queue") as sock:
+                if not sock:
                     return
-                for destination in list(self._destinations.values()):
-                    destination.dead_until = 0.0    # `queue flush` means now
-                self.wake()
+                sock.settimeout(5.0)
+                path = sock.getsockname()
+                while not self._stopping and os.path.exists(path):      # not if somebody removed the directory underneath us
+                    try:
+                        sock.recv(64)
+                    except OSError as error:
+                        if is_timeout(error):
+                            continue
+                        return
+                    for destination in list(self._destinations.values()):
+                        destination.dead_until = 0.0    # `queue flush` means now
+                    self.wake()
 
     def submitted(self, entry: Entry) -> None:
         """Take up an entry that this process has just put into the queue."""
         with self._wakeup:
             if self._stopping or len(self._active) >= MAX_ACTIVE:
-                self._rescan = True
+                self._more = True
             else:
                 self._admit(entry)
-            self._wakeup.notify_all()
+
+    def _look_at(self, moment: float) -> None:
+        """Look into the queue again at `moment`, if not before."""
+        with self._wakeup:
+            if moment < self._next:
+                self._next = moment
+                self._wakeup.notify_all()
 
     def _run(self) -> None:
         self.queue.sweep()
         while not self._stopping:
-            with self._wakeup:
-                self._rescan = False
             self.scan()
-            now = self.clock()
-            due = self.queue.next_due(now)
-            waits = [60.0] + [moment - now for moment in (due, self._foreign) if moment and moment > now]
             with self._wakeup:
                 if not self._rescan and not self._stopping:
-                    self._wakeup.wait(max(0.01, min(waits)))
+                    self._wakeup.wait(max(0.01, min(self._next - self.clock(), 60.0)))
+            with contextlib.suppress(OSError):
+                self.queue.storage.stay()
 
     def scan(self) -> None:
         """Take due entries into memory, as many as there is room for."""
         now = self.clock()
-        self._foreign = 0.0
+        with self._wakeup:
+            self._rescan = False
+            unsettled, self._unsettled = self._unsettled, []
+            self._next = min(self.queue.next_due(now) or now + 60.0, now + 60.0)
+        for entry in unsettled:
+            with entry.mutex:
+                self._settle(entry)
         directories = list(self.queue.due_directories(now)) + [
             os.path.join(self.queue.busy, name) for name in list_directory(self.queue.busy)]
         for directory in directories:
@@ -3391,12 +3500,16 @@ class Relay:
             with found:
                 for file in found:
                     if len(self._active) >= MAX_ACTIVE or self._stopping:
+                        self._more = True
                         return
                     if file.name in self._active or file.name.endswith(".tmp") or self._is_full(directory):
                         continue
-                    entry = self.queue.read(file.path)
-                    if entry:
-                        self._take_up(entry, now)
+                    found_entry = self.queue.read(file.path)
+                    try:
+                        if found_entry:
+                            self._take_up(found_entry, now)
+                    except Exception:
+                        log.exception("queue entry %s cannot be taken up", file.path)
             with contextlib.suppress(OSError):
                 if directory != self.queue.new:
                     os.rmdir(directory)
@@ -3409,7 +3522,7 @@ class Relay:
         return destination is not None and len(destination.jobs) >= MAX_WAITING
 
     def _take_up(self, entry: Entry, now: float) -> None:
-        if entry.next_attempt > now + 1 and os.path.dirname(entry.place) not in (self.queue.new,):
+        if self.queue.is_later(entry.next_attempt, now + 1) and os.path.dirname(entry.place) not in (self.queue.new,):
             if self.queue.claim(entry):             # a crash came between recording and moving it
                 self.queue.postpone(entry, entry.next_attempt)
                 self.queue.release(entry)
@@ -3433,9 +3546,13 @@ class Relay:
                 destination.overflow = True
                 self.queue.move(entry, os.path.join(self.queue.busy, name))
                 return
-        self._active[entry.id] = max(1, len(groups))
-        if not groups:
-            self._settle(entry)
+        self._active.add(entry.id)
+        entry.pending = len(groups)
+        if not groups:                              # served, but a crash came before it was removed
+            if self.queue.claim(entry):
+                self._settle(entry)
+            else:
+                self._active.discard(entry.id)
         for target, recipients in groups.items():
             destinations[target].jobs.append((entry, recipients))
             self._staff(destinations[target])
@@ -3468,9 +3585,6 @@ class Relay:
                     if peer:
                         destination.allowed = min(MAX_SENDERS_PER_HOST, destination.allowed + 1)
                         self._staff(destination)
-        except BaseException:
-            destination.workers -= 1
-            raise
         finally:
             if peer:
                 peer.quit()
@@ -3501,13 +3615,10 @@ class Relay:
     def attempt(self, destination: Destination, peer: Optional[Peer], entry: Entry,
                 recipients: List[Dict[str, Any]]) -> Optional[Peer]:
         """Try to serve some recipients of an entry; return the connection if it can be used again."""
-        first = entry.lock < 0
-        if first and not self.queue.claim(entry):
-            self._forget(entry)
-            self._foreign = self.clock() + 1.0      # another process has it, or had: see what became of it
+        if not self._claim(entry):
             return peer
         wanted = {recipient["address"] for recipient in recipients}
-        recipients = [recipient for recipient in entry.waiting() if recipient["address"] in wanted]
+        recipients = [recipient for recipient in entry.waiting() if recipient["address"] in wanted]     # as claimed
         started = self.clock()
         replies: Dict[str, Reply] = {}
         try:
@@ -3524,8 +3635,27 @@ class Relay:
             if error.reply.code < 500 and destination.dead_until <= started:
                 destination.failure, destination.allowed = error.reply, 1
                 destination.dead_until = self.clock() + min(self.config.retry[0], 60.0) / 2
+        except Exception:
+            log.exception("attempt for %s failed", entry.id)
+            replies = dict.fromkeys(wanted, Reply(451, "4.3.0", "something went wrong here"))
         self._record(entry, recipients, replies, peer.name if peer else "", self.clock() - started)
-        return peer
+        return None if peer and peer.broken else peer
+
+    def _claim(self, entry: Entry) -> bool:
+        """Claim an entry for this process, once for all its destinations; False when another process has it."""
+        with entry.mutex:
+            try:
+                entry.lost = entry.lost or (entry.lock < 0 and not self.queue.claim(entry))
+            except OSError as error:
+                log.warning("queue entry %s cannot be taken up: %s", entry.id, error)
+                entry.lost = True
+            if not entry.lost:
+                return True
+            entry.pending -= 1
+            if entry.pending <= 0:
+                self._forget(entry)
+                self._look_at(self.clock() + 1.0)   # see what became of it
+            return False
 
     def deliver(self, target: Target, peer: Optional[Peer], message: Outgoing) -> Tuple[Peer, Dict[str, Reply]]:
         """Send over `peer`, else over the exchangers in turn; return (connection, {recipient: reply}). Undeliverable.
@@ -3568,7 +3698,10 @@ class Relay:
             peer = self._connect(host, address, server)
             try:
                 if server and server.tls:
-                    peer.handshake(self._tls_context(), server.host)
+                    try:
+                        peer.handshake(self._tls_context(), server.host)
+                    except CannotRun as error:
+                        raise PeerFailed(Reply(451, "4.7.4", str(error))) from None
                 peer.greet()
                 if not peer.wire.tls and not plain:
                     self._secure(peer, host or address)
@@ -3639,49 +3772,55 @@ class Relay:
             event({"delivered": "sent", "failed": "failed", "waiting": "deferred"}[recipient["state"]], id=entry.id,
                   recipient=printable(recipient["address"]), remote=remote, reply=recipient["last_reply"],
                   seconds=round(seconds, 3))
-        with self._wakeup:
-            self._active[entry.id] = self._active.get(entry.id, 1) - 1
-            last = self._active[entry.id] <= 0
-        if last:
-            self._settle(entry)
-        elif any(recipient["state"] == "delivered" for recipient in recipients):
-            self.queue.save(entry)                  # never again to those who have it
+        with entry.mutex:
+            entry.pending -= 1
+            if entry.pending <= 0:
+                self._settle(entry)
+            elif any(recipient["state"] == "delivered" for recipient in recipients):
+                try:
+                    self.queue.save(entry)          # never again to those who have it
+                except OSError as error:
+                    log.warning("queue entry %s not recorded, later once more: %s", entry.id, error)
 
     def _settle(self, entry: Entry) -> None:
-        """Bounce what failed, postpone what may still work, remove what is done."""
+        """Bounce what failed, postpone what may still work, remove what is done. Nobody else works on the entry now.
+
+        What cannot be recorded stays claimed and in memory, and is tried again: it must not be sent again.
+        """
         try:
             now = self.clock()
             if now - entry.queued_at >= self.config.give_up:
                 for recipient in entry.waiting():
                     recipient["state"] = "failed"
-                    recipient["expired"] = True
                     event("given-up", id=entry.id, recipient=printable(recipient["address"]))
             failed = [recipient for recipient in entry.recipients if recipient["state"] == "failed"]
-            self.sent += sum(recipient["state"] == "delivered" for recipient in entry.recipients)
             if failed:
                 self.bounce(entry, failed)
+            self.sent += sum(recipient["state"] == "delivered" for recipient in entry.recipients)
             entry.recipients = entry.waiting()
-            if not entry.recipients:
+            if entry.recipients:
+                self.deferred += len(entry.recipients)
+                wait = self.config.retry[min(entry.attempts, len(self.config.retry) - 1)]
+                wait *= secrets.SystemRandom().uniform(0.9, 1.1)        # so that not all come back at once
+                entry.attempts += 1
+                self.queue.postpone(entry, min(now + wait, max(now + 1, entry.queued_at + self.config.give_up)))
+                self._look_at(entry.next_attempt + 1.0)
+            else:
                 self.queue.finish(entry)
-                return
-            self.deferred += len(entry.recipients)
-            wait = self.config.retry[min(entry.attempts, len(self.config.retry) - 1)]
-            entry.attempts += 1
-            wait *= secrets.SystemRandom().uniform(0.9, 1.1)        # so that not all come back at once
-            self.queue.postpone(entry, min(now + wait, max(now + 1, entry.queued_at + self.config.give_up)))
         except OSError as error:
-            log.error("queue entry %s: %s; it stays as it was", entry.id, error)
-            self._foreign = self.clock() + 10.0
-        finally:
-            self.queue.release(entry)
-            self._forget(entry)
+            log.error("queue entry %s cannot be recorded, later once more: %s", entry.id, error)
+            self._unsettled.append(entry)
+            self._look_at(self.clock() + 5.0)
+            return
+        self.queue.release(entry)
+        self._forget(entry)
 
     def _forget(self, entry: Entry) -> None:
         with self._wakeup:
-            self._active.pop(entry.id, None)
-            if len(self._active) == MAX_ACTIVE // 2 or not self._active:
-                self._rescan = True
-            self._wakeup.notify_all()
+            self._active.discard(entry.id)
+            if self._more and len(self._active) <= MAX_ACTIVE // 2:
+                self._rescan, self._more = True, False
+                self._wakeup.notify_all()
 
     def bounce(self, entry: Entry, failed: List[Dict[str, Any]]) -> None:
         """Tell the sender; a bounce is never bounced (RFC 5321 section 6.1). OSError when that cannot be stored now."""
@@ -3697,8 +3836,7 @@ class Relay:
                             smtputf8=entry.smtputf8 or not entry.sender.isascii() or not all(
                                 recipient["address"].isascii() for recipient in failed))
         try:
-            if self.config.relay_to and not self.book.is_local(sender) and not any(
-                    covers(domain, lower(sender.domain)) for domain in self.config.relay_to):
+            if not self.book.is_local(sender) and not may_go(self.config, sender):
                 raise Refused(550, "5.7.1", "relaying to this domain is not allowed here")
             id = self.post.send(envelope, [self.book.resolve(sender)], content)
         except Refused as refused:
@@ -4158,6 +4296,7 @@ class Certificates:
     def __init__(self, cert: str, key: str) -> None:
         self.cert, self.key = cert, key
         self._stamp: Any = None
+        self._complaint = ""                        # the last one: said once
         self._context: Optional["ssl.SSLContext"] = None
         self.context()
 
@@ -4175,12 +4314,14 @@ class Certificates:
             context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
             context.minimum_version = ssl.TLSVersion.TLSv1_2
             context.load_cert_chain(self.cert, self.key or None, password=lambda: b"")
-            self._stamp, self._context = stamp, context
+            self._stamp, self._context, self._complaint = stamp, context, ""
         except (OSError, ValueError) as error:
             if not self._context:
                 raise CannotRun("--tls-cert %s: cannot use it%s: %s" % (
                     self.cert, " with --tls-key " + self.key if self.key else "", error)) from None
-            log.warning("keeping the old certificate: %s", error)
+            if self._complaint != str(error):
+                self._complaint = str(error)
+                log.warning("keeping the old certificate: %s", error)
         return self._context
 
 
@@ -4772,7 +4913,7 @@ class SMTPSession(Session):
         if destinations.remote and self.site.post.queue.is_full():
             raise Refused(452, "4.3.1", "the queue is full, try again later")
         for remote in destinations.remote:
-            if config.relay_to and not any(covers(domain, lower(remote.domain)) for domain in config.relay_to):
+            if not may_go(config, remote):
                 raise Refused(550, "5.7.1", "relaying to this domain is not allowed here")
         return destinations
 
@@ -4944,11 +5085,6 @@ def decode_argument(argument: bytes) -> str:
     if any(c < " " or c == "\x7f" for c in text):
         raise Refused(501, "5.5.2", "control characters")
     return text
-
-
-def covers(pattern: str, domain: str) -> bool:
-    """Return whether a domain is the one meant, or for `.example.org` lies under it."""
-    return domain.endswith(pattern) if pattern.startswith(".") else domain == pattern
 
 
 # ======================================================================================================================
@@ -5593,7 +5729,7 @@ class Tape:
         self.head = b""
         self.longest = self.column = 0
         with contextlib.suppress(OSError):
-            if session.wire.sock.recv(1, socket.MSG_PEEK | getattr(socket, "MSG_DONTWAIT", 0)):
+            if not session.wire.tls and session.wire.sock.recv(1, socket.MSG_PEEK | getattr(socket, "MSG_DONTWAIT", 0)):
                 self.habits.add("early-talker")
 
     def heard(self, line: bytes, more: bool) -> None:
@@ -7271,10 +7407,21 @@ def parse_command_line(argv: List[str]) -> Tuple[str, List[str], Dict[str, Any]]
     return command, rest, given
 
 
-def read_config(given: Dict[str, Any], environ: Any) -> Config:
-    """Return the Config of the command line and, where that is silent, of the environment; UsageError."""
+def read_config(given: Dict[str, Any], environ: Any, remember: bool = False) -> Config:
+    """Return the Config of the command line and, where that is silent, of the environment; UsageError.
+
+    With `remember`, last comes what the node on the same data directory runs with: a `sendmail` called by cron has to know
+    its domains. The node leaves that in DATA/options.json.
+    """
     values = read_options(environment_options(environ), lambda name: "MINIMAIL_" + name.upper())
     values.update(read_options(given, lambda name: "--" + name.replace("_", "-")))
+    if remember and "domain" not in values:
+        path = os.path.join(Config(**values).data, "options.json")
+        with contextlib.suppress(FileNotFoundError), open(path, encoding="utf-8") as file:
+            try:
+                values = dict(read_options(json.load(file), lambda name: path + ": " + name), **values)
+            except (ValueError, KeyError, AttributeError) as error:
+                raise CannotRun("%s: cannot be read: %s" % (path, error)) from None
     config = Config(**values)
     if config.tls_key and not config.tls_cert:
         raise UsageError("--tls-key: needs --tls-cert FILE")
@@ -7306,6 +7453,7 @@ def main(argv: Optional[List[str]] = None) -> int:
         print(json.dumps({"level": "error", "event": text}) if kind == "json" else "minimail: " + text, file=sys.stderr)
         return status
     try:
+        os.umask(0o077)
         command, rest, given = parse_command_line(arguments)
         if command == "version":
             print("minimail " + __version__)
@@ -7313,11 +7461,13 @@ def main(argv: Optional[List[str]] = None) -> int:
         if command == "help":
             print(option_parser().format_help(), end="")
             return 0
-        config = read_config(given, os.environ)
+        config = read_config(given, os.environ, remember=command != "serve")
         if command != "serve" and not config.verbose:
             config = dataclasses.replace(config, quiet=True)
         set_up_logging(config)
-        return serve_command(config) if command == "serve" else COMMANDS[command](config, rest)
+        if command == "serve":
+            return serve_command(config, dict(environment_options(os.environ), **given))
+        return COMMANDS[command](config, rest)
     except UsageError as error:
         return fail(2, str(error))
     except BrokenPipeError:
@@ -7334,8 +7484,20 @@ def main(argv: Optional[List[str]] = None) -> int:
         return 130
 
 
-def serve_command(config: Config) -> int:
-    """Run a node until SIGINT or SIGTERM."""
+def leave_options(node: Node, given: Dict[str, Any]) -> None:
+    """Write what commands on the same data directory have to know into it; OSError."""
+    own = LISTENERS + ("data", "log", "quiet", "verbose", "workers")
+    kept = {name: text for name, text in given.items() if name not in own}
+    for name in ("users", "aliases"):
+        if name in kept:
+            kept[name] = os.path.abspath(kept[name])
+    text = json.dumps(dict(kept, domain=list(node.config.domain)), indent=1) + "\n"
+    assert node.stores
+    node.stores.storage.write(os.path.join(node.data, "options.json"), text.encode("utf-8"), sync=False)
+
+
+def serve_command(config: Config, given: Dict[str, Any]) -> int:
+    """Run a node until SIGINT or SIGTERM. `given` are the options as texts."""
     import signal
     if config.workers > 1 and not hasattr(os, "fork"):
         raise CannotRun("--workers: this platform cannot fork; leave the option out")
@@ -7346,15 +7508,15 @@ def serve_command(config: Config) -> int:
         signal.signal(number, lambda *_: stop.set())
     node = node_for(config)
     node.bind()
-    for name, endpoint in node.endpoints():
-        if config.capture and not is_loopback(endpoint[0]):
-            log.warning("%s listens on %s in capture mode: whoever reaches it can read and fill every mailbox",
-                        name, show_endpoint(endpoint))
+    public = ["%s %s" % (name, show_endpoint(endpoint)) for name, endpoint in node.endpoints() if not is_loopback(endpoint[0])]
+    if config.capture and public:
+        log.warning("in capture mode, whoever reaches %s can read and fill every mailbox", " and ".join(public))
     if config.run_as:
         drop_privileges(config.run_as)
     if config.workers > 1:
-        return Workers(node, config.workers).run(stop)
+        return Workers(node, config.workers, given).run(stop)
     node.serve()
+    leave_options(node, given)
     announce(node)
     wait_for_event(stop)
     event("stopping")
@@ -7467,9 +7629,10 @@ class SharedConnections(Connections):
 class Workers:
     """Processes that share a node's listeners: each serves on its own, one that dies is replaced, all end with the parent."""
 
-    def __init__(self, node: Node, count: int) -> None:
+    def __init__(self, node: Node, count: int, given: Dict[str, Any]) -> None:
         self.node = node
         self.count = count
+        self.given = given
         self.alive, self.leash = os.pipe()          # children read, only the parent can write: its end is its death
         self.ready_read, self.ready_write = os.pipe()
         self.connections = SharedConnections(node.config.max_connections, node.config.max_per_client)
@@ -7548,6 +7711,7 @@ class Workers:
         self.connections.owner = number
         self.node._connections = self.connections
         self.node.serve()
+        leave_options(self.node, self.given)
         assert self.node.site
         self.node.site.pool.watch(self.alive, lambda expired: stop.set())
         os.write(self.ready_write, b"\n")
