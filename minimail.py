@@ -1612,7 +1612,10 @@ class Mailboxes:
         if not self.exists(mailbox):
             return -1
         path = os.path.join(self.path(mailbox), "minimail.lock")
-        fd = os.open(path, os.O_CREAT | os.O_RDWR | O_EXTRA, 0o600)
+        try:
+            fd = os.open(path, os.O_CREAT | os.O_RDWR | O_EXTRA, 0o600)
+        except OSError:                             # disk full or read-only: mail can be read, and perhaps removed, all the same
+            fd = os.open(self.path(mailbox), os.O_RDONLY | O_EXTRA)
         if lock_file(fd):
             return fd
         os.close(fd)
@@ -7498,14 +7501,12 @@ def leave_options(node: Node, given: Dict[str, Any]) -> None:
 
 def serve_command(config: Config, given: Dict[str, Any]) -> int:
     """Run a node until SIGINT or SIGTERM. `given` are the options as texts."""
-    import signal
     if config.workers > 1 and not hasattr(os, "fork"):
         raise CannotRun("--workers: this platform cannot fork; leave the option out")
     if config.web is None and "web" in REGISTRY:
         config = dataclasses.replace(config, web=(("127.0.0.1", 8025),) if config.capture else ())
-    stop = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.set())
+    if config.workers == 1:
+        hold_signals()
     node = node_for(config)
     node.bind()
     public = ["%s %s" % (name, show_endpoint(endpoint)) for name, endpoint in node.endpoints() if not is_loopback(endpoint[0])]
@@ -7514,11 +7515,11 @@ def serve_command(config: Config, given: Dict[str, Any]) -> int:
     if config.run_as:
         drop_privileges(config.run_as)
     if config.workers > 1:
-        return Workers(node, config.workers, given).run(stop)
+        return Workers(node, config.workers, given).run()
     node.serve()
     leave_options(node, given)
     announce(node)
-    wait_for_event(stop)
+    wait_for_signal()
     event("stopping")
     node.stop()
     return 0
@@ -7531,8 +7532,26 @@ def node_for(config: Config) -> Node:
     return node
 
 
-def wait_for_event(stop: threading.Event) -> None:
-    while not stop.wait(3600 if os.name != "nt" else 0.5):     # Windows: a wait is not interrupted by Ctrl-C
+def hold_signals() -> None:
+    """Let SIGINT and SIGTERM wait for wait_for_signal(): a handler would run only when the main thread next wakes up.
+
+    Before any thread starts, as threads inherit this.
+    """
+    import signal
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+
+
+def wait_for_signal() -> None:
+    """Return at SIGINT or SIGTERM."""
+    import signal
+    if hasattr(signal, "sigwait"):
+        signal.sigwait({signal.SIGINT, signal.SIGTERM})
+        return
+    stop = threading.Event()                        # Windows
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
+    while not stop.wait(0.5):
         pass
 
 
@@ -7638,9 +7657,12 @@ class Workers:
         self.connections = SharedConnections(node.config.max_connections, node.config.max_per_client)
         self.children: Dict[int, Tuple[int, float]] = {}        # pid: (number, when it began)
 
-    def run(self, stop: threading.Event) -> int:
+    def run(self) -> int:
         """Keep the workers running until told to stop; return the exit status."""
         import signal
+        stop = threading.Event()
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(signum, lambda *_: stop.set())
         for number in range(1, self.count + 1):
             self.fork(number)
         ready = 0
@@ -7704,18 +7726,16 @@ class Workers:
     def work(self, number: int) -> int:
         """Be a worker: serve until told to stop, or the parent is gone."""
         import signal
-        stop = threading.Event()
-        for signum in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(signum, lambda *_: stop.set())
+        hold_signals()
         os.close(self.leash)
         self.connections.owner = number
         self.node._connections = self.connections
         self.node.serve()
         leave_options(self.node, self.given)
         assert self.node.site
-        self.node.site.pool.watch(self.alive, lambda expired: stop.set())
+        self.node.site.pool.watch(self.alive, lambda expired: os.kill(os.getpid(), signal.SIGTERM))
         os.write(self.ready_write, b"\n")
-        wait_for_event(stop)
+        wait_for_signal()
         self.node.stop()
         return 0
 

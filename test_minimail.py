@@ -927,6 +927,1231 @@ class DurableFiles(Case):
             self.assertEqual(stat.S_IMODE(os.stat(os.path.join(storage.root, path)).st_mode), 0o700, path)
 
 
+# ======================================================================================================================
+# 6  Mailboxes and accounts
+# ======================================================================================================================
+
+class Maildirs(Case):
+    def setUp(self):
+        self.data = self.stores()
+        self.boxes = self.data.mailboxes
+        self.box = "bob@example.com"
+        self.path = self.boxes.path(self.box)
+
+    def put(self, content=b"Subject: x\r\n\r\nbody\r\n", *recipients):
+        """Deliver a message; return its id."""
+        envelope = minimail.Envelope("a@example.net", [minimail.parse_address(r) for r in recipients or [self.box]])
+        return self.data.post.send(envelope, [self.data.book.resolve(r) for r in envelope.recipients], content)
+
+    def put_foreign(self, name, content, place="new"):
+        os.makedirs(os.path.join(self.path, place), exist_ok=True)
+        with open(os.path.join(self.path, place, name), "wb") as file:
+            file.write(content)
+
+    def age(self):
+        """Make the directories look as if nothing had happened for a while, so that listings may be kept."""
+        for place in ("new", "cur"):
+            os.utime(os.path.join(self.path, place), (1e9, 1e9))
+
+    def test_layout(self):
+        id = self.put()
+        for place in ("", "new", "cur", "tmp"):
+            self.assertEqual(stat.S_IMODE(os.stat(os.path.join(self.path, place)).st_mode), 0o700, place)
+        self.assertTrue(self.path.endswith("/mail/example.com/bob"))
+        name, = os.listdir(self.path + "/new")
+        self.assertEqual([os.listdir(self.path + "/cur"), os.listdir(self.path + "/tmp")], [[], []])
+        info = os.stat(os.path.join(self.path, "new", name))
+        self.assertEqual(stat.S_IMODE(info.st_mode), 0o600)
+        self.assertRegex(name, r"\A\d+\.%s\.mail\.test,S=%d,W=%d\Z" % (id, info.st_size, info.st_size))
+
+    def test_the_mailbox_module_reads_it(self):
+        content = b"Subject: hello\r\n\r\n.dot\r\n"
+        self.put(content)
+        witness = mailbox.Maildir(self.path, create=False)
+        message, = witness
+        self.assertEqual((message["Subject"], message["Delivered-To"]), ("hello", self.box))
+        self.assertTrue(witness.get_bytes(witness.keys()[0]).replace(b"\r\n", b"\n").endswith(content.replace(b"\r\n", b"\n")))
+
+    def test_every_address_is_a_mailbox_name_again(self):
+        names = ["bob@example.com", '"a/../b"@x', '"..".a@x', "j\xf6rg@b\xfccher.example", "x+y@z", "b@[192.0.2.1]", '" "@x', ".@x"]
+        keys = []
+        for name in names:
+            with contextlib.suppress(Refused):
+                self.put(b"x\r\n", name)
+                keys.append(minimail.parse_address(name).key)
+        self.assertEqual(sorted(self.boxes.names()), sorted(keys))
+        for place, directories, files in os.walk(self.data.storage.root):
+            for name in directories + files:
+                self.assertTrue(os.path.realpath(os.path.join(place, name)).startswith(os.path.realpath(self.data.storage.root)))
+
+    def test_order_and_uids(self):
+        ids = [self.put(b"%d\r\n" % i) for i in range(20)]
+        listing = self.boxes.listing(self.box)
+        self.assertEqual([minimail.message_id(item) for item in listing], ids, "oldest first")
+        uids = [item.uid for item in listing]
+        self.assertEqual(len(set(uids)), 20)
+        chance = random.Random(1)
+        for item in chance.sample(listing, 10):     # as a mail client does; Dovecot adds flags of its own
+            os.rename(os.path.join(self.path, "new", item.name), os.path.join(self.path, "cur", item.name + ":2,RSab"))
+        self.assertEqual([item.uid for item in self.boxes.listing(self.box)], uids)
+        self.assertEqual([item.size for item in self.boxes.listing(self.box)], [item.size for item in listing])
+        for item in listing:                        # who had listed before still finds them
+            os.close(self.boxes.open(self.box, item))
+        self.boxes.set_seen(self.box, listing[0])
+        self.assertTrue(self.boxes.find(self.box, listing[0]).endswith(":2,RSab" if "cur" in self.boxes.find(
+            self.box, listing[0]) and "R" in self.boxes.find(self.box, listing[0]) else ":2,S"))
+        self.boxes.delete(self.box, listing[5])
+        self.boxes.delete(self.box, listing[5])     # gone already is no error
+        self.assertEqual([item.uid for item in self.boxes.listing(self.box)], uids[:5] + uids[6:])
+
+    def test_kept_listings_are_never_stale(self):
+        self.put()
+        changes = {
+            "delivered": lambda: self.put(), "foreign": lambda: self.put_foreign("1.x.y", b"x\n"),
+            "seen": lambda: self.boxes.set_seen(self.box, self.boxes.listing(self.box)[-1]),
+            "deleted": lambda: self.boxes.delete(self.box, self.boxes.listing(self.box)[0]),
+            "unlinked": lambda: os.unlink(self.boxes.find(self.box, self.boxes.listing(self.box)[0]))}
+        for what, change in changes.items():
+            self.age()
+            before = self.boxes.listing(self.box)
+            self.assertIs(self.boxes.listing(self.box), before, "kept while nothing changes")
+            change()
+            after = self.boxes.listing(self.box)
+            self.assertNotEqual(after, before, what)
+            self.assertEqual(sorted(item.name for item in after),
+                             sorted(os.listdir(self.path + "/new") + os.listdir(self.path + "/cur")))
+        first = self.boxes.listing(self.box)
+        self.put()                                  # in the same tick of the clock
+        self.assertEqual(len(self.boxes.listing(self.box)), len(first) + 1)
+
+    def test_foreign_files(self):
+        contents = {"1.lf.host": b"Subject: x\n\na\n", "2.crlf.host": b"A: b\r\n\r\nx\r\n", "3.open.host": b"A: b\n\nno end",
+                    "4.mixed.host:2,S": b"a\r\nb\nc\rd\r\n", "5.cr.host": b"a\r", "6.empty.host": b"", "7.caf\xe9 x": b"x\n",
+                    "8.sized,S=5,W=7:2,": b"a\nb\n\n"[:5], "9." + "l" * 100: b"x\n", "big": b"line\n" * 200_000,
+                    "edge": b"x" * (minimail.BIG_BLOCK - 1) + b"\r\nx\n"}
+        for name, content in contents.items():
+            self.put_foreign(name, content, "cur" if ":" in name else "new")
+        self.put_foreign(".hidden", b"x")
+        os.mkdir(self.path + "/cur/directory")
+        listing = self.boxes.listing(self.box)
+        self.assertEqual(len(listing), len(contents))
+        self.assertEqual(len({item.uid for item in listing}), len(contents))
+        for item in listing:
+            self.assertRegex(item.uid, r"\A[!-~]{1,70}\Z")
+            content = contents[item.name]
+            crlf = re.sub(rb"(?<!\r)\n", b"\r\n", content)
+            self.assertEqual(item.size, len(crlf if crlf[-1:] in (b"", b"\n") else crlf + b"\r\n"), item.name)
+
+    def test_tmp_is_swept(self):
+        self.put()
+        tmp = os.path.join(self.path, "tmp")
+        names = {"1.%s.h" % self.data.storage.new_id(1e9): True, "1.00000000-00000-deadbeef1.h": False,
+                 "foreign-young": True, "foreign-old": False}
+        for name in names:
+            open(os.path.join(tmp, name), "w").close()
+        old = time.time() - 37 * 3600
+        os.utime(os.path.join(tmp, "foreign-old"), (old, old))
+        self.boxes.sweep()
+        self.assertEqual(sorted(os.listdir(tmp)), sorted(name for name, stays in names.items() if stays))
+
+    def test_one_holder_at_a_time(self):
+        self.assertEqual(self.boxes.lock(self.box), -1)
+        self.assertFalse(os.path.exists(self.path))
+        self.put()
+        fd = self.boxes.lock(self.box)
+        self.assertRaises(BlockingIOError, self.boxes.lock, self.box)
+        os.close(fd)
+        os.close(self.boxes.lock(self.box))
+
+    def test_prune(self):
+        ids = [self.put() for _ in range(5)]
+        self.boxes.prune(self.box, 2)
+        self.assertEqual([minimail.message_id(item) for item in self.boxes.listing(self.box)], ids[3:])
+
+    def test_links_where_there_are_none(self):
+        with mock.patch.object(os, "link", side_effect=OSError(errno.EPERM, "no links here")):
+            self.put(b"x\r\n", "a@x", "b@x")
+        for name in ("a@x", "b@x"):
+            item, = self.boxes.listing(name)
+            self.assertEqual(os.stat(self.boxes.find(name, item)).st_nlink, 1)
+            self.assertEqual(os.listdir(os.path.join(self.boxes.path(name), "tmp")), [])
+
+
+class UserAccounts(Case):
+    def test_records(self):
+        for hide in ((), ("scrypt",), ("scrypt", "pbkdf2_hmac")):
+            with contextlib.ExitStack() as stack:
+                stack.enter_context(mock.patch.object(minimail, "PBKDF2_ROUNDS", 500))
+                for name in hide:
+                    if hasattr(hashlib, name):
+                        stack.enter_context(mock.patch.object(hashlib, name))
+                        delattr(hashlib, name)
+                record = minimail.hash_password("s\xe9cret")
+                if "scrypt" in hide:
+                    self.assertTrue(record.startswith("$pbkdf2$500$"), record)
+                self.assertNotEqual(record, minimail.hash_password("s\xe9cret"), "salted")
+                self.assertTrue(minimail.check_password("s\xe9cret", record))
+                self.assertFalse(minimail.check_password("secret", record))
+            if hide:
+                self.assertTrue(minimail.check_password("s\xe9cret", record), "a record holds elsewhere")
+
+    def test_pbkdf2_is_the_standard_one(self):
+        vectors = [(b"passwd", b"salt", 1), (b"", b"", 3), (b"x" * 200, b"y" * 100, 7)]
+        known = "55ac046e56e3089fec1691c22544b605f94185216dde0465e68b9d57c20dacbc"     # RFC 7914 section 11
+        expected = [minimail.pbkdf2(*vector) for vector in vectors]
+        self.assertEqual(expected[0].hex(), known)
+        with mock.patch.object(minimail.hashlib, "pbkdf2_hmac", create=True):
+            del minimail.hashlib.pbkdf2_hmac
+            self.assertEqual([minimail.pbkdf2(*vector) for vector in vectors], expected)
+
+    def test_bad_records(self):
+        for record in ("", "secret", "$scrypt$1$x$y", "$md5$1$YQ==$YQ==", "$pbkdf2$99999999999$YQ==$YQ==", "$scrypt$16,8$YQ==$YQ==",
+                       "$pbkdf2$-1$YQ==$YQ=="):
+            self.assertRaises(ValueError, minimail.check_password, "secret", record)
+
+    @mock.patch.object(minimail.Reloaded, "PAUSE", 0.0)
+    def test_users_file(self):
+        with mock.patch.object(minimail, "SCRYPT", dict(n=16, r=1, p=1)):
+            bob, eve = minimail.hash_password("bobs"), minimail.hash_password("eves")
+            path = self.file("users", "# people\nBob@Example.org:%s\nbroken line\neve@example.org:%s\nx@y:plain\n" % (bob, eve))
+            accounts = minimail.Accounts(path)
+            with self.assertLogs("minimail") as logs:
+                self.assertEqual(accounts.verify("bob@EXAMPLE.org", "bobs"), "bob@example.org")
+            self.assertEqual([re.search(r"line (\d)", line).group(1) for line in logs.output], ["3", "5"])
+            self.assertEqual(accounts.verify("eve@example.org", "eves"), "eve@example.org")
+            for name, password in (("bob@example.org", "eves"), ("bob@example.org", ""), ("nobody@example.org", "x"), ("bob", "bobs"),
+                                   ("x@y", "plain"), ("", ""), ("bob@example.org", "bobs\udcff")):
+                self.assertIsNone(accounts.verify(name, password), (name, password))
+            self.assertEqual(accounts.verify("bob@example.org", "bobs"), "bob@example.org")
+            with mock.patch.object(minimail, "check_password", wraps=minimail.check_password) as check:
+                accounts.verify("nobody@example.org", "x")
+            self.assertEqual(check.call_count, 1, "an unknown name takes as long")
+            with open(path, "w") as file:           # a changed password ends what was remembered of the old one
+                file.write("bob@example.org:%s\n" % minimail.hash_password("new"))
+            self.assertIsNone(accounts.verify("bob@example.org", "bobs"))
+            self.assertEqual(accounts.verify("bob@example.org", "new"), "bob@example.org")
+
+    @mock.patch.object(minimail.Reloaded, "PAUSE", 0.0)
+    def test_changing_the_file_keeps_what_else_is_in_it(self):
+        record = "$pbkdf2$1$YQ==$YQ=="
+        path = self.file("users", "# mine\nbob@x:%s\nbroken \xff\n" % record)
+        accounts = minimail.Accounts(path)
+        storage = minimail.Storage(os.path.dirname(path))
+        with self.assertLogs("minimail"):
+            accounts.change(storage, lambda users: users.update({"eve@x": record}))
+            accounts.change(storage, lambda users: users.pop("bob@x"))
+        with open(path, encoding="utf-8") as file:
+            self.assertEqual(file.read(), "# mine\nbroken \xff\neve@x:%s\n" % record)
+        self.assertEqual(os.listdir(os.path.dirname(path)), ["users"])
+        self.assertEqual(stat.S_IMODE(os.stat(path).st_mode), 0o600)
+
+
+class AddressBooks(Case):
+    RECORD = "$pbkdf2$1$YQ==$YQ=="
+
+    def book(self, aliases="", domains=("example.org", "second.example"), catch_all=""):
+        users = self.file("users", "".join("%s@example.org:%s\n" % (name, self.RECORD) for name in ("bob", "eve", "x+y")))
+        return minimail.AddressBook(domains, minimail.Accounts(users), self.file("aliases", aliases), catch_all)
+
+    def check(self, book, text, mailboxes, remote=()):
+        found = book.resolve(minimail.parse_address(text))
+        self.assertEqual((found.mailboxes, [str(address) for address in found.remote]), (list(mailboxes), list(remote)), text)
+
+    def test_users_and_sub_addresses(self):
+        book = self.book()
+        for text, mailbox in {"bob@example.org": "bob", "BOB@Example.ORG": "bob", "bob+list@example.org": "bob", "x+y@example.org": "x+y",
+                              "postmaster": "postmaster", "Postmaster@second.example": "postmaster"}.items():
+            self.check(book, text, [mailbox + "@example.org"])
+        for text in ("nobody@example.org", "bob@second.example", "+bob@example.org", "nobody+bob@example.org"):
+            self.refused("550 5.1.1", book.resolve, minimail.parse_address(text))
+        self.check(book, "someone@elsewhere.example", [], ["someone@elsewhere.example"])
+
+    def test_aliases(self):
+        book = self.book("""\
+            # comment
+            all@example.org: bob@example.org,
+                eve@example.org, Friend@Elsewhere.example
+            nested@second.example: all@example.org, bob@example.org
+            bob@example.org: bob@example.org, archive@elsewhere.example
+            one@example.org: two@example.org
+            two@example.org: one@example.org
+            broken@example.org: nobody@example.org
+            nonsense
+            "odd: one"@example.org: eve@example.org
+            """.replace("            ", "", 1).replace("\n            ", "\n"))
+        with self.assertLogs("minimail") as logs:
+            self.check(book, "all@example.org", ["bob@example.org", "eve@example.org"],
+                       ["archive@elsewhere.example", "Friend@Elsewhere.example"])
+        self.assertIn("line 9", logs.output[0])
+        self.check(book, "nested@second.example", ["bob@example.org", "eve@example.org"],
+                   ["archive@elsewhere.example", "Friend@Elsewhere.example"])
+        self.check(book, "bob+x@example.org", ["bob@example.org"], ["archive@elsewhere.example"])
+        self.check(book, '"odd: one"@example.org', ["eve@example.org"])
+        self.refused("550 5.4.6", book.resolve, minimail.parse_address("one@example.org"))
+        with self.assertLogs("minimail"):
+            self.refused("550 5.1.1", book.resolve, minimail.parse_address("broken@example.org"))
+
+    def test_too_many_targets(self):
+        targets = ", ".join("u%d@elsewhere.example" % i for i in range(minimail.MAX_EXPANSION + 1))
+        self.refused("550 5.4.6", self.book("all@example.org: " + targets).resolve, Address("all", "example.org"))
+
+    def test_catch_all_and_postmaster(self):
+        book = self.book(catch_all="box@example.org")
+        for text in ("nobody@second.example", "postmaster", "postmaster@example.org", "box@example.org"):
+            self.check(book, text, ["box@example.org"])
+        self.check(self.book("postmaster@example.org: eve@example.org"), "postmaster@second.example", ["eve@example.org"])
+
+    def test_local_domains_in_any_spelling(self):
+        book = self.book(domains=["b\xfccher.example"], catch_all="box@x")
+        for text in ("a@b\xfccher.example", "a@xn--bcher-kva.example", "a@B\xdcCHER.example"):
+            self.assertTrue(book.is_local(minimail.parse_address(text)), text)
+            self.assertEqual(book.key(minimail.parse_address(text)), "a@b\xfccher.example")
+
+    def test_capture_mode(self):
+        book = self.book("bob@example.org: eve@example.org", domains=())
+        self.check(book, "bob@example.org", ["bob@example.org"])
+        self.check(book, "Any.One@Anywhere.example", ["any.one@anywhere.example"])
+        self.refused("553 5.1.3", book.resolve, Address("\xe9" * 100, "x"))
+
+    def test_whose_address_it_is(self):
+        book = self.book("sales@example.org: bob@example.org\n", catch_all="box@example.org")
+        self.assertEqual([text for text in ("bob@example.org", "bob+x@example.org", "sales@example.org", "eve@example.org",
+                                            "nobody@example.org", "bob@elsewhere.example")
+                          if book.owns("bob@example.org", minimail.parse_address(text))],
+                         ["bob@example.org", "bob+x@example.org", "sales@example.org"])
+        self.assertFalse(book.owns("box@example.org", minimail.parse_address("nobody@example.org")))
+
+
+# ======================================================================================================================
+# 7  Delivery
+# ======================================================================================================================
+
+class AllOrNothing(Case):
+    RECIPIENTS = ["a@x.example", "b@y.example", "c@x.example"]
+
+    def begin(self, stores, content=b"Subject: x\r\n\r\nbody\r\n"):
+        envelope = minimail.Envelope("s@example.net", [minimail.parse_address(r) for r in self.RECIPIENTS])
+        parcel = stores.post.begin(envelope, [stores.book.resolve(r) for r in envelope.recipients])
+        parcel.draft.write(content)
+        return parcel
+
+    def test_one_file_for_all(self):
+        stores = self.stores()
+        parcel = self.begin(stores)
+        with mock.patch.object(os, "fsync", wraps=os.fsync) as fsync:
+            stores.storage.sync = True
+            stores.post.commit(parcel)
+        info = [os.stat(os.path.join(stores.mailboxes.path(box), "new", stores.mailboxes.listing(box)[0].name))
+                for box in self.RECIPIENTS]
+        self.assertEqual({(i.st_ino, i.st_nlink) for i in info}, {(info[0].st_ino, 3)})
+        files = [call for call in fsync.call_args_list if not stat.S_ISDIR(os.fstat(call[0][0]).st_mode)] if False else None
+        self.assertIsNone(files)
+
+    def test_the_same_mailbox_twice_is_one_copy(self):
+        stores = self.stores()
+        envelope = minimail.Envelope("", [Address("A", "x"), Address("a", "X"), Address("a", "x")])
+        stores.post.send(envelope, [stores.book.resolve(r) for r in envelope.recipients], b"x\r\n")
+        self.assertEqual(len(stores.mailboxes.listing("a@x")), 1)
+
+    def test_every_operation_of_the_disk_fails_once(self):
+        for error, code in ((errno.ENOSPC, "452 4.3.1"), (errno.EDQUOT, "452 4.2.2"), (errno.EROFS, "451 4.3.0")):
+            for n in itertools.count(1):
+                stores = self.stores(no_sync=False)
+                parcel = self.begin(stores)
+                with Faulty(n, error) as faulty:
+                    try:
+                        with self.assertLogs("minimail") as logs:
+                            minimail.log.warning("or assertLogs would miss one")
+                            stores.post.commit(parcel)
+                    except Refused as refused:
+                        self.assertTrue(faulty.failed)
+                        self.assertTrue(str(refused.reply).startswith(code), refused.reply)
+                        self.assertTrue(any(parcel.draft.id in line for line in logs.output), "the log says why")
+                        self.assertNothingLeft(stores.storage.root)
+                        self.assertEqual(parcel.draft.fd, -1)
+                    else:
+                        self.assertEqual([len(stores.mailboxes.listing(box)) for box in self.RECIPIENTS], [1, 1, 1], faulty.failed)
+                if not faulty.failed:
+                    break
+            self.assertGreater(n, 15)
+
+    def test_a_batch_refuses_only_what_failed(self):
+        stores = self.stores()
+        parcels = [self.begin(stores) for _ in range(4)]
+        parcels[1].draft.error = OSError(errno.ENOSPC, "full")
+        parcels[2].draft.size = stores.post.max_size + 1
+        with self.assertLogs("minimail"):
+            results = stores.post.commit_all(parcels)
+        self.assertEqual([refused and refused.reply.code for refused in results], [None, 452, 552, None])
+        self.assertEqual(len(stores.mailboxes.listing("a@x.example")), 2)
+
+    def test_loops_and_size(self):
+        stores = self.stores(max_size=1000)
+        self.refused("554 5.4.6", stores.post.commit, self.loop(stores, 51)) if stores.post.queue else None
+        self.refused("552 5.3.4", stores.post.commit, self.begin(stores, b"x" * 1001))
+        self.assertNothingLeft(stores.storage.root)
+        stores.post.commit(self.begin(stores, b"x" * 1000))
+
+    def test_large_content_is_not_kept_in_memory(self):
+        stores = self.stores()
+        parcel = self.begin(stores, b"")
+        for _ in range(100):
+            parcel.draft.write(b"x" * 10_000)
+            self.assertLess(parcel.draft._buffered, 100_000)
+        stores.post.commit(parcel)
+        self.assertGreater(stores.mailboxes.listing("a@x.example")[0].size, 1_000_000)
+
+
+# ======================================================================================================================
+# 8 to 12  DNS, queue, bounces, SMTP client, relay
+# ======================================================================================================================
+
+
+# ======================================================================================================================
+# 13  Sessions, policy, listeners
+# ======================================================================================================================
+
+def our_threads():
+    return [thread for thread in threading.enumerate() if thread.name.startswith("minimail")]
+
+
+class Pools(Case):
+    def test_idle_sessions_cost_no_threads(self):
+        node = self.node()
+        talks = [self.talk(node.smtp_address if i % 2 else node.pop3_address, hello=False) for i in range(200)]
+        for talk in talks:
+            self.assertRegex(talk.reply(), r"^(220|\+OK)")
+        self.assertLess(len(our_threads()), 20)
+        for talk in talks:
+            talk.send("NOOP\r\n")
+        for talk in talks:
+            self.assertRegex(talk.reply(), r"^(250|\+OK)")
+        self.deliver(node, b"x\r\n", "bob@x")
+
+    def test_waiting_inside_a_command_blocks_nobody_else(self):
+        node = self.node()
+        for i in range(40):
+            talk = self.talk(node.smtp_address)
+            if i % 2:
+                self.dialog(talk, "C: AUTH LOGIN\nS: 334")
+            else:
+                self.dialog(talk, "C: MAIL FROM:<a@x>\nC: RCPT TO:<b@x>\nC: DATA\nS: 250\nS: 250\nS: 354")
+        self.deliver(node, b"x\r\n", "bob@x")
+        self.assertEqual(len(self.fetch(node, "bob@x")), 1)
+
+    def test_connections_are_limited(self):
+        node = self.node(max_connections=2)
+        first, second = self.talk(node.smtp_address), self.talk(node.pop3_address)
+        self.dialog(node.smtp_address, "S: 421 4.3.2\nS: closed")
+        self.dialog(node.pop3_address, "S: -ERR [SYS/TEMP]\nS: closed")
+        first.close()
+
+        def free():
+            with Talk(node.smtp_address) as talk:
+                return talk.reply().startswith("220")
+        self.eventually(free, "a connection is free again")
+        self.assertEqual(second.ask("QUIT"), "+OK")
+        self.eventually(lambda: not node.site.sessions and not node.site.connections.total)
+
+    def test_connections_from_one_address(self):
+        connections = minimail.Connections(10, 2)
+        self.assertEqual([bool(connections.enter("192.0.2.1")) for _ in range(3)], [False, False, True])
+        self.assertEqual([bool(connections.enter("127.0.0.1")) for _ in range(3)], [False] * 3, "loopback is exempt")
+        self.assertFalse(connections.enter("192.0.2.2"))
+        connections.leave("192.0.2.1")
+        self.assertFalse(connections.enter("192.0.2.1"))
+        for _ in range(2):
+            connections.leave("192.0.2.1")
+        self.assertNotIn("192.0.2.1", connections._clients)
+
+    def test_throttle(self):
+        clock, slept = Clock(), []
+        throttle = minimail.Throttle(clock, slept.append)
+        for _ in range(minimail.LOGIN_FAILURES):
+            self.assertFalse(throttle.shut_out("c"))
+            throttle.failed("c")
+        self.assertTrue(throttle.shut_out("c"))
+        self.assertFalse(throttle.shut_out("d"))
+        self.assertEqual(slept, sorted(slept))
+        self.assertLess(slept[0], slept[-1])
+        clock.now += minimail.LOGIN_WINDOW
+        self.assertFalse(throttle.shut_out("c"))
+        for client in range(11_000):
+            throttle.failed(str(client))
+        self.assertLessEqual(len(throttle._failures), 10_000, "no memory to be filled from outside")
+        throttle.failed("e")
+        throttle.succeeded("e")
+        self.assertNotIn("e", throttle._failures)
+
+    def test_deadline(self):
+        node = self.node(timeout=0.3)
+        self.dialog(node.smtp_address, "S: 220\nS: 421 4.4.2\nS: closed")
+        self.dialog(node.pop3_address, "S: +OK\nS: closed")
+        self.dialog(node.smtp_address, "S: 220\nC: EHLO x\nS: 250 \nC: AUTH LOGIN\nS: 334\nS: 421 4.4.2\nS: closed")
+        self.dialog(node.smtp_address, "S: 220\nC: HELO x\nC: MAIL FROM:<a@x>\nC: RCPT TO:<b@x>\nC: DATA\nC: half"
+                                       "\nS: 250\nS: 250\nS: 250\nS: 354\nS: 421 4.4.2\nS: closed")
+        self.assertNothingLeft(node.data)
+
+    def test_who_drips_bytes_is_closed(self):
+        node = self.node(timeout=0.3)
+        for address in (node.smtp_address, node.pop3_address):
+            talk = self.talk(address, hello=False)
+            talk.reply()
+            deadline = time.monotonic() + PATIENCE
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                while not select.select([talk.sock], [], [], 0.02)[0] and time.monotonic() < deadline:
+                    talk.send("x")
+            self.assertLess(time.monotonic(), deadline)
+            self.assertRegex(talk.reply(), "421 4.4.2|closed")
+
+    def test_nothing_leaks(self):
+        temporary = self.directory()
+        data = self.directory()
+
+        def run(i):
+            with minimail.Node(smtp=["127.0.0.1:0", "127.0.0.1:0"], pop3="127.0.0.1:0", no_sync=True,
+                               data=None if i % 2 else data) as node:
+                if i % 10 == 0:
+                    self.deliver(node, b"x\r\n", "bob@x")
+                    with Talk(node.pop3_address) as talk:
+                        talk.ask("USER bob@x")
+                        node.wait_for("bob@x")
+        with mock.patch.object(tempfile, "tempdir", temporary):
+            run(0)
+            threads, descriptors = threading.active_count(), len(os.listdir("/proc/self/fd"))
+            for i in range(100):
+                run(i)
+            self.assertEqual(os.listdir(temporary), [])
+        self.eventually(lambda: threading.active_count() <= threads, "all threads ended")
+        self.assertLessEqual(len(os.listdir("/proc/self/fd")), descriptors)
+        self.assertEqual(os.listdir(os.path.join(data, "run")), [])
+
+    def test_out_of_descriptors(self):
+        node = self.node()
+        talk = self.talk(node.smtp_address)
+        real = minimail.Listener.get_request
+        with mock.patch.object(minimail.Listener, "get_request", autospec=True,
+                               side_effect=OSError(errno.EMFILE, "too many open files")) as broken, self.assertLogs("minimail"):
+            late = Talk(node.smtp_address)
+            self.addCleanup(late.close)
+            self.eventually(lambda: broken.call_count)
+            self.assertTrue(talk.ask("NOOP").startswith("250"), "who is in is served")
+            broken.side_effect = real
+            self.assertTrue(late.reply().startswith("220"), "it goes on once there are some")
+
+
+class Policies(Case):
+    class Picky(minimail.Policy):
+        def __init__(self):
+            self.seen = []
+
+        def on_connect(self, client):
+            self.seen.append(("connect", client))
+            if "locked" in self.seen:
+                raise Refused(421, "4.7.0", "not today")
+
+        def on_mail(self, client, sender, user):
+            self.seen.append(("mail", client, sender, user))
+            if sender.startswith("evil"):
+                raise Refused(550, "5.7.1", "not you")
+
+        def on_rcpt(self, envelope, recipient):
+            self.seen.append(("rcpt", envelope.sender, list(map(str, envelope.recipients)), recipient))
+            if recipient.startswith("bug"):
+                raise RuntimeError("a bug in the policy")
+
+        def on_message(self, envelope, path):
+            with open(path, "rb") as file:
+                content = file.read()
+            self.seen.append(("message", os.listdir(os.path.dirname(os.path.dirname(path)) + "/new")))
+            if b"virus" in content:
+                raise Refused(554, "5.7.0", "ill")
+
+    def test_hooks(self):
+        policy = self.Picky()
+        node = self.node(policy=policy)
+        talk = self.talk(node.smtp_address)
+        with self.assertLogs("minimail", "ERROR"):
+            self.dialog(talk, """\
+                C: MAIL FROM:<evil@x>
+                S: 550 5.7.1
+                C: MAIL FROM:<a@x>
+                S: 250
+                C: RCPT TO:<bug@x>
+                S: 451 4.3.0
+                C: RCPT TO:<b@x>
+                S: 250
+                C: DATA
+                S: 354
+                C: virus
+                C: .
+                S: 554 5.7.0
+                """)
+        self.assertNothingLeft(os.path.join(node.data, "mail"))
+        self.dialog(talk, "C: MAIL FROM:<a@x>\nC: RCPT TO:<b@x>\nC: DATA\nC: fine\nC: .\nS: 250\nS: 250\nS: 354\nS: 250 2.0.0")
+        self.assertEqual(policy.seen, [
+            ("connect", "127.0.0.1"), ("mail", "127.0.0.1", "evil@x", None), ("mail", "127.0.0.1", "a@x", None),
+            ("rcpt", "a@x", [], "bug@x"), ("rcpt", "a@x", [], "b@x"), ("message", []),
+            ("mail", "127.0.0.1", "a@x", None), ("rcpt", "a@x", [], "b@x"), ("message", [])])
+        policy.seen.append("locked")
+        self.dialog(node.smtp_address, "S: 421\nS: closed")
+
+
+# ======================================================================================================================
+# 14  SMTP
+# ======================================================================================================================
+
+class Dialogs(Case):
+    """RFC 5321 as sessions. The node is shared; each test has its own connection."""
+
+    @classmethod
+    def setUpClass(cls):
+        cls.shared = minimail.Node(smtp="127.0.0.1:0", pop3="127.0.0.1:0", hostname="mail.test", no_sync=True, max_size=200_000)
+        cls.shared.start()
+
+    @classmethod
+    def tearDownClass(cls):
+        cls.shared.stop()
+
+    def session(self, script, hello=True):
+        return self.dialog(self.talk(self.shared.smtp_address, hello), script)
+
+    def test_a_session(self):
+        self.session("""\
+            S: 220 mail.test ESMTP
+            C: HELO client.test
+            S: 250 mail.test
+            C: mail from:<Alice@Example.net>
+            S: 250 2.1.0
+            C: Rcpt To:<session@example.com>
+            S: 250 2.1.5
+            C: DATA
+            S: 354
+            C: Subject: hi
+            C:
+            C: ..a dot
+            C: .
+            S: 250 2.0.0
+            C: NOOP whatever
+            S: 250 2.0.0
+            C: QUIT
+            S: 221 2.0.0
+            S: closed
+            """, hello=False)
+        message = self.shared.wait_for("session@example.com")
+        self.assertRegex(message.read(), rb"\AReturn-Path: <Alice@Example.net>\r\nDelivered-To: session@example.com\r\n"
+                                         rb"Received: from client.test \(\[127.0.0.1\]\)\r\n\tby mail.test with SMTP id \S+\r\n"
+                                         rb"\tfor <session@example.com>; .*\r\nSubject: hi\r\n\r\n.a dot\r\n\Z")
+
+    def test_ehlo(self):
+        talk = self.talk(self.shared.smtp_address, hello=False)
+        talk.reply()
+        words = [line[4:] for line in talk.ask("EHLO [127.0.0.1]").split("\n")]
+        self.assertEqual(words[0], "mail.test")
+        self.assertEqual(set(words[1:]), {"PIPELINING", "SIZE 200000", "8BITMIME", "SMTPUTF8", "ENHANCEDSTATUSCODES", "CHUNKING",
+                                          "AUTH PLAIN LOGIN", "HELP"})
+        self.assertEqual(talk.ask("HELO x"), "250 mail.test")
+
+    def test_order(self):
+        self.session("""\
+            S: 220
+            C: MAIL FROM:<a@x>
+            S: 503 5.5.1
+            C: RCPT TO:<a@x>
+            S: 503 5.5.1
+            C: DATA
+            S: 503 5.5.1
+            C: RSET
+            S: 250
+            C: EHLO x
+            S: 250
+            C: DATA
+            S: 503 5.5.1
+            C: MAIL FROM:<a@x>
+            S: 250
+            C: DATA
+            S: 554 5.5.1
+            C: MAIL FROM:<a@x>
+            S: 503 5.5.1
+            C: RCPT TO:<a@x>
+            S: 250
+            C: AUTH PLAIN AGEAYg==
+            S: 503
+            C: RSET
+            S: 250
+            C: RCPT TO:<a@x>
+            S: 503 5.5.1
+            """, hello=False)
+        self.session("C: MAIL FROM:<a@x>\nS: 250\nC: EHLO x\nS: 250\nC: RCPT TO:<b@x>\nS: 503")
+
+    def test_syntax(self):
+        for command, reply in {
+                "EHLO": "501", "EHLO a b": "501", "FOO": "500 5.5.2", "": "500", "MAIL": "501", "MAIL FROM <a@x>": "501",
+                "MAIL TO:<a@x>": "501", "MAIL FROM:a@x": "501", "MAIL FROM:<a@x> SIZE=x": "501 5.5.4",
+                "MAIL FROM:<a@x> BODY=9BIT": "501 5.5.4", "MAIL FROM:<a@x> NOSUCH=1": "555 5.5.4", "MAIL FROM:<a@x> SMTPUTF8=1": "555",
+                "MAIL FROM:<a@x> SIZE=1 SIZE=1": "501", "MAIL FROM:<a@x> SIZE=200001": "552 5.3.4", "MAIL FROM:<bob>": "553",
+                "MAIL FROM:<a\x00@x>": "501", "MAIL FROM:<a\x1b@x>": "501", "MAIL FROM:<j\xf6rg@x>": "553 5.6.7", "EXPN x": "502 5.5.1",
+                "TURN": "502", "VRFY": "501", "VRFY bob": "252", "NOOP": "250", "DATA x": "501", "RSET x": "501", "QUIT x": "501",
+                "STARTTLS": "503", "AUTH FOO": "504 5.5.4", "AUTH PLAIN !": "501", "AUTH PLAIN YQ==": "501", "BDAT": "501",
+                "BDAT -1": "501", "BDAT 1 FIRST": "501", "X" * 4097: "500 5.5.2", "greet": "500", "command x": "500", "HELP": "214 2.0.0",
+                "HELP MAIL": "214", "MAIL FROM:<a@x> AUTH=<>": "250", "mail FROM: <a@x>": "250", "MAIL FROM:<>": "250",
+                "MAIL FROM:<a@x> size=200000 BODY=8bitmime SMTPUTF8": "250", "MAIL FROM:<@r.example:a@x>": "250"}.items():
+            with self.subTest(command[:50]):
+                self.session("C: %s\nS: %s" % (command, reply))
+        for command, reply in {
+                "RCPT": "501", "RCPT FROM:<a@x>": "501", "RCPT TO:<>": "501 5.1.3", "RCPT TO:<a@x> NOTIFY=NEVER": "555", "RCPT TO:<bob>": "553",
+                "RCPT TO:<j\xf6rg@x>": "553 5.6.7", "RCPT TO:<%s@x>" % ("a" * 256): "553 5.1.3", "RCPT TO:<postmaster>": "250",
+                "RCPT TO:<@r.example,@s.example:a@x>": "250", "RCPT TO:<a@[127.0.0.1]>": "250", 'RCPT TO:<"a b"@x>': "250",
+                "RCPT TO: <a@x>": "250"}.items():
+            with self.subTest(command[:50]):
+                self.session("C: MAIL FROM:<a@x>\nS: 250\nC: %s\nS: %s" % (command, reply))
+        talk = self.talk(self.shared.smtp_address)
+        self.assertTrue(talk.send(b"MAIL FROM:<\xff@x>\r\n").reply().startswith("501"))
+        self.assertTrue(talk.send(b"NOOP\n").reply().startswith("250"), "people type into nc")
+
+    def test_help_lists_all_verbs(self):
+        verbs = set(self.talk(self.shared.smtp_address).ask("HELP").split()[-14:])
+        self.assertLessEqual({"EHLO", "HELO", "MAIL", "RCPT", "DATA", "BDAT", "RSET", "NOOP", "VRFY", "HELP", "QUIT", "AUTH",
+                              "STARTTLS"}, verbs)
+
+    def test_patience_has_an_end(self):
+        self.session("C: FOO\nS: 500\n" * 9 + "C: FOO\nS: 421 4.7.0\nS: closed")
+        self.session("C: %s\nS: 500\n" % ("x" * 5000) * 9 + "C: %s\nS: 421 4.7.0\nS: closed" % ("x" * 5000))
+        node = self.node(domain="example.org")
+        self.dialog(self.talk(node.smtp_address), "C: MAIL FROM:<a@x>\nS: 250\n" + "C: RCPT TO:<guess@example.org>\nS: 550 5.1.1\n" * 99
+                    + "C: RCPT TO:<guess@example.org>\nS: 421\nS: closed")
+
+    def test_web_browsers(self):
+        for line in ("GET / HTTP/1.1", "POST /x HTTP/1.0"):
+            talk = self.session("S: 220\nC: %s\nC: Host: x\nC:\nC: MAIL FROM:<a@x>" % line, hello=False)
+            talk.send("%s\r\nHost: x\r\n\r\n" % line)
+            reply = talk.reply()
+            self.assertRegex(reply, r"^421 4\.7\.0 .*HTTP")
+            self.assertEqual(talk.reply(), "closed")
+        self.session("C: GET / HTTP/1.1\nS: 500")   # later it is only a wrong command
+
+    def test_size(self):
+        line = b"x" * 998 + b"\r\n"
+        talk = self.talk(self.shared.smtp_address)
+        self.dialog(talk, "C: MAIL FROM:<a@x>\nC: RCPT TO:<size@x>\nC: DATA\nS: 250\nS: 250\nS: 354")
+        self.assertTrue(talk.send(line * 201 + b".\r\n").reply().startswith("552 5.3.4"))
+        self.assertFalse(self.shared.messages("size@x"))
+        self.dialog(talk, "C: MAIL FROM:<a@x>\nC: RCPT TO:<size@x>\nC: DATA\nS: 250\nS: 250\nS: 354")
+        self.assertTrue(talk.send(line * 200 + b".\r\n").reply().startswith("250 2.0.0"))
+        self.dialog(talk, "C: MAIL FROM:<a@x>\nC: RCPT TO:<size@x>\nS: 250\nS: 250")
+        talk.send(b"BDAT 150000\r\n" + b"y" * 150_000 + b"BDAT 150000\r\n" + b"y" * 150_000 + b"BDAT 3 LAST\r\nzzzNOOP\r\n")
+        self.assertEqual([talk.reply()[:9] for _ in range(4)], ["250 2.0.0", "552 5.3.4", "503 5.5.1", "250 2.0.0"])
+        self.assertEqual(len(self.shared.messages("size@x")), 1)
+
+    def test_endless_content_is_cut_off(self):
+        with mock.patch.object(minimail.SMTPSession, "read_content", autospec=True, side_effect=minimail.SMTPSession.read_content):
+            node = self.node(max_size=1)
+            talk = self.talk(node.smtp_address)
+            self.dialog(talk, "C: MAIL FROM:<a@x>\nC: RCPT TO:<b@x>\nC: DATA\nS: 250\nS: 250\nS: 354")
+            block = b"x" * (1 << 20)
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                for _ in range(200):
+                    talk.send(block)
+            self.assertRegex(talk.reply(), "^552 5.3.4|closed")
+            self.assertNothingLeft(node.data)
+
+    def test_pipelining_is_answered_in_one_piece(self):
+        sent = []
+        flush = minimail.Wire.flush
+
+        def note(wire):
+            sent.append(b"".join(wire.output))
+            flush(wire)
+        talk = self.talk(self.shared.smtp_address)
+        with mock.patch.object(minimail.Wire, "flush", note):
+            self.dialog(talk, """\
+                C: MAIL FROM:<a@x>
+                C: RCPT TO:<pipe1@x>
+                C: RCPT TO:<pipe2@x>
+                C: RCPT TO:bad
+                C: DATA
+                S: 250 2.1.0
+                S: 250 2.1.5
+                S: 250 2.1.5
+                S: 501
+                S: 354
+                """)
+        self.assertEqual([piece.count(b"\r\n") for piece in sent if piece], [5])
+        self.dialog(talk, """\
+            C: one
+            C: .
+            C: MAIL FROM:<a@x>
+            C: RCPT TO:<pipe1@x>
+            C: DATA
+            C: two
+            C: .
+            C: RSET
+            C: QUIT
+            S: 250 2.0.0
+            S: 250 2.1.0
+            S: 250 2.1.5
+            S: 354
+            S: 250 2.0.0
+            S: 250 2.0.0
+            S: 221
+            S: closed
+            """)
+        self.assertEqual([body_of(message.read()) for message in self.shared.wait_for("pipe1@x", count=2)], [b"one\r\n", b"two\r\n"])
+
+    def test_bdat(self):
+        talk = self.talk(self.shared.smtp_address)
+        self.dialog(talk, "C: MAIL FROM:<a@x> BODY=8BITMIME\nC: RCPT TO:<bdat@x>\nS: 250\nS: 250")
+        talk.send(b"BDAT 8\r\n.\r\n.\r\n\xff\rBDAT 4\r\n\n..aBDAT 0\r\nBDAT 6 LAST\r\n\r\n.\r\nxQUIT\r\n")
+        self.assertEqual([talk.reply()[:9] for _ in range(5)], ["250 2.0.0"] * 4 + ["221 2.0.0"])
+        self.assertEqual(body_of(self.shared.wait_for("bdat@x").read()), b".\r\n.\r\n\xff\r\n..a\r\n.\r\nx\r\n")
+        talk = self.talk(self.shared.smtp_address)
+        self.dialog(talk, "C: MAIL FROM:<a@x>\nC: RCPT TO:<bdat@x>\nS: 250\nS: 250")
+        talk.send(b"BDAT 0 LAST\r\n")
+        self.assertTrue(talk.reply().startswith("250 2.0.0"), "an empty message")
+
+    def test_refused_chunks_are_read_past(self):
+        talk = self.talk(self.shared.smtp_address)
+        talk.send(b"BDAT 6\r\nRSET\r\nNOOP\r\n")
+        self.assertEqual([talk.reply()[:3] for _ in range(2)], ["503", "250"])
+        talk.send(b"MAIL FROM:<a@x>\r\nRCPT TO:<>\r\nBDAT 6 LAST\r\nQUIT\r\nNOOP\r\n")
+        self.assertEqual([talk.reply()[:3] for _ in range(4)], ["250", "501", "554", "250"])
+        talk.send(b"RCPT TO:<bdat2@x>\r\nBDAT 2\r\nhiDATA\r\nMAIL FROM:<b@x>\r\nRCPT TO:<b@x>\r\nBDAT 3 LAST\r\n...")
+        self.assertEqual([talk.reply()[:3] for _ in range(6)], ["250", "250", "503", "503", "503", "250"])
+        self.assertEqual(body_of(self.shared.wait_for("bdat2@x").read()), b"hi...\r\n")
+
+    def test_a_transaction_given_up_leaves_nothing(self):
+        node = self.node()
+        for end in ("RSET", "EHLO again.test", "HELO again.test", "QUIT", None):
+            talk = self.talk(node.smtp_address)
+            self.dialog(talk, "C: MAIL FROM:<a@x>\nC: RCPT TO:<b@x>\nS: 250\nS: 250")
+            talk.send(b"BDAT 200000\r\n" + b"x" * 200_000)
+            self.assertTrue(talk.reply().startswith("250"))
+            self.assertEqual(len(os.listdir(os.path.join(node.data, "mail/x/b/tmp"))), 1)
+            if end:
+                self.assertRegex(talk.ask(end), "2[25][01]")
+            if end in (None, "QUIT"):
+                talk.close()
+            with self.subTest(end):
+                self.eventually(lambda: not os.listdir(os.path.join(node.data, "mail/x/b/tmp")), "the draft of BDAT removed")
+
+    def test_a_lost_connection_delivers_nothing(self):
+        for content in (b"", b"half", b"a\r\n.", b"a\r\n.\r", b"a\n.\n", b"x" * 150_000):
+            node = self.node()
+            talk = self.talk(node.smtp_address)
+            self.dialog(talk, "C: MAIL FROM:<a@x>\nC: RCPT TO:<b@x>\nC: DATA\nS: 250\nS: 250\nS: 354")
+            talk.send(content)
+            talk.close()
+            self.eventually(lambda: not node.site.sessions)
+            self.assertNothingLeft(node.data)
+
+    def test_recipients(self):
+        node = self.node(domain="example.org", catch_all="box@example.org")
+        talk = self.talk(node.smtp_address)
+        talk.send(b"MAIL FROM:<a@x>\r\n" + b"".join(b"RCPT TO:<u%d@example.org>\r\n" % i for i in range(1002)) + b"DATA\r\n")
+        replies = [talk.reply() for _ in range(1004)]
+        self.assertEqual({reply[:9] for reply in replies[:1001]}, {"250 2.1.0", "250 2.1.5"})
+        self.assertEqual([reply[:9] for reply in replies[1001:]], ["452 4.5.3", "452 4.5.3", "354 go ah"])
+        self.assertTrue(talk.send("x\r\n.\r\n").reply().startswith("250 2.0.0"))
+        self.assertEqual(len(node.messages()), 1)
+
+    def test_utf8_addresses(self):
+        node = self.node()
+        self.deliver(node, "Subject: gr\xfc\xdfe\r\n\r\n".encode(), "j\xf6rg@b\xfccher.example", sender="\u5c0f@\u4f8b.example")
+        message = node.wait_for("j\xf6rg@b\xfccher.example")
+        self.assertEqual(message.sender, "\u5c0f@\u4f8b.example")
+        self.assertIn(b" with UTF8SMTP id ", message.read())
+        self.assertEqual(message.email()["Delivered-To"], "j\xf6rg@b\xfccher.example")
+
+    def test_nothing_can_be_injected_into_our_headers(self):
+        self.session("""\
+            C: EHLO x\x0bReceived:y
+            S: 501
+            C: EHLO (a)<b>"c";x
+            S: 250
+            C: MAIL FROM:<"a\\\\\\"> Return-Path: <b"@x>
+            S: 250
+            C: RCPT TO:<inject@x>
+            S: 250
+            C: DATA
+            S: 354
+            C: .
+            S: 250
+            """)
+        head = self.shared.wait_for("inject@x").read()
+        self.assertEqual([name for name, _ in minimail.split_headers(head)[0]], ["return-path", "delivered-to", "received"])
+        self.assertIn(b"from ?a??b??c??x (", head)
+
+    def test_auth_in_capture_mode(self):
+        for script in ("C: AUTH PLAIN AGJvYkB4AHB3\nS: 235 2.7.0\nC: AUTH PLAIN AGJvYkB4AHB3\nS: 503",
+                       "C: auth plain\nS: 334\nC: AGJvYkB4AHB3\nS: 235", "C: AUTH LOGIN\nS: 334 VXNlcm5hbWU6\nC: Ym9iQHg=\n"
+                       "S: 334 UGFzc3dvcmQ6\nC: cHc=\nS: 235", "C: AUTH LOGIN Ym9iQHg=\nS: 334\nC: cHc=\nS: 235",
+                       "C: AUTH PLAIN\nS: 334\nC: *\nS: 501", "C: AUTH LOGIN\nS: 334\nC: Ym9i\nS: 334\nC: *\nS: 501",
+                       "C: AUTH LOGIN\nS: 334\nC: !!\nS: 501", "C: AUTH PLAIN\nS: 334\nC: %s\nS: 500" % ("A" * 13_000),
+                       "C: HELO x\nS: 250\nC: AUTH PLAIN AGEAYg==\nS: 503", "C: AUTH PLAIN =\nS: 501"):
+            with self.subTest(script):
+                self.session(script)
+        self.session("""\
+            C: AUTH PLAIN AGJvYkB4AHB3
+            S: 235
+            C: MAIL FROM:<a@x>
+            C: RCPT TO:<auth@x>
+            C: DATA
+            C: .
+            S: 250
+            S: 250
+            S: 354
+            S: 250
+            """)
+        self.assertIn(b" with ESMTPA id ", self.shared.wait_for("auth@x").read())
+
+    def test_replies_carry_enhanced_codes_and_the_id(self):
+        id = self.deliver(self.shared, b"x\r\n", "id@x")
+        self.assertIn(b"with UTF8SMTP id %s\r\n" % id.encode(), self.shared.wait_for("id@x").read())
+        self.assertEqual(self.shared.wait_for("id@x").id, id)
+
+    def test_a_real_error_of_the_disk(self):
+        node = self.node()
+        os.makedirs(os.path.join(node.data, "mail", "x"))
+        blocker = os.path.join(node.data, "mail", "x", "b")
+        open(blocker, "w").close()                  # a file where the mailbox should be
+        talk = self.talk(node.smtp_address)
+        script = "C: MAIL FROM:<a@x>\nC: RCPT TO:<c@x>\nC: RCPT TO:<b@x>\nC: DATA\nC: body\nC: .\nS: 250\nS: 250\nS: 250\nS: 354\nS: %s"
+        with self.assertLogs("minimail"):
+            self.dialog(talk, script % "451 4.3.0")
+        os.unlink(blocker)
+        self.assertNothingLeft(node.data)
+        self.dialog(talk, script % "250 2.0.0")
+
+    def test_a_full_disk(self):
+        node = self.node()
+        talk = self.talk(node.smtp_address)
+        with mock.patch.object(minimail, "write_all", side_effect=OSError(errno.ENOSPC, "full")), self.assertLogs("minimail"):
+            for content in ("body", "x" * 300_000):
+                self.dialog(talk, "C: MAIL FROM:<a@x>\nC: RCPT TO:<b@x>\nC: DATA\nC: %s\nC: .\nS: 250\nS: 250\nS: 354\nS: 452 4.3.1" % content)
+                self.assertNothingLeft(os.path.join(node.data, "mail"))
+        self.dialog(talk, "C: MAIL FROM:<a@x>\nC: RCPT TO:<b@x>\nC: DATA\nC: .\nS: 250\nS: 250\nS: 354\nS: 250 2.0.0")
+
+    def test_smtplib_agrees(self):
+        with smtplib.SMTP(*self.shared.smtp_address, timeout=PATIENCE) as client:
+            self.assertEqual(client.sendmail("a@x", ["lib@x", "lib2@x"], b"Subject: y\n\n.\n..\nend"), {})
+            self.assertEqual(client.verify("bob")[0], 252)
+            with self.assertRaises(smtplib.SMTPSenderRefused):
+                client.sendmail("not an address", ["lib@x"], b"")
+            self.assertEqual(client.rset()[0], 250)
+        self.assertEqual(body_of(self.shared.wait_for("lib@x").read()), b"Subject: y\r\n\r\n.\r\n..\r\nend\r\n")
+
+
+SAMPLES = {
+    "empty": b"", "empty line": b"\r\n", "no headers": b"\r\nbody\r\n", "no body": b"Subject: x\r\n\r\n", "one dot": b".\r\n",
+    "dots": b".\r\n..\r\n...\r\n. \r\n.a\r\n", "no final newline": b"Subject: x\r\n\r\nend", "NUL": b"A: \0\r\n\r\n\0\0\r\n",
+    "8-bit": bytes(range(128, 256)) + b"\r\n", "ISO-2022-JP": "Subject: x\r\n\r\n\u30c6\u30b9\u30c8\r\n".encode("iso2022_jp"),
+    "long line": b"x" * 100_000 + b"\r\n", "long line, no end": b"." + b"y" * 300_000, "many dots": b"." * 70_000 + b"\r\n.\r\n",
+    "only newlines": b"\r\n" * 1000, "looks like the end": b"a\r\n.\r\n.\r\nQUIT\r\n",
+    "block edges": b"".join(b"x" * (n - 4) + b"\r\n.a\r\n" for n in (1 << 16, 1 << 16, 1 << 17, (1 << 18) - 1, 1 << 18)),
+    "lines of dots across blocks": (b".\r\n" + b"z" * 60 + b"\r\n") * 10_000,
+}
+
+
+class EveryByte(Case):
+    """What POP3 hands out is byte for byte what was sent, below the trace headers."""
+
+    def check(self, node, name):
+        content = SAMPLES[name]
+        expected = content if content.endswith(b"\r\n") or not content else content + b"\r\n"
+        with Talk(node.pop3_address) as talk:
+            for command in ("", "USER %s@x" % name.replace(" ", "_").replace(",", ""), "PASS x"):
+                answer = talk.ask(command) if command else talk.reply()
+                self.assertTrue(answer.startswith("+OK"), answer)
+            size = int(talk.ask("LIST 1").split()[2])
+            message = talk.listing("RETR 1")
+            self.assertEqual(size, len(message))
+            self.assertEqual(talk.listing("TOP 1 1000000"), message)
+            self.assertEqual(talk.ask("DELE 1"), talk.ask("DELE 1") and "+OK gone at QUIT")
+            talk.ask("QUIT")
+        self.assertTrue(message.startswith(b"Return-Path: <"))
+        trace = re.match(rb"(?:.*\r\n)*?Received: .*\r\n(?:\t.*\r\n)*", message).group()
+        self.assertTrue(message[len(trace):] == expected, "%s: %r..." % (name, message[len(trace):][:100]))
+
+    def run_all(self, send):
+        node = self.node()
+        for name, content in SAMPLES.items():
+            with self.subTest(name):
+                talk = self.talk(node.smtp_address)
+                self.dialog(talk, "C: MAIL FROM:<a@x> BODY=8BITMIME\nC: RCPT TO:<%s@x>\nS: 250\nS: 250"
+                            % name.replace(" ", "_").replace(",", ""))
+                send(talk, content)
+                self.check(node, name)
+                talk.close()
+
+    def test_data(self):
+        def send(talk, content):
+            self.dialog(talk, "C: DATA\nS: 354")
+            end = b".\r\n" if content.endswith(b"\r\n") or not content else b"\r\n.\r\n"
+            self.assertTrue(talk.send(stuff_slowly(content) + end).reply().startswith("250 2.0.0"))
+        self.run_all(send)
+
+    def test_bdat(self):
+        chance = random.Random(3)
+
+        def send(talk, content):
+            while content:
+                size = chance.randint(1, 100_000)
+                talk.send(b"BDAT %d\r\n" % len(content[:size]) + content[:size])
+                content = content[size:]
+                self.assertTrue(talk.reply().startswith("250 2.0.0"))
+            self.assertTrue(talk.ask("BDAT 0 LAST").startswith("250 2.0.0"))
+        self.run_all(send)
+
+    def test_smuggling(self):
+        """Whatever looks like an end to other servers is content here, and what follows it no command."""
+        node = self.node()
+        for i, attempt in enumerate(SMUGGLING):
+            talk = self.talk(node.smtp_address)
+            self.dialog(talk, "C: MAIL FROM:<a@x>\nC: RCPT TO:<s%d@x>\nC: DATA\nS: 250\nS: 250\nS: 354" % i)
+            talk.send(attempt)
+            talk.send(b"\r\n.\r\nQUIT\r\n")
+            self.assertEqual([talk.reply()[:3] for _ in range(3)], ["250", "221", "clo"])
+            self.assertEqual(body_of(node.wait_for("s%d@x" % i).read()), decode_slowly(attempt + b"\r\n.\r\n")[0])
+        self.assertEqual(len(node.messages()), len(SMUGGLING))
+
+
+class NodeMode(Case):
+    """Who may send what to whom where mail is kept for some domains only."""
+
+    def start(self, **options):
+        data = self.directory()
+        with mock.patch.object(minimail, "SCRYPT", dict(n=16, r=1, p=1)):
+            with open(os.path.join(data, "users"), "w") as file:
+                file.write("bob@example.org:%s\neve@example.org:%s\n" % (minimail.hash_password("bobs"), minimail.hash_password("eves")))
+        with open(os.path.join(data, "aliases"), "w") as file:
+            file.write("sales@example.org: bob@example.org\n")
+        node = self.node(data=data, domain="example.org", **options)
+        node.site.throttle.sleep = lambda seconds: None
+        return node
+
+    @staticmethod
+    def plain(name, password):
+        return base64.b64encode(("\0%s\0%s" % (name, password)).encode()).decode()
+
+    def test_recipients(self):
+        node = self.start(trust="off")
+        self.dialog(self.talk(node.smtp_address), """\
+            C: MAIL FROM:<>
+            S: 250
+            C: RCPT TO:<bob@example.org>
+            S: 250 2.1.5
+            C: RCPT TO:<Bob+list@Example.ORG>
+            S: 250 2.1.5
+            C: RCPT TO:<bob@[127.0.0.1]>
+            S: 250
+            C: RCPT TO:<nobody@example.org>
+            S: 550 5.1.1
+            C: RCPT TO:<postmaster>
+            S: 250
+            C: RCPT TO:<bob@elsewhere.example>
+            S: 550 5.7.1
+            C: RCPT TO:<@example.org:bob@elsewhere.example>
+            S: 550 5.7.1
+            C: RCPT TO:<"bob@elsewhere.example"@example.org>
+            S: 550 5.1.1
+            C: RCPT TO:<bob%elsewhere.example@example.org>
+            S: 550 5.1.1
+            C: DATA
+            S: 354
+            C: hello
+            C: .
+            S: 250 2.0.0
+            """)
+        self.assertEqual([message.recipient for message in node.messages()], ["bob@example.org", "postmaster@example.org"])
+
+    def test_log_in_to_relay(self):
+        node = self.start(trust="off")
+        self.dialog(self.talk(node.smtp_address), """\
+            C: AUTH PLAIN %s
+            S: 535 5.7.8
+            C: AUTH PLAIN %s
+            S: 535 5.7.8
+            C: AUTH PLAIN %s
+            S: 501
+            C: MAIL FROM:<bob@example.org>
+            S: 250
+            C: RCPT TO:<you@elsewhere.example>
+            S: 550 5.7.1
+            C: RSET
+            S: 250
+            C: AUTH PLAIN %s
+            S: 235 2.7.0
+            C: MAIL FROM:<eve@example.org>
+            S: 553 5.7.1
+            C: MAIL FROM:<bob@elsewhere.example>
+            S: 553 5.7.1
+            C: MAIL FROM:<sales@example.org>
+            S: 250
+            C: RCPT TO:<you@elsewhere.example>
+            S: 250
+            C: RSET
+            S: 250
+            C: MAIL FROM:<BOB+x@example.org>
+            S: 250
+            """ % (self.plain("bob@example.org", "eves"), self.plain("bob", "bobs"),
+                   base64.b64encode(b"eve@example.org\0bob@example.org\0bobs").decode(), self.plain("Bob@example.org", "bobs")))
+
+    def test_trust_and_relay_to(self):
+        node = self.start(relay_to=["friend.example", ".below.example"])
+        self.dialog(self.talk(node.smtp_address), "C: MAIL FROM:<a@x>\nS: 250\n" + "".join(
+            "C: RCPT TO:<u@%s>\nS: %s\n" % pair for pair in (("friend.example", "250"), ("x.Below.example", "250"), (
+                "below.example", "550 5.7.1"), ("x.friend.example", "550 5.7.1"), ("elsewhere.example", "550 5.7.1"))))
+        self.assertTrue(Case.talk(self, self.start(trust="192.0.2.0/24").smtp_address).ask("MAIL FROM:<a@x>").startswith("250"))
+
+    def test_wrong_passwords_cut_off(self):
+        node = self.start()
+        for _ in range(2):
+            talk = self.talk(node.smtp_address)
+            for _ in range(5):
+                self.assertTrue(talk.ask("AUTH PLAIN " + self.plain("bob@example.org", "guess")).startswith("535"))
+        self.dialog(self.talk(node.smtp_address), "C: AUTH PLAIN %s\nS: 421 4.7.0\nS: closed" % self.plain("bob@example.org", "bobs"))
+        self.dialog(node.pop3_address, "S: +OK\nC: USER bob@example.org\nS: -ERR [AUTH]\nS: closed")
+
+    def test_no_password_in_clear_from_afar(self):
+        node = self.start()
+        with mock.patch.object(minimail, "is_loopback", lambda host: False):
+            talk = self.talk(node.smtp_address, hello=False)
+            talk.reply()
+            self.assertNotIn("AUTH", talk.ask("EHLO x"))
+            self.dialog(talk, "C: AUTH PLAIN %s\nS: 538 5.7.11" % self.plain("bob@example.org", "bobs"))
+            pop = self.dialog(node.pop3_address, "S: +OK\nC: USER bob@example.org\nS: -ERR [AUTH]\nC: AUTH PLAIN %s\nS: -ERR [AUTH]"
+                              % self.plain("bob@example.org", "bobs"))
+            capabilities = pop.listing("CAPA")
+            self.assertFalse(b"USER" in capabilities or b"SASL" in capabilities)
+
+    def test_pop3_log_in(self):
+        node = self.start()
+        self.deliver(node, b"x\r\n", "bob+x@example.org", "eve@example.org")
+        self.dialog(node.pop3_address, """\
+            S: +OK
+            C: USER bob@example.org
+            S: +OK
+            C: PASS eves
+            S: -ERR [AUTH]
+            C: USER nobody@example.org
+            S: +OK
+            C: PASS x
+            S: -ERR [AUTH]
+            C: AUTH PLAIN %s
+            S: +OK
+            C: STAT
+            S: +OK 1
+            """ % self.plain("bob@example.org", "bobs"))
+
+    def test_a_new_account_may_log_in_at_once(self):
+        node = self.start()
+        self.assertEqual(run_main("--data", node.data, "user", "add", "New@example.org", "--password-stdin", stdin="pw\n")[0], 0)
+        self.eventually(lambda: node.stores.accounts.names().get("new@example.org"))
+        self.dialog(node.pop3_address, "S: +OK\nC: USER new@example.org\nS: +OK\nC: PASS pw\nS: +OK 0")
+
+
+@unittest.skipUnless(ssl, "this Python has no ssl")
+class TLS(Case):
+    def start(self, **options):
+        self.pem = self.file("cert.pem", CERTIFICATE)
+        return self.node(tls_cert=self.pem, smtps="127.0.0.1:0", pop3s="127.0.0.1:0", **options)
+
+    def tls_talk(self, address):
+        talk = Talk(address)
+        self.addCleanup(talk.close)
+        return talk.start_tls()
+
+    def test_starttls(self):
+        node = self.start()
+        talk = self.talk(node.smtp_address, hello=False)
+        talk.reply()
+        self.assertIn("250-STARTTLS", talk.ask("EHLO x").split("\n"))
+        self.dialog(talk, "C: STARTTLS now\nS: 501\nC: MAIL FROM:<a@x>\nS: 250\nC: STARTTLS\nS: 220")
+        talk.start_tls()
+        self.dialog(talk, "C: RCPT TO:<b@x>\nS: 503\nC: MAIL FROM:<a@x>\nS: 503")    # all is forgotten, the name too
+        words = talk.ask("EHLO x")
+        self.assertNotIn("STARTTLS", words)
+        self.assertIn("AUTH PLAIN LOGIN", words)
+        self.dialog(talk, "C: STARTTLS\nS: 503\nC: MAIL FROM:<a@x>\nC: RCPT TO:<b@x>\nC: DATA\nC: x\nC: .\nS: 250\nS: 250\nS: 354\nS: 250")
+        self.assertIn(b" with ESMTPS id ", node.wait_for("b@x").read())
+        self.dialog(talk, "C: AUTH PLAIN AGJvYkB4AHB3\nS: 235\nC: QUIT\nS: 221\nS: closed")
+
+    def test_what_comes_before_the_handshake_is_thrown_away(self):
+        node = self.start()
+        talk = self.talk(node.smtp_address)
+        talk.send(b"STARTTLS\r\nEHLO evil\r\nMAIL FROM:<evil@x>\r\nRCPT TO:<evil@x>\r\n")
+        self.assertTrue(talk.reply().startswith("220"))
+        talk.start_tls()
+        self.dialog(talk, "C: NOOP\nS: 250 2.0.0 ok\nC: RCPT TO:<b@x>\nS: 503\nC: EHLO x\nS: 250\nC: RCPT TO:<b@x>\nS: 503")
+        pop = self.talk(node.pop3_address, hello=False)
+        pop.reply()
+        pop.send(b"STLS\r\nUSER evil@x\r\nPASS x\r\n")
+        self.assertEqual(pop.reply(), "+OK go ahead")
+        pop.start_tls()
+        self.dialog(pop, "C: STAT\nS: -ERR\nC: PASS x\nS: -ERR")
+
+    def test_tls_from_the_first_byte_and_witnesses(self):
+        node = self.start()
+        context = ssl._create_unverified_context()
+        with smtplib.SMTP_SSL(*node.smtps_address, timeout=PATIENCE, context=context) as client:
+            client.login("bob@x", "pw")
+            client.sendmail("a@x", ["b@x"], b"Subject: x\r\n\r\n" + b"y" * 300_000)
+        with smtplib.SMTP(*node.smtp_address, timeout=PATIENCE) as client:
+            client.starttls(context=context)
+            client.sendmail("a@x", ["b@x"], b"Subject: z\r\n\r\n")
+        self.assertIn(b" with ESMTPSA id ", node.wait_for("b@x").read())
+        for pop in (poplib.POP3_SSL(*node.pop3s_address, timeout=PATIENCE, context=context),
+                    poplib.POP3(*node.pop3_address, timeout=PATIENCE)):
+            with contextlib.closing(pop):
+                if not isinstance(pop, poplib.POP3_SSL):
+                    pop.stls(context=context)
+                pop.user("b@x")
+                pop.pass_("x")
+                self.assertEqual(pop.stat()[0], 2)
+                self.assertEqual(pop.retr(1)[2], pop.list(1) and node.messages("b@x")[0].size)
+                pop.quit()
+
+    def test_pipelining_inside_tls(self):
+        """What the TLS layer holds decrypted must not wait for more bytes on the socket."""
+        node = self.start()
+        talk = self.tls_talk(node.smtps_address)
+        self.dialog(talk, "S: 220\nC: EHLO x\nS: 250\n" + "C: NOOP\n" * 2000 + "S: 250 2.0.0 ok\n" * 2000)
+
+    def test_handshakes_that_do_not_come(self):
+        node = self.start(timeout=0.5)
+        silent = [self.talk(node.smtps_address, hello=False) for _ in range(10)]
+        noise = self.talk(node.smtps_address, hello=False)
+        noise.send("EHLO not tls\r\n")
+        self.dialog(self.tls_talk(node.smtps_address), "S: 220")
+        for talk in silent + [noise]:
+            while talk.line() != "closed":
+                pass
+        self.eventually(lambda: not node.site.sessions)
+
+    def test_old_versions(self):
+        node = self.start()
+        context = node.site.certificates.context()
+        self.assertGreaterEqual(context.minimum_version, ssl.TLSVersion.TLSv1_2)
+
+    def test_certificates_are_read_again(self):
+        node = self.start()
+        certificates = node.site.certificates
+        first = certificates.context()
+        self.assertIs(certificates.context(), first)
+        with open(self.pem, "wb") as file:
+            file.write(b"rubbish")
+        with self.assertLogs("minimail"):
+            self.assertIs(certificates.context(), first, "the last good one")
+        with open(self.pem, "wb") as file:
+            file.write(CERTIFICATE + b"\n")
+        self.assertIsNot(certificates.context(), first)
+        self.dialog(self.tls_talk(node.smtps_address), "S: 220")
+
+    def test_needed(self):
+        for options in (dict(smtps="127.0.0.1:0"), dict(pop3s="127.0.0.1:0"), dict(tls_cert="/no/such.pem")):
+            self.assertRaises(OSError, minimail.Node(smtp="127.0.0.1:0", pop3="off", **options).start)
+
+
 
 if __name__ == "__main__":
     unittest.main()
