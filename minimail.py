@@ -640,7 +640,7 @@ def split_headers(content: bytes) -> Tuple[List[Tuple[str, bytes]], bytes]:
     if content.startswith(b"\r\n"):
         head, body = b"", content[2:]
     fields: List[Tuple[str, bytes]] = []
-    for line in (head + b"\r\n").splitlines(keepends=True) if head else []:
+    for line in (head + blank[:2]).splitlines(keepends=True):
         if line[:1] in (b" ", b"\t") and fields:
             fields[-1] = (fields[-1][0], fields[-1][1] + line)
         else:
@@ -674,6 +674,7 @@ class LineTooLong(Exception):
 
 EPOLL = hasattr(select, "epoll")                            # elsewhere each session has its thread
 END_OF_DATA = b"\r\n.\r\n"
+UNDECIDED = (b"\r\n.\r", b"\r\n.", b"\r\n", b"\r", b"\n.", b"\n")     # what a block may end with and say nothing yet
 LEADING_DOT = re.compile(rb"\n(?=\.)")                      # memchr finds the newlines: twice as fast as find(b"\n.")
 BARE_NEWLINE = re.compile(rb"\r\n|\r|\n")
 
@@ -711,12 +712,8 @@ class Content:
             data += b"\r\n"
             self.held = b""
         elif self.dots:
-            self.held = b""
-            for size in (4, 3, 2, 1):
-                if data.endswith(END_OF_DATA[:size]):
-                    self.held = END_OF_DATA[:size]
-                    data = data[:-size]
-                    break
+            self.held = next((tail for tail in UNDECIDED if data.endswith(tail)), b"")
+            data = data[:-len(self.held)] if self.held else data
         else:
             self.held = b"\r" if data.endswith(b"\r") else b""
             data = data[:-1] if self.held else data
@@ -727,6 +724,8 @@ class Content:
             data, self.skip = data[self.skip:], 0
         if has_bare_newline(data):
             self.bare = True
+            if self.dots:                           # whoever takes a bare LF for a line end doubles dots there, too
+                data = re.sub(rb"(?<!\r)\n\.\.", b"\n.", data)
             data = BARE_NEWLINE.sub(b"\r\n", data)
         return data
 
@@ -1321,7 +1320,8 @@ class Draft:
     def complete(self) -> int:
         """Write what is left, ended by a line end, and return the fd: what is in it is not on disk yet. OSError."""
         if not self.ends_with_newline:
-            self.write(b"\r\n")
+            self.ends_with_newline = True
+            self._buffer.append(b"\r\n")           # ours: does not count against the limit
         if self.error is None and self._buffer:
             self._flush()
         if self.error:
@@ -1364,10 +1364,10 @@ class Reloaded:
     def _complain(self, number: int, reason: str) -> None:
         log.warning("%s line %d: %s", self.path, number, reason)
 
-    def get(self) -> Any:
+    def get(self, fresh: bool = False) -> Any:
         """Return the parsed value; the last good one when the file cannot be read."""
         now = time.monotonic()
-        if now - self._checked < self.PAUSE:
+        if now - self._checked < self.PAUSE and not fresh:
             return self._value
         self._checked = now
         try:
@@ -1525,7 +1525,8 @@ class Mailboxes:
         """Return a mailbox's messages, oldest first, from the file names alone; empty when there is no such mailbox."""
         try:
             path = self.path(mailbox)
-            stamp = tuple(os.stat(os.path.join(path, place)).st_mtime_ns for place in ("new", "cur"))
+            stats = [os.stat(os.path.join(path, place)) for place in ("new", "cur")]
+            stamp = [(stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino) for stat in stats]
         except (OSError, Refused):
             return []
         with self._listing_lock:
@@ -1545,7 +1546,7 @@ class Mailboxes:
                     if item:
                         items[item.uid] = item
         listing = sorted(items.values(), key=lambda item: item.name)
-        if time.time_ns() - max(stamp) > 2_000_000_000:     # within a clock tick a change might not show in the stamp
+        if time.time_ns() - max(stamp)[0] > 2_000_000_000:  # within a clock tick a change might not show in the stamp
             with self._listing_lock:
                 self._listings[path] = (stamp, listing)
                 while len(self._listings) > 1 and sum(len(old[1]) for old in self._listings.values()) > 250_000:
@@ -1614,7 +1615,7 @@ class Mailboxes:
         path = os.path.join(self.path(mailbox), "minimail.lock")
         try:
             fd = os.open(path, os.O_CREAT | os.O_RDWR | O_EXTRA, 0o600)
-        except OSError:                             # disk full or read-only: mail can be read, and perhaps removed, all the same
+        except OSError:                             # disk full or read-only: mail can be read all the same
             fd = os.open(self.path(mailbox), os.O_RDONLY | O_EXTRA)
         if lock_file(fd):
             return fd
@@ -1806,8 +1807,8 @@ class Accounts:
         self._known: Dict[bytes, str] = {}          # passwords that fitted, as keyed hashes, so that polling is cheap
         self._secret = secrets.token_bytes(32)
 
-    def names(self) -> Dict[str, str]:
-        users: Dict[str, str] = self.file.get()
+    def names(self, fresh: bool = False) -> Dict[str, str]:
+        users: Dict[str, str] = self.file.get(fresh)
         return users
 
     def verify(self, name: str, password: str) -> Optional[str]:
@@ -1841,7 +1842,7 @@ class Accounts:
         fd = os.open(path + ".lock", os.O_CREAT | os.O_RDWR | O_EXTRA, 0o600)
         try:
             lock_file(fd, wait=True)
-            before = dict(self.names())
+            before = dict(self.names(fresh=True))
             after = dict(before)
             edit(after)
             lines = []
@@ -1929,7 +1930,8 @@ class AddressBook:
                 found.remote.append(address)
         elif self.capture:
             key = self.key(address)
-            encode_name(address.local), encode_name(address.domain)     # Refused when too long
+            for part in key.rpartition("@")[::2]:
+                encode_name(part)                   # Refused when too long
             found.mailboxes.append(key)
         else:
             self._expand_local(self.key(address), found, above)
@@ -3812,7 +3814,8 @@ class Relay:
                 self.queue.finish(entry)
         except OSError as error:
             log.error("queue entry %s cannot be recorded, later once more: %s", entry.id, error)
-            self._unsettled.append(entry)
+            with self._wakeup:
+                self._unsettled.append(entry)
             self._look_at(self.clock() + 5.0)
             return
         self.queue.release(entry)
@@ -4776,7 +4779,7 @@ class SMTPSession(Session):
         if not name or not name.isprintable() or not name.isascii() or " " in name or len(name) > 255:
             raise Refused(501, "5.5.4", "say your host name: EHLO host.example")
         self.raise_fault("helo", name)
-        self.transaction = None
+        self.drop_transaction()
         self.helo, self.esmtp = re.sub(r"[^A-Za-z0-9.:_\[\]-]", "?", name), esmtp
 
     def do_STARTTLS(self, argument: str) -> Optional[Reply]:
@@ -4787,7 +4790,8 @@ class SMTPSession(Session):
             raise Refused(503, "5.5.1", "TLS is on already" if self.wire.tls else "no TLS here")
         self.wire.send(Reply(220, "2.0.0", "go ahead").encode())
         self.start_tls()
-        self.helo, self.esmtp, self.user, self.transaction = "", False, None, None     # section 4.2: forget everything
+        self.drop_transaction()
+        self.helo, self.esmtp, self.user = "", False, None      # section 4.2: forget everything
         if self.tape:
             self.tape.restart()
         return None                                 # the next word is the client's
@@ -5017,7 +5021,12 @@ class SMTPSession(Session):
         if EPOLL:
             self.site.committer.add(parcel, self.committed)
             raise Suspended
-        self.site.post.commit(parcel)
+        try:
+            self.site.post.commit(parcel)
+        except Refused:
+            if self.site.recorder:
+                self.site.recorder.forget(parcel.draft.id)
+            raise
         return self.answer(parcel)
 
     def answer(self, parcel: Parcel) -> Reply:
@@ -5031,6 +5040,8 @@ class SMTPSession(Session):
         """Answer for a message that another session's thread committed. Must not wait, so nothing but the reply here."""
         parcel = self.delivered
         assert parcel
+        if refused and self.site.recorder:
+            self.site.recorder.forget(parcel.draft.id)
         self.say(self.count_errors(refused.reply if refused else self.answer(parcel)))
         sent = self.wire.send_some()
         if refused:
@@ -5818,10 +5829,11 @@ def lint(envelope: Envelope, content: Content, draft: Draft, head: bytes, longes
 class Recorder:
     """DATA/sessions: a file for each message with its envelope, the conversation and what was wrong with it."""
 
-    def __init__(self, storage: Storage) -> None:
-        self.storage = storage
-        self.root = os.path.join(storage.root, "sessions")
-        storage.make_directory(self.root)
+    def __init__(self, mailboxes: Mailboxes) -> None:
+        self.mailboxes = mailboxes
+        self.storage = mailboxes.storage
+        self.root = os.path.join(self.storage.root, "sessions")
+        self.storage.make_directory(self.root)
 
     def tape(self, session: SMTPSession) -> Tape:
         return Tape(self, session)
@@ -5852,11 +5864,12 @@ class Recorder:
             os.unlink(self.path(id))
 
     def sweep(self) -> None:
-        """Nothing refers to these files but their messages: remove those of messages removed by other programs."""
+        """Remove the records of messages that other programs removed."""
+        known = {message_id(item) for name in self.mailboxes.names() for item in self.mailboxes.listing(name)}
         for name in list_directory(self.root):
             path = os.path.join(self.root, name)
             with contextlib.suppress(OSError):
-                if name.endswith(".tmp") and time.time() - os.stat(path).st_mtime > 60:
+                if name[:-5] not in known and time.time() - os.stat(path).st_mtime > 3600:      # not one just coming in
                     os.unlink(path)
 
 
@@ -6674,7 +6687,7 @@ def equip(site: Site, node: Node) -> None:
     """Give a site what this section has to offer, as far as its options ask for it."""
     config = site.config
     if config.transcripts or (config.transcripts is None and config.capture):
-        site.recorder = Recorder(site.mailboxes.storage)
+        site.recorder = Recorder(site.mailboxes)
         site.mailboxes.forget = site.recorder.forget
     site.faults = Faults(Fault(rule.text) for rule in config.fault)
     if config.web:
@@ -6698,7 +6711,7 @@ def wait_command(config: Config, arguments: List[str]) -> int:
         raise UsageError("wait: %s" % error) from None
     query = Query(**{"from": given.sender, "subject": given.subject, "text": given.text})
     stores = open_stores(config)
-    inbox = Inbox(types.SimpleNamespace(recorder=Recorder(stores.storage), mailboxes=stores.mailboxes))
+    inbox = Inbox(types.SimpleNamespace(recorder=Recorder(stores.mailboxes), mailboxes=stores.mailboxes))
     seen: Set[Tuple[str, str]] = set()
     try:
         with stores.storage.waker("mail") as sock:
@@ -7426,6 +7439,8 @@ def read_config(given: Dict[str, Any], environ: Any, remember: bool = False) -> 
             except (ValueError, KeyError, AttributeError) as error:
                 raise CannotRun("%s: cannot be read: %s" % (path, error)) from None
     config = Config(**values)
+    if config.workers > 64:
+        raise UsageError("--workers: %d is more than 64" % config.workers)
     if config.tls_key and not config.tls_cert:
         raise UsageError("--tls-key: needs --tls-cert FILE")
     if (config.smtps or config.pop3s) and not config.tls_cert:
@@ -7706,9 +7721,13 @@ class Workers:
             return 0
 
     def fork(self, number: int) -> None:
+        import signal
         sys.stdout.flush()
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+        hold_signals()                              # the child's begin to count in wait_for_signal()
         pid = os.fork()
         if pid:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
             self.children[pid] = (number, time.monotonic())
             return
         status = 1
@@ -7726,7 +7745,6 @@ class Workers:
     def work(self, number: int) -> int:
         """Be a worker: serve until told to stop, or the parent is gone."""
         import signal
-        hold_signals()
         os.close(self.leash)
         self.connections.owner = number
         self.node._connections = self.connections

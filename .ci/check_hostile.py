@@ -757,8 +757,9 @@ class Exposure(Case):
         """Nobody else on the machine reads the mail, whatever the umask."""
         for umask in ("000", "022", "777"):
             wrapper = ("sh", "-c", 'umask %s && exec "$@"' % umask, "sh")
-            with self.subTest(umask), Node("--domain", "a.test", "--transcripts", "on", wrapper=wrapper,
-                                           before=with_accounts(BOB)) as node:
+            with self.subTest(umask), Node(
+                    "--domain", "a.test", "--transcripts", "on", "--route", "far.test=smtp://127.0.0.1:1", wrapper=wrapper,
+                    before=with_accounts(BOB)) as node:
                 lab.run([*wrapper, *lab.Node.command(node, "user", "add", ANN, "--password-stdin")], b"secret\n")
                 self.deliver(node)
                 with Raw(node.pop3) as client:
@@ -1489,9 +1490,10 @@ class Conversation:
 
     def hold(self):
         dice = self.dice
-        client = Raw(getattr(self.node, self.name), tls=self.name.endswith("s"), seconds=3, greeted=dice.random() < 0.7)
+        greeted = dice.random() < 0.7
+        client = Raw(getattr(self.node, self.name), tls=self.name.endswith("s"), seconds=3, greeted=greeted)
         with client:
-            if not self.name.endswith("s") and dice.random() < 0.1:
+            if greeted and not self.name.endswith("s") and dice.random() < 0.1:
                 client.ask(*(("EHLO x", "STARTTLS") if self.name == "smtp" else ("STLS",)))
                 client.start_tls()
             self.send(client, self.script())

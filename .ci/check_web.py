@@ -617,7 +617,8 @@ class Appearance(InboxCase):
 WELCOME = """<body style="font-family:sans-serif;margin:2em;color:#223"><h1 style="color:#1f686c">Welcome, Bob!</h1>
 <p>Thank you for signing up. One click and you are done:</p>
 <p><a href="https://shop.example/confirm?token=5f2c" style="background:#1f686c;color:white;padding:.7em 1.2em;
-border-radius:6px;text-decoration:none;display:inline-block">Confirm my address</a></p><p style="color:#667">It works for one day.</p></body>"""
+border-radius:6px;text-decoration:none;display:inline-block">Confirm my address</a></p>
+<p style="color:#667">The link works for one day.</p></body>"""
 
 CONTRAST = """
 const canvas = new OffscreenCanvas(1, 1).getContext("2d", {willReadFrequently: true});

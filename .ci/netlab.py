@@ -180,7 +180,7 @@ ZONES = {
     "dead.test": "@ MX 10 closed\nclosed A " + CLOSED,
     "hole.test": "@ MX 10 silent\nsilent A " + SILENT,
 }
-IN_TEST = "ns A %s\ncname CNAME postfix.test.\nservfail NS ns.servfail\nns.servfail A %s\n" % (AUTHORITY, AUTHORITY)
+IN_TEST = "ns A %s\ncname CNAME postfix.test.\nservfail NS nowhere.nosuch.test.\n" % AUTHORITY
 ZONE_HEAD = "$ORIGIN %s\n$TTL 300\n@ SOA ns.test. root.ns.test. 1 3600 900 604800 60\n@ NS ns.test.\n"
 
 
