@@ -15,7 +15,7 @@ How mail travels, and the section that does each step:
                                                    |
                                                    +--> 9 queue --> 12 relay --> 8 DNS --> 11 client --SMTP--> elsewhere
 
-Map: 1 head, 2 limits, replies, options, 3 addresses and headers, 4 wire, 5 durable files, 6 mailboxes and accounts,
+Map: 1 head, 2 limits and replies, 3 addresses, headers, options, 4 wire, 5 durable files, 6 mailboxes and accounts,
 7 delivery, 8 DNS, 9 queue, 10 bounces, 11 SMTP client, 12 relay, 13 sessions and listeners, 14 SMTP, 15 POP3,
 16 node, 17 web inbox, 18 command line. A section uses only names printed above it. Sections 8 to 12 (together), 15
 and 17 may be deleted: what is left runs without them. Protocol decisions (3, parts of 4 and 8, 10) are pure functions.
@@ -83,7 +83,7 @@ log.addHandler(logging.NullHandler())               # the library prints nothing
 
 
 # ======================================================================================================================
-# 2  Limits, replies, options.  Values with names; knows nothing of sockets and files.
+# 2  Limits, replies, the registry.  Values with names; knows nothing of sockets and files.
 # ======================================================================================================================
 
 MAX_RECIPIENTS = 1000               # in one transaction (RFC 5321 section 4.5.3.1.8 asks for at least 100)
@@ -106,6 +106,7 @@ MAX_HTTP_BODY = 1 << 26             # bytes in a request to the JSON API
 MIN_RATE = 1024                     # bytes/s below which a message transfer runs into the command's deadline
 BLOCK = 1 << 16                     # bytes read from a socket at once, and ...
 BIG_BLOCK = 1 << 18                 # ... while content flows
+TURN = 100                          # commands a session may have answered before others have their turn
 LINGER = 0.01                       # seconds a thread waits for the next command before it looks elsewhere
 WORK_THREADS = 1                    # that carry sessions: Python runs one at a time anyway; who waits does not count
 STALE_DRAFT = 36 * 3600             # seconds after which a foreign file in tmp/ is rubbish (maildir(5))
@@ -159,6 +160,275 @@ def optional_section(name: str) -> Any:
     if name not in REGISTRY:
         raise CannotRun("this copy of minimail has no %s section" % name)
     return REGISTRY[name]
+
+
+def event(_name: str, **fields: Any) -> None:
+    """Log one event as one line; the handler that main() sets writes it as text or JSON."""
+    if log.isEnabledFor(logging.INFO):
+        log.info(_name, extra={"fields": fields})
+
+
+def printable(text: Union[str, bytes], limit: int = 500) -> str:
+    """Return text from outside with control characters, separators and lone surrogates escaped, for logs and replies."""
+    if isinstance(text, bytes):
+        text = text.decode("utf-8", "backslashreplace")
+    if not text.isprintable():
+        text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return text if len(text) <= limit else text[:limit] + "..."
+
+
+# ======================================================================================================================
+# 3  Addresses, envelopes, headers, options.  Pure: text in, values out; knows no socket, no file, no clock.
+# ======================================================================================================================
+
+class Address(NamedTuple):
+    """A parsed address; `local` is without quotes, `domain` "" only for the bare postmaster of RFC 5321 section 4.1.1.3."""
+    local: str
+    domain: str
+
+    def __str__(self) -> str:
+        """Return local@domain, the local part quoted where RFC 5321 section 4.1.2 wants it."""
+        local = self.local
+        if not DOT_STRING.fullmatch(local):
+            local = '"%s"' % re.sub(r'([\\"])', r"\\\1", local)
+        return local + "@" + self.domain if self.domain else local
+
+    @property
+    def key(self) -> str:
+        """The text by which addresses are compared and mailboxes named."""
+        return lower(self.local) + "@" + lower(self.domain) if self.domain else lower(self.local)
+
+
+ATOM = r"[A-Za-z0-9!#$%&'*+/=?^_`{|}~\-\u0080-\U0010ffff]+"
+DOT_STRING = re.compile(r"%s(?:\.%s)*" % (ATOM, ATOM))
+QUOTED = re.compile(r'"(?:[^"\\\x00-\x1f\x7f]|\\[\x20-\x7e])*"')
+LABEL = r"[A-Za-z0-9_\u0080-\U0010ffff](?:[A-Za-z0-9_\-\u0080-\U0010ffff]*[A-Za-z0-9_\u0080-\U0010ffff])?"
+DOMAIN = re.compile(r"%s(?:\.%s)*" % (LABEL, LABEL))
+SOURCE_ROUTE = re.compile(r"@[^,:@<>\s]+(?:,@[^,:@<>\s]+)*:")
+BAD_SYNTAX = Reply(501, "5.1.3", "bad address syntax")
+
+
+def lower(text: str) -> str:
+    """Return text in lower case, but never turn a look-alike (the Kelvin sign) into an ASCII letter."""
+    if text.isascii():
+        return text.lower()
+    return "".join(c.lower() if c.isascii() or not c.lower()[0].isascii() else c for c in text)
+
+
+def is_domain(text: str) -> bool:
+    return bool(DOMAIN.fullmatch(text)) and len(text) <= 255 and all(len(label) <= 63 for label in text.split("."))
+
+
+@functools.lru_cache(maxsize=1000)
+def ascii_domain(domain: str) -> str:
+    """Return a domain in lower case as A-labels, as DNS and peers without SMTPUTF8 take it (RFC 5891); ValueError."""
+    domain = domain.rstrip(".")
+    return domain.lower() if domain.isascii() else ".".join(map(a_label, domain.split(".")))
+
+
+def a_label(label: str) -> str:
+    """Return one label of a domain in ASCII; ValueError. The letters that IDNA 2003 would turn into others stay themselves."""
+    if label.isascii():
+        return label.lower()
+    try:
+        if re.search("[\u00df\u03c2\u200c\u200d]", label):
+            import unicodedata
+            ascii_label = "xn--" + unicodedata.normalize("NFC", label.lower()).encode("punycode").decode("ascii")
+        else:
+            ascii_label = label.encode("idna").decode("ascii")
+    except UnicodeError as error:
+        raise ValueError("%s has no ASCII form: %s" % (printable(label, 70), error)) from None
+    if not re.fullmatch(r"[a-z0-9_-]{1,63}", ascii_label):
+        raise ValueError("%s has no ASCII form" % printable(label, 70))
+    return ascii_label
+
+
+def domain_literal(domain: str) -> Optional[str]:
+    """Return the IP address in `[192.0.2.1]` or `[IPv6:2001:db8::1]`; None for anything else (RFC 5321 section 4.1.3)."""
+    if not (domain.startswith("[") and domain.endswith("]")):
+        return None
+    text = domain[1:-1]
+    try:
+        if text[:5].lower() == "ipv6:":
+            return str(ipaddress.IPv6Address(text[5:]))
+        return str(ipaddress.IPv4Address(text))
+    except ValueError:
+        return None
+
+
+def parse_address(text: str) -> Address:
+    """Return the Address of local@domain (RFC 5321 section 4.1.2, RFC 6531); Refused 501 or 553 when it is none."""
+    if text.startswith('"'):
+        match = QUOTED.match(text)
+        local = re.sub(r"\\(.)", r"\1", match.group()[1:-1]) if match else ""
+    else:
+        match = DOT_STRING.match(text)
+        local = match.group() if match else ""
+    if not match or any("\ud800" <= c <= "\udfff" or "\x80" <= c <= "\x9f" for c in text):
+        raise Refused(BAD_SYNTAX)
+    rest = text[match.end():]
+    if not rest:
+        if local.lower() == "postmaster":
+            return Address("postmaster", "")
+        raise Refused(553, "5.1.3", "the address needs a domain")
+    if not rest.startswith("@"):
+        raise Refused(BAD_SYNTAX)
+    domain = rest[1:]
+    if domain_literal(domain) is None:
+        domain = domain[:-1] if domain.endswith(".") else domain
+        try:
+            if not is_domain(domain) or not is_domain(ascii_domain(domain)):
+                raise Refused(BAD_SYNTAX)
+        except ValueError:
+            raise Refused(BAD_SYNTAX) from None
+    return Address(local, domain)
+
+
+@functools.lru_cache(maxsize=1000)
+def parse_path(text: str) -> Tuple[Optional[Address], str]:
+    """Return (address, parameters) of `<path> parameters`; None for the null reverse-path <>. Refused 501 or 553.
+
+    A source route is ignored, as RFC 5321 appendix C allows.
+    """
+    text = text.lstrip(" ")
+    if not text.startswith("<"):
+        raise Refused(501, "5.1.3", "an address stands in angle brackets: <local@domain>")
+    if text.startswith("<>"):
+        path, rest = "", text[2:]
+    else:
+        match = re.match(r'<((?:"(?:[^"\\]|\\.)*"|[^">])*)>', text)
+        if not match:
+            raise Refused(BAD_SYNTAX)
+        path, rest = match.group(1), text[match.end():]
+        if not path:
+            raise Refused(BAD_SYNTAX)
+    if rest and not rest.startswith(" "):
+        raise Refused(BAD_SYNTAX)
+    if not path:
+        return None, rest.strip(" ")
+    route = SOURCE_ROUTE.match(path)
+    return parse_address(path[route.end():] if route else path), rest.strip(" ")
+
+
+def parse_parameters(text: str) -> Dict[str, str]:
+    """Return the ESMTP parameters of MAIL or RCPT, keywords in upper case; Refused 501 (RFC 5321 section 4.1.2)."""
+    parameters: Dict[str, str] = {}
+    for word in text.split():
+        keyword, equals, value = word.partition("=")
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9-]*", keyword) or (equals and not value):
+            raise Refused(501, "5.5.4", "bad parameter " + printable(word, 60))
+        if keyword.upper() in parameters:
+            raise Refused(501, "5.5.4", "parameter given twice: " + keyword.upper())
+        parameters[keyword.upper()] = value
+    return parameters
+
+
+def covers(pattern: str, domain: str) -> bool:
+    """Return whether a domain is the one meant, or for `.example.org` lies under it."""
+    return domain.endswith(pattern) if pattern.startswith(".") else domain == pattern
+
+
+def clients_address(host: str) -> str:
+    """Return a client's IP address in one spelling: without IPv6 scope, IPv4-mapped addresses as IPv4."""
+    host = host.partition("%")[0]
+    return host[7:] if host.lower().startswith("::ffff:") and "." in host else host
+
+
+def is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(clients_address(host)).is_loopback
+    except ValueError:
+        return host in ("", "localhost")
+
+
+def address_literal(host: str) -> str:
+    """Return an IP address as it stands in trace headers: [192.0.2.1] or [IPv6:2001:db8::1] (RFC 5321 section 4.1.3)."""
+    return "[IPv6:%s]" % host if ":" in host else "[%s]" % host
+
+
+@dataclasses.dataclass
+class Envelope:
+    """Sender and recipients of one message, and what the sending side said about it."""
+    sender: str = ""                                    # "" is the null reverse-path
+    recipients: List[Address] = dataclasses.field(default_factory=list)
+    eightbit: bool = False                              # the content has bytes above 127
+    smtputf8: bool = False                              # declared by the client (RFC 6531)
+    declared: Optional[int] = None                      # SIZE= of MAIL
+    id: str = ""
+    helo: str = ""
+    client: str = ""                                    # IP address, "" for a local program
+    protocol: str = "SMTP"                              # "with" keyword of Received (RFC 3848, 6531)
+    body: str = ""                                      # BODY= of MAIL, as declared
+
+
+def with_keyword(esmtp: bool, tls: bool, login: bool, utf8: bool) -> str:
+    """Return the protocol keyword of a Received header (RFC 3848, RFC 6531 section 4.3)."""
+    if not esmtp:
+        return "SMTP"
+    return ("UTF8SMTP" if utf8 else "ESMTP") + ("S" if tls else "") + ("A" if login else "")
+
+
+@functools.lru_cache(maxsize=4)
+def rfc5322_date(seconds: int) -> str:
+    return email.utils.formatdate(seconds, localtime=True)
+
+
+def received_header(envelope: Envelope, hostname: str, now: float) -> str:
+    """Return the trace header of RFC 5321 section 4.4; `for` only with one recipient, so that no Bcc is told (section 7.2)."""
+    source = "from %s (%s)\r\n\t" % (envelope.helo or "unknown", address_literal(envelope.client)) if envelope.client else ""
+    whom = "\r\n\tfor <%s>" % str(envelope.recipients[0]) if len(envelope.recipients) == 1 else ""
+    return "Received: %sby %s with %s id %s%s; %s\r\n" % (
+        source, hostname, envelope.protocol, envelope.id, whom, rfc5322_date(int(now)))
+
+
+def trace_headers(envelope: Envelope, mailboxes: Sequence[str], hostname: str, now: float) -> Tuple[bytes, int]:
+    """Return (headers put before the content, how many of their bytes are not for other hosts).
+
+    Return-Path is for final delivery only (RFC 5321 section 4.4). One file serves all mailboxes of a message, so
+    Delivered-To names the mailbox only where there is one: a list would tell each reader of the others.
+    """
+    local = ""
+    if mailboxes:
+        local = "Return-Path: <%s>\r\n" % envelope.sender
+        if len(mailboxes) == 1:
+            local += "Delivered-To: %s\r\n" % str(parse_key(mailboxes[0]))
+    own = local.encode("utf-8")
+    return own + received_header(envelope, hostname, now).encode("utf-8"), len(own)
+
+
+def parse_key(key: str) -> Address:
+    """Return the Address of a mailbox key."""
+    local, _, domain = key.rpartition("@")
+    return Address(local, domain)
+
+
+def split_headers(content: bytes) -> Tuple[List[Tuple[str, bytes]], bytes]:
+    """Return ([(lower-case name, raw field with its line ends)], body) of a message; never fails."""
+    head, blank, body = content.partition(b"\r\n\r\n")
+    if content.startswith(b"\r\n"):
+        head, body = b"", content[2:]
+    fields: List[Tuple[str, bytes]] = []
+    for line in (head + blank[:2]).splitlines(keepends=True):
+        if line[:1] in (b" ", b"\t") and fields:
+            fields[-1] = (fields[-1][0], fields[-1][1] + line)
+        else:
+            fields.append((line.partition(b":")[0].strip().decode("ascii", "replace").lower(), line))
+    return fields, body
+
+
+# Options.
+
+class Parser:
+    """Makes argparse raise UsageError with its one line, rather than print its usage and exit."""
+
+    def __new__(cls, *arguments: Any, **keywords: Any) -> Any:
+        import argparse
+
+        class OneLine(argparse.ArgumentParser):
+            def error(self, message: str) -> NoReturn:
+                raise UsageError(message)
+        keywords["allow_abbrev"] = False
+        return OneLine(*arguments, **keywords)
 
 
 Endpoint = Tuple[str, int]
@@ -396,258 +666,6 @@ def read_options(given: Dict[str, Any], name: Callable[[str], str]) -> Dict[str,
     return values
 
 
-def event(_name: str, **fields: Any) -> None:
-    """Log one event as one line; the handler that main() sets writes it as text or JSON."""
-    if log.isEnabledFor(logging.INFO):
-        log.info(_name, extra={"fields": fields})
-
-
-def printable(text: Union[str, bytes], limit: int = 500) -> str:
-    """Return text from outside with control characters, separators and lone surrogates escaped, for logs and replies."""
-    if isinstance(text, bytes):
-        text = text.decode("utf-8", "backslashreplace")
-    if not text.isprintable():
-        text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-    return text if len(text) <= limit else text[:limit] + "..."
-
-
-# ======================================================================================================================
-# 3  Addresses, envelopes, headers.  Pure: text in, values out; knows no socket, no file, no clock.
-# ======================================================================================================================
-
-class Address(NamedTuple):
-    """A parsed address; `local` is without quotes, `domain` "" only for the bare postmaster of RFC 5321 section 4.1.1.3."""
-    local: str
-    domain: str
-
-    def __str__(self) -> str:
-        """Return local@domain, the local part quoted where RFC 5321 section 4.1.2 wants it."""
-        local = self.local
-        if not DOT_STRING.fullmatch(local):
-            local = '"%s"' % re.sub(r'([\\"])', r"\\\1", local)
-        return local + "@" + self.domain if self.domain else local
-
-    @property
-    def key(self) -> str:
-        """The text by which addresses are compared and mailboxes named."""
-        return lower(self.local) + "@" + lower(self.domain) if self.domain else lower(self.local)
-
-
-ATOM = r"[A-Za-z0-9!#$%&'*+/=?^_`{|}~\-\u0080-\U0010ffff]+"
-DOT_STRING = re.compile(r"%s(?:\.%s)*" % (ATOM, ATOM))
-QUOTED = re.compile(r'"(?:[^"\\\x00-\x1f\x7f]|\\[\x20-\x7e])*"')
-LABEL = r"[A-Za-z0-9_\u0080-\U0010ffff](?:[A-Za-z0-9_\-\u0080-\U0010ffff]*[A-Za-z0-9_\u0080-\U0010ffff])?"
-DOMAIN = re.compile(r"%s(?:\.%s)*" % (LABEL, LABEL))
-SOURCE_ROUTE = re.compile(r"@[^,:@<>\s]+(?:,@[^,:@<>\s]+)*:")
-BAD_SYNTAX = Reply(501, "5.1.3", "bad address syntax")
-
-
-def lower(text: str) -> str:
-    """Return text in lower case, but never turn a look-alike (the Kelvin sign) into an ASCII letter."""
-    if text.isascii():
-        return text.lower()
-    return "".join(c.lower() if c.isascii() or not c.lower()[0].isascii() else c for c in text)
-
-
-def is_domain(text: str) -> bool:
-    return bool(DOMAIN.fullmatch(text)) and len(text) <= 255 and all(len(label) <= 63 for label in text.split("."))
-
-
-def ascii_domain(domain: str) -> str:
-    """Return a domain in lower case as A-labels, as DNS and peers without SMTPUTF8 take it (RFC 5891); ValueError."""
-    domain = domain.rstrip(".")
-    return domain.lower() if domain.isascii() else ".".join(map(a_label, domain.split(".")))
-
-
-def a_label(label: str) -> str:
-    """Return one label of a domain in ASCII; ValueError. The letters that IDNA 2003 would turn into others stay themselves."""
-    if label.isascii():
-        return label.lower()
-    try:
-        if re.search("[\u00df\u03c2\u200c\u200d]", label):
-            import unicodedata
-            ascii_label = "xn--" + unicodedata.normalize("NFC", label.lower()).encode("punycode").decode("ascii")
-        else:
-            ascii_label = label.encode("idna").decode("ascii")
-    except UnicodeError as error:
-        raise ValueError("%s has no ASCII form: %s" % (printable(label, 70), error)) from None
-    if not re.fullmatch(r"[a-z0-9_-]{1,63}", ascii_label):
-        raise ValueError("%s has no ASCII form" % printable(label, 70))
-    return ascii_label
-
-
-def domain_literal(domain: str) -> Optional[str]:
-    """Return the IP address in `[192.0.2.1]` or `[IPv6:2001:db8::1]`; None for anything else (RFC 5321 section 4.1.3)."""
-    if not (domain.startswith("[") and domain.endswith("]")):
-        return None
-    text = domain[1:-1]
-    try:
-        if text[:5].lower() == "ipv6:":
-            return str(ipaddress.IPv6Address(text[5:]))
-        return str(ipaddress.IPv4Address(text))
-    except ValueError:
-        return None
-
-
-def parse_address(text: str) -> Address:
-    """Return the Address of local@domain (RFC 5321 section 4.1.2, RFC 6531); Refused 501 or 553 when it is none."""
-    if text.startswith('"'):
-        match = QUOTED.match(text)
-        local = re.sub(r"\\(.)", r"\1", match.group()[1:-1]) if match else ""
-    else:
-        match = DOT_STRING.match(text)
-        local = match.group() if match else ""
-    if not match or any("\ud800" <= c <= "\udfff" or "\x80" <= c <= "\x9f" for c in text):
-        raise Refused(BAD_SYNTAX)
-    rest = text[match.end():]
-    if not rest:
-        if local.lower() == "postmaster":
-            return Address("postmaster", "")
-        raise Refused(553, "5.1.3", "the address needs a domain")
-    if not rest.startswith("@"):
-        raise Refused(BAD_SYNTAX)
-    domain = rest[1:]
-    if domain_literal(domain) is None:
-        domain = domain[:-1] if domain.endswith(".") else domain
-        try:
-            if not is_domain(domain) or not is_domain(ascii_domain(domain)):
-                raise Refused(BAD_SYNTAX)
-        except ValueError:
-            raise Refused(BAD_SYNTAX) from None
-    return Address(local, domain)
-
-
-def parse_path(text: str) -> Tuple[Optional[Address], str]:
-    """Return (address, parameters) of `<path> parameters`; None for the null reverse-path <>. Refused 501 or 553.
-
-    A source route is ignored, as RFC 5321 appendix C allows.
-    """
-    text = text.lstrip(" ")
-    if not text.startswith("<"):
-        raise Refused(501, "5.1.3", "an address stands in angle brackets: <local@domain>")
-    if text.startswith("<>"):
-        path, rest = "", text[2:]
-    else:
-        match = re.match(r'<((?:"(?:[^"\\]|\\.)*"|[^">])*)>', text)
-        if not match:
-            raise Refused(BAD_SYNTAX)
-        path, rest = match.group(1), text[match.end():]
-        if not path:
-            raise Refused(BAD_SYNTAX)
-    if rest and not rest.startswith(" "):
-        raise Refused(BAD_SYNTAX)
-    if not path:
-        return None, rest.strip(" ")
-    route = SOURCE_ROUTE.match(path)
-    return parse_address(path[route.end():] if route else path), rest.strip(" ")
-
-
-def parse_parameters(text: str) -> Dict[str, str]:
-    """Return the ESMTP parameters of MAIL or RCPT, keywords in upper case; Refused 501 (RFC 5321 section 4.1.2)."""
-    parameters: Dict[str, str] = {}
-    for word in text.split():
-        keyword, equals, value = word.partition("=")
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9-]*", keyword) or (equals and not value):
-            raise Refused(501, "5.5.4", "bad parameter " + printable(word, 60))
-        if keyword.upper() in parameters:
-            raise Refused(501, "5.5.4", "parameter given twice: " + keyword.upper())
-        parameters[keyword.upper()] = value
-    return parameters
-
-
-def covers(pattern: str, domain: str) -> bool:
-    """Return whether a domain is the one meant, or for `.example.org` lies under it."""
-    return domain.endswith(pattern) if pattern.startswith(".") else domain == pattern
-
-
-def clients_address(host: str) -> str:
-    """Return a client's IP address in one spelling: without IPv6 scope, IPv4-mapped addresses as IPv4."""
-    host = host.partition("%")[0]
-    return host[7:] if host.lower().startswith("::ffff:") and "." in host else host
-
-
-def is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(clients_address(host)).is_loopback
-    except ValueError:
-        return host in ("", "localhost")
-
-
-def address_literal(host: str) -> str:
-    """Return an IP address as it stands in trace headers: [192.0.2.1] or [IPv6:2001:db8::1] (RFC 5321 section 4.1.3)."""
-    return "[IPv6:%s]" % host if ":" in host else "[%s]" % host
-
-
-@dataclasses.dataclass
-class Envelope:
-    """Sender and recipients of one message, and what the sending side said about it."""
-    sender: str = ""                                    # "" is the null reverse-path
-    recipients: List[Address] = dataclasses.field(default_factory=list)
-    eightbit: bool = False                              # the content has bytes above 127
-    smtputf8: bool = False                              # declared by the client (RFC 6531)
-    declared: Optional[int] = None                      # SIZE= of MAIL
-    id: str = ""
-    helo: str = ""
-    client: str = ""                                    # IP address, "" for a local program
-    protocol: str = "SMTP"                              # "with" keyword of Received (RFC 3848, 6531)
-    body: str = ""                                      # BODY= of MAIL, as declared
-
-
-def with_keyword(esmtp: bool, tls: bool, login: bool, utf8: bool) -> str:
-    """Return the protocol keyword of a Received header (RFC 3848, RFC 6531 section 4.3)."""
-    if not esmtp:
-        return "SMTP"
-    return ("UTF8SMTP" if utf8 else "ESMTP") + ("S" if tls else "") + ("A" if login else "")
-
-
-@functools.lru_cache(maxsize=4)
-def rfc5322_date(seconds: int) -> str:
-    return email.utils.formatdate(seconds, localtime=True)
-
-
-def received_header(envelope: Envelope, hostname: str, now: float) -> str:
-    """Return the trace header of RFC 5321 section 4.4; `for` only with one recipient, so that no Bcc is told (section 7.2)."""
-    source = "from %s (%s)\r\n\t" % (envelope.helo or "unknown", address_literal(envelope.client)) if envelope.client else ""
-    whom = "\r\n\tfor <%s>" % str(envelope.recipients[0]) if len(envelope.recipients) == 1 else ""
-    return "Received: %sby %s with %s id %s%s; %s\r\n" % (
-        source, hostname, envelope.protocol, envelope.id, whom, rfc5322_date(int(now)))
-
-
-def trace_headers(envelope: Envelope, mailboxes: Sequence[str], hostname: str, now: float) -> Tuple[bytes, int]:
-    """Return (headers put before the content, how many of their bytes are not for other hosts).
-
-    Return-Path is for final delivery only (RFC 5321 section 4.4). One file serves all mailboxes of a message, so
-    Delivered-To names the mailbox only where there is one: a list would tell each reader of the others.
-    """
-    local = ""
-    if mailboxes:
-        local = "Return-Path: <%s>\r\n" % envelope.sender
-        if len(mailboxes) == 1:
-            local += "Delivered-To: %s\r\n" % str(parse_key(mailboxes[0]))
-    own = local.encode("utf-8")
-    return own + received_header(envelope, hostname, now).encode("utf-8"), len(own)
-
-
-def parse_key(key: str) -> Address:
-    """Return the Address of a mailbox key."""
-    local, _, domain = key.rpartition("@")
-    return Address(local, domain)
-
-
-def split_headers(content: bytes) -> Tuple[List[Tuple[str, bytes]], bytes]:
-    """Return ([(lower-case name, raw field with its line ends)], body) of a message; never fails."""
-    head, blank, body = content.partition(b"\r\n\r\n")
-    if content.startswith(b"\r\n"):
-        head, body = b"", content[2:]
-    fields: List[Tuple[str, bytes]] = []
-    for line in (head + blank[:2]).splitlines(keepends=True):
-        if line[:1] in (b" ", b"\t") and fields:
-            fields[-1] = (fields[-1][0], fields[-1][1] + line)
-        else:
-            fields.append((line.partition(b":")[0].strip().decode("ascii", "replace").lower(), line))
-    return fields, body
-
-
 # ======================================================================================================================
 # 4  Wire: bounded lines, deadlines, dot transparency, TLS switch.  Knows bytes and sockets, no protocol, no file.
 # ======================================================================================================================
@@ -828,6 +846,13 @@ class Wire:
     def unread(self) -> int:
         """Return how many bytes the TLS layer holds decrypted: the poller would not see them."""
         return self.sock.pending() if self.tls else 0   # type: ignore[attr-defined]
+
+    def has_line(self) -> bool:
+        """Return whether a whole line is there already, without waiting."""
+        if not self.tls and EPOLL:
+            with contextlib.suppress(OSError):
+                self.input += self.sock.recv(BLOCK, socket.MSG_DONTWAIT)
+        return b"\n" in self.input
 
     def _receive_with_timeout(self, size: int, park: bool) -> bytes:
         self.sock.settimeout(max(0.001, LINGER if park and EPOLL else self.deadline - self.clock()))
@@ -1016,6 +1041,12 @@ def lock_file(fd: int, wait: bool = False) -> bool:
             return False
         raise
     return True
+
+
+def close_quietly(fd: int) -> None:
+    """Close what needs nothing more: after fsync() has returned, or reading, an error of close() changes nothing."""
+    with contextlib.suppress(OSError):
+        os.close(fd)
 
 
 def is_same_file(fd: int, path: str) -> bool:
@@ -1331,7 +1362,7 @@ class Draft:
     def close(self) -> None:
         if self.fd >= 0:
             fd, self.fd = self.fd, -1
-            os.close(fd)
+            close_quietly(fd)
 
     def _drop(self) -> None:
         self._buffer, self._buffered = [], 0
@@ -1802,7 +1833,7 @@ class Accounts:
 
     def __init__(self, path: str) -> None:
         self.file = Reloaded(path, parse_users)
-        self._turns = threading.BoundedSemaphore(max(1, (os.cpu_count() or 2) // 2))   # never all cores at once
+        self._threads: Any = None                   # few, so never all cores at once, nor 16 MiB for each thread there is
         self._dummy = ""
         self._known: Dict[bytes, str] = {}          # passwords that fitted, as keyed hashes, so that polling is cheap
         self._secret = secrets.token_bytes(32)
@@ -1821,19 +1852,26 @@ class Accounts:
         proof = hmac.new(self._secret, ("%s\0%s" % (key, password)).encode("utf-8", "surrogateescape"), "sha256").digest()
         if record and self._known.get(proof) == record:
             return key
-        with self._turns:
+        if self._threads is None:
+            from concurrent.futures import ThreadPoolExecutor
+            self._threads = ThreadPoolExecutor(max(1, (os.cpu_count() or 2) // 2), "minimail-password")
+        try:
             if not self._dummy:
-                self._dummy = hash_password("")
-            try:
-                if not check_password(password, record or self._dummy) or not record:
-                    return None
-            except ValueError as error:
-                log.warning("account %s: %s", printable(key), error)
+                self._dummy = self._threads.submit(hash_password, "").result()
+            if not self._threads.submit(check_password, password, record or self._dummy).result() or not record:
                 return None
+        except ValueError as error:
+            log.warning("account %s: %s", printable(key), error)
+            return None
         if len(self._known) > 1000:
             self._known.clear()
         self._known[proof] = record
         return key
+
+    def close(self) -> None:
+        if self._threads:
+            self._threads.shutdown()
+            self._threads = None
 
     def change(self, storage: Storage, edit: Callable[[Dict[str, str]], None]) -> None:
         """Let `edit` change {key: record} and write the file anew; lines it does not name stay as they are. OSError."""
@@ -2139,6 +2177,10 @@ class Committer:
         self.waiting: List[Tuple[Parcel, Callable[[Optional[Refused]], None]]] = []
         self._running = False
         self._slow = False
+
+    def ready(self) -> bool:
+        """True when something waits and no thread is at it: that one will come round by itself."""
+        return bool(self.waiting) and not self._running
 
     def add(self, parcel: Parcel, done: Callable[[Optional[Refused]], None]) -> None:
         """Commit a message together with others."""
@@ -2754,7 +2796,7 @@ class Queue:
 
     def publish(self, entry: Entry) -> List[Union[int, str]]:
         """Put the envelope in place, now that it and the message are on disk; return the directories to flush. OSError."""
-        os.close(entry.draft)
+        close_quietly(entry.draft)
         entry.draft = -1
         os.rename(entry.place + ".tmp", entry.place)
         return [self.root, self.new]
@@ -2762,7 +2804,7 @@ class Queue:
     def withdraw(self, entry: Entry) -> None:
         """Take an entry out that did not come to count."""
         if entry.draft >= 0:
-            os.close(entry.draft)
+            close_quietly(entry.draft)
             entry.draft = -1
         for path in (entry.place, entry.place + ".tmp", self.message(entry.id)):
             with contextlib.suppress(OSError):
@@ -2808,7 +2850,7 @@ class Queue:
 
     def release(self, entry: Entry) -> None:
         if entry.lock >= 0:
-            os.close(entry.lock)
+            close_quietly(entry.lock)
             entry.lock = -1
 
     def save(self, entry: Entry) -> None:
@@ -2909,7 +2951,7 @@ def bounce_message(hostname: str, sender: str, recipients: Sequence[Dict[str, An
     """
     boundary = "=_%s.%s" % (id, hashlib.sha256(headers + id.encode()).hexdigest()[:16])
     utf8 = not (sender.isascii() and all(recipient["address"].isascii() for recipient in recipients))
-    eightbit = utf8 or not headers.isascii()
+    encoding = "Content-Transfer-Encoding: %s" % ("8bit" if utf8 or not headers.isascii() else "7bit")
     status_type = "message/global-delivery-status" if utf8 else "message/delivery-status"
     headers_type = "message/global-headers" if utf8 else "text/rfc822-headers"
 
@@ -2932,15 +2974,14 @@ def bounce_message(hostname: str, sender: str, recipients: Sequence[Dict[str, An
         "Subject: Undelivered mail returned to sender", "Date: " + rfc5322_date(int(now)),
         "Message-ID: <%s.bounce@%s>" % (boundary[2:], hostname), "Auto-Submitted: auto-replied", "MIME-Version: 1.0",
         'Content-Type: multipart/report; report-type=delivery-status;\r\n\tboundary="%s"' % boundary,
-        "Content-Transfer-Encoding: %s" % ("8bit" if eightbit else "7bit"), "",
-        "--" + boundary, "Content-Type: text/plain; charset=%s" % ("utf-8" if utf8 else "us-ascii"), "",
+        encoding, "",
+        "--" + boundary, "Content-Type: text/plain; charset=%s" % ("utf-8" if utf8 else "us-ascii"), encoding, "",
         "This is the mail server at %s. Your message could not be delivered to:" % hostname, "", reasons, "",
         "It was taken over on %s as %s and is not tried again." % (rfc5322_date(int(queued_at)), id),
         "The headers of the message are attached.", "",
-        "--" + boundary, "Content-Type: " + status_type, "",
+        "--" + boundary, "Content-Type: " + status_type, encoding, "",
         "Reporting-MTA: dns; %s\r\nArrival-Date: %s\r\n" % (hostname, rfc5322_date(int(queued_at))), "\r\n".join(fields),
-        "--" + boundary, "Content-Type: " + headers_type,
-        "Content-Transfer-Encoding: %s" % ("8bit" if eightbit else "7bit"), "", ""])
+        "--" + boundary, "Content-Type: " + headers_type, encoding, "", ""])
     return text.encode("utf-8") + headers.rstrip(b"\r\n") + ("\r\n\r\n--%s--\r\n" % boundary).encode()
 
 
@@ -2973,6 +3014,7 @@ class Peer:
     def __init__(self, sock: socket.socket, name: str, hostname: str, timeout: float) -> None:
         self.wire = Wire(sock, timeout)
         self.name = name                            # for logs and bounces
+        self.host: Optional[str] = None             # whose connection this is, as the MX record has it
         self.hostname = hostname
         self.extensions: Dict[str, str] = {}
         self.used = 0                               # messages sent over this connection
@@ -3085,7 +3127,12 @@ class Peer:
         replies: Dict[str, Reply] = {}
         left = self.acceptable(message, replies)
         while left:
-            some = self.transaction(message, left)
+            try:
+                some = self.transaction(message, left)
+            except PeerFailed as error:
+                if not any(reply.code // 100 == 2 for reply in replies.values()):
+                    raise
+                some = dict.fromkeys(left, error.reply)     # those of the transaction before have it for sure
             replies.update(some)
             served = [recipient for recipient in left if some[recipient].code // 100 == 2]
             again = [recipient for recipient in left if some[recipient].code == 452]
@@ -3116,7 +3163,10 @@ class Peer:
     def plain(self, address: str) -> str:
         """Return an address with its domain as A-labels: all that can be done for a peer without SMTPUTF8."""
         local, at, domain = address.rpartition("@")
-        return address if domain.startswith("[") or not at else local + "@" + ascii_domain(domain)
+        try:
+            return address if domain.startswith("[") or not at else local + "@" + ascii_domain(domain)
+        except ValueError:
+            return address                          # then only SMTPUTF8 will do
 
     def transaction(self, message: Outgoing, recipients: List[str]) -> Dict[str, Reply]:
         """MAIL, RCPT, DATA for one message, pipelined where the peer takes that (RFC 2920)."""
@@ -3253,15 +3303,16 @@ class Routes:
         literal = domain_literal(address.domain)
         domain = lower(address.domain) if literal else ascii_domain(lower(address.domain))
         for pattern, server in self.config.route:
-            if covers(ascii_domain(pattern) if pattern.isascii() else pattern, domain):
-                return Target("route %s" % str(server), domain, server)
+            if covers(ascii_domain(pattern), domain):   # two log-ins at one server are two routes
+                digest = hashlib.sha256(repr(server).encode()).hexdigest()[:12]
+                return Target("route %s %s" % (server.host, digest), "", server)
         if self.config.smarthost:
-            return Target("smarthost", domain, self.config.smarthost)
+            return Target("smarthost", "", self.config.smarthost)
         return Target(domain, domain)
 
     def is_own(self, host: str, addresses: Sequence[str]) -> bool:
         """Return whether a host is this node: by its name, or by an address and port that it listens on."""
-        if host and ascii_domain(host) in (self.hostname, *self.config.domain):
+        if host and ascii_domain(host) in map(ascii_domain, (self.hostname, *self.config.domain)):
             return True
         for bound, port in self.own:
             if port == self.config.mx_port:
@@ -3311,7 +3362,12 @@ class Routes:
             if addresses:
                 shortest = min([ttl] * (not implicit) + [address_ttl for _, address_ttl in addresses])
                 found.append(Exchanger(preference, host, [address for address, _ in addresses], shortest))
-        hosts = self._without_ourselves(found)
+        try:
+            hosts = self._without_ourselves(found)
+        except Undeliverable:
+            if not failure:
+                raise
+            hosts = []                              # a better one may turn up when DNS answers again
         if not hosts and failure:
             raise Undeliverable(451, "4.4.3", "%s: %s" % (domain, failure))
         if not hosts:
@@ -3507,8 +3563,10 @@ class Relay:
                     if len(self._active) >= MAX_ACTIVE or self._stopping:
                         self._more = True
                         return
-                    if file.name in self._active or file.name.endswith(".tmp") or self._is_full(directory):
+                    if file.name in self._active or file.name.endswith(".tmp"):
                         continue
+                    if self._is_full(directory):
+                        break
                     found_entry = self.queue.read(file.path)
                     try:
                         if found_entry:
@@ -3524,7 +3582,10 @@ class Relay:
         if os.path.dirname(directory) != self.queue.busy:
             return False
         destination = self._destinations.get(os.path.basename(directory))
-        return destination is not None and len(destination.jobs) >= MAX_WAITING
+        if destination is None or len(destination.jobs) < MAX_WAITING:
+            return False
+        destination.overflow = True                 # to be looked at again when it has less to do
+        return True
 
     def _take_up(self, entry: Entry, now: float) -> None:
         if self.queue.is_later(entry.next_attempt, now + 1) and os.path.dirname(entry.place) not in (self.queue.new,):
@@ -3667,14 +3728,19 @@ class Relay:
 
         What a host answers 4xx is tried at the next one; a connection lost after the final dot counts as not sent.
         """
+        best: Optional[Tuple[Peer, Dict[str, Reply]]] = None
         if peer:
             try:
-                return peer, peer.send(message)
+                best = peer, peer.send(message)
             except PeerFailed:
                 peer.wire.close()                   # it may have been idle for too long: try anew
         failure = Reply(451, "4.4.1", "no exchanger could be tried")
-        best: Optional[Tuple[Peer, Dict[str, Reply]]] = None
+        tried = best[0].host if best else None
+        if best and all(reply.code // 100 != 4 for reply in best[1].values()):
+            return best
         for exchanger in self.routes.exchangers(target):
+            if exchanger.host == tried:
+                continue
             for address in exchanger.addresses[:MAX_EXCHANGERS]:
                 peer = None
                 try:
@@ -3730,7 +3796,9 @@ class Relay:
         except OSError as error:
             reason = "timeout" if is_timeout(error) else error.strerror or str(error)
             raise PeerFailed(Reply(451, "4.4.1", "cannot connect to %s: %s" % (name, reason))) from None
-        return Peer(sock, name, self.hostname, self.timeout)
+        peer = Peer(sock, name, self.hostname, self.timeout)
+        peer.host = host
+        return peer
 
     def _secure(self, peer: Peer, host: str) -> None:
         """Use STARTTLS when it is offered (may), or insist on it (require)."""
@@ -3837,11 +3905,11 @@ class Relay:
         fields, _ = split_headers(pread(entry.lock, BLOCK, entry.offset))
         content = bounce_message(self.hostname, entry.sender, failed, b"".join(field for _, field in fields), entry.id,
                                  entry.queued_at, self.clock())
-        sender = parse_address(entry.sender)
-        envelope = Envelope(sender="", recipients=[sender], protocol="bounce",
-                            smtputf8=entry.smtputf8 or not entry.sender.isascii() or not all(
-                                recipient["address"].isascii() for recipient in failed))
         try:
+            sender = parse_address(entry.sender)
+            envelope = Envelope(sender="", recipients=[sender], protocol="bounce",
+                                smtputf8=entry.smtputf8 or not entry.sender.isascii() or not all(
+                                    recipient["address"].isascii() for recipient in failed))
             if not self.book.is_local(sender) and not may_go(self.config, sender):
                 raise Refused(550, "5.7.1", "relaying to this domain is not allowed here")
             id = self.post.send(envelope, [self.book.resolve(sender)], content)
@@ -3988,6 +4056,8 @@ def sendmail_command(config: Config, arguments: List[str]) -> int:
         home = stores.book.home if "." in stores.book.home or config.capture else stores.hostname
         user = given.sender if given.sender is not None else login_name()
         fields, body = split_headers(content)
+        if not re.match(rb"[!-9;-~]+[ \t]*:", content):     # no header at all: `echo hello | sendmail bob`
+            fields, body = [], content
         names = [local_address(text, home) for text in given.recipients]
         if given.t:
             headers = [value.partition(b":")[2].decode("utf-8", "replace") for name, value in fields
@@ -4092,6 +4162,7 @@ class Pool:
         self._idle = 0                              # threads that wait for events, and ...
         self._blocked = 0                           # ... those that wait in the middle of something
         self._sweeping = threading.Lock()           # held by the thread that looks after deadlines
+        self._swept = 0.0
         self._waiting: Dict[int, Tuple[float, Callable[[bool], None]]] = {}
         if EPOLL:
             self._poller = select.epoll()
@@ -4155,8 +4226,7 @@ class Pool:
     def _work(self) -> None:
         while not self._closed:
             sweeping = bool(self._waiting) and self._sweeping.acquire(blocking=False)
-            committer = self.committer
-            more = committer is not None and bool(committer.waiting)
+            more = self.committer is not None and self.committer.ready()
             try:
                 events = self._poller.poll(0 if more else 0.5 if sweeping else -1, 1)
             except (OSError, ValueError):           # closed
@@ -4175,8 +4245,9 @@ class Pool:
                 waiting = self._waiting.pop(fd, None)
                 if waiting:
                     self._run(waiting[1], False)
-            if sweeping:
-                now = self.clock()
+            now = self.clock()
+            if sweeping and now >= self._swept + 0.5:
+                self._swept = now
                 for fd, (deadline, _) in list(self._waiting.items()):
                     if deadline <= now:
                         self._run(self._expire, fd)
@@ -4401,6 +4472,7 @@ class Session(socketserver.BaseRequestHandler):
         self.user: Optional[str] = None
         self.errors = 0
         self.over = False
+        self.again = False                          # the turn ended though there may be more to read
         self.greeted = False
         self.tape: Any = None
         self.setup()
@@ -4412,12 +4484,13 @@ class Session(socketserver.BaseRequestHandler):
 
     def turn(self, expired: bool) -> None:
         """Go on with the conversation, and wait for its next turn in the pool."""
-        if expired and not self.site.stopping and self.wire.clock() < self.wire.deadline:
-            expired = False
+        if expired and not self.site.stopping and (self.wire.clock() < self.wire.deadline or self.wire.has_line()):
+            expired = False                         # it is we who are late
         self.wire.ready = True
         try:
             if self.converse(expired):
-                self.site.pool.watch(self.wire.sock.fileno(), self.turn, self.wire.deadline)
+                again, self.again = self.again, False
+                self.site.pool.watch(self.wire.sock.fileno(), self.turn, self.wire.deadline, now=again)
             else:
                 self.finish()
         except Suspended:
@@ -4442,6 +4515,10 @@ class Session(socketserver.BaseRequestHandler):
         except Silent:
             return True
         except (Disconnected, TimedOut) as error:
+            if self.site.stopping and not self.over and not EPOLL:
+                with contextlib.suppress(Disconnected, TimedOut):
+                    self.farewell("stop")
+                    self.wire.flush()
             if str(error):
                 event("lost", protocol=self.protocol, client=self.client, reason=printable(str(error)))
         except Suspended:
@@ -4454,7 +4531,9 @@ class Session(socketserver.BaseRequestHandler):
         """Do what the last turn left to this one."""
 
     def handle(self) -> None:
-        while not self.over:
+        for _ in range(TURN) if EPOLL else itertools.count():
+            if self.over:
+                return
             try:
                 line = self.wire.line(self.line_limit, park=EPOLL)
             except LineTooLong:
@@ -4464,6 +4543,10 @@ class Session(socketserver.BaseRequestHandler):
             self.command(line)
             if self.site.stopping and not self.over:
                 raise TimedOut
+        self.wire.flush()                           # enough for one turn: who sends commands without end is not alone here
+        if not self.over:
+            self.again = True
+            raise Silent
 
     def open_session(self) -> None:
         """Greet; or with TLS from the first byte, make the handshake first."""
@@ -4489,6 +4572,13 @@ class Session(socketserver.BaseRequestHandler):
 
     def hurry(self) -> None:
         """The node stops: come to an end without more input, if the pool cannot see to that."""
+        if not EPOLL and not self.in_flight():
+            with contextlib.suppress(OSError):
+                self.wire.sock.shutdown(socket.SHUT_RD)
+
+    def in_flight(self) -> bool:
+        """True while a message is coming in."""
+        return False
 
     def finish(self) -> None:
         self.wire.close()
@@ -5012,10 +5102,10 @@ class SMTPSession(Session):
                 self.site.ask_policy("on_message", envelope, parcel.draft.path)
             if self.tape:
                 self.tape.save(envelope, transaction.content, parcel)
-        except OSError as error:
-            raise self.site.post.disk_refusal(parcel, error) from error
-        except Refused:
+        except BaseException as error:
             parcel.draft.discard()
+            if isinstance(error, OSError):
+                raise self.site.post.disk_refusal(parcel, error) from error
             raise
         self.delivered = parcel
         if EPOLL:
@@ -5056,6 +5146,9 @@ class SMTPSession(Session):
             self.follow_up()
 
     # The rest.
+
+    def in_flight(self) -> bool:
+        return bool(self.delivered or (self.transaction and self.transaction.parcel))
 
     def do_RSET(self, argument: str) -> Reply:
         if argument:
@@ -5541,6 +5634,7 @@ class Node:
         if self._zone:
             self._zone.stop()
         if self.stores:
+            self.stores.accounts.close()
             self.stores.storage.close()
         if self.site:
             self.site.pool.close()
@@ -7349,19 +7443,6 @@ class Lines(logging.Formatter):
     def quote(value: Any) -> str:
         text = str(value)
         return text if re.fullmatch(r"[!#-~]+", text) else json.dumps(text, ensure_ascii=not text.isprintable())
-
-
-class Parser:
-    """Makes argparse raise UsageError with its one line, rather than print its usage and exit."""
-
-    def __new__(cls, *arguments: Any, **keywords: Any) -> Any:
-        import argparse
-
-        class OneLine(argparse.ArgumentParser):
-            def error(self, message: str) -> NoReturn:
-                raise UsageError(message)
-        keywords["allow_abbrev"] = False
-        return OneLine(*arguments, **keywords)
 
 
 def option_parser(leave_out: Sequence[str] = (), show_help: bool = False) -> Any:

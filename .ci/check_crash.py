@@ -630,6 +630,8 @@ class Order(Case):
         self.report("16 clients, one mailbox", calls, letters)
         directory = [call for call in calls if call.name == "fsync" and "/anna/new>" in call.text]
         self.assertLess(len(directory), len(letters) * 0.7, "each message had a directory flush of its own")
+        idle = [call for call in calls if call.name == "epoll_wait" and re.search(r", 0\) += 0$", call.text)]
+        self.assertLess(len(idle), len(letters) * 5, "a thread looks again and again for something to do")
 
 
 def is_traced(place):

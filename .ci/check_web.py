@@ -366,7 +366,7 @@ class Looking(InboxCase):
         message = letter("all of it", "Text with a link: https://example.com/confirm?a=1&b=2.\n",
                          "<html xmlns='http://www.w3.org/1999/xhtml'><p>HTML part</p><img src='cid:logo'>"
                          "<a href='https://example.com/other?x=1&amp;y=2'>go</a>")
-        message.get_payload()[1].add_related(PIXEL, "image", "png", cid="<logo>", filename="logo.png")
+        message.get_payload()[1].add_related(PIXEL, "image", "png", cid="<logo>", filename="logo.png", disposition="inline")
         message.add_attachment(b"%PDF-", "application", "pdf", filename="Rechnung März.pdf")
         del message["Date"]
         self.show(message, to=["bob@example.com", "hidden@example.net"])
