@@ -6458,10 +6458,12 @@ class Inbox:
         text = view.text("text/html")
         if not text:
             return text_answer(404, "This message does not contain a HTML part")
-        for entry in view.files()[0]:
-            link = "/api/v1/message/%s/part/%s" % (letter.id, entry["PartID"])
-            text = text.replace("cid:" + entry["ContentID"], link)
-        images = "img-src 'self' data: http: https:" if query.get("images") else "img-src 'self' data:"
+        parts = dict(view.parts)
+        for entry in view.files()[0]:               # images that come along, and only these: a link could do things here
+            if entry["ContentType"] in SAFE_TYPES[:4] and entry["ContentID"]:
+                data = base64.b64encode(part_bytes(parts[entry["PartID"]])).decode()
+                text = text.replace("cid:" + entry["ContentID"], "data:%s;base64,%s" % (entry["ContentType"], data))
+        images = "img-src data: http: https:" if query.get("images") else "img-src data:"
         return Answered(200, "text/html; charset=utf-8", text.encode("utf-8", "replace"), {
             "Content-Security-Policy": "sandbox; default-src 'none'; style-src 'unsafe-inline'; font-src data:; %s; "
             "form-action 'none'; base-uri 'none'; frame-ancestors 'self'" % images})
@@ -7111,7 +7113,8 @@ kbd { font: inherit; border: 1px solid var(--line); border-radius: 4px; padding:
 "use strict";
 // What comes from a message gets onto the page as text, or into a frame that may run nothing.
 const PAGE = 50, SHOWN = 500000;
-const at = {start: 0, query: "", rows: [], found: 0, open: "", tab: "", tabs: [], asked: 0, timer: 0};
+const at = {start: 0, query: "", rows: [], found: 0, asked: 0, timer: 0,  // the list
+            open: "", tab: "", tabs: [], shown: {}};  // the message
 const $ = id => document.getElementById(id);
 const rowOf = id => $("row-" + id);
 const pathOf = id => "api/v1/message/" + encodeURIComponent(id);
@@ -7129,7 +7132,7 @@ function el(tag, props, ...children) {
 
 const faint = text => el("span", {className: "faint"}, text);
 const list = items => el("ul", {}, ...items.map(item => el("li", {}, ...item)));
-const table = pairs => el("dl", {}, ...pairs.filter(([, value]) => value.length).flatMap(([name, value]) =>
+const table = pairs => el("dl", {}, ...pairs.filter(([, value]) => value?.length).flatMap(([name, value]) =>
   [el("dt", {}, name), el("dd", {}, [].concat(value).join(", "))]));
 
 function when(text) {
@@ -7143,7 +7146,6 @@ async function ask(path, method = "GET", body) {
   const headers = body ? {"Content-Type": "application/json"} : {};
   const answer = await fetch(path, {method, headers, body: body && JSON.stringify(body)});
   if (!answer.ok) throw new Error(await answer.text() || answer.statusText);
-  $("problem").hidden = true;
   return answer;
 }
 
@@ -7153,6 +7155,7 @@ addEventListener("unhandledrejection", event => {
   event.preventDefault();
   $("problem").textContent = "That did not work: " + event.reason.message;
   $("problem").hidden = false;
+  setTimeout(() => { $("problem").hidden = true; }, 10000);
 });
 
 // The list
@@ -7231,6 +7234,7 @@ async function open() {
   mark();
   if (!id) return;
   const both = await Promise.all([get(pathOf(id)), get(pathOf(id) + "/session")]).catch(error => {
+    if (at.open !== id) return;
     go("");
     throw error;
   });
@@ -7277,9 +7281,12 @@ async function view(name) {
     tab.ariaSelected = tab.id === "tab-" + name;
     tab.tabIndex = tab.id === "tab-" + name ? 0 : -1;
   }
-  const asked = at.tabs, nodes = await at.tabs.find(tab => tab.name === name).show();
-  if (asked === at.tabs) $("panel").replaceChildren(...nodes);
+  $("panel").ariaBusy = true;
   $("panel").setAttribute("aria-labelledby", "tab-" + name);
+  const tab = at.shown = at.tabs.find(tab => tab.name === name), nodes = await tab.show();
+  if (tab !== at.shown) return;  // someone has moved on
+  $("panel").replaceChildren(...nodes);
+  $("panel").ariaBusy = false;
 }
 
 async function headers(path) {
@@ -7297,7 +7304,7 @@ function framed(id, images) {
 }
 
 function linksIn(message) {
-  const html = message.HTML.matchAll(/href *= *["']?(https?:[/][/][!#-&(-;=?-~]+)/gi);
+  const html = message.HTML.matchAll(/<a[^>]+href *= *["']?(https?:[/][/][!#-&(-;=?-~]+)/gi);
   const text = message.Text.matchAll(/(https?:[/][/][!#-&*-;=?-~]*[#-&*+/-9=@-~-])/gi);
   return [...new Set([...html, ...text].map(([, link]) => link.replaceAll("&amp;", "&")))];
 }
@@ -7313,7 +7320,7 @@ async function source(path) {  // as much of it as anyone reads
 function conversation(session) {
   const lines = session.transcript.map(([side, text]) =>
     el(side === "C" ? "b" : "span", {}, side + ": " + text, el("br")));
-  const envelope = [["MAIL FROM", "<" + session.sender + ">"], ["RCPT TO", session.recipients],
+  const envelope = [["MAIL FROM", "<" + (session.sender || "") + ">"], ["RCPT TO", session.recipients],
     ["Bcc", session.bcc], ["Client", session.client], ["Greeting", session.helo],
     ["Protocol", session.protocol], ["TLS", session.tls || "no"]];
   return [table(envelope), el("pre", {}, ...lines.length ? lines : ["The conversation was not kept."])];
@@ -7341,10 +7348,9 @@ async function remove(id) {
   if (!id) return;  // to the API, no ID means all
   const index = at.rows.findIndex(message => message.ID === id);
   const next = (at.rows[index + 1] || at.rows[index - 1])?.ID || "";
-  await ask("api/v1/messages", "DELETE", {IDs: [id]});
   rowOf(next)?.focus();
   if (at.open === id) go($("back").offsetWidth ? "" : next);
-  await refresh();
+  await ask("api/v1/messages", "DELETE", {IDs: [id]}).then(refresh);
 }
 
 async function removeAll() {
@@ -7383,7 +7389,7 @@ const keys = {
 
 addEventListener("keydown", event => {
   const typing = event.target === $("search"), scrolling = $("panel").contains(event.target);
-  if (typing && event.key === "Escape") {
+  if (event.key === "Escape" && (typing || !at.open)) {
     $("search").value = "";
     $("search").blur();
     search();
@@ -7403,7 +7409,9 @@ addEventListener("hashchange", open);
 listen();
 refresh().then(open);
 get("api/v1/info").then(({smtp: [address], capture}) => {
-  const colon = address.lastIndexOf(":"), host = address.slice(0, colon), port = address.slice(colon + 1);
+  if (!address) return;
+  const colon = address.lastIndexOf(":"), port = address.slice(colon + 1), given = address.slice(0, colon);
+  const host = (/^(0.0.0.0|[[]::])$/.test(given) ? location.hostname : given).replace(/^[[]|]$/g, "");
   const letter = "'me@example.com', 'you@example.com', 'Subject: Hello'";
   $("smtp").textContent = "host " + host + ", port " + port;
   $("try").textContent = `python3 -c "import smtplib; smtplib.SMTP('${host}', ${port}).sendmail(${letter})"`;

@@ -41,7 +41,7 @@ TEAM = "team@a.test"                    # an alias to ann
 NAMES = ("mx.a.test", "localhost")      # in the certificate
 ORDINARY_USER = "nobody"
 SERVER, STRANGER = netlab.HOSTS["a"][0], netlab.HOSTS["stranger"][0]
-IDLE_THREADS = 10                       # what the pool may keep for the next clients, and the main thread
+IDLE_THREADS = 8                        # what the pool may keep for the next clients
 SEED = int(os.environ.get("FUZZ_SEED", "4"))
 FUZZ_SECONDS = float(os.environ.get("FUZZ_SECONDS", "20"))
 
@@ -291,7 +291,7 @@ class Case(unittest.TestCase):
         def is_back():
             nonlocal now
             now = self.at_rest(node) or (1 << 20,) * 3
-            return now[0] <= max(before[0], IDLE_THREADS) and now[1] <= before[1] and now[2] <= before[2]
+            return now[0] <= before[0] + IDLE_THREADS and now[1] <= before[1] and now[2] <= before[2]
         try:
             lab.until(is_back, seconds)
         except AssertionError:

@@ -16,7 +16,9 @@ packages=(
     # the web inbox
     chromium chromium-driver fonts-dejavu-core
 )
-venv_packages=(mypy ruff aiosmtpd)
+# The two clients of Mailpit's API are what check_web.py runs unchanged against ours; so is the one from npm below.
+venv_packages=(mypy ruff aiosmtpd mailpit-api-client pytest-mailpit)
+npm_packages=(mailpit-api)
 venv=${XDG_CACHE_HOME:-$HOME/.cache}/minimail-ci
 
 missing_packages() {
@@ -54,5 +56,16 @@ for name in sys.argv[1:]:
     "$venv/bin/python" -m pip install --quiet --disable-pip-version-check "${venv_packages[@]}"
 }
 
+install_npm() {
+    local name
+    for name in "${npm_packages[@]}"; do
+        [ -d "$venv/npm/node_modules/$name" ] || npm install --silent --no-audit --no-fund --prefix "$venv/npm" "$name"
+    done
+}
+
+# Where the machine brings Node.js from elsewhere, leave it alone.
+command -v npm >/dev/null || packages+=(nodejs npm)
+
 install_packages
 install_venv
+install_npm
