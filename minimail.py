@@ -324,7 +324,8 @@ def parse_parameters(text: str) -> Dict[str, str]:
 
 
 def covers(pattern: str, domain: str) -> bool:
-    """Return whether a domain is the one meant, or for `.example.org` lies under it."""
+    """Return whether a domain, in whatever spelling, is the one meant, or for `.example.org` lies under it."""
+    pattern, domain = ascii_domain(pattern), ascii_domain(domain)
     return domain.endswith(pattern) if pattern.startswith(".") else domain == pattern
 
 
@@ -504,7 +505,7 @@ def parse_network(text: str) -> Any:
 def parse_domain(text: str) -> str:
     """Return a domain in lower case; ValueError when it is none."""
     domain = text.strip().lower().rstrip(".")
-    if not is_domain(domain):
+    if not is_domain(domain) or not ascii_domain(domain):
         raise ValueError("expected a domain name")
     return domain
 
@@ -2210,7 +2211,8 @@ class Committer:
 def may_go(config: Config, address: Address) -> bool:
     """Return whether --relay-to lets mail out to this address; there, `.example.org` is that domain and all below it."""
     domain = lower(address.domain)
-    return not config.relay_to or any(covers(name, domain) or name == "." + domain for name in config.relay_to)
+    return not config.relay_to or any(
+        covers(name, domain) or covers(name.lstrip("."), domain) for name in config.relay_to)
 
 
 class Stores(NamedTuple):
@@ -3303,7 +3305,7 @@ class Routes:
         literal = domain_literal(address.domain)
         domain = lower(address.domain) if literal else ascii_domain(lower(address.domain))
         for pattern, server in self.config.route:
-            if covers(ascii_domain(pattern), domain):   # two log-ins at one server are two routes
+            if covers(pattern, domain):   # two log-ins at one server are two routes
                 digest = hashlib.sha256(repr(server).encode()).hexdigest()[:12]
                 return Target("route %s %s" % (server.host, digest), "", server)
         if self.config.smarthost:
@@ -3940,8 +3942,9 @@ def queue_command(config: Config, arguments: List[str]) -> int:
     if given.action == "list":
         entries = list(filter(None, map(queue.read, queue.places())))
         if given.json:
-            shown = ("id", "sender", "size", "queued_at", "next_attempt", "attempts", "recipients")
-            print(json.dumps([{name: getattr(entry, name) for name in shown} for entry in entries], indent=1))
+            shown = ("id", "sender", "size", "queued_at", "next_attempt", "attempts")
+            print(json.dumps([dict({name: getattr(entry, name) for name in shown}, recipients=entry.waiting())
+                              for entry in entries], indent=1))
         else:
             for entry in entries:
                 print_entry(entry)
@@ -3973,9 +3976,8 @@ def print_entry(entry: Entry) -> None:
         return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
     print("%s %9d %s <%s> attempts=%d next=%s" % (
         entry.id, entry.size, moment(entry.queued_at), printable(entry.sender), entry.attempts, moment(entry.next_attempt)))
-    for recipient in entry.recipients:
-        print("    %s %s: %s" % (recipient["state"], printable(recipient["address"]),
-                                 recipient["last_reply"] or "not tried yet"))
+    for recipient in entry.waiting():
+        print("    %s: %s" % (printable(recipient["address"]), recipient["last_reply"] or "not tried yet"))
 
 
 def mx_command(config: Config, arguments: List[str]) -> int:

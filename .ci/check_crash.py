@@ -385,7 +385,10 @@ class Case(unittest.TestCase):
         node.__enter__()
 
         def finish():
-            node.__exit__(*((None, None, None) if node.process.poll() is None else (OSError, None, None)))
+            if node.process.poll() is None:
+                node.__exit__(None, None, None)
+            else:
+                node.resources.close()              # the test killed it
         self.addCleanup(finish)
         return node
 
@@ -472,6 +475,38 @@ class KilledUnderLoad(Case):
             node.kill()
         for sink in sinks:
             sink.script = lambda verb, line, helo: None
+
+    def test_killed_within_a_system_call(self):
+        """strace kills the process as it enters its n-th call of a kind (in one of its threads), for many n."""
+        sinks = [self.enter(Sink()), self.enter(Sink())]
+        node = self.node(*node_mode(*sinks))
+        with Load(node.smtp, clients=4) as load:
+            lab.until(lambda: len(load.answered) > 30, 20, "30 letters")
+            by_hand = 0
+            for call, most in (("rename", 6), ("link", 4), ("unlink", 6), ("fsync", 8), ("write", 6)):
+                for number in range(1, most + 1):
+                    node.kill()
+                    node.wrapper = ["strace", "-D", "-f", "-qq", "-o", "/dev/null", "-e", "trace=" + call,
+                                    "-e", "inject=%s:signal=KILL:when=%d" % (call, number)]
+                    try:
+                        node.start()
+                    except AssertionError as problem:   # it may as well die while it cleans up at its start
+                        self.assertIn("ended with status -9", str(problem))
+                        continue
+                    enough = len(load.letters) + 150    # some threads make few such calls
+                    lab.until(lambda: node.process.poll() is not None or len(load.letters) > enough, 20,  # noqa: B023
+                              "its death, or many letters")
+                    by_hand += node.process.poll() is None
+            node.kill()
+            node.wrapper = ()
+            node.start()
+            done = len(load.answered)
+            lab.until(lambda: len(load.answered) > done + 20, 30, "answers at the end")
+        node.restart()
+        self.check_clean(node)
+        self.check_ledger(node, load.letters, sinks)
+        self.assertLess(by_hand, 12, "strace did not do what it should")
+        print("killed within %d system calls: %d letters, %d with 250" % (30 - by_hand, len(load.letters), len(load.answered)))
 
     def test_dele_needs_quit(self):
         """A message is gone only if QUIT was answered, or on its way."""
@@ -1076,7 +1111,7 @@ class Disks(Case):
         with self.read_only(place / "data"):
             for recipients in ([LOCAL[0]], LOCAL, [FAR], [TEAM]):
                 self.assertRegex(self.reply(client, recipients), "^451 4.3.0 ")
-            with self.assertRaisesRegex(poplib.error_proto, "-ERR"):
+            with self.assertRaisesRegex(poplib.error_proto, "-ERR"), contextlib.closing(reader):
                 reader.quit()
             lab.until(lambda: (node.data / "mail").exists(), 1)
             try:
@@ -1130,8 +1165,8 @@ class Disks(Case):
         client = connect(node.smtp)
         client.mail("load@sender.test"), client.rcpt(LOCAL[1])
         shutil.rmtree(str(node.data))
-        with contextlib.suppress(poplib.error_proto):   # the message is gone, which is what was asked for
-            reader.quit()
+        with contextlib.suppress(poplib.error_proto), contextlib.closing(reader):
+            reader.quit()                           # the message is gone, which is what was asked for
         code, text = client.data(Letter("during", [LOCAL[1]]).content())
         self.assertEqual(code, 250, text)
         empty = node.fetch(LOCAL[0])

@@ -610,7 +610,7 @@ class Elsewhere(Case):
                 p for p in self.node.stored(address) if b"Subject: postfix" in p.read_bytes()], 30, "mail from Postfix")
             head = stored[0].read_bytes().partition(b"\r\n\r\n")[0].decode()
             self.assertRegex(head, r"Received: from mx\.postfix\.test \(\[192\.0\.2\.30\]\)\r\n\tby mx\.a\.test with ESMTPS ")
-        self.assertIn("status=sent (250 2.0.0", postfix.log())
+        lab.until(lambda: postfix.log().count("status=sent (250 2.0.0") == 2, 10, "Postfix's word that it was taken")
         self.assertRegex(postfix.log(), r"(?i)verified TLS connection established to 192\.0\.2\.11")
 
     def test_guessing_is_slow_and_ends(self):
@@ -913,7 +913,8 @@ class Hostile(Case):
             except (OSError, ssl.SSLError) as error:
                 self.assertNotIn("timed out", str(error), "neither read nor hung up")
             else:
-                self.fail("%d bytes of %r... in %g seconds, and still connected" % (count, block[:20], seconds))
+                self.fail("%s, after %s: %d bytes of %r in %g seconds, and still connected" % (
+                    address, beginning, count, block[:20], seconds))
             took = time.monotonic() - began
             client.buffer = b""
             return took, count, client.rest(3)
@@ -1257,10 +1258,14 @@ def raw_reset(address, data):
             client.reset()
 
 
+LOGIN_NAME = base64.b64encode(ANN.encode())
+
+
 class Guessing(Case):
-    """AUTH with rubbish, in node mode: nothing of it logs in, all of it is answered."""
+    """Log-in, in node mode."""
 
     def test_garbage(self):
+        """AUTH with rubbish: nothing of it logs in, all of it is answered."""
         good = name_and_password()
         rubbish = [b"", b"=", b"====", b"!!!!", b"A", b"AA", b"AAA=", b"AAAA", good[:-1], good + b"A", b"  " + good,
                    good + b" x", b"\xff\xfe", b"\0", b"AAAA\0", plain("||"), plain("|||"), plain("ann|bob|" + PASSWORD),
@@ -1277,6 +1282,31 @@ class Guessing(Case):
                     result.result()
             self.log_in(node)
             self.assert_back(node, before)
+
+    def test_secrecy(self):
+        """No password in the log, however much is logged, nor in transcripts; right ones and wrong ones."""
+        secrets = [PASSWORD, "wrong secret"]
+        with Node("--domain", "a.test", "--verbose", "--transcripts", "on", before=with_accounts(ANN)) as node:
+            for password in secrets:
+                response, word = name_and_password(ANN, password), base64.b64encode(password.encode())
+                for commands in ((b"AUTH PLAIN " + response,), (b"auth plain", response), (b"AUTH LOGIN", LOGIN_NAME, word),
+                                 (b"Auth Login " + LOGIN_NAME, word)):
+                    with Raw(node.smtp) as client:
+                        self.assertRegex(client.ask("EHLO x", *commands), "^[25]35 ")
+                        client.ask("MAIL FROM:<%s>" % ANN, "RCPT TO:<%s>" % ANN, "DATA")
+                        self.assertRegex(client.ask(b"Subject: x\r\n\r\nx\r\n."), "^250 ")
+                for commands in (("USER " + ANN, "PASS " + password), ("user " + ANN, "pass " + password),
+                                 (b"AUTH PLAIN " + response,), (b"AUTH PLAIN", response)):
+                    with Raw(node.pop3) as client:
+                        self.assertRegex(client.ask(*commands), r"^(\+OK|-ERR \[AUTH\])")
+                        client.ask("QUIT")
+                        client.rest()               # until then the mailbox is this session's
+            said = node.log().encode() + b"".join(
+                path.read_bytes() for path in node.data.rglob("*") if path.is_file() and path.name != "users")
+            self.assertIn(b"AUTH ***", said)
+            for password in secrets:
+                for form in (password.encode(), base64.b64encode(password.encode()), name_and_password(ANN, password)):
+                    self.assertNotIn(form[:-4], said)
 
     def log_in(self, node):
         """Log in as one should, which ends the count of wrong passwords: the next ones are looked at again."""
@@ -1329,6 +1359,21 @@ class Exhaustion(Case):
             for client in clients:
                 client.sock.close()
             self.assert_back(node, before)
+
+    def test_idle_connections_of_workers(self):
+        """The limit is that of all processes together."""
+        with Node("--max-connections", "20", "--workers", "2") as node:
+            clients = [self.enter(Raw(address)) for address in (node.smtp, node.pop3) * 15]
+            self.assertEqual([client.greeting[:3] for client in clients].count("421"), 5)
+            self.assertEqual([client.greeting[:4] for client in clients].count("-ERR"), 5)
+            for client in clients:
+                client.reset()
+
+            def served():
+                with contextlib.ExitStack() as stack:
+                    return all(stack.enter_context(Raw(node.smtp)).greeting.startswith("220") for _ in range(20))
+            lab.until(served, 10, "twenty connections that are served")
+            self.deliver(node)
 
     def test_descriptors(self):
         """The system's limit instead of ours: those who are in get 4xx at worst, those who wait are taken when it is over."""
