@@ -3636,26 +3636,34 @@ class Relay:
     def _work(self, destination: Destination) -> None:
         """Send what waits for one destination, over one connection as long as there is more."""
         peer: Optional[Peer] = None
-        try:
-            while True:
-                with self._wakeup:
-                    if self._stopping or not destination.jobs:
-                        destination.workers -= 1
-                        self._leave(destination)
-                        break
-                    entry, recipients = destination.jobs.popleft()
-                    if destination.overflow and len(destination.jobs) < MAX_WAITING // 2:
-                        destination.overflow = False
-                        self._rescan = True
-                        self._wakeup.notify_all()
-                peer = self.attempt(destination, peer, entry, recipients)
-                with self._wakeup:
-                    if peer:
+        while True:
+            job = self._next_job(destination, last=peer is None)
+            if job:
+                peer = self.attempt(destination, peer, *job)
+                if peer:
+                    with self._wakeup:
                         destination.allowed = min(MAX_SENDERS_PER_HOST, destination.allowed + 1)
                         self._staff(destination)
-        finally:
-            if peer:
-                peer.quit()
+            elif peer:
+                peer.quit()                         # may take a while; what came meanwhile is seen to
+                peer = None
+            else:
+                return
+
+    def _next_job(self, destination: Destination, last: bool) -> Optional[Tuple[Entry, List[Dict[str, Any]]]]:
+        """Return what to send next; None when there is nothing, and with `last` the worker is counted off."""
+        with self._wakeup:
+            if self._stopping or not destination.jobs:
+                if last:
+                    destination.workers -= 1
+                    self._leave(destination)
+                return None
+            job = destination.jobs.popleft()
+            if destination.overflow and len(destination.jobs) < MAX_WAITING // 2:
+                destination.overflow = False
+                self._rescan = True
+                self._wakeup.notify_all()
+            return job
 
     def _leave(self, destination: Destination) -> None:
         """Forget an idle destination, and staff those that wait for a free worker."""
