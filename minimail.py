@@ -784,7 +784,7 @@ class Wire:
         self.pending = 0                            # bytes in `output`
         self.skipping = False                       # inside a line that was too long
         self.tls = False
-        self.ready = True                           # there may be input: look before parking
+        self.ready = False                          # the poller has seen input: look before parking
         self.may_linger: Callable[[], bool] = no_spare_thread
         self.blocked: Callable[[], Any] = contextlib.nullcontext
         self.seen: Optional[Callable[[str, bytes], None]] = None
@@ -816,6 +816,10 @@ class Wire:
             if len(self.input) > limit:
                 self.skipping = True
                 self.input.clear()
+                if self.clock() >= self.deadline:
+                    raise TimedOut
+                if park:
+                    raise Silent                    # there may be more of it, but others are waiting
             start = len(self.input)
             self.input += self.receive(BLOCK, park)
 
@@ -824,7 +828,6 @@ class Wire:
         if self.output:
             self.flush()
         if park and not self.ready and not self.may_linger() and not self.unread():
-            self.ready = True
             raise Silent
         while True:
             try:
@@ -949,27 +952,13 @@ class Wire:
                 raise Disconnected                  # the file became shorter: the length we promised cannot be kept
             offset, count = offset + sent, count - sent
 
-    def blocks(self, content: Content, count: Optional[int] = None) -> Iterator[bytes]:
-        """Yield message content until its end (DATA), or exactly `count` bytes of it (BDAT).
-
-        The deadline moves with what arrives, at MIN_RATE: a client that drips runs into it.
-        """
-        started, total = self.clock(), 0
-        data = bytes(self.input[:count])
-        del self.input[:len(data)]
-        left = count
-        while True:
-            if left is not None:
-                left -= len(data)
-            total += len(data)
-            yield content.feed(data)
-            if content.finished:
-                self.input[:0] = content.rest
-                return
-            if left == 0:
-                return
-            self.deadline = started + self.timeout + total / MIN_RATE
-            data = self.receive(BIG_BLOCK if left is None else min(BIG_BLOCK, left))
+    def take(self, size: int, park: bool = False) -> bytes:
+        """Return up to `size` bytes, of what has been read already or is read now."""
+        if not self.input:
+            return self.receive(size, park)
+        data = bytes(self.input[:size])
+        del self.input[:size]
+        return data
 
     def start_tls(self, context: "ssl.SSLContext", server_side: bool, hostname: Optional[str] = None) -> None:
         """Switch to TLS. Whatever was buffered before the handshake is thrown away (RFC 3207 section 4.2).
@@ -1255,7 +1244,9 @@ class Storage:
         """Tell all (other) processes on this directory that wait for `kind`; costs one stat() when there are none."""
         try:
             stamp = os.stat(self.run).st_mtime_ns
-        except OSError:
+        except OSError:                             # somebody removed the directory underneath us
+            with contextlib.suppress(OSError):
+                self.stay()
             return
         if self._wakers[0] != stamp or time.time_ns() - stamp < 2_000_000_000:  # a clock tick may hide a change
             self._wakers = stamp, [name for name in list_directory(self.run) if not name.endswith(".lock")]
@@ -1878,9 +1869,13 @@ class Accounts:
         """Let `edit` change {key: record} and write the file anew; lines it does not name stay as they are. OSError."""
         path = self.file.path
         os.makedirs(os.path.dirname(path) or ".", mode=0o700, exist_ok=True)
-        fd = os.open(path + ".lock", os.O_CREAT | os.O_RDWR | O_EXTRA, 0o600)
-        try:
+        while True:
+            fd = os.open(path + ".lock", os.O_CREAT | os.O_RDWR | O_EXTRA, 0o600)
             lock_file(fd, wait=True)
+            if is_same_file(fd, path + ".lock"):    # not one that its last holder has just removed
+                break
+            os.close(fd)
+        try:
             before = dict(self.names(fresh=True))
             after = dict(before)
             edit(after)
@@ -1899,9 +1894,9 @@ class Accounts:
             text = "".join(line + "\n" for line in kept)
             storage.write(os.path.abspath(path), text.encode("utf-8", "surrogateescape"))
         finally:
-            os.close(fd)
             with contextlib.suppress(OSError):
                 os.unlink(path + ".lock")
+            os.close(fd)
 
 
 def parse_aliases(lines: List[Tuple[int, str]], complain: Callable[[int, str], None]) -> Dict[str, List[Address]]:
@@ -4190,10 +4185,12 @@ class Pool:
         self._idle += 1
         thread.start()
 
-    def watch(self, fd: int, task: Callable[[bool], None], deadline: float = float("inf"), now: bool = False) -> None:
+    def watch(self, fd: int, task: Callable[[bool], None], deadline: float = float("inf"), now: bool = False,
+              patient: bool = False) -> None:
         """Call task(False) once when fd is readable, or task(True) when the deadline has passed or the pool closes.
 
         With `now`, do not wait for input: a socket can nearly always be written to, so the next free thread takes it.
+        With `patient`, wait for input also when the pool closes.
         """
         self._waiting[fd] = (deadline, task)
         events = select.EPOLLIN | select.EPOLLONESHOT | (select.EPOLLOUT if now else 0)
@@ -4201,7 +4198,7 @@ class Pool:
             self._poller.modify(fd, events)
         except FileNotFoundError:
             self._poller.register(fd, events)
-        if self.closing:
+        if self.closing and not patient:
             self._expire(fd)
 
     def later(self, fd: int, task: Callable[[bool], None], seconds: float) -> None:
@@ -4494,13 +4491,16 @@ class Session(socketserver.BaseRequestHandler):
 
     def turn(self, expired: bool) -> None:
         """Go on with the conversation, and wait for its next turn in the pool."""
-        if expired and not self.site.stopping and (self.wire.clock() < self.wire.deadline or self.wire.has_line()):
+        if expired and self.site.stopping and self.in_flight() and self.wire.clock() < self.wire.deadline:
+            expired = False                         # its message is taken to the end
+        if expired and not self.site.stopping and (
+                self.wire.clock() < self.wire.deadline or (not self.in_flight() and self.wire.has_line())):
             expired = False                         # it is we who are late
-        self.wire.ready = True
         try:
             if self.converse(expired):
                 again, self.again = self.again, False
-                self.site.pool.watch(self.wire.sock.fileno(), self.turn, self.wire.deadline, now=again)
+                self.wire.ready = not again
+                self.site.pool.watch(self.wire.sock.fileno(), self.turn, self.wire.deadline, again, self.in_flight())
             else:
                 self.finish()
         except Suspended:
@@ -4544,6 +4544,8 @@ class Session(socketserver.BaseRequestHandler):
         for _ in range(TURN) if EPOLL else itertools.count():
             if self.over:
                 return
+            if self.in_transfer():
+                continue
             try:
                 line = self.wire.line(self.line_limit, park=EPOLL)
             except LineTooLong:
@@ -4551,7 +4553,7 @@ class Session(socketserver.BaseRequestHandler):
                 continue
             self.wire.renew()
             self.command(line)
-            if self.site.stopping and not self.over:
+            if self.site.stopping and not self.over and not self.in_flight():
                 raise TimedOut
         self.wire.flush()                           # enough for one turn: who sends commands without end is not alone here
         if not self.over:
@@ -4588,6 +4590,10 @@ class Session(socketserver.BaseRequestHandler):
 
     def in_flight(self) -> bool:
         """True while a message is coming in."""
+        return False
+
+    def in_transfer(self) -> bool:
+        """Take input that is no command, if that is what comes next; return whether it was."""
         return False
 
     def finish(self) -> None:
@@ -4665,7 +4671,8 @@ class Listener(socketserver.TCPServer):
     def listen(self) -> None:
         """Begin to take connections, in the pool's threads or, where it has no poller, in one of its own."""
         if EPOLL:
-            self.site.pool.watch(self.fileno(), self.turn)
+            with contextlib.suppress(OSError, ValueError) if self.site.stopping else contextlib.nullcontext():
+                self.site.pool.watch(self.fileno(), self.turn)
         else:
             self.site.pool.own_thread(lambda expired: self.serve_forever(poll_interval=0.1))
 
@@ -4737,8 +4744,17 @@ class Transaction:
     def __init__(self, envelope: Envelope) -> None:
         self.envelope = envelope
         self.destinations: List[Destinations] = []
-        self.parcel: Optional[Parcel] = None        # once BDAT has begun
+        self.parcel: Optional[Parcel] = None        # once the content has begun
         self.content = Content(dots=False)
+
+
+class Transfer:
+    """Content that is coming in: where it goes (None: nowhere), how much is left (None: up to its end), what comes then."""
+
+    def __init__(self, parcel: Optional[Parcel], content: Content, left: Optional[int], done: Callable[[], Reply],
+                 started: float) -> None:
+        self.parcel, self.content, self.left, self.done, self.started = parcel, content, left, done, started
+        self.total = 0
 
 
 class SMTPSession(Session):
@@ -4749,6 +4765,7 @@ class SMTPSession(Session):
     esmtp = False
     refusals = 0
     transaction: Optional[Transaction] = None
+    transfer: Optional[Transfer] = None
     delivered: Optional[Parcel] = None              # a message just accepted, its 250 not sent yet
     commands = 0
     started = 0.0
@@ -4770,10 +4787,16 @@ class SMTPSession(Session):
             self.tape.heard(b"AUTH ***" if name == "AUTH" else line, name in self.SYNCHRONOUS and bool(self.wire.input))
         if log.isEnabledFor(logging.DEBUG):
             log.debug("%s > %s", self.client, "AUTH ***" if name == "AUTH" else printable(line))
+        if method is None:
+            reply = self.not_a_command(line, name)
+            self.respond(name, lambda: reply)
+        else:
+            self.respond(name, lambda: method(decode_argument(argument)))
+
+    def respond(self, name: str, action: Callable[[], Optional[Reply]]) -> None:
+        """Give the reply that `action` returns or raises."""
         try:
-            if method is None:
-                raise Refused(self.not_a_command(line, name))
-            reply = method(decode_argument(argument))
+            reply = action()
         except Refused as refused:
             self.delivered = None
             reply = refused.reply
@@ -5039,33 +5062,34 @@ class SMTPSession(Session):
         if transaction.parcel:
             raise Refused(503, "5.5.1", "BDAT has begun, DATA cannot follow")
         self.raise_fault("data")
-        transaction.parcel = parcel = self.site.post.begin(transaction.envelope, transaction.destinations)
-        reply = Reply(354, "", "go ahead, end with CRLF.CRLF").encode()
-        self.wire.send(reply)
-        if self.tape:
-            self.tape.said(reply)
+        transaction.parcel = self.site.post.begin(transaction.envelope, transaction.destinations)
         transaction.content = Content()
-        self.read_content(parcel, transaction.content, None)
-        return self.end_content(transaction)
+        self.transfer = Transfer(transaction.parcel, transaction.content, None, lambda: self.end_content(transaction),
+                                 self.wire.clock())
+        return Reply(354, "", "go ahead, end with CRLF.CRLF")
 
-    def do_BDAT(self, argument: str) -> Reply:
+    def do_BDAT(self, argument: str) -> Optional[Reply]:
         """RFC 3030: a chunk is read to its end whatever is wrong, so that the conversation stays in step."""
         match = re.fullmatch(r"(\d{1,15})( +LAST)?", argument.strip(), re.ASCII | re.IGNORECASE)
         if not match:
             raise Refused(501, "5.5.4", "BDAT bytes [LAST]")
-        count = int(match.group(1))
+        count, last = int(match.group(1)), bool(match.group(2))
         try:
             transaction = self.begin_content()
             if not transaction.parcel:
                 self.raise_fault("data")
                 transaction.parcel = self.site.post.begin(transaction.envelope, transaction.destinations)
-        except Refused:
-            self.read_content(None, Content(dots=False), count)
-            raise
-        self.read_content(transaction.parcel, transaction.content, count)
-        if not match.group(2):
-            if transaction.parcel.draft.too_large:
-                return self.end_content(transaction)
+        except Refused as refused:
+            reply = refused.reply
+            self.transfer = Transfer(None, Content(dots=False), count, lambda: reply, self.wire.clock())
+        else:
+            self.transfer = Transfer(transaction.parcel, transaction.content, count,
+                                     lambda: self.end_chunk(transaction, count, last), self.wire.clock())
+        return None
+
+    def end_chunk(self, transaction: Transaction, count: int, last: bool) -> Reply:
+        assert transaction.parcel
+        if not last and not transaction.parcel.draft.too_large:
             return Reply(250, "2.0.0", "%d bytes" % count)
         self.write_content(transaction.parcel, transaction.content.end())
         return self.end_content(transaction)
@@ -5077,22 +5101,35 @@ class SMTPSession(Session):
             raise Refused(554, "5.5.1", "no valid recipients")
         return self.transaction
 
-    def read_content(self, parcel: Optional[Parcel], content: Content, count: Optional[int]) -> None:
-        """Read content to its end and write it to the parcel; what is too large is read and forgotten, but not for ever."""
-        try:
-            total = 0
-            for block in self.wire.blocks(content, count):
-                total += len(block)
-                if parcel:
-                    self.write_content(parcel, block)
-                if total > 2 * self.site.config.max_size + (1 << 26):
-                    self.over = True
-                    raise Refused(552, "5.3.4", "message larger than %d bytes" % self.site.config.max_size, close=True)
-        except BaseException:
-            if parcel:
-                parcel.draft.discard()
-            self.transaction = None
-            raise
+    def in_transfer(self) -> bool:
+        """Take a block of content, if that is what comes next.
+
+        What is too large is read and forgotten, but not for ever. The deadline moves with what arrives, at MIN_RATE: a
+        client that drips runs into it.
+        """
+        transfer, wire = self.transfer, self.wire
+        if not transfer:
+            return False
+        if wire.clock() >= wire.deadline:
+            raise TimedOut
+        size = BIG_BLOCK if transfer.left is None else min(BIG_BLOCK, transfer.left)
+        data = wire.take(size, park=EPOLL) if size else b""
+        block = transfer.content.feed(data)
+        transfer.total += len(data)
+        if transfer.parcel:
+            self.write_content(transfer.parcel, block)
+        if transfer.left is not None:
+            transfer.left -= len(data)
+        if transfer.content.finished or transfer.left == 0:
+            wire.input[:0] = transfer.content.rest
+            wire.renew()
+            self.transfer = None
+            self.respond("content", transfer.done)
+        elif transfer.total > 2 * self.site.config.max_size + (1 << 26):
+            self.say(Reply(552, "5.3.4", "message larger than %d bytes" % self.site.config.max_size, close=True))
+        else:
+            wire.deadline = transfer.started + wire.timeout + transfer.total / MIN_RATE
+        return True
 
     def write_content(self, parcel: Parcel, block: bytes) -> None:
         parcel.draft.write(block)
@@ -5149,6 +5186,7 @@ class SMTPSession(Session):
         elif sent and self.site.prompt:
             self.follow_up()
         more = bool(self.delivered or self.wire.output or self.wire.input or self.over)
+        self.wire.ready = not more
         self.site.pool.watch(self.wire.sock.fileno(), self.turn, self.wire.deadline, now=more)
 
     def resume(self) -> None:
@@ -5158,7 +5196,7 @@ class SMTPSession(Session):
     # The rest.
 
     def in_flight(self) -> bool:
-        return bool(self.delivered or (self.transaction and self.transaction.parcel))
+        return bool(self.delivered or self.transfer)
 
     def do_RSET(self, argument: str) -> Reply:
         if argument:
@@ -5671,6 +5709,7 @@ class Node:
         if site.inbox:
             site.inbox.tell("stop")
         while site.sessions and time.monotonic() < deadline:
+            site.committer.run()                    # what this thread's turns of the sessions brought in
             with self._arrived:
                 self._arrived.wait(0.02)
         for session in list(site.sessions):
