@@ -2195,12 +2195,17 @@ class Committer:
             batch, self.waiting = self.waiting, []
         started = time.monotonic()
         large = any(parcel.draft.written > 1 << 20 for parcel, _ in batch)
-        with self.blocked() if self._slow or large else contextlib.nullcontext():
-            results = self.post.commit_all([parcel for parcel, _ in batch])
-        self._slow = time.monotonic() - started > self.SLOW * max(1.0, len(batch) / 20)
-        self._running = False
+        try:
+            with self.blocked() if self._slow or large else contextlib.nullcontext():
+                results = self.post.commit_all([parcel for parcel, _ in batch])
+        finally:
+            self._slow = time.monotonic() - started > self.SLOW * max(1.0, len(batch) / 20)
+            self._running = False
         for (_, done), refused in zip(batch, results):
-            done(refused)
+            try:
+                done(refused)
+            except Exception:
+                log.exception("a session could not be told of its message")
 
 
 def may_go(config: Config, address: Address) -> bool:
@@ -3502,6 +3507,7 @@ class Relay:
                     return
                 sock.settimeout(5.0)
                 path = sock.getsockname()
+                self.wake()                         # what came before anybody could tell us
                 while not self._stopping and os.path.exists(path):      # not if somebody removed the directory underneath us
                     try:
                         sock.recv(64)
@@ -5062,7 +5068,7 @@ class SMTPSession(Session):
         if transaction.parcel:
             raise Refused(503, "5.5.1", "BDAT has begun, DATA cannot follow")
         self.raise_fault("data")
-        transaction.parcel = self.site.post.begin(transaction.envelope, transaction.destinations)
+        transaction.parcel = self.begin_parcel(transaction)
         transaction.content = Content()
         self.transfer = Transfer(transaction.parcel, transaction.content, None, lambda: self.end_content(transaction),
                                  self.wire.clock())
@@ -5078,7 +5084,7 @@ class SMTPSession(Session):
             transaction = self.begin_content()
             if not transaction.parcel:
                 self.raise_fault("data")
-                transaction.parcel = self.site.post.begin(transaction.envelope, transaction.destinations)
+                transaction.parcel = self.begin_parcel(transaction)
         except Refused as refused:
             reply = refused.reply
             self.transfer = Transfer(None, Content(dots=False), count, lambda: reply, self.wire.clock())
@@ -5093,6 +5099,11 @@ class SMTPSession(Session):
             return Reply(250, "2.0.0", "%d bytes" % count)
         self.write_content(transaction.parcel, transaction.content.end())
         return self.end_content(transaction)
+
+    def begin_parcel(self, transaction: Transaction) -> Parcel:
+        if self.tape:
+            self.tape.begin()
+        return self.site.post.begin(transaction.envelope, transaction.destinations)
 
     def begin_content(self) -> Transaction:
         if not self.transaction:
@@ -5547,6 +5558,7 @@ REGISTRY["pop3"] = POP3Session
 class Node:
     """A mail node: the options of the command line as keywords, `data=None` for a temporary directory.
 
+    The web inbox is off unless given; so is POP3 when `smtp` is given, and the other way round.
     Use it with `with`, or call start() and stop(). A wrong option is TypeError or ValueError naming it, a port that is
     taken an OSError naming it. `on_message(message)` is called once per accepted message, after the client has its 250.
     """
@@ -5562,6 +5574,9 @@ class Node:
             raise TypeError("Node() has no option %r" % min(unknown))
         given = {name: value for name, value in options.items() if value is not None or name in LISTENERS}
         given.setdefault("web", "off")
+        if "smtp" in given or "pop3" in given:      # then the other one's fixed port would only be in the way
+            given.setdefault("smtp", "off")
+            given.setdefault("pop3", "off")
         if data is not None:
             given["data"] = data
         self.config = Config(**read_options(given, lambda name: name))
@@ -5905,6 +5920,10 @@ class Tape:
         if len(self.lines) < self.MAX_LINES:
             self.lines.append((side, printable(line, 2000)))
 
+    def begin(self) -> None:
+        """Content begins."""
+        self.head, self.longest, self.column = b"", 0, 0
+
     def block(self, block: bytes) -> None:
         """Look at content as it passes."""
         if len(self.head) < BLOCK:
@@ -5928,7 +5947,7 @@ class Tape:
 
     def restart(self) -> None:
         """Begin with the next message."""
-        self.lines, self.head, self.longest, self.column = [], b"", 0, 0
+        self.lines = []
         self.habits.discard("pipelining")
 
 
@@ -5952,7 +5971,7 @@ def lint(envelope: Envelope, content: Content, draft: Draft, head: bytes, longes
     fields, _ = split_headers(head)
     names = [name for name, _ in fields]
     raw = b"".join(value for _, value in fields)
-    words = re.findall(rb"=\?[^\s]*\?=", raw)
+    words = re.findall(rb"=\?[^\s?]*\?[^\s?]*\?[^\s?]*\?=", raw)
     size = draft.size
     broken = [
         ("bare-newline", content.bare),
@@ -5963,7 +5982,8 @@ def lint(envelope: Envelope, content: Content, draft: Draft, head: bytes, longes
         ("long-line", longest > 999),
         ("size", envelope.declared is not None and abs(envelope.declared - size) * 10 > max(size, 100)),
         ("header-encoding", (not raw.isascii() and not envelope.smtputf8) or any(
-            not re.fullmatch(rb"=\?[\w-]+(\*\w+)?\?([Bb]\?[\w+/]+=*|[Qq]\?[!->@-~]+)\?=", word) for word in words)),
+            not re.fullmatch(rb"=\?[\w-]+(\*\w+)?\?([Bb]\?[\w+/]+=*|[Qq]\?[!->@-~]+)\?=", word) for word in words)
+            or raw.count(b"=?") > len(words)),
         ("dot-stuffing", content.unstuffed),
     ]
     return [rule for rule, is_broken in broken if is_broken]
@@ -6088,7 +6108,7 @@ def decode_words(value: bytes) -> str:
     import email.header
     text = " ".join(value.decode("utf-8" if is_utf8(value) else "latin-1").split())
     try:
-        return str(email.header.make_header(email.header.decode_header(text))) if "=?" in text else text
+        return whole_characters(str(email.header.make_header(email.header.decode_header(text)))) if "=?" in text else text
     except Exception:                               # broken encodings raise nearly anything
         return text
 
@@ -6107,15 +6127,38 @@ def address_list(value: str) -> List[Dict[str, str]]:
 
 def part_text(part: Any) -> str:
     """Return a text part decoded, whatever its charset says."""
-    data = part.get_payload(decode=True) or b""
-    charset = part.get_content_charset() or "utf-8"
+    data = part_bytes(part)
+    try:
+        charset = part.get_content_charset() or "utf-8"
+    except ValueError:
+        charset = "utf-8"
     for name in ({"gb2312": "gb18030", "iso-2022-jp": "iso2022_jp_ext", "shift_jis": "cp932"}.get(charset, charset), charset,
                  "utf-8"):
         try:
-            return str(data.decode(name))
-        except (LookupError, UnicodeDecodeError):
+            return whole_characters(str(data.decode(name)))
+        except (LookupError, ValueError):
             continue
-    return str(data.decode("latin-1" if charset in ("us-ascii", "utf-8") else "utf-8", "replace"))
+    return data.decode("latin-1" if charset in ("us-ascii", "utf-8") else "utf-8", "replace")
+
+
+def whole_characters(text: str) -> str:
+    """Return text without lone surrogates, which some encodings can produce and no file or reply can hold."""
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
+def strip_tags(html: str) -> str:
+    """Return about the text of some HTML, for a glance: in one pass, whatever it is."""
+    first, *pieces = html[:50_000].split("<")
+    found, skipped = [first], ""
+    for piece in pieces:
+        tag, _, text = piece.partition(">")
+        name = tag[:7].lower()
+        if skipped and not name.startswith("/" + skipped):
+            continue
+        skipped = next((element for element in ("style", "script") if name.startswith(element)), "")
+        if not skipped:
+            found.append(text)
+    return " ".join(found)
 
 
 class View:
@@ -6129,7 +6172,10 @@ class View:
     def tree(self) -> Any:
         import email
         import email.policy
-        return email.message_from_bytes(self.raw, policy=email.policy.compat32)
+        try:
+            return email.message_from_bytes(self.raw, policy=email.policy.compat32)
+        except Exception:                           # nested too deep, or otherwise made to break this: as text, then
+            return email.message_from_bytes(b"\r\n" + self.raw[:BIG_BLOCK], policy=email.policy.compat32)
 
     def header(self, name: str) -> str:
         return next((decode_words(value.partition(b":")[2]) for field, value in self.fields if field == name), "")
@@ -6148,7 +6194,7 @@ class View:
 
         def walk(part: Any, id: str) -> None:
             children = part.get_payload() if part.is_multipart() else None
-            if isinstance(children, list) and part.get_content_maintype() == "multipart":
+            if isinstance(children, list) and part.get_content_maintype() == "multipart" and id.count(".") < 50:
                 for number, child in enumerate(children, 1):
                     walk(child, "%s.%d" % (id, number) if id else str(number))
             else:
@@ -6196,7 +6242,7 @@ def file_name(part: Any) -> str:
         name = part.get_filename() or ""
     except Exception:                               # broken RFC 2231 encodings
         name = "attachment"
-    name = decode_words(str(name).encode("utf-8", "replace"))
+    name = decode_words(whole_characters(str(name)).encode("utf-8"))
     return re.sub(r"[\x00-\x1f\x7f/\\:]", "_", name).strip(". ")[:200]
 
 
@@ -6227,7 +6273,10 @@ class Query:
                 self.terms.append((bool(negation), key.lower(), value.lower()))
 
     def matches(self, letter: "Letter") -> bool:
-        return all(bool(self.fits(letter, key, value)) is not negation for negation, key, value in self.terms)
+        try:
+            return all(bool(self.fits(letter, key, value)) is not negation for negation, key, value in self.terms)
+        except FileNotFoundError:                   # removed while we looked
+            return False
 
     @staticmethod
     def fits(letter: "Letter", key: str, value: str) -> bool:
@@ -6285,7 +6334,17 @@ class Letter:
         """Return the entry of a list; what is in the file is read once and remembered."""
         known = self.inbox.summaries.get(self.id)
         if known is None:
-            known = self.inbox.remember(self.id, self._summary())
+            try:
+                known = self._summary()
+            except OSError:
+                raise
+            except Exception as error:              # one message must not hide the others
+                log.warning("message %s cannot be shown: %s", self.id, error)
+                nobody = {"Name": "", "Address": ""}
+                known = {"ID": self.id, "MessageID": "", "From": nobody, "To": [], "Cc": [], "Bcc": [], "ReplyTo": [],
+                         "Subject": "(cannot be shown)", "Created": iso_time(self.message().received_at.timestamp()),
+                         "Username": "", "Tags": [], "Size": self.message().size, "Attachments": 0, "Snippet": ""}
+            self.inbox.remember(self.id, known)
         return dict(known, Read=self.read)
 
     def _summary(self) -> Dict[str, Any]:
@@ -6297,7 +6356,7 @@ class Letter:
         shown = {lower(person["Address"]) for name in ("to", "cc") for person in named[name]}
         recipients = record["recipients"] if record else [mailbox for mailbox, _ in self.copies]
         hidden = [{"Name": "", "Address": recipient} for recipient in recipients if lower(recipient) not in shown]
-        text = view.text("text/plain") or re.sub(r"(?s)<(style|script).*?</\1>|<[^>]*>", " ", view.text("text/html"))
+        text = view.text("text/plain") or strip_tags(view.text("text/html"))
         return {"ID": self.id, "MessageID": view.header("message-id").strip("<>"),
                 "From": (named["from"] or [{"Name": view.header("from"), "Address": ""}])[0], "To": named["to"],
                 "Cc": named["cc"], "Bcc": hidden, "ReplyTo": named["reply-to"], "Subject": view.header("subject"),
@@ -6310,7 +6369,7 @@ class Letter:
         inline, attached = view.files()
         try:
             date = email.utils.parsedate_to_datetime(view.header("date")).isoformat()
-        except (TypeError, ValueError, IndexError):
+        except (TypeError, ValueError, IndexError, OverflowError):
             date = summary["Created"]
         shown = {key: summary[key] for key in ("ID", "MessageID", "Read", "From", "To", "Cc", "Bcc", "ReplyTo", "Subject",
                                                "Tags", "Username", "Size")}
@@ -6532,7 +6591,11 @@ class Inbox:
                 raise ValueError("no IDs")
         else:
             given = json.loads(body) if body.strip() else {}
-        if not isinstance(given, dict) or not isinstance(given.get("IDs") or [], list):
+        if not isinstance(given, dict):
+            raise ValueError("expected {\"IDs\": [...]}")
+        spelling = {"ids": "IDs", "read": "Read", "search": "Search"}
+        given = {spelling.get(key.lower(), key): value for key, value in given.items()}
+        if set(given) - set(spelling.values()) or not isinstance(given.get("IDs") or [], list):
             raise ValueError("expected {\"IDs\": [...]}")
         letters = self.letters()
         if given.get("Search"):
@@ -6576,7 +6639,17 @@ class Inbox:
             if not self.site.config.capture and user is None:
                 raise ValueError("sending needs a log-in in node mode")
             envelope, content = compose(json.loads(body))
-            destinations = [self.site.book.resolve(address) for address in envelope.recipients]
+            site = self.site
+            if not site.config.capture and not (envelope.sender and user and site.book.owns(
+                    user, parse_address(envelope.sender))):
+                raise ValueError("you may not send as this address")
+            site.ask_policy("on_mail", "", envelope.sender, user)
+            destinations = [site.book.resolve(address) for address in envelope.recipients]
+            for address in envelope.recipients:
+                site.ask_policy("on_rcpt", envelope, str(address))
+            for remote in (remote for destination in destinations for remote in destination.remote):
+                if not may_go(site.config, remote) or site.post.queue.is_full():
+                    raise ValueError("no relaying to %s now" % remote.domain)
             parcel = self.site.post.begin(envelope, destinations)
             parcel.draft.write(content)
             if self.site.recorder:
@@ -6744,11 +6817,19 @@ def web_handler() -> Any:
             log.debug("web %s %s", self.session.client, printable(format % args))
 
         def serve(self) -> None:
+            try:
+                self.serve_request()
+            except ValueError as error:
+                self.close_connection = True
+                self.give(text_answer(400, "Error: " + printable(str(error))))
+
+        def serve_request(self) -> None:
             url = urlsplit(self.path)
             query = dict(parse_qsl(url.query, keep_blank_values=True))
             refusal, user = self.check()
             size = self.headers.get("Content-Length") or "0"
-            if refusal is None and (not size.isdigit() or int(size) > MAX_HTTP_BODY or "Transfer-Encoding" in self.headers):
+            known = size.isascii() and size.isdigit() and "Transfer-Encoding" not in self.headers
+            if refusal is None and (not known or int(size) > MAX_HTTP_BODY):
                 refusal = text_answer(413, "body too large or of unknown length")
             if refusal is not None:
                 self.close_connection = True

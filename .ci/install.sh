@@ -12,7 +12,7 @@ packages=(
     # servers to talk to and to be measured against; smtp-source and smtp-sink come with Postfix
     postfix nsd unbound
     # the machine's own workings
-    iproute2 strace openssl netcat-openbsd procps python3-venv
+    iproute2 strace faketime openssl netcat-openbsd procps python3-venv
     # the web inbox
     chromium chromium-driver fonts-dejavu-core
 )
