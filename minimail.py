@@ -465,7 +465,10 @@ def parse_size(text: Union[str, int]) -> int:
     match = re.fullmatch(r"(\d+)([KMG]?)", str(text).strip().upper(), re.ASCII)
     if not match:
         raise ValueError("expected a number of bytes, as 1048576, 1024K, 1M or 1G")
-    return int(match.group(1)) << {"": 0, "K": 10, "M": 20, "G": 30}[match.group(2)]
+    size = int(match.group(1)) << {"": 0, "K": 10, "M": 20, "G": 30}[match.group(2)]
+    if not size:
+        raise ValueError("expected more than no bytes at all")
+    return size
 
 
 def parse_count(text: Union[str, int]) -> int:
@@ -536,7 +539,8 @@ def parse_url(text: str) -> Server:
     """Return the Server of an smtp:// or smtps:// URL; user and password may be %-encoded; ValueError."""
     from urllib.parse import unquote, urlsplit
     url = urlsplit(text.strip())
-    if url.scheme not in ("smtp", "smtps") or not url.hostname or url.path.strip("/") or url.query or url.fragment:
+    if url.scheme not in ("smtp", "smtps") or not url.hostname or url.path.strip("/") or url.query or url.fragment \
+            or url.port == 0 or (url.username and url.password is None):
         raise ValueError("expected smtp://[user:password@]host[:port] or smtps://...")
     tls = url.scheme == "smtps"
     return Server(url.hostname, url.port or (465 if tls else 25), tls,
@@ -659,8 +663,12 @@ def read_options(given: Dict[str, Any], name: Callable[[str], str]) -> Dict[str,
                 continue
             if raw is None or raw in ("off", ["off"]):
                 raw = []
-            items = raw if isinstance(raw, (list, tuple, set, frozenset)) else [raw]
-            values[key] = tuple(meta["parse"](item) for item in items)
+            items = list(raw.items()) if isinstance(raw, dict) else \
+                raw if isinstance(raw, (list, tuple, set, frozenset)) else [raw]
+            parsed = []
+            for raw in items:                       # an error names the one that is wrong
+                parsed.append(meta["parse"](raw))
+            values[key] = tuple(parsed)
         except (ValueError, TypeError, AttributeError, Refused) as error:
             reason = "a value of the wrong type" if isinstance(error, (TypeError, AttributeError)) else error
             raise UsageError("%s: %r: %s" % (name(key), raw, reason)) from None
@@ -1407,6 +1415,8 @@ class Reloaded:
                 self._stamp = stamp
             except OSError as error:
                 log.warning("cannot read %s: %s", self.path, error)
+                if self._stamp == ():               # nothing known: better say "later" than "no such user"
+                    raise
         return self._value
 
     def lines(self) -> List[Tuple[int, str]]:
@@ -4808,6 +4818,9 @@ class SMTPSession(Session):
             reply = refused.reply
         except (Disconnected, Silent, Suspended, TimedOut):
             raise
+        except OSError as error:
+            log.warning("%s from %s: %s", name, self.client, error)
+            reply = Reply(451, "4.3.0", "something went wrong here, try again later")
         except Exception:
             log.exception("%s from %s failed", name, self.client)
             reply = Reply(451, "4.3.0", "something went wrong here, try again later")
@@ -5823,6 +5836,11 @@ class Node:
         found = [(name, item) for name in names for item in mailboxes.listing(name)]
         found.sort(key=lambda pair: pair[1].name)
         return [Message(mailboxes, name, item, self._envelope(item)) for name, item in found]
+
+    def send_due(self) -> None:
+        """Look into the queue at once: for tests that give the node a `clock` of their own and have moved it."""
+        if self._relay:
+            self._relay.wake()
 
     def _mailbox(self, address: str) -> str:
         assert self.stores
@@ -6858,6 +6876,8 @@ def web_handler() -> Any:
                     return text_answer(403, "request from another site"), None
             user = self.logged_in(site)
             outside = not is_loopback(self.session.request.getsockname()[0])
+            if self.path in ("/livez", "/readyz"):
+                return None, user
             if outside and user is None and (not site.config.capture or site.accounts.names()):
                 return Answered(401, "text/plain; charset=utf-8", b"log in with an account of the users file",
                                 {"WWW-Authenticate": 'Basic realm="minimail", charset="UTF-8"'}), None
@@ -6953,6 +6973,7 @@ def wait_command(config: Config, arguments: List[str]) -> int:
                         seen.add((name, item.uid))
                 left = deadline - time.monotonic()
                 if left <= 0:
+                    print("minimail: no such message within %s seconds" % given.timeout, file=sys.stderr)
                     return 1
                 if sock:
                     sock.settimeout(left)
@@ -7699,6 +7720,8 @@ def main(argv: Optional[List[str]] = None) -> int:
             print(option_parser().format_help(), end="")
             return 0
         config = read_config(given, os.environ, remember=command != "serve")
+        if command != "serve":
+            become_owner(config.data)
         if command != "serve" and not config.verbose:
             config = dataclasses.replace(config, quiet=True)
         set_up_logging(config)
@@ -7747,7 +7770,7 @@ def serve_command(config: Config, given: Dict[str, Any]) -> int:
     if config.capture and public:
         log.warning("in capture mode, whoever reaches %s can read and fill every mailbox", " and ".join(public))
     if config.run_as:
-        drop_privileges(config.run_as)
+        drop_privileges(config.run_as, config.data)
     if config.workers > 1:
         return Workers(node, config.workers, given).run()
     node.serve()
@@ -7789,14 +7812,26 @@ def wait_for_signal() -> None:
         pass
 
 
+def become_owner(data: str) -> None:
+    """Let root's commands work as the owner of the data directory: what root wrote, the node could not read."""
+    try:
+        owner = os.stat(data)
+    except OSError:
+        return
+    if hasattr(os, "geteuid") and os.geteuid() == 0 and owner.st_uid != 0:
+        os.setgroups([])
+        os.setgid(owner.st_gid)
+        os.setuid(owner.st_uid)
+
+
 def announce(node: Node) -> None:
     for name, endpoint in node.endpoints():
         print("listening %s %s" % (name, show_endpoint(endpoint)))
     print("ready", flush=True)
 
 
-def drop_privileges(user: str) -> None:
-    """Become `user` for good, groups too; CannotRun when that is not possible."""
+def drop_privileges(user: str, data: str) -> None:
+    """Become `user` for good, groups too; CannotRun when that is not possible. A missing data directory is made for it."""
     try:
         import pwd
     except ImportError:
@@ -7807,12 +7842,18 @@ def drop_privileges(user: str) -> None:
         raise CannotRun("--run-as %s: no such user on this machine" % user) from None
     if os.getuid() == account.pw_uid != 0:
         return
+    import concurrent.futures.thread                # noqa: F401  what is imported later may not be readable any more
+    import email.policy                             # noqa: F401
+    import http.server                              # noqa: F401
     try:
+        if not os.path.exists(data):
+            os.makedirs(data, mode=0o700)
+            os.chown(data, account.pw_uid, account.pw_gid)
         os.initgroups(user, account.pw_gid)
         os.setgid(account.pw_gid)
         os.setuid(account.pw_uid)
     except OSError as error:
-        raise CannotRun("--run-as %s: %s; only root can become another user" % (user, error.strerror)) from None
+        raise CannotRun("--run-as %s: %s; only root can become another user" % (user, error.strerror or error)) from None
     if account.pw_uid != 0:
         with contextlib.suppress(OSError):
             os.setuid(0)
@@ -7998,7 +8039,7 @@ def user_command(config: Config, arguments: List[str]) -> int:
         print("".join(name + "\n" for name in sorted(accounts.names())), end="")
         return 0
     try:
-        key = parse_address(given.name or "").key
+        key = parse_address(given.name).key if given.name else ""
         if "@" not in key:
             raise UsageError("user %s: NAME is a full address, as bob@example.org" % given.action)
     except Refused as refused:
