@@ -1377,6 +1377,11 @@ class Exhaustion(Case):
                 with contextlib.ExitStack() as stack:
                     return all(stack.enter_context(Raw(node.smtp)).greeting.startswith("220") for _ in range(20))
             lab.until(served, 10, "twenty connections that are served")
+
+            def free():                             # those twenty are closed, but the node may not have seen it of all
+                with Raw(node.smtp) as client:
+                    return client.greeting.startswith("220")
+            lab.until(lambda: all(free() for _ in range(10)), 10, "connections that are free again")
             self.deliver(node)
 
     def test_descriptors(self):

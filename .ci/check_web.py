@@ -120,9 +120,14 @@ class Browser:
 
     def click(self, selector):
         """Click on the one such element as a person does: it must be visible and on top."""
-        found = self.elements(selector)
-        assert len(found) == 1, "%d elements are %s" % (len(found), selector)
-        self.call("POST", found[0] + "/click")
+        for attempt in range(5):
+            found = self.elements(selector)
+            assert len(found) == 1, "%d elements are %s" % (len(found), selector)
+            try:
+                return self.call("POST", found[0] + "/click")
+            except AssertionError as problem:       # drawn anew between finding and clicking: a person would not notice
+                if "stale element" not in str(problem) or attempt == 4:
+                    raise
 
     def point(self, x, y):
         """Click at a place in the window."""
