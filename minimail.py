@@ -1699,8 +1699,9 @@ def link_or_copy(source: str, target: str) -> None:
 class Message:
     """A message in a mailbox, as the library hands it out."""
 
-    def __init__(self, mailboxes: Mailboxes, mailbox: str, item: Item, envelope: Optional[Dict[str, Any]] = None) -> None:
-        self._mailboxes, self._item, self._envelope = mailboxes, item, envelope
+    def __init__(self, mailboxes: Mailboxes, mailbox: str, item: Item,
+                 envelope: Callable[[Item], Optional[Dict[str, Any]]] = lambda item: None) -> None:
+        self._mailboxes, self._item, self._load = mailboxes, item, envelope
         self.recipient = mailbox
         self.uid = item.uid
         self.size = item.size
@@ -1708,6 +1709,10 @@ class Message:
 
     def __repr__(self) -> str:
         return "<Message %s to %s, %d bytes>" % (self.uid, self.recipient, self.size)
+
+    @functools.cached_property
+    def _envelope(self) -> Optional[Dict[str, Any]]:
+        return self._load(self._item)
 
     @property
     def path(self) -> str:
@@ -5080,7 +5085,7 @@ class SMTPSession(Session):
         transaction = self.begin_content()
         if transaction.parcel:
             raise Refused(503, "5.5.1", "BDAT has begun, DATA cannot follow")
-        self.raise_fault("data")
+        self.raise_fault("data", " ".join(recipient.key for recipient in transaction.envelope.recipients))
         transaction.parcel = self.begin_parcel(transaction)
         transaction.content = Content()
         self.transfer = Transfer(transaction.parcel, transaction.content, None, lambda: self.end_content(transaction),
@@ -5096,7 +5101,7 @@ class SMTPSession(Session):
         try:
             transaction = self.begin_content()
             if not transaction.parcel:
-                self.raise_fault("data")
+                self.raise_fault("data", " ".join(recipient.key for recipient in transaction.envelope.recipients))
                 transaction.parcel = self.begin_parcel(transaction)
         except Refused as refused:
             reply = refused.reply
@@ -5167,7 +5172,7 @@ class SMTPSession(Session):
         assert parcel
         envelope.eightbit = parcel.draft.eightbit
         try:
-            self.raise_fault("end", envelope.recipients[0].key)
+            self.raise_fault("end", " ".join(recipient.key for recipient in envelope.recipients))
             if type(self.site.policy) is not Policy:
                 parcel.draft.complete()
                 self.site.ask_policy("on_message", envelope, parcel.draft.path)
@@ -5734,8 +5739,11 @@ class Node:
         site.pool.expire_all()
         for session in list(site.sessions):
             session.hurry()
+        with self._arrived:
+            self._arrived.notify_all()              # who waits for mail
         if site.inbox:
             site.inbox.tell("stop")
+        self.stores.storage.wake("mail") if self.stores else None
         while site.sessions and time.monotonic() < deadline:
             site.committer.run()                    # what this thread's turns of the sessions brought in
             with self._arrived:
@@ -5806,9 +5814,8 @@ class Node:
         """Tell the open pages of mail that other processes delivered."""
         with stores.storage.waker("mail") as sock:
             while sock and self._running:
-                sock.settimeout(0.5)
-                with contextlib.suppress(OSError):
-                    sock.recv(64)
+                sock.recv(64)                       # stop() sends a last one
+                if self._running:
                     self._wake()
 
     def _message(self, parcel: Parcel) -> Optional[Message]:
@@ -5818,7 +5825,7 @@ class Node:
             name = "%s,S=%d,W=%d" % (self.stores.mailboxes.file_name(parcel.draft.id), parcel.draft.written,
                                      parcel.draft.written)
             item = Item(name.partition(",")[0], parcel.draft.written, "new", name)
-            return Message(self.stores.mailboxes, mailbox, item, self._envelope(item) or {
+            return Message(self.stores.mailboxes, mailbox, item, lambda _: {
                 "sender": parcel.envelope.sender, "recipients": list(map(str, parcel.envelope.recipients))})
         return None
 
@@ -5835,7 +5842,7 @@ class Node:
         names = mailboxes.names() if address is None else [self._mailbox(address)]
         found = [(name, item) for name in names for item in mailboxes.listing(name)]
         found.sort(key=lambda pair: pair[1].name)
-        return [Message(mailboxes, name, item, self._envelope(item)) for name, item in found]
+        return [Message(mailboxes, name, item, self._envelope) for name, item in found]
 
     def send_due(self) -> None:
         """Look into the queue at once: for tests that give the node a `clock` of their own and have moved it."""
@@ -5890,7 +5897,7 @@ class Node:
                     return found[0] if count is None else found[:count]
                 with self._arrived:
                     left = deadline - time.monotonic()
-                    if left <= 0:
+                    if left <= 0 or not self._running:
                         raise TimeoutError("%d of %d messages for %s within %g seconds" % (
                             len(found), count or 1, address or "anybody", timeout))
                     if self._arrivals == arrivals:
@@ -5989,7 +5996,7 @@ def lint(envelope: Envelope, content: Content, draft: Draft, head: bytes, longes
     fields, _ = split_headers(head)
     names = [name for name, _ in fields]
     raw = b"".join(value for _, value in fields)
-    words = re.findall(rb"=\?[^\s?]*\?[^\s?]*\?[^\s?]*\?=", raw)
+    rest = re.sub(rb"=\?[\w-]+(\*\w+)?\?([Bb]\?[\w+/]+=*|[Qq]\?[!->@-~]+)\?=", b"", raw)   # without good encoded words
     size = draft.size
     broken = [
         ("bare-newline", content.bare),
@@ -5999,9 +6006,7 @@ def lint(envelope: Envelope, content: Content, draft: Draft, head: bytes, longes
         ("no-from", "from" not in names),
         ("long-line", longest > 999),
         ("size", envelope.declared is not None and abs(envelope.declared - size) * 10 > max(size, 100)),
-        ("header-encoding", (not raw.isascii() and not envelope.smtputf8) or any(
-            not re.fullmatch(rb"=\?[\w-]+(\*\w+)?\?([Bb]\?[\w+/]+=*|[Qq]\?[!->@-~]+)\?=", word) for word in words)
-            or raw.count(b"=?") > len(words)),
+        ("header-encoding", (not raw.isascii() and not envelope.smtputf8) or re.search(rb"=\?[\w*-]+\?\w\?", rest)),
         ("dot-stuffing", content.unstuffed),
     ]
     return [rule for rule, is_broken in broken if is_broken]
@@ -6093,8 +6098,9 @@ class Faults:
         import fnmatch
         with self._lock:
             for rule in self.rules:
-                if rule.stage == stage and rule.left != 0 and (
-                        not rule.pattern or fnmatch.fnmatchcase(lower(subject), lower(rule.pattern))):
+                subjects = [subject] + subject.split(" ")       # of the content: any of its recipients
+                if rule.stage == stage and rule.left != 0 and (not rule.pattern or any(
+                        fnmatch.fnmatchcase(lower(one), lower(rule.pattern)) for one in subjects)):
                     if rule.left is not None:
                         rule.left -= 1
                     return rule.action
@@ -6111,22 +6117,39 @@ class Faults:
                 time.sleep(float(action[6:]))       # what the rule asks for
             return None
         if action == "stall":
-            while True:
-                session.wire.receive(BLOCK)         # until the client leaves or the deadline passes
-        if action == "drop":
+            with session.wire.blocked():
+                while not session.site.stopping and session.wire.clock() < session.wire.deadline and not gone(session):
+                    time.sleep(0.05)                # a fixture that does nothing: nobody is kept waiting by the pause
+        if action in ("drop", "stall"):
             session.wire.output.clear()
             session.cut()
         return action
+
+
+def gone(session: Session) -> bool:
+    """Return whether the client hung up; what it says is thrown away."""
+    try:
+        session.wire.sock.settimeout(0)
+        return not session.wire.sock.recv(BLOCK)
+    except OSError as error:
+        return not (is_timeout(error) or isinstance(error, (BlockingIOError, InterruptedError)) or "read" in str(error))
 
 
 # What is in a message, for people and programs.
 
 def decode_words(value: bytes) -> str:
     """Return a header's value as text: encoded words decoded (RFC 2047), raw 8-bit as UTF-8 or Latin-1; never fails."""
+    import codecs
     import email.header
     text = " ".join(value.decode("utf-8" if is_utf8(value) else "latin-1").split())
+    if "=?" not in text:
+        return text
     try:
-        return whole_characters(str(email.header.make_header(email.header.decode_header(text)))) if "=?" in text else text
+        chunks = email.header.decode_header(re.sub(r"(=\?[\w-]+)\*\w+(?=\?)", r"\1", text))     # RFC 2231 has a language there
+        for _, charset in chunks:
+            codecs.lookup(charset or "ascii")       # a charset that is none: all stays as it came
+        return "".join(chunk if isinstance(chunk, str) else decode_text(chunk, charset or "ascii")
+                       for chunk, charset in chunks)
     except Exception:                               # broken encodings raise nearly anything
         return text
 
@@ -6150,13 +6173,20 @@ def part_text(part: Any) -> str:
         charset = part.get_content_charset() or "utf-8"
     except ValueError:
         charset = "utf-8"
-    for name in ({"gb2312": "gb18030", "iso-2022-jp": "iso2022_jp_ext", "shift_jis": "cp932"}.get(charset, charset), charset,
-                 "utf-8"):
+    return decode_text(data, charset)
+
+
+def decode_text(data: bytes, charset: str) -> str:
+    """Return bytes as text, by the charset they claim or the larger one that is meant by it; never fails."""
+    charset = charset.lower()
+    meant = {"gb2312": "gb18030", "gbk": "gb18030", "iso-2022-jp": "iso2022_jp_ext",
+             "shift_jis": "cp932"}.get(charset, charset)
+    for name in (meant, charset, "utf-8"):
         try:
             return whole_characters(str(data.decode(name)))
         except (LookupError, ValueError):
             continue
-    return data.decode("latin-1" if charset in ("us-ascii", "utf-8") else "utf-8", "replace")
+    return data.decode("latin-1" if charset in ("us-ascii", "ascii", "utf-8") else "utf-8", "replace")
 
 
 def whole_characters(text: str) -> str:
@@ -6221,12 +6251,14 @@ class View:
         return found[:1000]
 
     def is_body(self, part: Any) -> bool:
-        return part.get_content_type() in ("text/plain", "text/html") and \
-            part.get_content_disposition() != "attachment" and not file_name(part)
+        broken = part.get_content_maintype() == "multipart"     # and yet a leaf: no usable boundary
+        return broken or (part.get_content_type() in ("text/plain", "text/html") and
+                          part.get_content_disposition() != "attachment" and not file_name(part))
 
     def text(self, kind: str) -> str:
         """Return the message's text/plain or text/html."""
-        texts = [part_text(part) for _, part in self.parts if self.is_body(part) and part.get_content_type() == kind]
+        texts = [part_text(part) for _, part in self.parts if self.is_body(part) and kind == (
+            "text/html" if part.get_content_type() == "text/html" else "text/plain")]
         return "\n".join(texts)
 
     def files(self) -> Tuple[List[Dict[str, Any]], List[Dict[str, Any]]]:
@@ -6257,18 +6289,29 @@ class View:
 def file_name(part: Any) -> str:
     """Return a part's file name decoded (RFC 2231, RFC 2047), without directories or control characters."""
     try:
-        name = part.get_filename() or ""
+        raw = " ".join(str(value) for key, value in part.raw_items() if key.lower() == "content-disposition")
+        plain = re.search(r'filename\s*=\s*"([^"]*)"', raw, re.IGNORECASE)
+        if plain and not plain.group(1).isascii():  # against the RFCs, but common: the bytes as they stand
+            name = plain.group(1)
+        else:
+            found = part.get_param("filename", None, "content-disposition") or part.get_param("name") or ""
+            name = decode_text(bytes(found[2], "raw-unicode-escape"), found[0] or "us-ascii") \
+                if isinstance(found, tuple) else str(found)
+        data = name.encode("utf-8", "surrogateescape")
+        name = decode_words(data if is_utf8(data) else data.decode("latin-1").encode("utf-8"))
     except Exception:                               # broken RFC 2231 encodings
         name = "attachment"
-    name = decode_words(whole_characters(str(name)).encode("utf-8"))
     return re.sub(r"[\x00-\x1f\x7f/\\:]", "_", name).strip(". ")[:200]
 
 
 def part_bytes(part: Any) -> bytes:
-    if part.is_multipart():
-        return b"".join(child.as_bytes() for child in part.get_payload())
-    data = part.get_payload(decode=True)
-    return data if isinstance(data, bytes) else b""
+    try:
+        if part.is_multipart():
+            return b"".join(child.as_bytes() for child in part.get_payload())
+        data = part.get_payload(decode=True)
+    except Exception:                               # a transfer encoding that is none
+        data = str(part.get_payload()).encode("utf-8", "surrogateescape")
+    return data if isinstance(data, bytes) else str(part.get_payload() or "").encode("utf-8", "replace")
 
 
 def iso_time(seconds: float) -> str:
@@ -6490,7 +6533,7 @@ class Inbox:
             return NOT_FOUND
         except (KeyError, FileNotFoundError):
             return text_answer(404, "Message not found")
-        except (ValueError, TypeError, AttributeError) as error:
+        except (ValueError, TypeError, AttributeError, RecursionError) as error:
             return text_answer(400, "Error: " + printable(str(error)))
         except Exception:
             log.exception("%s %s failed", method, printable(path))
@@ -6681,7 +6724,7 @@ class Inbox:
     def wait(self, query: Dict[str, str], **_: Any) -> Answered:
         """Long poll: answer as soon as a message matches, also if it came before."""
         wanted = Query(query.get("query", ""))
-        timeout = min(parse_seconds(query.get("timeout", "30")), 3600.0)
+        timeout = 0.0 if query.get("timeout") == "0" else min(parse_seconds(query.get("timeout", "30")), 3600.0)
         try:
             found = self.node.wait_for(None, timeout, match=lambda message: self.matches(message, wanted))
         except TimeoutError as error:
@@ -6690,7 +6733,8 @@ class Inbox:
 
     def matches(self, message: Message, wanted: Query) -> bool:
         try:
-            return wanted.matches(Letter(message.id, [(message.recipient, message._item)], self))
+            self.letters()
+            return message.id in self._by_id and wanted.matches(self._by_id[message.id])
         except FileNotFoundError:
             return False
 
@@ -6705,7 +6749,7 @@ class Inbox:
         rules = given.get("rules") if isinstance(given, dict) else given
         if not isinstance(rules, list):
             raise ValueError("expected a list of rules")
-        self.site.faults.rules = [Fault(str(rule["rule"] if isinstance(rule, dict) else rule)) for rule in rules]
+        self.site.faults.rules = [Fault(str(rule.get("rule", "") if isinstance(rule, dict) else rule)) for rule in rules]
         return self.get_faults()
 
     def delete_faults(self, **_: Any) -> Answered:
@@ -6785,6 +6829,8 @@ def compose(given: Dict[str, Any]) -> Tuple[Envelope, bytes]:
     message["Date"] = email.utils.formatdate(localtime=True)
     message["Message-ID"] = "<%s@%s>" % (secrets.token_hex(12), sender.domain or "localhost")
     for key, value in (given.get("Headers") or {}).items():
+        if not re.fullmatch(r"[!-9;-~]+", key):
+            raise ValueError("bad header name: " + printable(key))
         if key in message or key.lower() in ("to", "from", "cc", "bcc", "content-type", "mime-version"):
             raise ValueError('cannot overwrite header: "%s"' % key)
         message[key] = value

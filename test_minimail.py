@@ -13,10 +13,13 @@ import collections
 import contextlib
 import datetime
 import email
+import email.message
 import email.policy
+import email.utils
 import errno
 import gc
 import hashlib
+import http.client
 import io
 import itertools
 import json
@@ -43,6 +46,7 @@ import types
 import unittest
 import warnings
 from unittest import mock
+from urllib.parse import quote
 
 import minimail
 from minimail import Address, Config, Content, Refused, main
@@ -5307,6 +5311,1372 @@ class WithoutEpoll(Case):
 # ======================================================================================================================
 # 17  Web inbox, JSON API, transcripts and lint, faults, wait, selftest
 # ======================================================================================================================
+
+CLEAN = (b"From: Alice <alice@example.net>\r\nTo: bob@x\r\nDate: Mon, 01 Jan 2024 10:00:00 +0000\r\n"
+         b"Message-ID: <1@example.net>\r\nSubject: hi\r\n\r\nhello\r\n")
+
+
+class WebAnswer:
+    def __init__(self, response):
+        self.status, self.headers, self.body = response.status, response.headers, response.read()
+
+    @property
+    def json(self):
+        return json.loads(self.body)
+
+    @property
+    def text(self):
+        return self.body.decode("utf-8")
+
+
+class WebCase(Case):
+    """A test that speaks HTTP with a node."""
+
+    def web_node(self, **options):
+        return self.node(**dict(dict(pop3="off", web="127.0.0.1:0"), **options))
+
+    def ask(self, node, target, method="GET", body=None, status=200, headers=None):
+        """Return the answer to a request on a connection of its own; what is no bytes goes as JSON."""
+        if body is not None and not isinstance(body, bytes):
+            body = json.dumps(body).encode()
+        with contextlib.closing(http.client.HTTPConnection(*node.web_address, timeout=PATIENCE)) as connection:
+            connection.request(method, target, body, headers or {})
+            answer = WebAnswer(connection.getresponse())
+        if status is not None:
+            self.assertEqual(answer.status, status, "%s %s: %r" % (method, target, answer.body[:300]))
+        return answer
+
+    def found(self, node, query=""):
+        """Return the subjects in the list or of a search, newest first."""
+        target = "/api/v1/search?query=" + quote(query) if query else "/api/v1/messages"
+        return [message["Subject"] for message in self.ask(node, target).json["messages"]]
+
+    def in_background(self, function, *arguments, **keywords):
+        """Run a function in a thread; return a function that waits for its result."""
+        results = []
+        thread = threading.Thread(target=lambda: results.append(function(*arguments, **keywords)))
+        thread.start()
+        self.addCleanup(thread.join, PATIENCE)
+
+        def result():
+            thread.join(PATIENCE)
+            self.assertFalse(thread.is_alive(), "%r does not end" % function)
+            return results[0]
+        return result
+
+    def wakers(self, data):
+        """Return how many wait on a data directory for mail."""
+        return sum(".mail" in name for name in os.listdir(os.path.join(data, "run")))
+
+    def assertSoon(self, function, seconds):
+        started = time.monotonic()
+        result = function()
+        self.assertLess(time.monotonic() - started, seconds)
+        return result
+
+
+# ======================================================================================================================
+# The API
+# ======================================================================================================================
+
+class WebAPI(WebCase):
+    def test_list_and_pages(self):
+        node = self.web_node()
+        self.assertEqual(self.ask(node, "/api/v1/messages").json, {
+            "total": 0, "unread": 0, "count": 0, "messages_count": 0, "messages_unread": 0, "start": 0, "tags": [],
+            "messages": []})
+        ids = [self.deliver(node, b"Subject: %d\r\n\r\nx\r\n" % i, "bob@x") for i in range(7)]
+        answer = self.ask(node, "/api/v1/messages").json
+        self.assertEqual([message["ID"] for message in answer["messages"]], ids[::-1], "newest first")
+        for target, shown in (("start=0&limit=3", "654"), ("start=3&limit=3", "321"), ("start=6&limit=3", "0"), ("start=7", ""),
+                              ("start=99999999999", "6543210"), ("limit=-1&start=x", "6543210"), ("limit=2", "65")):
+            answer = self.ask(node, "/api/v1/messages?" + target).json
+            self.assertEqual("".join(message["Subject"] for message in answer["messages"]), shown, target)
+            self.assertEqual((answer["total"], answer["messages_count"], answer["count"]), (7, 7, len(shown)))
+        self.ask(node, "/api/v1/message/" + ids[0])
+        answer = self.ask(node, "/api/v1/search?query=is%3Aunread&start=4&limit=9").json
+        self.assertEqual([answer[name] for name in ("total", "unread", "count", "messages_count", "messages_unread", "start")],
+                         [7, 6, 2, 6, 6, 4])
+        self.assertEqual(self.ask(node, "/api/v1/messages").headers["Content-Type"], "application/json")
+
+    def test_an_entry(self):
+        node = self.web_node()
+        content = (b"From: =?utf-8?q?J=C3=BCrgen?= <j@example.net>\r\nTo: \"Bob, B.\" <bob@x>, eve@x\r\nCc: carl@x\r\n"
+                   b"Reply-To: r@x\r\nSubject: a\r\n  folded one\r\nMessage-ID: <m@x>\r\n\r\n  first\r\n\r\nsecond <b>\r\n")
+        id = self.deliver(node, content, "bob@x")
+        entry, = self.ask(node, "/api/v1/messages").json["messages"]
+        message, = node.messages()
+        created = entry.pop("Created")
+        self.assertRegex(created, r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}(Z|\+00:00)$")
+        self.assertTrue(created.startswith(message.received_at.strftime("%Y-%m-%dT%H:%M:%S")))
+        self.assertEqual(entry, {
+            "ID": id, "MessageID": "m@x", "Read": False, "From": {"Name": "Jürgen", "Address": "j@example.net"},
+            "To": [{"Name": "Bob, B.", "Address": "bob@x"}, {"Name": "", "Address": "eve@x"}],
+            "Cc": [{"Name": "", "Address": "carl@x"}], "Bcc": [], "ReplyTo": [{"Name": "", "Address": "r@x"}],
+            "Subject": "a folded one", "Username": "", "Tags": [], "Size": message.size, "Attachments": 0,
+            "Snippet": "first second <b>"})
+
+    def test_one_entry_however_many_recipients(self):
+        for transcripts in (True, False):
+            with self.subTest(transcripts=transcripts):
+                node = self.web_node(transcripts=transcripts, pop3="127.0.0.1:0")
+                id = self.deliver(node, b"To: a@x\r\nCc: C <C@x>\r\nSubject: s\r\n\r\nx\r\n", "a@x", "c@x", "hidden@x", "b@y")
+                self.assertEqual(self.ask(node, "/api/v1/wait?query=subject:s").json["ID"], id, "first seen in one mailbox")
+                entry, = self.ask(node, "/api/v1/messages").json["messages"]
+                self.assertEqual((entry["ID"], sorted(person["Address"] for person in entry["Bcc"])), (id, ["b@y", "hidden@x"]))
+                self.assertEqual(self.found(node, "bcc:hidden"), ["s"])
+                record = self.ask(node, "/api/v1/message/%s/session" % id).json
+                self.assertEqual((sorted(record["recipients"]), record["sender"], sorted(record["bcc"])),
+                                 (["a@x", "b@y", "c@x", "hidden@x"], "alice@example.net", ["b@y", "hidden@x"]))
+                node.messages("a@x")[0].delete()
+                self.assertEqual(self.found(node), ["s"], "the other copies are still there")
+                self.ask(node, "/api/v1/messages", "DELETE", {"IDs": [id]})
+                self.assertEqual((self.found(node), node.messages()), ([], []))
+
+    def test_search(self):
+        node = self.web_node()
+        pdf = (b"MIME-Version: 1.0\r\nContent-Type: multipart/mixed; boundary=b\r\n\r\n--b\r\n\r\nthe invoice\r\n--b\r\n"
+               b"Content-Type: application/pdf; name=\"x.pdf\"\r\n\r\nx\r\n--b--\r\n")
+        for subject, more, recipients in (
+                (b"one", b"From: Ann Lee <ann@a.test>\r\nTo: bob@x\r\n\r\nred green\r\n", ["bob@x"]),
+                (b"two", b"From: ben@b.test\r\nTo: ann@a.test\r\nCc: cc@x\r\n\r\nGREEN blue\r\n", ["ann@a.test", "cc@x"]),
+                (b"three one", b"From: dan@b.test\r\nReply-To: rep@x\r\nTo: bob@x\r\n" + pdf, ["bob@x", "secret@x"]),
+                (b"=?utf-8?q?vier_=C3=9C?=", b"From: dan@b.test\r\nMessage-ID: <id4@x>\r\nContent-Type: text/html\r\n\r\n"
+                 b"<p>red &amp; <b>bold</b></p>\r\n", ["zoe@x"])):
+            self.deliver(node, b"Subject: " + subject + b"\r\n" + more, *recipients)
+        first = self.ask(node, "/api/v1/messages").json["messages"][-1]["ID"]
+        self.ask(node, "/api/v1/message/" + first)
+        names = {"1": "one", "2": "two", "3": "three one", "4": "vier Ü"}
+        for query, expected in (
+                ("from:ann", "1"), ("from:ANN@A.test", "1"), ('from:"ann lee"', "1"), ("to:ann", "2"), ("to:secret", "3"),
+                ("to:cc", ""), ("cc:cc", "2"), ("bcc:secret", "3"), ("bcc:zoe", "4"), ("reply-to:rep", "3"),
+                ("addressed:ann", "12"), ("subject:one", "13"), ('subject:"three one"', "3"), ("subject:ü", "4"), ("SUBJECT:TWO", "2"),
+                ("message-id:id4", "4"), ("has:attachment", "3"), ("is:read", "1"), ("is:unread", "234"), ("green", "12"),
+                ("green blue", "2"), ("-green", "34"), ("!green", "34"), ("-subject:one -from:dan", "2"), ("-from:b.test", "1"),
+                ("red -bold", "1"), ('"red green"', "1"), ('-"red green" red', "4"), ("invoice", "3"), ("subject:one from:dan", "3"),
+                ("-has:attachment from:dan", "4"), ("nothing", ""), ("bold", "4"), ("-is:read one", "3")):
+            self.assertEqual(sorted(self.found(node, query)), sorted(names[number] for number in expected), query)
+        for target in ("/api/v1/search", "/api/v1/search?query=", "/api/v1/search?query=%20"):
+            self.ask(node, target, status=400)
+
+    def test_a_message(self):
+        node = self.web_node()
+        content = (b"From: a@x\r\nTo: b@x\r\nSubject: s\r\nDate: Mon, 01 Jan 2024 10:00:00 +0200\r\nMIME-Version: 1.0\r\n"
+                   b"X-Twice: 1\r\nX-Twice: 2\r\n"
+                   b"Content-Type: multipart/mixed; boundary=o\r\n\r\n"
+                   b"--o\r\nContent-Type: multipart/alternative; boundary=i\r\n\r\n"
+                   b"--i\r\nContent-Type: text/plain; charset=utf-8\r\nContent-Transfer-Encoding: quoted-printable\r\n\r\n"
+                   b"see http://t.test/a?b=3D1&c=3D2. caf=C3=A9\r\n"
+                   b"--i\r\nContent-Type: text/html\r\n\r\n<a href=\"https://h.test/x?y=1&amp;z=2\">x</a> <img src=\"cid:pic\">\r\n--i--\r\n"
+                   b"--o\r\nContent-Type: image/png\r\nContent-ID: <pic>\r\nContent-Transfer-Encoding: base64\r\n\r\niVBORw==\r\n"
+                   b"--o\r\nContent-Type: application/zip\r\nContent-Disposition: attachment; filename=\"z.zip\"\r\n\r\nPK\r\n"
+                   b"--o--\r\n")
+        id = self.deliver(node, content, "b@x", sender="bounce@x")
+        whole = self.ask(node, "/api/v1/message/" + id).json
+        self.assertEqual(whole, self.ask(node, "/api/v1/message/latest").json)
+        self.assertEqual((whole["ID"], whole["Subject"], whole["ReturnPath"]), (id, "s", "bounce@x"))
+        self.assertEqual(email.utils.parsedate_to_datetime("Mon, 01 Jan 2024 10:00:00 +0200").isoformat(), whole["Date"])
+        self.assertEqual(whole["Text"].strip(), "see http://t.test/a?b=1&c=2. café")
+        self.assertIn("<img", whole["HTML"])
+        picture, = whole["Inline"]
+        self.assertEqual(picture, {"PartID": picture["PartID"], "FileName": picture["FileName"], "ContentType": "image/png",
+                                   "ContentID": "pic", "Size": 4,
+                                   "Checksums": {"SHA256": hashlib.sha256(b"\x89PNG").hexdigest()}})
+        archive, = whole["Attachments"]
+        self.assertEqual((archive["FileName"], archive["ContentType"], archive["Size"]), ("z.zip", "application/zip", 2))
+        self.assertEqual(self.ask(node, "/api/v1/message/%s/part/%s" % (id, picture["PartID"])).body, b"\x89PNG")
+        self.assertEqual(self.ask(node, "/api/v1/message/%s/part/%s" % (id, archive["PartID"])).body, b"PK")
+        self.assertEqual(self.ask(node, "/api/v1/message/latest/links").json,
+                         ["https://h.test/x?y=1&z=2", "http://t.test/a?b=1&c=2"])
+        headers = self.ask(node, "/api/v1/message/%s/headers" % id).json
+        self.assertEqual((headers["X-Twice"], headers["Subject"], headers["Return-Path"]), (["1", "2"], ["s"], ["<bounce@x>"]))
+        view = self.ask(node, "/view/latest.html")
+        self.assertIn("data:image/png;base64,iVBORw==", view.text)
+        self.assertEqual((view.headers["Content-Type"], self.ask(node, "/view/%s.txt" % id).text.strip()),
+                         ("text/html; charset=utf-8", whole["Text"].strip()))
+
+    def test_raw_is_byte_for_byte(self):
+        node = self.web_node()
+        content = b"Subject: \xff\0\r\n\r\n" + bytes(i for i in range(256) if i not in b"\r\n") + b"\r\n.dot\r\n..\r\n\r\n\r\n"
+        id = self.deliver(node, content, "b@x")
+        raw = self.ask(node, "/api/v1/message/%s/raw" % id)
+        self.assertEqual((raw.body, raw.headers["X-Content-Type-Options"]), (node.messages()[0].read(), "nosniff"))
+        self.assertTrue(raw.headers["Content-Type"].startswith("text/plain"))
+        self.assertEqual(body_of(raw.body), content)
+        self.assertIn("%s.eml" % id, self.ask(node, "/api/v1/message/latest/raw?dl=1").headers["Content-Disposition"])
+        self.assertEqual(self.ask(node, "/api/v1/messages").json["messages"][0]["Size"], len(raw.body))
+
+    def test_the_latest(self):
+        node = self.web_node()
+        for target in ("", "/raw", "/headers", "/session", "/links", "/part/1"):
+            self.ask(node, "/api/v1/message/latest" + target, status=404)
+        self.ask(node, "/view/latest.html", status=404)
+        for subject in (b"one", b"two"):
+            self.deliver(node, b"Subject: %s\r\n\r\n%s text\r\n" % (subject, subject), "b@x")
+        self.assertEqual(self.ask(node, "/api/v1/message/latest").json["Subject"], "two")
+        self.assertEqual(self.ask(node, "/api/v1/message/latest?query=subject:one").json["Subject"], "one")
+        self.assertEqual(self.ask(node, "/view/latest.txt").text.strip(), "two text")
+        self.ask(node, "/view/latest.html", status=404)
+
+    def test_parts_have_safe_names_and_types(self):
+        node = self.web_node()
+        for kind, name, shown, expected in (
+                ("text/html", "x.html", False, "x.html"), ("image/svg+xml", "x.svg", False, "x.svg"),
+                ("application/javascript", "x.js", False, "x.js"), ("text/xml", "x.xml", False, "x.xml"),
+                ("image/png", "x.png", True, "x.png"), ("application/pdf", "../../etc/passwd", True, None),
+                ("image/png; x", '..\\\\a\\"; b', True, None), ("application/zip", "r\xe9\u202e.zip", False, None),
+                ("application/zip", "a:b/c\x01.zip", False, None), ("application/zip", "", False, None)):
+            with self.subTest(kind=kind, name=name):
+                self.deliver(node, ('Content-Type: %s\r\nContent-Disposition: attachment; filename="%s"\r\n\r\n<script>\r\n' % (
+                    kind, name)).encode(), "b@x")
+                file, = self.ask(node, "/api/v1/message/latest").json["Attachments"]
+                part = self.ask(node, "/api/v1/message/latest/part/" + file["PartID"])
+                self.assertNotRegex(file["FileName"], r"[/\\:\x00-\x1f]|^\.")
+                self.assertEqual(part.headers["Content-Type"], kind.split(";")[0] if shown else "application/octet-stream")
+                place = part.headers["Content-Disposition"]
+                self.assertRegex(place, r"""^%s; filename="[\w .-]+"(; filename\*=UTF-8''[\w.%%~-]+)?$"""
+                                 % ("inline" if shown else "attachment"))
+                self.assertEqual(part.headers["X-Content-Type-Options"], "nosniff")
+                self.assertRegex(part.headers["Content-Security-Policy"], r"default-src 'none'.*sandbox|sandbox.*default-src 'none'")
+                if expected:
+                    self.assertEqual(file["FileName"], expected)
+                    self.assertIn('filename="%s"' % expected, place)
+
+    def test_delete(self):
+        node = self.web_node()
+        ids = {}
+
+        def fill():
+            self.ask(node, "/api/v1/messages", "DELETE")
+            self.assertEqual(self.found(node), [])
+            ids.update((name, self.deliver(node, b"Subject: %s\r\n\r\nx\r\n" % name.encode(), "b@x")) for name in "abc")
+
+        def delete(body, left, target="/api/v1/messages", kind="application/json", status=200):
+            fill()
+            body = body % ids if isinstance(body, str) else body
+            self.ask(node, target, "DELETE", body.encode() if body is not None else None, status, {"Content-Type": kind})
+            self.assertEqual("".join(sorted(self.found(node))), left, body)
+        delete('{"IDs": ["%(a)s", "%(c)s"]}', "b")
+        delete('{"IDs": ["%(a)s", "nonsense"]}', "bc")
+        delete('{"IDs": ["nonsense"]}', "abc")
+        delete('{"ids": ["%(a)s"]}', "bc")          # Mailpit takes keys in any case; it must never mean all
+        delete('{"IDs": []}', "")
+        delete(None, "")
+        delete('{}', "")
+        delete("IDs=%(a)s&IDs=%(b)s", "c", kind="application/x-www-form-urlencoded")
+        delete("nonsense=1", "abc", kind="application/x-www-form-urlencoded", status=400)
+        delete('{"IDs": "%(a)s"}', "abc", status=400)
+        delete("[]", "abc", status=400)
+        delete("{", "abc", status=400)
+        delete("\xff", "abc", status=400)
+        delete(None, "bc", target="/api/v1/search?query=subject:a")
+        delete(None, "abc", target="/api/v1/search?query=", status=400)
+        delete(None, "abc", target="/api/v1/search", status=400)
+        delete("[" * 100000, "abc", status=400)     # deeper than Python's recursion goes
+
+    def test_read_state(self):
+        node = self.web_node(data=self.directory())
+        a, b = [self.deliver(node, b"Subject: %s\r\n\r\nx\r\n" % name, "b@x", "c@x") for name in (b"a", b"b")]
+
+        def unread():
+            return sorted(self.found(node, "is:unread"))
+        self.ask(node, "/api/v1/message/%s/raw" % a)
+        self.assertEqual(unread(), ["a", "b"], "only reading it as a message counts")
+        self.assertTrue(self.ask(node, "/api/v1/message/" + a).json["Read"])
+        self.assertEqual(unread(), ["b"])
+        self.ask(node, "/api/v1/messages", "PUT", {"IDs": [a], "Read": False})
+        self.assertEqual(unread(), ["a", "b"])
+        self.ask(node, "/api/v1/messages", "PUT", b"IDs=%s&Read=true" % b.encode(), headers={
+            "Content-Type": "application/x-www-form-urlencoded"})
+        self.assertEqual(unread(), ["a"])
+        self.ask(node, "/api/v1/messages", "PUT", {"Read": True})
+        self.assertEqual(unread(), [])
+        self.ask(node, "/api/v1/messages", "PUT", {"Search": "subject:b", "Read": False})
+        self.assertEqual(unread(), ["b"])
+        self.assertEqual(self.ask(node, "/api/v1/messages").json["unread"], 1)
+        self.ask(node, "/api/v1/messages", "PUT", b"nonsense", status=400)
+        node.stop()
+        node.start()
+        self.assertEqual(unread(), ["b"], "it is in the Maildir")
+
+    def test_send(self):
+        node = self.web_node()
+        given = {"From": {"Email": "ann@x.test", "Name": "Änn, A."}, "To": [{"Email": "bob@x.test", "Name": "Bob"}],
+                 "Cc": [{"Email": "cc@x.test"}], "Bcc": ["hidden@x.test"], "ReplyTo": [{"Email": "re@x.test"}],
+                 "Subject": "Grüße", "Text": "hällo\n.dot\n", "HTML": "<p>hi</p>", "Headers": {"X-Own": "yes"},
+                 "Attachments": [{"Filename": "ä.bin", "ContentType": "image/png", "Content": base64.b64encode(b"\0\xff").decode()},
+                                 {"Filename": "c.gif", "ContentType": "image/gif", "ContentID": "c1", "Content": "R0lG"}]}
+        id = self.ask(node, "/api/v1/send", "POST", given).json["ID"]
+        self.assertEqual([message.recipient for message in node.messages()], ["bob@x.test", "cc@x.test", "hidden@x.test"])
+        whole = self.ask(node, "/api/v1/message/" + id).json
+        self.assertEqual((whole["From"], whole["Subject"], whole["Bcc"], whole["ReturnPath"]),
+                         ({"Name": "Änn, A.", "Address": "ann@x.test"}, "Grüße", [{"Name": "", "Address": "hidden@x.test"}],
+                          "ann@x.test"))
+        self.assertEqual((whole["Text"].split(), whole["HTML"].strip()), (["hällo", ".dot"], "<p>hi</p>"))
+        self.assertEqual(sorted((file["FileName"], file["Size"]) for file in whole["Attachments"] + whole["Inline"]),
+                         [("c.gif", 3), ("ä.bin", 2)])
+        raw = self.ask(node, "/api/v1/message/%s/raw" % id).body
+        self.assertNotIn(b"hidden", body_of(raw))
+        self.assertNotRegex(raw, rb"(?<!\r)\n")
+        headers = self.ask(node, "/api/v1/message/%s/headers" % id).json
+        self.assertEqual(headers["X-Own"], ["yes"])
+        self.assertTrue(headers["Date"] and headers["Message-Id"])
+        good = {"From": {"Email": "a@x"}, "To": [{"Email": "b@x"}]}
+        node.clear()
+        for wrong in (
+                {}, [], "x", 7, {"From": {"Email": "a@x"}}, {"To": [{"Email": "b@x"}]}, dict(good, From={"Email": "nonsense@@"}),
+                dict(good, To=[{"Email": "a b@x y"}]), dict(good, To=7), dict(good, Subject="a\r\nBcc: c@x"),
+                dict(good, Headers={"To": "z@x"}), dict(good, Headers={"X": "a\nb: c"}), dict(good, Headers={"X y: z\r\nq": "a"}),
+                dict(good, Attachments=[{"Content": "%%%", "Filename": "x"}]), dict(good, Attachments=["x"]),
+                dict(good, Headers=["x"]), dict(good, To=[{"Email": "b@x", "Name": "x\r\nX-In: y"}])):
+            with self.subTest(wrong=wrong):
+                self.assertTrue(self.ask(node, "/api/v1/send", "POST", wrong, status=400).json["Error"])
+        self.ask(node, "/api/v1/send", "POST", b"{", status=400)
+        self.assertEqual(node.messages(), [])
+        self.assertEqual(os.listdir(os.path.join(node.data, "sessions")), [])
+
+    def test_sending_obeys_the_rules_of_smtp(self):
+        data = self.directory()
+        with open(os.path.join(data, "users"), "w") as file:
+            file.write("".join("%s@here.test:%s\n" % (name, minimail.hash_password("secret")) for name in ("ann", "bob")))
+        node = self.web_node(domain="here.test", data=data, relay_to="good.test", route=["good.test=smtp://127.0.0.1:9"],
+                             retry="3600")
+        log_in = {"Authorization": "Basic " + base64.b64encode(b"ann@here.test:secret").decode()}
+
+        def send(sender, recipient, status, headers=log_in):
+            self.ask(node, "/api/v1/send", "POST", {"From": {"Email": sender}, "To": [{"Email": recipient}]}, status, headers)
+        send("ann@here.test", "bob@here.test", 200)
+        send("ann@here.test", "x@good.test", 200)
+        send("ann@here.test", "bob@here.test", 400, {})
+        send("ann@here.test", "nobody@here.test", 400)
+        send("ann@here.test", "x@bad.test", 400)
+        send("bob@here.test", "bob@here.test", 400)
+        send("boss@elsewhere.test", "bob@here.test", 400)
+        self.assertEqual(len(node.messages()), 1)
+
+    def test_about_the_node(self):
+        node = self.web_node(data=self.directory())
+        self.deliver(node, b"x\r\n", "b@x", "c@x")
+        info = self.ask(node, "/api/v1/info").json
+        self.assertEqual((info["Messages"], info["Unread"], info["Database"]), (1, 1, node.data))
+        self.assertIn(minimail.__version__, info["Version"])
+        self.assertEqual(info["RuntimeStats"]["SMTPAccepted"], 1)
+        for target in ("/livez", "/readyz"):
+            self.assertEqual(self.ask(node, target).status, 200)
+        metrics = self.ask(node, "/metrics")
+        self.assertTrue(metrics.headers["Content-Type"].startswith("text/plain; version=0.0.4"))
+        for line in metrics.text.splitlines():
+            self.assertRegex(line, r"^# (TYPE|HELP) minimail_\w+ .*$|^minimail_\w+(\{.*\})? [\d.e+]+$")
+        self.assertIn("\nminimail_messages_accepted_total 1\n", metrics.text)
+        self.assertIn("\nminimail_messages 1\n", metrics.text)
+        with mock.patch.object(os, "access", return_value=False):
+            self.ask(node, "/readyz", status=503)
+            self.ask(node, "/livez")
+        relaying = self.web_node(domain="here.test")
+        self.assertIn("\nminimail_queue_entries 0\n", self.ask(relaying, "/metrics").text)
+
+    def test_what_is_not_there(self):
+        node = self.web_node()
+        self.deliver(node, b"x\r\n", "b@x")
+        for target in ("/nonsense", "/api/v1/message/nonsense", "/api/v1/message/nonsense/raw", "/api/v1/message/latest/part/9",
+                       "/api/v1/message/latest/part/x", "/view/nonsense.html", "/api/v2/messages", "/api/v1/message/", "//x"):
+            self.ask(node, target, status=404)
+        self.ask(node, "/api/v1/messages", "POST", status=404)
+        self.ask(node, "/api/v1/chaos", status=400)
+        self.assertIn(self.ask(node, "/api/v1/messages", "PATCH", status=None).status, (404, 405, 501))
+
+    def test_a_mailbox_of_another_program(self):
+        node = self.web_node()
+        self.deliver(node, b"Subject: ours\r\n\r\nx\r\n", "b@x")
+        new = os.path.dirname(node.messages()[0].path)
+        with open(os.path.join(new, "1000000000.M1P2.host"), "wb") as file:
+            file.write(b"Subject: theirs\n\nbare\n")
+        self.assertEqual(self.eventually(lambda: len(self.found(node)) == 2 and self.found(node)), ["ours", "theirs"])
+        whole = self.ask(node, "/api/v1/message/1000000000.M1P2.host").json
+        self.assertEqual((whole["Subject"], whole["Text"]), ("theirs", "bare\n"))
+        self.assertEqual(self.ask(node, "/api/v1/message/1000000000.M1P2.host/raw").body, b"Subject: theirs\n\nbare\n")
+
+
+# ======================================================================================================================
+# What is in a message
+# ======================================================================================================================
+
+class WebCharsets(WebCase):
+    def test_in_headers_bodies_and_names(self):
+        node = self.web_node()
+        for charset, codec, text in (
+                ("ISO-2022-JP", "iso2022_jp", "日本語のメール"), ("Shift_JIS", "cp932", "ソース表示①"), ("EUC-JP", "euc_jp", "日本語"),
+                ("GB18030", "gb18030", "中文㐀邮件"), ("gb2312", "gb18030", "朱镕基囍"), ("Big5", "big5", "許功蓋"), ("KOI8-R", "koi8_r", "Привет"),
+                ("windows-1251", "cp1251", "Ёлка"), ("ISO-8859-1", "latin-1", "Grüße"), ("UTF-8", "utf-8", "Ω≈ç√ 👍"), ("euc-kr", "euc_kr", "안녕")):
+            with self.subTest(charset=charset):
+                raw = text.encode(codec)
+                word = b"=?%s?B?%s?=" % (charset.encode(), base64.b64encode(raw))
+                plain = b"Content-Type: text/plain; charset=%s\r\n" % charset.encode()
+                name = b"filename*=%s''%s.txt" % (charset.encode(), quote(raw).encode())
+                self.deliver(node, b"From: %s <a@x>\r\nSubject: Re: %s\r\nContent-Type: multipart/mixed; boundary=b\r\n\r\n--b\r\n"
+                             % (word, word) + plain + b"\r\n" + raw + b"\r\n--b\r\nContent-Type: text/html; charset=\"%s\"\r\n"
+                             b"Content-Transfer-Encoding: base64\r\n\r\n" % charset.encode() + base64.b64encode(b"<p>" + raw)
+                             + b"\r\n--b\r\nContent-Disposition: attachment; " + name + b"\r\n\r\nx\r\n--b--\r\n", "b@x")
+                whole = self.ask(node, "/api/v1/message/latest").json
+                self.assertEqual((whole["Subject"], whole["From"]["Name"], whole["From"]["Address"]), ("Re: " + text, text, "a@x"))
+                self.assertEqual((whole["Text"].strip(), whole["HTML"].strip()), (text, "<p>" + text))
+                file, = whole["Attachments"]
+                self.assertEqual(file["FileName"], text + ".txt")
+                self.assertIn("UTF-8''" + quote(text + ".txt"), self.ask(
+                    node, "/api/v1/message/latest/part/" + file["PartID"]).headers["Content-Disposition"])
+                self.assertIn(text, self.ask(node, "/view/latest.html").text)
+                self.assertEqual(self.found(node, "subject:\"%s\"" % text)[:1], ["Re: " + text])
+
+    def test_headers_as_they_come(self):
+        node = self.web_node()
+        for raw, shown in (
+                (b"plain", "plain"), ("roh ü".encode(), "roh ü"), (b"latin \xfc", "latin ü"),
+                (b"=?utf-8?q?J=C3=BC?= =?utf-8?q?rgen?=", "Jürgen"), (b"=?utf-8?b?w7w=?=\r\n =?iso-8859-1?q?=E4_x?= y", "üä x y"),
+                (b"=?utf-8?b?4oI=?= =?utf-8?b?rA==?=", "€"), (b"=?utf-8*de?q?=C3=BC?=", "ü"), (b"=?nonsense?q?a?=", "=?nonsense?q?a?="),
+                (b"=?utf-8?q?open", "=?utf-8?q?open"), (b"<script>alert(1)</script>", "<script>alert(1)</script>"), (b"", "")):
+            with self.subTest(raw=raw):
+                self.deliver(node, b"Subject: " + raw + b"\r\n\r\nx\r\n", "b@x")
+                self.assertEqual(self.ask(node, "/api/v1/message/latest").json["Subject"], shown)
+        for raw, name, address in (
+                (b"=?utf-8?q?evil=40a.test=2C?= <real@b.test>", "evil@a.test,", "real@b.test"), (b"a@x", "", "a@x"),
+                (b"\"Doe, J.\" <j@x>", "Doe, J.", "j@x"), ("Zoë <z@x>".encode(), "Zoë", "z@x"), (b"nonsense", None, None)):
+            self.deliver(node, b"From: " + raw + b"\r\n\r\nx\r\n", "b@x")
+            sender = self.ask(node, "/api/v1/message/latest").json["From"]
+            if name is not None:
+                self.assertEqual((sender["Name"], sender["Address"]), (name, address), raw)
+
+    def test_names_of_files(self):
+        node = self.web_node()
+        for header, name in (
+                (b"Content-Disposition: attachment; filename*0*=utf-8''%c3%bc; filename*1=ber; filename*2*=%c3%a4.pdf", "überä.pdf"),
+                (b"Content-Disposition: attachment; filename=\"=?utf-8?q?=C3=BC.pdf?=\"", "ü.pdf"),
+                (b"Content-Type: application/pdf; name=\"=?iso-2022-jp?B?GyRCRnxLXBsoQi5wZGY=?=\"", "日本.pdf"),
+                (b"Content-Disposition: attachment; filename=\"" + "ü.pdf".encode() + b"\"", "ü.pdf"),
+                (b"Content-Disposition: attachment; filename*=nonsense''%ff.pdf", None),
+                (b"Content-Disposition: attachment; filename=\"=?utf-8?q?..=2F..=2Fetc=2Fpasswd?=\"", None)):
+            with self.subTest(header=header):
+                self.deliver(node, header + b"\r\n\r\nx\r\n", "b@x")
+                file, = self.ask(node, "/api/v1/message/latest").json["Attachments"]
+                self.ask(node, "/api/v1/message/latest/part/" + file["PartID"])
+                if name:
+                    self.assertEqual(file["FileName"], name)
+                else:
+                    self.assertNotRegex(file["FileName"], r"[/\\]|^\.")
+
+
+class WebBrokenMessages(WebCase):
+    MESSAGES = {
+        "empty": b"", "no headers": b"hello\r\n", "only a header": b"Subject: x\r\n",
+        "no boundary": b"Content-Type: multipart/mixed\r\n\r\n--x\r\n\r\nhello\r\n",
+        "never closed": b"Content-Type: multipart/mixed; boundary=b\r\n\r\n--b\r\n\r\nhello\r\n--b\r\nContent-Type: text/html\r\n\r\n<p>",
+        "deep": b"".join(b"Content-Type: multipart/mixed; boundary=b%d\r\n\r\n--b%d\r\n" % (i, i) for i in range(1500)),
+        "unknown charset": b"Content-Type: text/plain; charset=nonsense\r\n\r\nhello \xff\r\n",
+        "charset with NUL": b"Content-Type: text/plain; charset=\"a\0b\"\r\n\r\nhello\r\n",
+        "charset undefined": b"Content-Type: text/plain; charset=undefined\r\n\r\nhello\r\n",
+        "charset hex": b"Content-Type: text/plain; charset=hex\r\n\r\nhello\r\n",
+        "charset idna": b"Content-Type: text/plain; charset=idna\r\n\r\nhello \xff..\r\n",
+        "lone surrogate": b"Subject: =?utf-7?q?+2AA-?=\r\nContent-Type: text/plain; charset=utf-7\r\n\r\nhello +2AA-\r\n",
+        "lone surrogate in HTML": b"Content-Type: text/html; charset=utf-7\r\n\r\nhello +2AA-\r\n",
+        "lone surrogate in a name": b"Content-Type: application/x; name=\"=?utf-7?q?+2AA-?=\"\r\n\r\nhello\r\n",
+        "base64": b"Content-Type: text/plain\r\nContent-Transfer-Encoding: base64\r\n\r\naGVsbG8\r\n%%%\r\n",
+        "quoted-printable": b"Content-Type: text/plain\r\nContent-Transfer-Encoding: quoted-printable\r\n\r\nhello =XX=\r\n",
+        "uuencode": b"Content-Type: text/plain\r\nContent-Transfer-Encoding: x-uuencode\r\n\r\nbegin 644 x\r\nzzz\r\n",
+        "zone of a date": b"Date: Mon, 1 Jan 2024 00:00:00 +99999999999999999\r\n\r\nhello\r\n",
+        "year of a date": b"Date: Mon, 1 Jan 99999999999999999999999999 00:00:00 +0000\r\n\r\nhello\r\n",
+        "date": b"Date: \xff yesterday\r\n\r\nhello\r\n",
+        "8-bit everywhere": b"From: \xff\xfe <a@b>\r\nContent-Type: \xff\r\nContent-ID: \xff\r\nContent-Disposition: \xff; filename=\xff\r\n\r\n\xff\r\n",
+        "parentheses": b"From: " + b"(" * 5000 + b"\r\nTo: " + b"<" * 5000 + b"\r\n\r\nhello\r\n",
+        "RFC 2231": b"Content-Type: application/x; name*0*=x'y'%ff%zz; name*1=b; name*9999999999=c\r\n\r\nx\r\n",
+        "message in a message": b"Content-Type: message/rfc822\r\n\r\nSubject: \xff\r\nContent-Type: text/plain; charset=x\r\n\r\n\xff\r\n",
+        "encoded message": b"Content-Type: message/rfc822\r\nContent-Transfer-Encoding: base64\r\n\r\n\xff\xfe\r\n",
+        "delivery status": b"Content-Type: message/delivery-status\r\n\r\na: b\r\n\r\nc: d\r\n",
+        "many parts": b"Content-Type: multipart/mixed; boundary=b\r\n\r\n" + b"--b\r\n\r\nx\r\n" * 5000,
+    }
+
+    def test_they_show_what_they_can_and_break_nothing(self):
+        node = self.web_node()
+        for name, content in self.MESSAGES.items():
+            with self.subTest(name=name):
+                node.clear()
+                self.deliver(node, b"Subject: good\r\n\r\ngood\r\n", "b@x")
+                self.deliver(node, content, "b@x")
+                self.assertEqual(len(self.ask(node, "/api/v1/messages").json["messages"]), 2)
+                self.assertEqual(self.found(node, "good"), ["good"])
+                whole = self.ask(node, "/api/v1/message/latest").json
+                shown = (whole["Text"] + whole["HTML"]).encode("utf-8", "replace").decode()
+                if b"hello" in content and not whole["Attachments"]:
+                    self.assertIn("hello", shown)
+                self.ask(node, "/view/latest.txt")
+                self.ask(node, "/view/latest.html", status=200 if whole["HTML"] else 404)
+                for file in whole["Attachments"][:3] + whole["Inline"][:3]:
+                    self.ask(node, "/api/v1/message/latest/part/" + file["PartID"])
+                for more in ("headers", "raw", "session", "links"):
+                    self.ask(node, "/api/v1/message/latest/" + more)
+                self.assertEqual(node.wait_for(match="subject:good", timeout=0).email()["Subject"], "good")
+
+    def test_none_takes_long(self):
+        node = self.web_node()
+        for name, content in (("word", b"Subject: " + b"=?x" * 20000 + b"\r\n\r\nx\r\n"),
+                              ("style", b"Content-Type: text/html\r\n\r\n" + b"<style\r\n" * 8000),
+                              ("less", b"Content-Type: text/html\r\n\r\n" + b"<<<<<<<<<<<<<<<<<<\r\n" * 2500),
+                              ("parentheses", b"To: " + b"a@x,(" * 10000 + b"\r\n\r\nx\r\n"),
+                              ("href", b"Content-Type: text/html\r\n\r\n" + b"href = \r\n" * 8000)):
+            with self.subTest(name=name):
+                self.assertSoon(lambda: self.deliver(node, content, "b@x"), 0.5)
+                self.assertSoon(lambda: self.ask(node, "/api/v1/messages"), 0.5)
+                self.assertSoon(lambda: self.ask(node, "/api/v1/message/latest/links"), 0.5)
+                node.clear()
+
+
+# ======================================================================================================================
+# Mail is hostile, and so are other sites
+# ======================================================================================================================
+
+class WebSecurity(WebCase):
+    def test_the_page(self):
+        node = self.web_node()
+        one, two = self.ask(node, "/"), self.ask(node, "/")
+        policies = []
+        for page in (one, two):
+            policy = dict(item.strip().partition(" ")[::2] for item in page.headers["Content-Security-Policy"].split(";"))
+            policies.append(policy)
+            self.assertEqual([policy[name] for name in ("default-src", "frame-ancestors", "base-uri", "form-action", "connect-src")],
+                             ["'none'", "'none'", "'none'", "'none'", "'self'"])
+            nonce = re.fullmatch(r"'nonce-([\w-]{20,})'", policy["script-src"]).group(1)
+            self.assertIn(nonce, policy["style-src"])
+            self.assertNotIn("unsafe", page.headers["Content-Security-Policy"])
+            scripts = re.findall(r"<(?:script|style)\b([^>]*)>", page.text)
+            self.assertEqual(set(scripts), {' nonce="%s"' % nonce})
+            self.assertEqual([page.headers[name] for name in ("X-Content-Type-Options", "X-Frame-Options", "Cache-Control",
+                                                              "Referrer-Policy", "Content-Type")],
+                             ["nosniff", "DENY", "no-store", "no-referrer", "text/html; charset=utf-8"])
+        self.assertNotEqual(policies[0]["script-src"], policies[1]["script-src"], "a nonce is used once")
+        text = re.sub(r"http://www\.w3\.org/\S+", "", one.text)
+        self.assertNotRegex(text, r"""(src|href)\s*=\s*["']?(https?:)?//|@import|url\(""")
+        self.assertNotRegex(text, r"innerHTML|insertAdjacentHTML|document\.write|\son\w+=\"|eval\(")
+        self.assertRegex(text, r'<html lang="\w+"')
+
+    def test_html_can_do_nothing(self):
+        node = self.web_node()
+        self.deliver(node, b"Content-Type: text/html\r\n\r\n<script>alert(1)</script><img src=\"http://t.test/x\">\r\n", "b@x")
+        for query, images in (("", "data:"), ("?images=1", "data: http: https:")):
+            view = self.ask(node, "/view/latest.html" + query)
+            policy = dict(item.strip().partition(" ")[::2] for item in view.headers["Content-Security-Policy"].split(";"))
+            self.assertEqual([policy[name] for name in ("sandbox", "default-src", "img-src", "form-action", "frame-ancestors")],
+                             ["", "'none'", images, "'none'", "'self'"])
+            self.assertFalse({"script-src", "connect-src", "frame-src", "object-src"} & set(policy) or "http" in policy["style-src"])
+            self.assertEqual((view.headers["X-Content-Type-Options"], view.headers["Cache-Control"]), ("nosniff", "no-store"))
+        for target in ("/view/latest.txt", "/api/v1/message/latest/raw", "/api/v1/messages", "/nonsense"):
+            answer = self.ask(node, target, status=None)
+            self.assertEqual((answer.headers["X-Content-Type-Options"], answer.headers["Cache-Control"]), ("nosniff", "no-store"))
+            self.assertNotIn("html", answer.headers["Content-Type"])
+            self.assertIsNone(answer.headers["Access-Control-Allow-Origin"])
+
+    def test_only_images_come_along(self):
+        node = self.web_node()
+        self.deliver(node, b"Content-Type: multipart/related; boundary=b\r\n\r\n--b\r\nContent-Type: text/html\r\n\r\n"
+                     b"<iframe src=\"cid:p\"></iframe><img src=\"cid:s\">\r\n--b\r\nContent-Type: text/html; name=x\r\nContent-ID: <p>\r\n\r\n"
+                     b"<script>\r\n--b\r\nContent-Type: image/svg+xml\r\nContent-ID: <s>\r\n\r\n<svg/>\r\n--b--\r\n", "b@x")
+        self.assertNotIn("data:", self.ask(node, "/view/latest.html").text)
+
+    def test_host_names(self):
+        """DNS rebinding: a page of evil.test, now at 127.0.0.1, may read nothing."""
+        node = self.web_node(hostname="mail.example.org")
+        port = ":%d" % node.web_address[1]
+        for host in ("127.0.0.1" + port, "localhost", "LOCALHOST" + port, "[::1]" + port, "inbox.localhost", "mail" + port,
+                     "mail.example.org" + port, "Mail.Example.Org", "192.0.2.7"):
+            self.ask(node, "/api/v1/messages", headers={"Host": host})
+        for host in ("evil.test", "evil.test" + port, "127.0.0.1.evil.test", "localhost.evil.test", "mail.example.org.evil.test",
+                     "example.org", "x.mail.example.org", "evil.test:80:80", "[::1].evil.test", "1.2.3.4x.test"):
+            for target in ("/", "/api/v1/messages", "/view/latest.html", "/api/events", "/metrics"):
+                self.ask(node, target, status=403, headers={"Host": host})
+
+    def test_other_sites(self):
+        node = self.web_node()
+        own = "http://%s:%d" % node.web_address
+        self.deliver(node, b"x\r\n", "b@x")
+        for headers in ({"Origin": "http://evil.test"}, {"Origin": "null"}, {"Origin": "http://127.0.0.1:1"}, {"Origin": own + ".evil.test"},
+                        {"Origin": ""}, {"Sec-Fetch-Site": "cross-site"}, {"Sec-Fetch-Site": "same-site"},
+                        {"Origin": own, "Sec-Fetch-Site": "cross-site"}):
+            for method, target in (("DELETE", "/api/v1/messages"), ("PUT", "/api/v1/messages"), ("POST", "/api/v1/send"),
+                                   ("PUT", "/api/v1/faults"), ("DELETE", "/api/v1/faults"), ("DELETE", "/api/v1/search?query=x")):
+                self.ask(node, target, method, b"", 403, headers)
+        self.assertEqual(len(node.messages()), 1)
+        self.ask(node, "/api/v1/messages", headers={"Origin": "http://evil.test"})   # may be asked, cannot be read there
+        self.ask(node, "/api/v1/messages", "PUT", {"Read": True}, headers={"Origin": own, "Sec-Fetch-Site": "same-origin"})
+        self.ask(node, "/api/v1/messages", "DELETE", headers={"Sec-Fetch-Site": "none"})
+        self.assertEqual(node.messages(), [])
+
+    def test_no_path_leads_outside(self):
+        node = self.web_node(data=self.directory())
+        self.deliver(node, b"x\r\n", "b@x")
+        secret = os.path.join(node.data, "secret.json")
+        with open(secret, "w") as file:
+            file.write('"root:secret"')
+        for id in ("..", "../secret", "..%2fsecret", "%2e%2e%2fsecret", "..%5csecret", "%252e%252e%252fsecret", "../../secret%00",
+                   "/etc/passwd", "%2fetc%2fpasswd", "..%2f..%2fsecret.json", "secret", "%ff%fe", "%0d%0aX:%20y"):
+            for target in ("/api/v1/message/%s", "/api/v1/message/%s/raw", "/api/v1/message/%s/session", "/view/%s.html", "/view/%s.txt",
+                           "/%s", "/api/v1/message/latest/part/%s"):
+                answer = self.ask(node, target % id, status=404)
+                self.assertNotIn(b"root:", answer.body)
+            self.ask(node, "/api/v1/messages", "DELETE", {"IDs": [id, "../" + id]})
+            self.ask(node, "/api/v1/messages", "PUT", {"IDs": [id], "Read": True})
+        self.assertTrue(os.path.exists(secret))
+        self.assertEqual(len(node.messages()), 1)
+
+    def raw(self, node, request):
+        """Return the status line that answers bytes."""
+        with Talk(node.web_address) as talk:
+            return talk.send(request).line()
+
+    def test_what_no_client_sends(self):
+        node = self.web_node()
+        head = b"POST /api/v1/send HTTP/1.1\r\nHost: localhost\r\n"
+        with mock.patch.object(minimail, "MAX_HTTP_BODY", 1000):
+            for more, code in ((b"Content-Length: 1001", "413"), (b"Content-Length: " + b"9" * 5000, "4"), (b"Content-Length: -1", "4"),
+                               (b"Content-Length: 1e3", "4"), (b"Content-Length: \xb2", "4"),
+                               (b"Transfer-Encoding: chunked", "4"), (b"Content-Length: 0", "400")):
+                self.assertRegex(self.raw(node, head + more + b"\r\n\r\n"), "^HTTP/1.1 " + code)
+        for request in (b"GET http://[/ HTTP/1.1\r\nHost: localhost\r\n\r\n", b"GET /%zz HTTP/1.1\r\nHost: localhost\r\n\r\n", b"GET * HTTP/1.1\r\n\r\n",
+                        b"GET /" + b"a" * 70000 + b" HTTP/1.1\r\n\r\n", b"\x16\x03\x01 x\r\n\r\n", b"GET / HTTP/9\r\n\r\n",
+                        b"GET / HTTP/1.1\r\n" + b"X: y\r\n" * 200 + b"\r\n", b"GET /?%ff=%ff&&;=&%00 HTTP/1.1\r\nHost: localhost\r\n\r\n"):
+            self.assertRegex(self.raw(node, request), r"^HTTP/1\.[01] (200|4\d\d|505) |^(?!.*HTTP/1).*Error|<!DOCTYPE|400", request[:60])
+        self.ask(node, "/livez")
+
+    def test_head_and_keep_alive(self):
+        node = self.web_node()
+        with contextlib.closing(http.client.HTTPConnection(*node.web_address, timeout=PATIENCE)) as connection:
+            connection.connect()
+            sock = connection.sock
+            for method, target, status in (("GET", "/", 200), ("HEAD", "/", 200), ("GET", "/nonsense", 404), ("HEAD", "/nonsense", 404),
+                                           ("DELETE", "/api/v1/messages", 200), ("POST", "/api/v1/send", 400), ("GET", "/livez", 200)):
+                connection.request(method, target)
+                response = connection.getresponse()
+                body = response.read()
+                self.assertEqual((response.status, len(body)), (status, 0 if method == "HEAD" else int(response.headers["Content-Length"])))
+                self.assertIs(connection.sock, sock, "one connection for all")
+            connection.request("GET", "/livez", headers={"Connection": "close"})
+            self.assertEqual(connection.getresponse().read(), b"")
+        length = {method: self.ask(node, "/api/v1/messages", method).headers["Content-Length"] for method in ("GET", "HEAD")}
+        self.assertEqual(length["GET"], length["HEAD"])
+        with Talk(node.web_address) as talk:
+            talk.send("GET /livez HTTP/1.0\r\n\r\n")
+            self.assertIn(" 200 ", talk.line())
+            self.assertTrue(talk.file.read() is not None, "closed after one answer")
+
+    def outside(self):
+        return mock.patch.object(minimail, "is_loopback", lambda host: False)
+
+    def test_log_in(self):
+        data = self.directory()
+        with open(os.path.join(data, "users"), "w") as file:
+            file.write("bob@x.test:%s\n" % minimail.hash_password("ü:secret"))
+
+        def basic(text):
+            return {"Authorization": "Basic " + base64.b64encode(text.encode()).decode()}
+        for options in ({"domain": "x.test"}, {}):
+            node = self.web_node(data=data, **options)
+            self.ask(node, "/api/v1/messages")      # on loopback nobody is asked
+            with self.outside(), mock.patch.object(node.site.throttle, "sleep"):
+                for target in ("/", "/api/v1/messages", "/view/latest.html", "/api/events", "/metrics", "/nonsense"):
+                    answer = self.ask(node, target, status=401)
+                    self.assertRegex(answer.headers["WWW-Authenticate"], "^Basic realm=")
+                for wrong in (basic("bob@x.test:wrong"), basic("bob@x.test:"), basic("eve@x.test:ü:secret"), basic("nonsense"), basic(""),
+                              {"Authorization": "Basic %%%"}, {"Authorization": "Bearer x"}, {"Authorization": "Basic"},
+                              {"Authorization": "Basic /w=="}):
+                    self.ask(node, "/api/v1/messages", status=401, headers=wrong)
+                self.ask(node, "/api/v1/messages", "DELETE", status=401)
+                node.site.throttle.succeeded("127.0.0.1")
+                self.ask(node, "/api/v1/messages", headers=basic("bob@x.test:ü:secret"))
+                self.ask(node, "/", headers=basic("BOB@x.test:ü:secret"))
+                for _ in range(minimail.LOGIN_FAILURES):
+                    node.site.throttle.failed("127.0.0.1")
+                self.ask(node, "/", status=401, headers=basic("bob@x.test:ü:secret"))      # too many wrong ones
+            node.stop()
+        node = self.web_node()
+        with self.outside():
+            self.ask(node, "/api/v1/messages")      # capture mode without accounts: there is nobody to log in as
+
+    def test_probes_need_no_log_in(self):
+        node = self.web_node(domain="x.test")
+        with self.outside():
+            self.ask(node, "/livez")
+            self.ask(node, "/readyz")
+
+    def test_what_decides_is_where_the_client_came_in(self):
+        node = self.web_node(domain="x.test", web="0.0.0.0:0")
+        asked = []
+
+        def is_loopback(host):
+            asked.append(host)
+            return True
+        with mock.patch.object(minimail, "is_loopback", is_loopback):
+            with contextlib.closing(http.client.HTTPConnection("127.0.0.1", node.web_address[1], timeout=PATIENCE)) as connection:
+                connection.request("GET", "/livez")
+                self.assertEqual(connection.getresponse().status, 200)
+        self.assertNotIn("0.0.0.0", asked)
+
+    def test_off_by_default_with_domains(self):
+        for options, there in (([], True), (["--domain", "x.test"], False), (["--domain", "x.test", "--web", "127.0.0.1:0"], True),
+                               (["--web", "off"], False)):
+            with mock.patch.object(minimail, "node_for", side_effect=minimail.CannotRun(1, "enough")) as node_for:
+                self.assertEqual(run_main("--data", "nowhere", *options)[0], 1)
+            self.assertEqual(bool(node_for.call_args[0][0].web), there, options)
+        self.assertFalse(minimail.Node(domain="x.test").config.web or minimail.Node().config.web)
+
+
+class WebEvents(WebCase):
+    def events(self, node):
+        """Return a function that returns the next event of a stream."""
+        talk = Talk(node.web_address)
+        self.addCleanup(talk.close)
+        talk.send("GET /api/events HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        self.assertIn(" 200 ", talk.line())
+        headers = [line.lower() for line in iter(talk.line, "")]
+        self.assertIn("content-type: text/event-stream", headers)
+        self.assertTrue(talk.line().startswith(":"))
+
+        def following():
+            for line in iter(talk.line, "closed"):
+                if line.startswith("event: "):
+                    return line[7:]
+            return "closed"
+        return following
+
+    def until(self, following, wanted):
+        for kind in iter(following, "closed"):
+            if kind == wanted:
+                return
+        self.fail("no " + wanted)
+
+    def test_what_happens_is_told_to_all(self):
+        node = self.web_node(data=self.directory())
+        pages = [self.events(node) for _ in range(3)]
+        id = self.deliver(node, b"x\r\n", "b@x")
+        for act, kind in ((lambda: None, "new"), (lambda: self.ask(node, "/api/v1/message/" + id), "read"),
+                          (lambda: self.ask(node, "/api/v1/messages", "DELETE", {"IDs": [id]}), "delete"),
+                          (lambda: self.ask(node, "/api/v1/send", "POST", {"From": "a@x", "To": ["b@x"]}), "new")):
+            act()
+            for page in pages:
+                self.until(page, kind)
+        other = self.node(data=node.data)
+        self.eventually(lambda: self.wakers(node.data) >= 1)
+        self.deliver(other, b"x\r\n", "c@x")        # another process on the same directory
+        for page in pages:
+            self.until(page, "new")
+        self.assertSoon(node.stop, 5)
+        for page in pages:
+            self.assertIn(page(), ("stop", "closed"))
+
+
+# ======================================================================================================================
+# Transcripts and lint
+# ======================================================================================================================
+
+class WebTranscripts(WebCase):
+    def sessions(self, node):
+        return sorted(os.listdir(os.path.join(node.data, "sessions")))
+
+    def test_secrets_are_blanked(self):
+        node = self.web_node()
+        name, password = (base64.b64encode(text).decode() for text in (b"ann@x", b"pass word"))
+        plain = base64.b64encode(b"\0ann@x\0pass word").decode()
+        for log_in in ("C: AUTH PLAIN %s\nS: 235" % plain, "C: auth plain\nS: 334\nC: %s\nS: 235" % plain,
+                       "C: AUTH LOGIN %s\nS: 334\nC: %s\nS: 235" % (name, password),
+                       "C: Auth Login\nS: 334\nC: %s\nS: 334\nC: %s\nS: 235" % (name, password),
+                       "C: AUTH PLAIN %s=\nS: 501\nC: AUTH CRAM-MD5 %s\nS: 504" % (plain, password)):
+            node.clear()
+            self.dialog(node.smtp_address, "S: 220\nC: EHLO c\nS: 250\n" + log_in + "\nC: MAIL FROM:<a@x>\nC: RCPT TO:<b@x>\nC: DATA\n"
+                        "S: 250\nS: 250\nS: 354\nC: secret text\nC: .\nS: 250")
+            record = self.ask(node, "/api/v1/message/latest/session").json
+            self.assertIn(["C", "AUTH ***"], record["transcript"])
+            stored, = self.sessions(node)
+            with open(os.path.join(node.data, "sessions", stored)) as file:
+                text = file.read()
+            for secret in (plain, password, name, "pass word", "secret text"):
+                self.assertNotIn(secret, text)
+
+    def test_each_message_has_its_own(self):
+        node = self.web_node()
+        talk = self.dialog(node.smtp_address, "S: 220\nC: EHLO client.test\nS: 250")
+        for number in (1, 2):
+            self.dialog(talk, "C: MAIL FROM:<a%d@x>\nS: 250\nC: RCPT TO:<b%d@x>\nS: 250\nC: RCPT TO:<nonsense\nS: 5\nC: DATA\nS: 354\nC: x\nC: .\nS: 250"
+                        % (number, number))
+        messages = self.ask(node, "/api/v1/messages").json["messages"]
+        for number, message in zip((2, 1), messages):
+            record = self.ask(node, "/api/v1/message/%s/session" % message["ID"]).json
+            lines = ["%s: %s" % tuple(line) for line in record["transcript"]]
+            self.assertEqual([line for line in lines if line.startswith("C")],
+                             ["C: EHLO client.test", "C: MAIL FROM:<a%d@x>" % number, "C: RCPT TO:<b%d@x>" % number, "C: RCPT TO:<nonsense", "C: DATA"])
+            self.assertTrue(lines[0].startswith("S: 220 ") and lines[-1].startswith("S: 250 2.0.0 ") and message["ID"] in lines[-1], lines)
+            self.assertEqual([record[key] for key in ("id", "sender", "recipients", "helo", "client", "protocol", "tls", "bcc")],
+                             [message["ID"], "a%d@x" % number, ["b%d@x" % number], "client.test", "127.0.0.1", "ESMTP", False, ["b%d@x" % number]])
+
+    def test_they_go_with_the_message(self):
+        node = self.web_node(pop3="127.0.0.1:0", data=self.directory())
+        for case in ("api", "library", "pop3"):
+            id = self.deliver(node, b"x\r\n", "a@x", "b@x")
+            self.assertEqual(self.sessions(node), [id + ".json"])
+            self.assertEqual(os.stat(os.path.join(node.data, "sessions", id + ".json")).st_mode & 0o177, 0)
+            if case == "api":
+                self.ask(node, "/api/v1/messages", "DELETE", {"IDs": [id]})
+            elif case == "library":
+                node.messages("a@x")[0].delete()
+                self.assertEqual(self.sessions(node), [id + ".json"], "there is another copy")
+                self.assertEqual(node.messages("b@x")[0].recipients, ["a@x", "b@x"])
+                node.clear()
+            else:
+                for name in ("a@x", "b@x"):
+                    self.dialog(node.pop3_address, "S: +OK\nC: USER %s\nS: +OK\nC: PASS x\nS: +OK\nC: DELE 1\nS: +OK\nC: QUIT\nS: +OK\nS: closed" % name)
+            self.assertEqual(self.sessions(node), [], case)
+
+    def test_refused_messages_leave_none(self):
+        node = self.web_node(max_size=1000, faults=["end=f@x 552"])
+        for recipient, content, answer in (("f@x", "x", "552"), ("b@x", "x" * 2000, "552")):
+            self.dialog(node.smtp_address, "S: 220\nC: EHLO c\nS: 250\nC: MAIL FROM:<a@x>\nC: RCPT TO:<%s>\nC: DATA\nS: 250\nS: 250\nS: 354\nC: %s\nC: .\nS: %s"
+                        % (recipient, content, answer))
+        self.assertEqual((self.sessions(node), node.messages()), ([], []))
+
+    def test_what_was_removed_elsewhere_is_swept(self):
+        node = self.web_node(data=self.directory())
+        id, kept = self.deliver(node, b"x\r\n", "b@x"), self.deliver(node, b"x\r\n", "b@x")
+        os.unlink(node.messages()[0].path)
+        for name in self.sessions(node):
+            os.utime(os.path.join(node.data, "sessions", name), (1, 1))
+        node.stop()
+        node.start()
+        self.eventually(lambda: self.sessions(node) == [kept + ".json"])
+        self.assertNotEqual(id, kept)
+
+    def test_on_and_off(self):
+        for options, kept in (({}, True), ({"transcripts": "off"}, False), ({"transcripts": False}, False), ({"domain": "x"}, False),
+                              ({"domain": "x", "transcripts": "on"}, True)):
+            node = self.web_node(catch_all="all@x" if "domain" in options else None, **options)
+            id = self.deliver(node, b"Subject: x\r\n\r\nx\r\n", "b@x")
+            self.assertEqual(os.path.isdir(os.path.join(node.data, "sessions")), kept, options)
+            record = self.ask(node, "/api/v1/message/%s/session" % id).json
+            self.assertEqual((bool(record["transcript"]), record["sender"]), (kept, "alice@example.net"))
+
+    def test_keep(self):
+        node = self.web_node(keep=2)
+        with self.assertLogs("minimail", "INFO") as logs:
+            for number in range(5):
+                self.deliver(node, b"Subject: %d\r\n\r\nx\r\n" % number, "b@x")
+            self.eventually(lambda: len(node.messages()) == 2)
+            self.eventually(lambda: sum(record.getMessage() == "pruned" for record in logs.records) == 3)
+        self.assertEqual(self.found(node), ["4", "3"])
+        self.assertEqual(len(self.sessions(node)), 2)
+
+
+class LintRules(WebCase):
+    def lint(self, node, content=CLEAN, mail="", before="EHLO c\r\n", pipeline=False, bdat=False):
+        """Send a message, byte for byte; return the rules it breaks."""
+        with Talk(node.smtp_address) as talk:
+            if before:
+                talk.reply()
+                talk.send(before)
+            talk.reply() if before else (talk.reply(), talk.reply())
+            size = b"BDAT %d LAST\r\n" % len(content) if bdat else b"DATA\r\n"
+            head = b"MAIL FROM:<a@x>%s\r\nRCPT TO:<bob@x>\r\n%s" % (mail.encode(), size)
+            data = content if bdat else content + b".\r\n"
+            if pipeline or bdat:
+                talk.send(head + data)
+            else:
+                talk.send(head)
+            replies = [talk.reply(), talk.reply()] + ([] if bdat else [talk.reply()])
+            if not (pipeline or bdat):
+                talk.send(data)
+            replies.append(talk.reply())
+            self.assertTrue(replies[-1].startswith("250 2.0.0"), replies)
+        found = self.ask(node, "/api/v1/message/latest/session").json["lint"]
+        for rule in found:
+            self.assertRegex(rule["text"], r"^[A-Z].*\.$")
+            self.assertRegex(rule["rfc"], r"^RFC \d+")
+        return [rule["rule"] for rule in found]
+
+    def test_each_rule_alone(self):
+        node = self.web_node()
+        eight = CLEAN.replace(b"hello", b"h\xc3\xa9llo")
+        raw = CLEAN.replace(b"Subject: hi", "Subject: hé".encode())
+
+        def subject(text):
+            return CLEAN.replace(b"hi\r", text + b"\r")
+        for rule, content, more in (
+                ("", CLEAN, {}), ("", CLEAN, {"bdat": True}), ("bare-newline", CLEAN + b"a\nb\r\n", {}), ("bare-newline", CLEAN + b"a\rb\r\n", {}),
+                ("bare-newline", CLEAN + b"a\nb\r\n", {"bdat": True}),
+                ("8bit", eight, {}), ("8bit", eight, {"mail": " BODY=7BIT"}), ("", eight, {"mail": " BODY=8BITMIME"}),
+                ("no-date", CLEAN.replace(b"Date:", b"X-Date:"), {}), ("no-message-id", CLEAN.replace(b"Message-ID:", b"X-ID:"), {}),
+                ("no-from", CLEAN.replace(b"From:", b"X-From:"), {}),
+                ("long-line", CLEAN + b"x" * 999 + b"\r\n", {}), ("", CLEAN + b"x" * 998 + b"\r\n", {}),
+                ("long-line", CLEAN + b"y\r\n" * 30000 + b"x" * 999 + b"\r\n" + b"y\r\n" * 30000, {}),
+                ("", CLEAN + (b"x" * 998 + b"\r\n") * 300, {}),
+                ("", CLEAN, {"mail": " SIZE=%d" % len(CLEAN)}), ("size", CLEAN, {"mail": " SIZE=1000"}), ("size", CLEAN * 9, {"mail": " SIZE=10"}),
+                ("header-encoding", raw, {"mail": " BODY=8BITMIME"}), ("", raw, {"mail": " BODY=8BITMIME SMTPUTF8"}),
+                ("", subject(b"=?utf-8?q?h=C3=A9?= =?ISO-8859-1*de?B?6Q==?= a=b?c"), {}), ("header-encoding", subject(b"=?utf-8?q?h =C3=A9?="), {}),
+                ("header-encoding", subject(b"=?utf-8?x?abc?="), {}), ("header-encoding", subject(b"=?utf-8?b?a*c?="), {}),
+                ("dot-stuffing", CLEAN + b".x\r\n", {}), ("", CLEAN + b"..\r\n..x\r\n", {}), ("", CLEAN + b".x\r\n", {"bdat": True}),
+                ("pipelining", CLEAN, {"pipeline": True}), ("", CLEAN, {"before": "HELO c\r\n"})):
+            with self.subTest(rule=rule, content=content[-40:], **more):
+                self.assertEqual(self.lint(node, content, **more), [rule] if rule else [])
+
+    def test_before_its_turn(self):
+        node = self.web_node()
+        for text, rules in (("EHLO c\r\nMAIL FROM:<a@x>\r\nRCPT TO:<bob@x>\r\nDATA\r\n", ["pipelining"]),
+                            ("EHLO c\r\nNOOP\r\nMAIL FROM:<a@x>\r\nRCPT TO:<bob@x>\r\nDATA\r\n", ["pipelining"])):
+            with Talk(node.smtp_address) as talk:
+                talk.reply()
+                talk.send(text)
+                for _ in range(text.count("\n")):
+                    talk.reply()
+                self.assertTrue(talk.send(CLEAN + b".\r\n").reply().startswith("250"))
+            found = self.ask(node, "/api/v1/message/latest/session").json["lint"]
+            self.assertEqual([rule["rule"] for rule in found], rules)
+
+    def test_early_talkers(self):
+        node = self.web_node()
+        sent = threading.Event()
+        take = minimail.Listener.get_request
+
+        def late(listener):
+            if listener.name == "smtp":
+                sent.wait(PATIENCE)
+            return take(listener)
+        with mock.patch.object(minimail.Listener, "get_request", late):
+            with Talk(node.smtp_address) as talk:
+                talk.send("EHLO c\r\n")
+                sent.set()
+                self.dialog(talk, "S: 220\nS: 250\nC: MAIL FROM:<a@x>\nC: RCPT TO:<bob@x>\nC: DATA\nS: 250\nS: 250\nS: 354")
+                self.assertTrue(talk.send(CLEAN + b".\r\n").reply().startswith("250"))
+        found = self.ask(node, "/api/v1/message/latest/session").json["lint"]
+        self.assertEqual([rule["rule"] for rule in found], ["early-talker"])
+
+    def test_a_message_is_judged_by_itself(self):
+        """What a refused or abandoned message did wrong is not held against the next one."""
+        bad = "C: Subject: =?bad?=\nC:\nC: " + "x" * 1500 + "\nC: .\n"
+        start = "C: MAIL FROM:<a@x>\nC: RCPT TO:<bob@x>\nC: DATA\nS: 250\nS: 250\nS: 354\n"
+        for faults, first in ((["end 451 x1"], start + bad + "S: 451"), ([], start + bad + "S: 250"),
+                              ([], "C: MAIL FROM:<a@x>\nC: RCPT TO:<bob@x>\nC: BDAT 12\nC: Subject: x\nS: 250\nS: 250\nS: 250\nC: RSET\nS: 250")):
+            node = self.web_node(faults=faults)
+            with Talk(node.smtp_address) as talk:
+                self.dialog(talk, "S: 220\nC: EHLO c\nS: 250\n" + first + "\n" + start)
+                self.assertTrue(talk.send(CLEAN + b".\r\n").reply().startswith("250"))
+            found = self.ask(node, "/api/v1/message/latest/session").json["lint"]
+            self.assertEqual([rule["rule"] for rule in found], [], (faults, first))
+
+    def test_pythons_own_client_does_nothing_wrong(self):
+        node = self.web_node()
+        message = email.message.EmailMessage()
+        message["From"], message["To"], message["Subject"] = "a@x", "b@x", "Grüße " * 30
+        message["Date"], message["Message-ID"] = email.utils.formatdate(), "<1@x>"
+        message.set_content("hällo\n.dot\n" + "x" * 2000)
+        with smtplib.SMTP(*node.smtp_address, timeout=PATIENCE) as client:
+            client.login("a", "b")
+            client.send_message(message)
+        self.assertEqual(self.ask(node, "/api/v1/message/latest/session").json["lint"], [])
+
+
+# ======================================================================================================================
+# Faults
+# ======================================================================================================================
+
+class FaultRules(WebCase):
+    SMTP = (("connect", "", "220"), ("helo", "EHLO client.test", "250"),
+            ("auth", "AUTH PLAIN " + base64.b64encode(b"\0ann@x\0pw").decode(), "235"), ("mail", "MAIL FROM:<ann@x.test>", "250"),
+            ("rcpt", "RCPT TO:<bob@x.test>", "250"), ("data", "DATA", "354"), ("end", "hello\r\n.", "250"))
+    POP3 = (("connect", "", "+OK"), ("pop3-login", "USER bob@x.test\r\nPASS x", "+OK"), ("pop3-retr", "RETR 1", "+OK"),
+            ("pop3-quit", "QUIT", "+OK"))
+    SUBJECTS = {"connect": "127.0.*", "helo": "CLIENT.*", "auth": "ann@?", "mail": "ann@x.*", "rcpt": "BOB@*", "data": "*", "end": "bob@x.test",
+                "pop3-login": "bob@x.test", "pop3-retr": "bob@*", "pop3-quit": "*"}
+
+    def reach(self, node, stage):
+        """Lead a session to the command of a stage; return (connection, that command, the right answer)."""
+        steps = self.POP3 if stage.startswith("pop3") else self.SMTP
+        if stage.startswith("pop3") and not node.messages("bob@x.test"):
+            self.deliver(node, b"hello\r\n", "bob@x.test")
+        talk = Talk(node.pop3_address if stage.startswith("pop3") else node.smtp_address)
+        self.addCleanup(talk.close)
+        for name, command, answer in steps:
+            if "\r\nPASS" in command:
+                self.assertTrue(talk.ask(command.split("\r\n")[0]).startswith("+OK"))
+                command = command.split("\r\n")[1]
+            if name == stage:
+                return talk, command, answer
+            if command:
+                talk.send(command + "\r\n")
+            self.assertTrue(talk.reply().startswith(answer), command)
+            if name == "pop3-retr":
+                talk.listing()
+
+    def answer(self, node, stage):
+        talk, command, right = self.reach(node, stage)
+        if command:
+            talk.send(command + "\r\n")
+        reply = talk.reply()
+        talk.close()
+        return reply, right
+
+    STAGES = [stage for stage, _, _ in SMTP + POP3[1:]]
+
+    def test_every_stage_with_every_action(self):
+        for stage in self.STAGES:
+            pattern = stage + "=" + self.SUBJECTS[stage]
+            pop3 = stage.startswith("pop3")
+            for rule, expected in ((pattern + " 451 4.7.1 not now", "-ERR" if pop3 else "451 4.7.1 not now"),
+                                   (stage + " 552", "-ERR" if pop3 else "552"), (stage + " drop", "closed"), (pattern + " delay 0.05", None),
+                                   (stage + "=nobody* drop", None), (stage + " drop x0", None)):
+                with self.subTest(rule=rule):
+                    node = self.web_node(faults=[rule], pop3="127.0.0.1:0", web="off", data=self.directory())
+                    started = time.monotonic()
+                    answer, right = self.answer(node, stage)
+                    elapsed = time.monotonic() - started
+                    if stage in ("connect", "helo") and expected and expected.startswith("451"):
+                        expected = "451 not now"        # RFC 2034 section 4: no enhanced codes there
+                    self.assertTrue(answer.startswith(right if expected is None else expected), answer)
+                    if "delay" in rule:
+                        self.assertGreaterEqual(elapsed, 0.045)
+                    elif expected and stage == "end":
+                        self.assertEqual(self.eventually(lambda: node.messages() == [] and not [
+                            name for place, _, names in os.walk(os.path.join(node.data, "mail")) for name in names if "tmp" in place]), True)
+                    elif expected and pop3:
+                        self.assertEqual(len(node.messages("bob@x.test")), 1)
+                    node.stop()
+
+    def test_stall(self):
+        """Nothing more is said, others are served, and neither holds up the end of the node."""
+        for stage in self.STAGES:
+            with self.subTest(stage=stage):
+                node = self.web_node(faults=[stage + " stall x1"], pop3="127.0.0.1:0", web="off")
+                talk, command, _ = self.reach(node, stage)
+                if command:
+                    talk.send(command + "\r\nNOOP\r\n")
+                self.eventually(lambda: node.site.faults.rules[0].left == 0)
+                if stage.startswith("pop3"):
+                    self.dialog(node.pop3_address, "S: +OK\nC: USER other@x\nS: +OK\nC: PASS x\nS: +OK")
+                else:
+                    self.assertTrue(self.answer(node, stage)[0].startswith(("2", "3")))
+                self.assertFalse(select.select([talk.sock], [], [], 0.01)[0])
+                self.assertSoon(node.stop, 3)
+
+    def test_stall_until_the_deadline(self):
+        node = self.web_node(faults=["mail stall"], timeout=0.2)
+        talk = self.talk(node.smtp_address)
+        self.assertEqual(talk.ask("MAIL FROM:<a@x>"), "closed", "nothing is said, not even goodbye")
+
+    def test_many_stall_and_others_go_on(self):
+        node = self.web_node(faults=["mail=stalled@* stall"], web="off")
+        for _ in range(40):
+            self.talk(node.smtp_address).send("MAIL FROM:<stalled@x>\r\n")
+        self.assertSoon(lambda: self.deliver(node, b"x\r\n", "b@x"), 3)
+        self.assertSoon(node.stop, 5)
+
+    def test_counts_and_order(self):
+        node = self.web_node(faults=["rcpt=a* 451 greylisted x2", "rcpt=a@* 550 5.7.1 never x1", "rcpt=*@full.test 452 4.2.2 mailbox full"])
+        for recipient, answer in (("b@x", "250"), ("a@x", "451 4.0.0 greylisted"), ("b@full.test", "452 4.2.2 mailbox full"), ("A@x", "451"),
+                                  ("a@x", "550 5.7.1 never"), ("a@x", "250"), ("a@full.test", "452 4.2.2")):
+            talk = self.talk(node.smtp_address)
+            talk.ask("MAIL FROM:<m@x>")
+            self.assertTrue(talk.ask("RCPT TO:<%s>" % recipient).startswith(answer), (recipient, answer))
+            talk.close()
+
+    def test_421_ends_the_session(self):
+        for stage in ("connect", "mail", "end", "pop3-login"):
+            node = self.web_node(faults=[stage + " 421 4.3.2 bye"], pop3="127.0.0.1:0", web="off")
+            talk, command, _ = self.reach(node, stage)
+            if command:
+                talk.send(command + "\r\n")
+            self.assertTrue(talk.reply().startswith(("421", "-ERR")))
+            self.assertEqual(talk.reply(), "closed", stage)
+
+    def test_patterns_see_every_recipient(self):
+        for rule, answers in (("data=bob@* 451", "451"), ("end=bob@* 451", "354 451")):
+            node = self.web_node(faults=[rule], web="off")
+            talk = self.talk(node.smtp_address)
+            for command in ("MAIL FROM:<a@x>", "RCPT TO:<first@x>", "RCPT TO:<bob@x>"):
+                self.assertTrue(talk.ask(command).startswith("250"))
+            with self.subTest(rule=rule):
+                for command, answer in zip(("DATA", "x\r\n."), answers.split()):
+                    self.assertTrue(talk.ask(command).startswith(answer))
+
+    def test_greylisting_is_overcome(self):
+        node = self.web_node(faults=["rcpt 451 4.7.1 greylisted x1"], web="off")
+        with smtplib.SMTP(*node.smtp_address, timeout=PATIENCE) as client:
+            with self.assertRaises(smtplib.SMTPRecipientsRefused):
+                client.sendmail("a@x", ["b@x"], "x")
+            client.sendmail("a@x", ["b@x"], "x")
+        self.assertEqual(len(node.messages()), 1)
+
+    def test_hide(self):
+        node = self.web_node(faults=["hide SIZE", "hide auth", "hide UIDL"], pop3="127.0.0.1:0")
+        greeting = self.talk(node.smtp_address).ask("EHLO x")
+        self.assertNotRegex(greeting, "SIZE|AUTH")
+        self.assertRegex(greeting, "PIPELINING")
+        talk = self.talk(node.pop3_address, hello=False)
+        talk.reply()
+        capabilities = talk.listing("CAPA")
+        self.assertNotIn(b"UIDL", capabilities)
+        self.assertIn(b"TOP", capabilities)
+
+    BAD = ("", "rcpt", "nonsense 451", "rcpt 250 ok", "rcpt 354", "rcpt 999", "rcpt 45", "rcpt delay", "rcpt delay x", "rcpt delay -1", "rcpt explode",
+           "hide", "hide a b", "RCPT=a 451", "rcpt x2", "rcpt= ", "drop")
+
+    def test_rules_that_are_none(self):
+        for rule in self.BAD:
+            with self.assertRaises(ValueError, msg=rule) as caught:
+                minimail.Node(faults=[rule])
+            self.assertRegex(str(caught.exception), "fault")
+        self.assertRaises(minimail.UsageError, minimail.Node, faults=[7])
+        for argv, environ in ((["--fault", "rcpt explode"], {}), ([], {"MINIMAIL_FAULT": "rcpt explode"})):
+            status, out, err = run_main(*argv, environ=environ)
+            self.assertEqual((status, out, len(err.splitlines())), (2, "", 1))
+            self.assertIn("rcpt explode", err)
+            self.assertRegex(err, "--fault|MINIMAIL_FAULT")
+
+    def test_as_an_option(self):
+        program = Program("--data", os.path.join(self.directory(), "d"), "--smtp", "127.0.0.1:0", "--pop3", "off", "--web", "off", "--no-sync",
+                          "--fault", "mail=a@x 451 one x1", "--fault", "mail 452 two")
+        self.addCleanup(program.end)
+        talk = self.talk(program.address("smtp"))
+        for answer in ("451", "452", "452"):
+            self.assertTrue(talk.ask("MAIL FROM:<a@x>").startswith(answer))
+        self.assertEqual(program.end()[0], 0)
+        self.assertIn("fault", program.log)
+
+    def test_by_api(self):
+        node = self.web_node()
+        self.assertEqual(self.ask(node, "/api/v1/faults").json, [])
+        rules = ["rcpt 451 x1", "hide SIZE"]
+        for body in (rules, {"rules": rules}, [{"rule": rule} for rule in rules]):
+            answer = self.ask(node, "/api/v1/faults", "PUT", body).json
+            self.assertEqual(answer, [{"rule": "rcpt 451 x1", "left": 1}, {"rule": "hide SIZE", "left": None}])
+        self.assertTrue(self.answer(node, "rcpt")[0].startswith("451"))
+        self.assertEqual(self.ask(node, "/api/v1/faults").json[0]["left"], 0)
+        self.assertTrue(self.answer(node, "rcpt")[0].startswith("250"))
+        for wrong in [[rule] for rule in self.BAD] + ["x", 7, {}, {"rules": "rcpt 451"}, [[]], None, [None], [{"x": "rcpt 451"}]]:
+            with self.subTest(wrong=wrong):
+                self.ask(node, "/api/v1/faults", "PUT", wrong, status=400)
+        self.ask(node, "/api/v1/faults", "PUT", b"{", status=400)
+        self.assertEqual(len(self.ask(node, "/api/v1/faults").json), 2, "the rules before are still in force")
+        self.ask(node, "/api/v1/faults", "DELETE")
+        self.assertEqual(self.ask(node, "/api/v1/faults").json, [])
+        self.assertIn("SIZE", self.talk(node.smtp_address).ask("EHLO x"))
+
+
+# ======================================================================================================================
+# Wait
+# ======================================================================================================================
+
+class WaitForMail(WebCase):
+    def test_by_http(self):
+        node = self.web_node()
+        self.deliver(node, b"Subject: early\r\n\r\nx\r\n", "b@x")
+        self.assertEqual(self.ask(node, "/api/v1/wait?query=subject:early&timeout=9").json["Subject"], "early", "also if it came before")
+        self.assertEqual(self.ask(node, "/api/v1/wait").json["Subject"], "early")
+        waiting = self.wakers(node.data)
+        results = [self.in_background(self.ask, node, "/api/v1/wait?query=to:c@x%20subject:late&timeout=30") for _ in range(3)]
+        self.eventually(lambda: self.wakers(node.data) >= waiting + 3)
+        self.deliver(node, b"Subject: late\r\nTo: b@x\r\n\r\nx\r\n", "b@x")
+        self.deliver(node, b"Subject: other\r\nTo: c@x\r\n\r\nx\r\n", "c@x")
+        id = self.deliver(node, b"Subject: late\r\nTo: c@x\r\n\r\nx\r\n", "c@x")
+        self.assertEqual([result().json["ID"] for result in results], [id] * 3)
+        started = time.monotonic()
+        self.ask(node, "/api/v1/wait?query=subject:never&timeout=0.1", status=404)
+        self.assertLess(time.monotonic() - started, 5)
+        for wrong in ("soon", "-1", "nan"):
+            self.ask(node, "/api/v1/wait?query=x&timeout=" + wrong, status=400)
+        self.ask(node, "/api/v1/wait?query=subject:never&timeout=0", status=404)
+
+    def test_who_waits_does_not_hold_up_the_end(self):
+        node = self.web_node()
+        waiting = self.wakers(node.data)
+        with Talk(node.web_address) as talk:
+            talk.send("GET /api/v1/wait?query=subject:never&timeout=30 HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            self.eventually(lambda: self.wakers(node.data) > waiting)
+            with self.assertLogs("minimail", "WARNING") as logs:
+                minimail.log.warning("nothing else")
+                self.assertSoon(node.stop, 4)
+        self.assertEqual(len(logs.records), 1, logs.output)
+
+    def test_in_python(self):
+        node = self.node(web="off")
+        result = self.in_background(node.wait_for, match="from:ann subject:\"the order\" -draft", timeout=PATIENCE)
+        for subject, sender in ((b"the order", b"bob@x"), (b"an order", b"ann@x"), (b"the order, draft", b"ann@x")):
+            self.deliver(node, b"From: %s\r\nSubject: %s\r\n\r\nx\r\n" % (sender, subject), "c@x")
+        id = self.deliver(node, b"From: Ann <ann@x>\r\nSubject: The Order\r\n\r\nx\r\n", "c@x", "d@x")
+        self.assertEqual(result().id, id)
+        self.assertEqual(node.wait_for("d@x", match="from:ann").id, id)
+        self.assertEqual(len(node.wait_for("c@x", match="subject:order", count=4)), 4)
+        with self.assertRaises(TimeoutError):
+            node.wait_for("d@x", match="from:bob", timeout=0)
+
+    def wait(self, data, *arguments):
+        process = subprocess.Popen([sys.executable, SOURCE, "wait", "--data", data, *arguments], stdin=subprocess.DEVNULL,
+                                   stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        self.addCleanup(process.communicate)
+        self.addCleanup(lambda: process.poll() is None and process.kill())
+        return process
+
+    def test_on_the_command_line(self):
+        node = self.web_node(data=self.directory())
+        html = (b"From: Shop <shop@x>\r\nSubject: Sign up\r\nContent-Type: multipart/alternative; boundary=b\r\n\r\n--b\r\n"
+                b"Content-Type: text/plain; charset=utf-8\r\n\r\nh\xc3\xa4llo http://a.test/1\r\n--b\r\nContent-Type: text/html\r\n\r\n"
+                b"<a href='http://a.test/2?a=1&amp;b=2'>x</a>\r\n--b--\r\n")
+        waiting = self.wakers(node.data)
+        processes = [self.wait(node.data, "--subject", "sign", "--print", "raw", "--timeout", "30"),
+                     self.wait(node.data, "B@x", "--from", "shop", "--text", "hällo", "--print", "links", "--timeout", "30"),
+                     self.wait(node.data, "c@x", "--timeout", "2")]
+        self.eventually(lambda: self.wakers(node.data) >= waiting + 3)
+        self.deliver(node, b"Subject: other\r\n\r\nx\r\n", "b@x")
+        self.assertTrue(all(process.poll() is None for process in processes))
+        self.deliver(node, html, "b@x")
+        outputs = [process.communicate(timeout=PATIENCE)[0] for process in processes[:2]]
+        self.assertEqual([process.returncode for process in processes[:2]], [0, 0])
+        self.assertEqual(outputs, [node.messages()[1].read(), b"http://a.test/2?a=1&b=2\nhttp://a.test/1\n".replace(b"\n", os.linesep.encode())])
+        self.deliver(node, b"x\r\n", "c@x")
+        self.assertEqual((processes[2].communicate(timeout=PATIENCE)[0], processes[2].returncode), (b"", 0))
+        for arguments, status, printed in (
+                (["b@x", "--subject", "sign", "--print", "text"], 0, "hällo http://a.test/1"),
+                (["--text", "HÄLLO", "--print", "links"], 0, "http://a.test/2?a=1&b=2\nhttp://a.test/1"), (["--subject", "sign"], 0, ""),
+                (["--subject", "never", "--timeout", "0.01"], 1, ""), (["nobody@x", "--timeout", "0"], 1, ""), (["c@x", "--from", "shop", "--timeout", "0"], 1, "")):
+            found, out, err = run_main("wait", "--data", node.data, *arguments)
+            self.assertEqual((found, out, len(err.splitlines())), (status, printed + "\n" * bool(printed), status), arguments)
+        status, out, _ = run_main("wait", "--data", node.data, "--subject", "sign", "--print", "json")
+        self.assertEqual((status, json.loads(out)["Subject"], json.loads(out)["From"]["Address"]), (0, "Sign up", "shop@x"))
+        self.assertNotIn("nobody", os.listdir(os.path.join(node.data, "mail", "x")))
+        for wrong in (["--timeout", "soon"], ["--print", "nonsense"], ["b@@"], ["--nonsense"], ["b@x", "c@x"]):
+            status, out, err = run_main("wait", "--data", node.data, *wrong)
+            self.assertEqual((status, out, len(err.splitlines())), (2, "", 1), wrong)
+
+    def test_woken_by_another_process(self):
+        node = self.node(data=self.directory())
+        result = self.in_background(node.wait_for, match="subject:x", timeout=PATIENCE)
+        self.eventually(lambda: self.wakers(node.data))
+        process = subprocess.run([sys.executable, SOURCE, "sendmail", "--data", node.data, "b@x"], input=b"Subject: x\n\nx\n", timeout=PATIENCE,
+                                 stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        self.assertEqual((process.returncode, process.stdout), (0, b""))
+        self.assertEqual(result().recipient, "b@x")
+
+    def send_many(self, node, recipients):
+        with smtplib.SMTP(*node.smtp_address, timeout=PATIENCE) as client:
+            for recipient, subject in recipients:
+                client.sendmail("a@x", [recipient], "Subject: %s\r\n\r\nx\r\n" % subject)
+
+    def test_no_lost_wake_up(self):
+        """Each message is sent when the one before was waited for: a wake-up lost would end this one in a timeout."""
+        node = self.node(web="off")
+        turn = threading.Semaphore(0)
+
+        def wait():
+            for number in range(200):
+                turn.release()
+                if node.wait_for("b@x", timeout=PATIENCE, count=number + 1)[-1].recipient != "b@x":
+                    return False
+            return True
+        done = self.in_background(wait)
+        with smtplib.SMTP(*node.smtp_address, timeout=PATIENCE) as client:
+            for _ in range(200):
+                turn.acquire(timeout=PATIENCE)
+                client.sendmail("a@x", ["b@x"], "x")
+        self.assertTrue(done())
+
+    def test_many_wait_while_much_comes(self):
+        node = self.web_node()
+        other = self.node(data=node.data)
+        waiting = [self.in_background(node.wait_for, "box%d@x" % box, timeout=PATIENCE, count=10, match=lambda message: message.size > 1) for box in range(20)]
+        waiting += [self.in_background(node.wait_for, "box%d@x" % box, timeout=PATIENCE, match="subject:last") for box in range(0, 20, 4)]
+        asking = [self.in_background(self.ask, node, "/api/v1/wait?query=to:box%d@x%%20subject:last&timeout=30" % box) for box in range(0, 20, 5)]
+        letters = [("box%d@x" % box, "last" if number == 9 else "x%d" % number) for number in range(10) for box in range(20)]
+        sending = [self.in_background(self.send_many, (node, other)[half], letters[half::2]) for half in (0, 1)]
+        self.assertEqual([len(result()) for result in waiting[:20]], [10] * 20)
+        self.assertEqual([result().email()["Subject"] for result in waiting[20:]], ["last"] * 5)
+        self.assertEqual([result().json["Subject"] for result in asking], ["last"] * 4)
+        for result in sending:
+            result()
+        self.assertEqual(self.ask(node, "/api/v1/messages").json["total"], 200)
+
+
+# ======================================================================================================================
+# Selftest; what it costs; without the section
+# ======================================================================================================================
+
+class SelftestCommand(WebCase):
+    def test_all_holds_here(self):
+        directory = self.directory()
+        process = run_python(SOURCE, "selftest", "--data", os.path.join(directory, "data"))
+        lines = process.stdout.decode().splitlines()
+        self.assertEqual((process.returncode, lines[-1]), (0, "all hold"), lines)
+        self.assertGreater(len(lines), 8)
+        for line in lines[:-1]:
+            self.assertRegex(line, r"^(ok|skip) +\w+: \w")
+        self.assertEqual(os.listdir(directory), [], "nothing is left behind")
+
+    def test_what_does_not_hold(self):
+        class Broken:
+            def __init__(self, directory):
+                self.directory = directory
+
+            def check_1_good(self):
+                return "fine"
+
+            def check_2_bad(self):
+                raise AssertionError("it\nbroke")
+
+            def check_3_missing(self):
+                return "skipped: no such thing"
+
+            def stop(self):
+                pass
+        directory = self.directory()
+        with mock.patch.object(minimail, "Selftest", Broken):
+            status, out, err = run_main("selftest", "--data", os.path.join(directory, "data"))
+        lines = out.splitlines()
+        self.assertEqual((status, err, len(lines)), (1, "", 4))
+        self.assertTrue(lines[0].startswith("ok ") and lines[1].startswith("FAIL") and lines[2].startswith("skip"), lines)
+        self.assertIn("broke", lines[1])
+        self.assertEqual(os.listdir(directory), [])
+        status, out, err = run_main("selftest", "--nonsense")
+        self.assertEqual((status, out, len(err.splitlines())), (2, "", 1))
+
+
+class WebWhenOff(WebCase):
+    def test_it_costs_nothing(self):
+        process = run_python("-c", """if True:
+            import sys
+            sys.path.insert(0, %r)
+            import minimail, smtplib
+            with minimail.Node(smtp="127.0.0.1:0", pop3="off", web=%s, no_sync=True) as node:
+                with smtplib.SMTP(*node.smtp_address) as client:
+                    before = set(sys.modules)
+                    client.sendmail("a@x", ["b@x"], "x")
+                node.wait_for("b@x")
+                new = {name for name in sys.modules if name.startswith(("http", "html", "concurrent"))}
+                assert not new, new
+                assert "email.header" not in set(sys.modules) - before
+                print("good")
+            """ % (os.path.dirname(SOURCE), '"127.0.0.1:0"'))
+        self.assertEqual(process.stdout.decode().split(), ["good"], process.stdout.decode())
+
+    def test_without_the_section(self):
+        with open(SOURCE, encoding="utf-8") as file:
+            text = file.read()
+        starts = [match.start() for match in BANNER.finditer(text)] + [len(text)]
+        numbers = [int(match.group(1)) for match in BANNER.finditer(text)]
+        at = numbers.index(17)
+        self.assertIn("Web inbox", text[starts[at]:starts[at] + 300])
+        directory = self.directory()
+        path = os.path.join(directory, "minimail.py")
+        with open(path, "w", encoding="utf-8") as file:
+            file.write(text[:starts[at]] + text[starts[at + 1]:])
+        processes = [(argv, subprocess.Popen([sys.executable, "-B", path, "--data", "d", *argv], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                                             stderr=subprocess.PIPE, cwd=directory))
+                     for argv in (["--web", "127.0.0.1:0", "--smtp", "127.0.0.1:0", "--pop3", "127.0.0.1:0"], ["--fault", "rcpt 451"], ["wait"], ["selftest"])]
+        for argv, process in processes:
+            out, err = process.communicate(timeout=PATIENCE)
+            lines = err.decode().splitlines()
+            self.assertIn(process.returncode, (1, 2), argv)
+            self.assertEqual((out, len(lines)), (b"", 1), (argv, err))
+            self.assertNotIn("Traceback", lines[0])
+            if argv[0].startswith("--"):
+                self.assertRegex(lines[0], "web", argv)
 
 
 # ======================================================================================================================
