@@ -4237,7 +4237,9 @@ class Pool:
 
     @contextlib.contextmanager
     def blocked(self) -> Iterator[None]:
-        """Mark a wait in the middle of something."""
+        """Mark a wait in the middle of something. What is to be committed does not wait with it: others may all be asleep."""
+        if self.committer and self.committer.ready():
+            self.committer.run()
         with self._lock:
             self._blocked += 1
             self._spawn_if_needed()
@@ -4281,7 +4283,8 @@ class Pool:
                         self._run(self._expire, fd)
             with self._lock:
                 self._idle += 1
-                if self._idle > 8 and len(self._threads) - self._blocked > self.limit:
+                spare = self._idle > 8 and len(self._threads) - self._blocked > self.limit
+                if spare and not (self.committer and self.committer.ready()):
                     break                           # it stood in for one that was blocked
         with self._lock:
             self._idle -= 1
