@@ -4184,7 +4184,8 @@ class Pool:
         self.closing = False
         self._closed = False
         self._lock = threading.Lock()
-        self._threads: Set[threading.Thread] = set()
+        self._threads: Set[threading.Thread] = set()    # that carry sessions, and ...
+        self._own: Set[threading.Thread] = set()    # ... those of own_thread(), which do not count
         self._idle = 0                              # threads that wait for events, and ...
         self._blocked = 0                           # ... those that wait in the middle of something
         self._sweeping = threading.Lock()           # held by the thread that looks after deadlines
@@ -4306,10 +4307,10 @@ class Pool:
         def run() -> None:
             self._run(task, False)
             with self._lock:
-                self._threads.discard(thread)
+                self._own.discard(thread)
         thread = threading.Thread(target=run, name="minimail-own", daemon=True)
         with self._lock:
-            self._threads.add(thread)
+            self._own.add(thread)
         thread.start()
 
     def expire_all(self) -> None:
@@ -4327,7 +4328,7 @@ class Pool:
             os.write(self._pipe[1], b"\n")          # level-triggered and never read: wakes every thread
         deadline = self.clock() + seconds
         with self._lock:
-            threads = list(self._threads)
+            threads = list(self._threads | self._own)
         for thread in threads:
             if thread is not threading.current_thread():
                 thread.join(max(0.01, deadline - self.clock()))
