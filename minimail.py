@@ -4239,7 +4239,7 @@ class Pool:
     @contextlib.contextmanager
     def blocked(self) -> Iterator[None]:
         """Mark a wait in the middle of something. What is to be committed does not wait with it: others may all be asleep."""
-        if self.committer and self.committer.ready():
+        while self.committer and self.committer.ready():
             self.committer.run()
         with self._lock:
             self._blocked += 1
@@ -5615,6 +5615,7 @@ class Node:
         self._connections = Connections(self.config.max_connections, self.config.max_per_client)
         self._arrived = threading.Condition()
         self._arrivals = 0
+        self._hearing: Optional[threading.Event] = None     # set once other processes are heard
         self._relay: Any = None
         self._running = False
         self.started_at = 0.0
@@ -5705,7 +5706,7 @@ class Node:
         self.started_at = time.time()
         site.pool.own_thread(lambda expired: self._sweep(stores))
         if site.inbox:
-            site.pool.own_thread(lambda expired: self._watch_others(stores))
+            self._hear_others()
 
     def _sweep(self, stores: "Stores") -> None:
         """Clean up what dead processes left behind."""
@@ -5726,7 +5727,7 @@ class Node:
         if self._temporary and self.data:
             shutil.rmtree(self.data, ignore_errors=True)
             self.data = ""
-        self.stores = self.site = self._relay = None
+        self.stores = self.site = self._relay = self._hearing = None
 
     def stop(self) -> None:
         """End all sessions, each once its message in flight is done, all within 10 seconds; nothing when stopped."""
@@ -5814,13 +5815,27 @@ class Node:
         if self.site and self.site.inbox:
             self.site.inbox.tell("new")
 
-    def _watch_others(self, stores: "Stores") -> None:
-        """Tell the open pages of mail that other processes delivered."""
-        with stores.storage.waker("mail") as sock:
-            while sock and self._running:
-                sock.recv(64)                       # stop() sends a last one
-                if self._running:
-                    self._wake()
+    def _hear_others(self) -> None:
+        """From now on wake who waits also for mail that other processes deliver, and bounces."""
+        assert self.stores and self.site
+        with self._arrived:
+            first = self._hearing is None
+            begun = self._hearing = self._hearing or threading.Event()
+        if first:
+            stores = self.stores
+            self.site.pool.own_thread(lambda expired: self._hear(stores, begun))
+        begun.wait()
+
+    def _hear(self, stores: Stores, begun: threading.Event) -> None:
+        try:
+            with stores.storage.waker("mail") as sock:
+                begun.set()
+                while sock and self._running:
+                    sock.recv(64)                   # stop() sends a last one
+                    if self._running:
+                        self._wake()
+        finally:
+            begun.set()
 
     def _message(self, parcel: Parcel) -> Optional[Message]:
         """Return the message just delivered, in the first of its mailboxes; None when all of it went elsewhere."""
@@ -5880,32 +5895,24 @@ class Node:
         if isinstance(match, str):
             match = optional_section("web")["matcher"](self.site, self, match)
         verdicts: Dict[Tuple[str, str], bool] = {}
-        with self.stores.storage.waker("mail") as sock:
-            def woken(expired: bool) -> None:
-                if sock and not expired:
-                    sock.recv(64)
-                    self._wake()
-                    pool.watch(sock.fileno(), woken)
-            pool = self.site.pool
-            if sock and EPOLL:
-                pool.watch(sock.fileno(), woken)
-            while True:
-                arrivals = self._arrivals
-                found = self.messages(address)
-                for message in found:
-                    key = (message.recipient, message.uid)
-                    if key not in verdicts:
-                        verdicts[key] = match is None or bool(match(message))  # type: ignore[operator]
-                found = [message for message in found if verdicts[message.recipient, message.uid]]
-                if len(found) >= (count or 1):
-                    return found[0] if count is None else found[:count]
-                with self._arrived:
-                    left = deadline - time.monotonic()
-                    if left <= 0 or not self._running:
-                        raise TimeoutError("%d of %d messages for %s within %g seconds" % (
-                            len(found), count or 1, address or "anybody", timeout))
-                    if self._arrivals == arrivals:
-                        self._arrived.wait(min(left, 3600.0))
+        self._hear_others()
+        while True:
+            arrivals = self._arrivals
+            found = self.messages(address)
+            for message in found:
+                key = (message.recipient, message.uid)
+                if key not in verdicts:
+                    verdicts[key] = match is None or bool(match(message))  # type: ignore[operator]
+            found = [message for message in found if verdicts[message.recipient, message.uid]]
+            if len(found) >= (count or 1):
+                return found[0] if count is None else found[:count]
+            with self._arrived:
+                left = deadline - time.monotonic()
+                if left <= 0 or not self._running:
+                    raise TimeoutError("%d of %d messages for %s within %g seconds" % (
+                        len(found), count or 1, address or "anybody", timeout))
+                if self._arrivals == arrivals:
+                    self._arrived.wait(min(left, 3600.0))
 
 
 LISTENERS = ("smtp", "smtps", "pop3", "pop3s", "web")
