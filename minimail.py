@@ -63,7 +63,7 @@ import tempfile
 import threading
 import time
 import types
-from typing import (TYPE_CHECKING, Any, Callable, Dict, Iterable, Iterator, List, NamedTuple, NoReturn, Optional,
+from typing import (TYPE_CHECKING, Any, Callable, Deque, Dict, Iterable, Iterator, List, NamedTuple, NoReturn, Optional,
                     Sequence, Set, Tuple, Type, Union)
 
 try:
@@ -107,8 +107,9 @@ MIN_RATE = 1024                     # bytes/s below which a message transfer run
 BLOCK = 1 << 16                     # bytes read from a socket at once, and ...
 BIG_BLOCK = 1 << 18                 # ... while content flows
 TURN = 100                          # commands a session may have answered before others have their turn
-LINGER = 0.01                       # seconds a thread waits for the next command before it looks elsewhere
-WORK_THREADS = 1                    # that carry sessions: Python runs one at a time anyway; who waits does not count
+EVENTS = 64                         # taken from the poller at once
+LINGER = 0.01                       # seconds the only session's next command is waited for before looking elsewhere
+SPARE_THREADS = 8                   # that are kept for when the one that carries the sessions has to wait
 STALE_DRAFT = 36 * 3600             # seconds after which a foreign file in tmp/ is rubbish (maildir(5))
 LOGIN_FAILURES = 10                 # wrong passwords from one address within ...
 LOGIN_WINDOW = 600                  # ... these seconds cut it off for as long
@@ -125,9 +126,9 @@ class Reply(NamedTuple):
     def encode(self) -> bytes:
         """Return the reply as it goes over the wire; a text of several lines becomes a reply of several lines."""
         prefix = self.enhanced + " " if self.enhanced else ""
-        lines = self.text.split("\n")
-        head = "".join("%d-%s%s\r\n" % (self.code, prefix, line) for line in lines[:-1])
-        return ("%s%d %s%s\r\n" % (head, self.code, prefix, lines[-1])).encode("utf-8", "replace")
+        before, _, last = self.text.rpartition("\n")
+        head = ["%d-%s%s\r\n" % (self.code, prefix, line) for line in before.split("\n")] if before else []
+        return ("%s%d %s%s\r\n" % ("".join(head), self.code, prefix, last)).encode("utf-8", "replace")
 
     def __str__(self) -> str:
         return " ".join(filter(None, (str(self.code), self.enhanced, self.text)))
@@ -188,9 +189,7 @@ class Address(NamedTuple):
 
     def __str__(self) -> str:
         """Return local@domain, the local part quoted where RFC 5321 section 4.1.2 wants it."""
-        local = self.local
-        if not DOT_STRING.fullmatch(local):
-            local = '"%s"' % re.sub(r'([\\"])', r"\\\1", local)
+        local = quote_local(self.local)
         return local + "@" + self.domain if self.domain else local
 
     @property
@@ -208,11 +207,17 @@ SOURCE_ROUTE = re.compile(r"@[^,:@<>\s]+(?:,@[^,:@<>\s]+)*:")
 BAD_SYNTAX = Reply(501, "5.1.3", "bad address syntax")
 
 
+@functools.lru_cache(maxsize=1000)
 def lower(text: str) -> str:
     """Return text in lower case, but never turn a look-alike (the Kelvin sign) into an ASCII letter."""
     if text.isascii():
         return text.lower()
     return "".join(c.lower() if c.isascii() or not c.lower()[0].isascii() else c for c in text)
+
+
+@functools.lru_cache(maxsize=1000)
+def quote_local(local: str) -> str:
+    return local if DOT_STRING.fullmatch(local) else '"%s"' % re.sub(r'([\\"])', r"\\\1", local)
 
 
 def is_domain(text: str) -> bool:
@@ -733,18 +738,17 @@ class Content:
         """Return the content in `block`, as far as it is decided."""
         data = self.held + block if self.held else block
         dotted = self.dots and b"." in data and LEADING_DOT.search(data) is not None
-        if dotted and END_OF_DATA in data:
-            self.finished = True
-            data, _, self.rest = data.partition(END_OF_DATA)
-            data += b"\r\n"
-            self.held = b""
+        end = data.find(END_OF_DATA) if dotted else -1
+        if end >= 0:
+            self.finished, self.held = True, b""
+            data, self.rest = data[:end + 2], data[end + 5:]
         elif self.dots:
             self.held = next((tail for tail in UNDECIDED if data.endswith(tail)), b"")
             data = data[:-len(self.held)] if self.held else data
         else:
             self.held = b"\r" if data.endswith(b"\r") else b""
             data = data[:-1] if self.held else data
-        if dotted:
+        if dotted and b"\r\n." in data:
             self.unstuffed = self.unstuffed or re.search(rb"\r\n\.[^.]", data) is not None
             data = data.replace(b"\r\n.", b"\r\n")
         if self.skip and data:
@@ -765,13 +769,12 @@ class Content:
 
 def stuff_dots(block: bytes, at_line_start: bool) -> bytes:
     """Return block with leading dots doubled (RFC 5321 section 4.5.2, RFC 1939 section 3)."""
-    if b"." not in block:
-        return block
-    stuffed = block.replace(b"\r\n.", b"\r\n..")
-    return b"." + stuffed if at_line_start and stuffed.startswith(b".") else stuffed
+    if b"." in block and LEADING_DOT.search(block):
+        block = block.replace(b"\r\n.", b"\r\n..")
+    return b"." + block if at_line_start and block.startswith(b".") else block
 
 
-def no_spare_thread() -> bool:
+def never() -> bool:
     return False
 
 
@@ -793,14 +796,15 @@ class Wire:
         self.skipping = False                       # inside a line that was too long
         self.tls = False
         self.ready = False                          # the poller has seen input: look before parking
-        self.may_linger: Callable[[], bool] = no_spare_thread
+        self.may_linger: Callable[[], bool] = never
         self.blocked: Callable[[], Any] = contextlib.nullcontext
         self.seen: Optional[Callable[[str, bytes], None]] = None
-        sock.settimeout(None)
+        if sock.gettimeout() is not None:
+            sock.settimeout(None)
         with contextlib.suppress(OSError):
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if EPOLL:
-            set_kernel_timeout(sock, LINGER)
+            set_kernel_timeout(sock, socket.SO_RCVTIMEO, LINGER)
 
     def renew(self, extra: float = 0.0) -> None:
         """Give the next step its full time."""
@@ -900,7 +904,7 @@ class Wire:
 
     def flush(self) -> None:
         """Send all queued output now; Disconnected, TimedOut."""
-        data = memoryview(b"".join(self.output) if len(self.output) != 1 else self.output[0])
+        data: Union[bytes, memoryview] = b"".join(self.output)
         self.output.clear()
         self.pending = 0
         while data:
@@ -917,7 +921,9 @@ class Wire:
                 if is_timeout(error):
                     raise TimedOut from None
                 raise Disconnected from error
-            data = data[sent:]
+            if sent == len(data):
+                return
+            data = memoryview(data)[sent:]
 
     def send_some(self) -> bool:
         """Send queued output as far as that needs no waiting; return whether all of it went."""
@@ -948,6 +954,7 @@ class Wire:
             self.send(pread(fd, count, offset))
             return
         self.flush()
+        set_kernel_timeout(self.sock, socket.SO_SNDTIMEO, LINGER)
         while count:
             try:
                 sent = os.sendfile(self.sock.fileno(), fd, offset, count)
@@ -1006,11 +1013,9 @@ def is_timeout(error: OSError) -> bool:
     return isinstance(error, socket.timeout) or "timed out" in str(error)
 
 
-def set_kernel_timeout(sock: socket.socket, seconds: float) -> None:
+def set_kernel_timeout(sock: socket.socket, option: int, seconds: float) -> None:
     """Let a blocking socket give up after `seconds`: one system call where a Python timeout takes two."""
-    value = struct.pack("@ll", int(seconds), int(seconds % 1 * 1e6))
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, value)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, value)
+    sock.setsockopt(socket.SOL_SOCKET, option, struct.pack("@ll", int(seconds), int(seconds % 1 * 1e6)))
 
 
 def pread(fd: int, count: int, offset: int) -> bytes:
@@ -1453,6 +1458,7 @@ SIZED_NAME = re.compile(r"([!-+\--9<-~]{1,70}),(?:[^:]*,)?W=(\d+)(?=$|[:;,])")
 FLAGS = ";2," if os.name == "nt" else ":2,"         # no colons in Windows file names
 
 
+@functools.lru_cache(maxsize=1000)
 def encode_name(text: str, windows: bool = os.name == "nt") -> str:
     """Return the file name for a local part or domain: two different texts never share one, and none leaves its place.
 
@@ -1495,11 +1501,12 @@ class Mailboxes:
         self.storage = storage
         self.root = os.path.join(storage.root, "mail")
         self.host = re.sub(r"[^a-z0-9.-]", "", hostname.lower())[:20] or "localhost"
+        self.path = functools.lru_cache(maxsize=1000)(self._path)
         self.forget: Optional[Callable[[str], None]] = None     # told the id of a message whose last copy was deleted
         self._listings: "collections.OrderedDict[str, Tuple[Any, List[Item]]]" = collections.OrderedDict()
         self._listing_lock = threading.Lock()
 
-    def path(self, mailbox: str) -> str:
+    def _path(self, mailbox: str) -> str:
         """Return the directory of a mailbox; Refused when its name is too long for one."""
         local, _, domain = mailbox.rpartition("@")
         return os.path.join(self.root, encode_name(domain), encode_name(local))
@@ -2041,6 +2048,9 @@ class Parcel(NamedTuple):
     own: int                                        # bytes at the file's start that are not for other hosts
 
 
+RECEIVED = re.compile(rb"^received[ \t]*:", re.IGNORECASE | re.MULTILINE)
+
+
 class Post:
     """Takes messages over: what commit() returned for is on disk, whatever happens next."""
 
@@ -2084,7 +2094,7 @@ class Post:
         try:
             if draft.too_large:
                 raise Refused(552, "5.3.4", "message larger than %d bytes" % self.max_size)
-            if sum(name == "received" for name, _ in split_headers(draft.head)[0]) > MAX_RECEIVED:
+            if len(RECEIVED.findall(draft.head.partition(b"\r\n\r\n")[0])) > MAX_RECEIVED:
                 raise Refused(554, "5.4.6", "mail loop: more than %d Received headers" % MAX_RECEIVED)
             files: List[Union[int, str]] = [draft.complete()]
             if parcel.remote:
@@ -2190,7 +2200,7 @@ class Committer:
         self._slow = False
 
     def ready(self) -> bool:
-        """True when something waits and no thread is at it: that one will come round by itself."""
+        """True when something waits and no thread is at it."""
         return bool(self.waiting) and not self._running
 
     def add(self, parcel: Parcel, done: Callable[[Optional[Refused]], None]) -> None:
@@ -2202,10 +2212,14 @@ class Committer:
             self.run()
 
     def run(self) -> None:
-        """Commit what waits, unless another thread is at it."""
+        """Commit what waits, unless another thread is at it; what comes meanwhile, too."""
+        while self._run_batch():
+            pass
+
+    def _run_batch(self) -> bool:
         with self._lock:
             if self._running or not self.waiting:
-                return
+                return False
             self._running = True
             batch, self.waiting = self.waiting, []
         started = time.monotonic()
@@ -2221,6 +2235,7 @@ class Committer:
                 done(refused)
             except Exception:
                 log.exception("a session could not be told of its message")
+        return True
 
 
 def may_go(config: Config, address: Address) -> bool:
@@ -4170,27 +4185,29 @@ class Policy:
 
 
 class Pool:
-    """A bounded set of threads that take over a connection when it has something to say.
+    """Carries the connections that have something to say: one thread leads, others follow when it has to wait.
 
-    Idle connections cost no thread: they wait in the kernel's poller, armed for one event. A thread that has to wait
-    in the middle of something (a slow client within DATA, a handshake) says so by blocked(), and another one may be
-    started in its stead. Where there is no epoll, each connection has a thread of its own and blocks in it.
+    Idle connections cost no thread: they wait in the kernel's poller, armed for one event. The leader takes the events
+    and runs their tasks one after the other, since Python runs one thread at a time anyway. When it has to wait in the
+    middle of something (a slow client, a handshake, the disk) it says so by blocked(), and another thread takes the
+    lead. Where there is no epoll, each connection has a thread of its own and blocks in it.
     """
 
-    def __init__(self, limit: int = WORK_THREADS, clock: Callable[[], float] = time.monotonic) -> None:
-        self.limit = limit
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.clock = clock
         self.committer: Optional[Committer] = None  # has its turn when nobody has anything to say
         self.closing = False
         self._closed = False
         self._lock = threading.Lock()
         self._threads: Set[threading.Thread] = set()    # that carry sessions, and ...
-        self._own: Set[threading.Thread] = set()    # ... those of own_thread(), which do not count
-        self._idle = 0                              # threads that wait for events, and ...
-        self._blocked = 0                           # ... those that wait in the middle of something
-        self._sweeping = threading.Lock()           # held by the thread that looks after deadlines
-        self._swept = 0.0
-        self._waiting: Dict[int, Tuple[float, Callable[[bool], None]]] = {}
+        self._own: Set[threading.Thread] = set()    # ... those of own_thread()
+        self._lead = threading.Lock()               # held by the thread that leads, ...
+        self._leader = 0                            # ... which is this one
+        self._followers = 0                         # threads that wait for the lead
+        self._swept = 0.0                           # when the deadlines were last looked at
+        self._waiting: Dict[int, Tuple[float, Callable[[bool], None], int]] = {}    # by fd: deadline, task, events
+        self._known: Set[int] = set()               # fds that the poller was told of
+        self._ready: Deque[int] = collections.deque()   # fds that have something to say
         if EPOLL:
             self._poller = select.epoll()
             self._pipe = os.pipe()
@@ -4204,101 +4221,104 @@ class Pool:
     def _spawn(self) -> None:
         thread = threading.Thread(target=self._work, name="minimail", daemon=True)
         self._threads.add(thread)
-        self._idle += 1
+        self._followers += 1
         thread.start()
 
     def watch(self, fd: int, task: Callable[[bool], None], deadline: float = float("inf"), now: bool = False,
               patient: bool = False) -> None:
         """Call task(False) once when fd is readable, or task(True) when the deadline has passed or the pool closes.
 
-        With `now`, do not wait for input: a socket can nearly always be written to, so the next free thread takes it.
+        With `now`, do not wait for input: a socket can nearly always be written to, so it has its turn at once.
         With `patient`, wait for input also when the pool closes.
         """
-        self._waiting[fd] = (deadline, task)
         events = select.EPOLLIN | select.EPOLLONESHOT | (select.EPOLLOUT if now else 0)
-        try:
-            self._poller.modify(fd, events)
-        except FileNotFoundError:
-            self._poller.register(fd, events)
+        self._waiting[fd] = (deadline, task, events)
+        self._arm(fd, events)
         if self.closing and not patient:
             self._expire(fd)
 
+    def _arm(self, fd: int, events: int) -> None:
+        try:
+            if fd in self._known:
+                return self._poller.modify(fd, events)
+        except FileNotFoundError:                   # closed meanwhile, and the number given away again
+            pass
+        self._known.add(fd)
+        self._poller.register(fd, events)
+
+    def forget(self, fd: int) -> None:
+        """Be told that fd is about to be closed."""
+        self._known.discard(fd)
+
     def later(self, fd: int, task: Callable[[bool], None], seconds: float) -> None:
         """Call task(True) after about `seconds`, whatever fd does."""
-        self._waiting[fd] = (self.clock() + seconds, task)
+        self._waiting[fd] = (self.clock() + seconds, task, 0)
 
     def _expire(self, fd: int) -> None:
         waiting = self._waiting.pop(fd, None)
         if waiting:
             waiting[1](True)
 
-    def may_linger(self) -> bool:
-        """True when other threads are free, so that this one can wait a moment for its client."""
-        return self._idle > 0
-
     @contextlib.contextmanager
     def blocked(self) -> Iterator[None]:
-        """Mark a wait in the middle of something. What is to be committed does not wait with it: others may all be asleep."""
-        while self.committer and self.committer.ready():
-            self.committer.run()
-        with self._lock:
-            self._blocked += 1
-            self._spawn_if_needed()
-        try:
-            yield
-        finally:
+        """Mark a wait in the middle of something: whoever leads gives up the lead."""
+        if self._leader == threading.get_ident():
+            while self._ready:                      # the poller tells the next leader again
+                fd = self._ready.popleft()
+                waiting = self._waiting.get(fd)
+                if waiting:
+                    self._arm(fd, waiting[2])
             with self._lock:
-                self._blocked -= 1
-
-    def _spawn_if_needed(self) -> None:
-        if self._idle == 0 and len(self._threads) - self._blocked < self.limit and not self._closed and EPOLL:
-            self._spawn()
+                if not self._followers and not self._closed:
+                    self._spawn()
+            self._leader = 0
+            self._lead.release()
+        yield
 
     def _work(self) -> None:
-        while not self._closed:
-            sweeping = bool(self._waiting) and self._sweeping.acquire(blocking=False)
-            more = self.committer is not None and self.committer.ready()
-            try:
-                events = self._poller.poll(0 if more else 0.5 if sweeping else -1, 1)
-            except (OSError, ValueError):           # closed
-                events = []
-            finally:
-                if sweeping:
-                    self._sweeping.release()
-            if self._closed:
+        me = threading.get_ident()
+        while True:
+            self._lead.acquire()
+            with self._lock:
+                self._followers -= 1
+            self._leader = me
+            while self._leader == me and not self._closed:
+                self._step(me)
+            if self._leader == me:                  # the end, for the others too
+                self._leader = 0
+                self._lead.release()
                 break
             with self._lock:
-                self._idle -= 1
-                self._spawn_if_needed()
-            if more and not events:
-                self._run(self._commit, None)
-            for fd, _ in events:
-                waiting = self._waiting.pop(fd, None)
-                if waiting:
-                    self._run(waiting[1], False)
-            now = self.clock()
-            if sweeping and now >= self._swept + 0.5:
-                self._swept = now
-                for fd, (deadline, _) in list(self._waiting.items()):
-                    if deadline <= now:
-                        self._run(self._expire, fd)
-            with self._lock:
-                self._idle += 1
-                spare = self._idle > 8 and len(self._threads) - self._blocked > self.limit
-                if spare and not (self.committer and self.committer.ready()):
-                    break                           # it stood in for one that was blocked
+                if self._closed or self._followers >= SPARE_THREADS:
+                    break
+                self._followers += 1
         with self._lock:
-            self._idle -= 1
             self._threads.discard(threading.current_thread())
 
-    def _commit(self, _: None) -> None:
-        if self.committer:
-            self.committer.run()
+    def _step(self, me: int) -> None:
+        """Wait for events and run their tasks, as long as this thread leads; commit when there are none."""
+        committer = self.committer if self.committer and self.committer.ready() else None
+        try:
+            events = self._poller.poll(0 if committer else 0.5, EVENTS)
+        except (OSError, ValueError):               # closed
+            events = []
+        if committer and not events:
+            self._run(committer.run)
+        self._ready.extend(fd for fd, _ in events)
+        while self._ready and self._leader == me:
+            waiting = self._waiting.pop(self._ready.popleft(), None)
+            if waiting:
+                self._run(waiting[1], False)
+        if self._leader == me and self.clock() >= self._swept + 0.5:
+            self._swept = self.clock()
+            for fd, (deadline, _, _) in list(self._waiting.items()):
+                if deadline <= self._swept:
+                    self._run(self._expire, fd)
 
     @staticmethod
-    def _run(task: Callable[[Any], None], argument: Any) -> None:
+    def _run(task: Callable[..., None], *arguments: Any) -> None:
         try:
-            task(argument)
+            task(*arguments)
         except Exception:
             log.exception("a task failed")
 
@@ -4457,6 +4477,10 @@ class Site:
     stopping: bool = False
     sessions: Set["Session"] = dataclasses.field(default_factory=set)
 
+    def is_quiet(self) -> bool:
+        """True when the session that asks is the only one: its next command can be waited for."""
+        return len(self.sessions) == 1 and not self.committer.waiting
+
     def ask_policy(self, hook: str, *arguments: Any) -> None:
         """Call a policy hook; Refused, also when it fails."""
         try:
@@ -4493,6 +4517,7 @@ class Session(socketserver.BaseRequestHandler):
     """
 
     protocol = ""
+    transfer: Any = None                            # content that is coming in
     line_limit = MAX_COMMAND
     timeout = 300.0
 
@@ -4511,7 +4536,7 @@ class Session(socketserver.BaseRequestHandler):
 
     def setup(self) -> None:
         self.wire = Wire(self.request, self.site.config.seconds(self.timeout))
-        self.wire.may_linger, self.wire.blocked = self.site.pool.may_linger, self.site.pool.blocked
+        self.wire.may_linger, self.wire.blocked = self.site.is_quiet, self.site.pool.blocked
         self.site.sessions.add(self)
 
     def turn(self, expired: bool) -> None:
@@ -4569,7 +4594,8 @@ class Session(socketserver.BaseRequestHandler):
         for _ in range(TURN) if EPOLL else itertools.count():
             if self.over:
                 return
-            if self.in_transfer():
+            if self.transfer:
+                self.take_content()
                 continue
             try:
                 line = self.wire.line(self.line_limit, park=EPOLL)
@@ -4617,11 +4643,11 @@ class Session(socketserver.BaseRequestHandler):
         """True while a message is coming in."""
         return False
 
-    def in_transfer(self) -> bool:
-        """Take input that is no command, if that is what comes next; return whether it was."""
-        return False
+    def take_content(self) -> None:
+        """Take input that is no command: called while there is a transfer."""
 
     def finish(self) -> None:
+        self.site.pool.forget(self.wire.sock.fileno())
         self.wire.close()
         self.site.sessions.discard(self)
         self.site.connections.leave(self.client)
@@ -4763,14 +4789,17 @@ OK = Reply(250, "2.0.0", "ok")
 HTTP_VERBS = (b"GET ", b"POST ", b"HEAD ", b"PUT ", b"DELETE ", b"OPTIONS ", b"CONNECT ", b"PATCH ", b"TRACE ", b"PRI ")
 
 
+NO_CONTENT = Content()
+
+
 class Transaction:
     """A mail transaction between MAIL and the end of its content (RFC 5321 section 3.3); replaced whole, never reset."""
 
     def __init__(self, envelope: Envelope) -> None:
         self.envelope = envelope
         self.destinations: List[Destinations] = []
-        self.parcel: Optional[Parcel] = None        # once the content has begun
-        self.content = Content(dots=False)
+        self.parcel: Optional[Parcel] = None        # once the content has begun, and ...
+        self.content = NO_CONTENT                   # ... its decoder
 
 
 class Transfer:
@@ -4861,11 +4890,13 @@ class SMTPSession(Session):
 
     def count_errors(self, reply: Reply) -> Reply:
         """Return the reply, or a 421 when patience is at its end (RFC 5321 section 4.3.2, RFC 4954 section 4)."""
+        if reply.code < 400:
+            return reply
         if reply.code in (500, 501, 502, 503, 504, 535, 538, 555):
             self.errors += 1
         elif reply.code in (550, 553):
             self.refusals += 1
-        if (self.errors >= MAX_ERRORS or self.refusals >= MAX_REFUSALS) and reply.code >= 400:
+        if self.errors >= MAX_ERRORS or self.refusals >= MAX_REFUSALS:
             return Reply(421, "4.7.0", "too many errors (the last: %s)" % reply.text.partition("\n")[0], close=True)
         return reply
 
@@ -5107,6 +5138,7 @@ class SMTPSession(Session):
             if not transaction.parcel:
                 self.raise_fault("data", " ".join(recipient.key for recipient in transaction.envelope.recipients))
                 transaction.parcel = self.begin_parcel(transaction)
+                transaction.content = Content(dots=False)
         except Refused as refused:
             reply = refused.reply
             self.transfer = Transfer(None, Content(dots=False), count, lambda: reply, self.wire.clock())
@@ -5134,15 +5166,14 @@ class SMTPSession(Session):
             raise Refused(554, "5.5.1", "no valid recipients")
         return self.transaction
 
-    def in_transfer(self) -> bool:
-        """Take a block of content, if that is what comes next.
+    def take_content(self) -> None:
+        """Take a block of content.
 
         What is too large is read and forgotten, but not for ever. The deadline moves with what arrives, at MIN_RATE: a
         client that drips runs into it.
         """
         transfer, wire = self.transfer, self.wire
-        if not transfer:
-            return False
+        assert transfer
         if wire.clock() >= wire.deadline:
             raise TimedOut
         size = BIG_BLOCK if transfer.left is None else min(BIG_BLOCK, transfer.left)
@@ -5162,7 +5193,6 @@ class SMTPSession(Session):
             self.say(Reply(552, "5.3.4", "message larger than %d bytes" % self.site.config.max_size, close=True))
         else:
             wire.deadline = transfer.started + wire.timeout + transfer.total / MIN_RATE
-        return True
 
     def write_content(self, parcel: Parcel, block: bytes) -> None:
         parcel.draft.write(block)
@@ -5264,13 +5294,16 @@ class SMTPSession(Session):
         self.drop_transaction()
 
 
+CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+
+
 def decode_argument(argument: bytes) -> str:
     """Return a command's argument as text; Refused 501 for what is not UTF-8 or has control characters (RFC 6531)."""
     try:
         text = argument.decode("utf-8").rstrip(" \t")
     except UnicodeDecodeError:
         raise Refused(501, "5.5.2", "not UTF-8") from None
-    if any(c < " " or c == "\x7f" for c in text):
+    if CONTROL.search(text):
         raise Refused(501, "5.5.2", "control characters")
     return text
 
@@ -5453,17 +5486,16 @@ class POP3Session(Session):
         self.raise_fault("pop3-retr", self.user or "")
         fd = self.open(item)
         try:
-            size = os.fstat(fd).st_size
-            if size != item.size:
+            content = pread(fd, item.size + 1, 0) if item.size <= BIG_BLOCK else b""
+            if len(content) == item.size:
+                self.wire.send(b"+OK %d octets\r\n%s.\r\n" % (item.size, stuff_dots(content, True)))
+            elif os.fstat(fd).st_size != item.size:
                 self.send_converted(fd, item.size)
-            elif size <= BIG_BLOCK:
-                content = pread(fd, size + 1, 0)
-                if len(content) != size:
-                    raise Refused(500, "", "[SYS/TEMP] the message is changing")
-                self.wire.send(b"+OK %d octets\r\n%s.\r\n" % (size, stuff_dots(content, True)))
+            elif content:
+                raise Refused(500, "", "[SYS/TEMP] the message is changing")
             else:
                 with self.wire.blocked():
-                    self.send_blocks(fd, size)
+                    self.send_blocks(fd, item.size)
         finally:
             os.close(fd)
         self.fetched += 1
@@ -7647,18 +7679,25 @@ class Lines(logging.Formatter):
         fields: Dict[str, Any] = dict(getattr(record, "fields", {}))
         if record.exc_info:
             fields["traceback"] = self.formatException(record.exc_info)
-        stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + ".%03dZ" % record.msecs
+        stamp = "%s.%03dZ" % (self.second(int(record.created)), record.msecs)
         message = record.getMessage()
         if self.kind == "json":
             return json.dumps(dict({"time": stamp, "level": record.levelname.lower(), "event": message}, **fields))
         level = "" if record.levelno in (logging.INFO, logging.DEBUG) else record.levelname.lower() + ": "
-        words = " ".join("%s=%s" % (name, self.quote(value)) for name, value in fields.items())
-        return ("%s %s%s %s" % (stamp, level, printable(message, 2000), words)).rstrip()
+        words = "".join([" %s=%s" % (name, self.quote(str(value))) for name, value in fields.items()])
+        return "%s %s%s%s" % (stamp, level, printable(message, 2000), words)
 
     @staticmethod
-    def quote(value: Any) -> str:
-        text = str(value)
-        return text if re.fullmatch(r"[!#-~]+", text) else json.dumps(text, ensure_ascii=not text.isprintable())
+    @functools.lru_cache(maxsize=4)
+    def second(time_t: int) -> str:
+        return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(time_t))
+
+    @staticmethod
+    def quote(text: str) -> str:
+        return text if PLAIN.fullmatch(text) else json.dumps(text, ensure_ascii=not text.isprintable())
+
+
+PLAIN = re.compile(r"[!#-~]+")
 
 
 def option_parser(leave_out: Sequence[str] = (), show_help: bool = False) -> Any:
@@ -7752,6 +7791,7 @@ def set_up_logging(config: Config) -> None:
     handler.setFormatter(Lines(config.log))
     logging.raiseExceptions = False
     logging.logProcesses = logging.logThreads = False
+    logging._srcfile = None                         # nobody wants to know the line: half the cost of a record
     log.handlers = [handler]
     log.propagate = False
     log.setLevel(logging.WARNING if config.quiet else logging.DEBUG if config.verbose else logging.INFO)

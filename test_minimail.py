@@ -831,13 +831,13 @@ class Wires(Case):
         session.transfer = minimail.Transfer(None, Content(), None, lambda: None, clock.now)
         for _ in range(100):
             peer.sendall(b"x" * 2 * minimail.MIN_RATE)
-            self.assertTrue(session.in_transfer())
+            session.take_content()
             clock.now += 1.5                        # faster than MIN_RATE: it may take as long as it likes
         deadline = session.wire.deadline
         with self.assertRaises(minimail.TimedOut):
             for _ in range(1000):
                 peer.sendall(b"x")
-                self.assertTrue(session.in_transfer())
+                session.take_content()
                 clock.now += 1.5                    # drips of a byte move it by next to nothing
         self.assertLess(clock.now, deadline + 10)
 
@@ -3993,14 +3993,42 @@ class Pools(Case):
         self.deliver(node, b"x\r\n", "bob@x")
         self.assertEqual(len(self.fetch(node, "bob@x")), 1)
 
-    def test_who_is_about_to_wait_leaves_nothing_uncommitted(self):
-        """What others add while it commits would wait with it: they count on its coming round."""
+    def test_what_comes_while_it_commits_is_committed_too(self):
+        """Who adds a message then counts on that: no other thread looks after it."""
+        batches, told = [], []
+        parcel = types.SimpleNamespace(draft=types.SimpleNamespace(written=1))
+
+        def commit_all(parcels):
+            batches.append(len(parcels))
+            if len(batches) == 1:
+                committer.add(parcel, told.append)
+                committer.run()                     # another thread tries, and finds it at work
+            return [None] * len(parcels)
+        committer = minimail.Committer(types.SimpleNamespace(commit_all=commit_all))
+        committer.add(parcel, told.append)
+        committer.run()
+        self.assertEqual((batches, told, committer.ready()), ([1, 1], [None, None], False))
+
+    def test_who_has_to_wait_gives_up_the_lead(self):
+        """... and what it had yet to do is done by the next, each thing once."""
         pool = minimail.Pool()
         self.addCleanup(pool.close)
-        waiting = ["first", "added meanwhile"]
-        pool.committer = types.SimpleNamespace(ready=lambda: bool(waiting), run=waiting.pop)
-        with pool.blocked():
-            self.assertEqual(waiting, [])
+        pairs = [socket.socketpair() for _ in range(20)]
+        self.addCleanup(lambda: [sock.close() for pair in pairs for sock in pair])
+        done, release = collections.Counter(), threading.Event()
+
+        def task(number):
+            done[number] += 1
+            if number % 5 == 0:
+                with pool.blocked():
+                    release.wait(PATIENCE)
+        for number, (ours, theirs) in enumerate(pairs):
+            theirs.send(b"x")
+            pool.watch(ours.fileno(), lambda expired, number=number: task(number))
+        pool.start()
+        self.eventually(lambda: len(done) == 20)
+        release.set()
+        self.assertEqual(set(done.values()), {1})
 
     def test_connections_are_limited(self):
         node = self.node(max_connections=2)
