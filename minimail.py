@@ -785,7 +785,8 @@ class Wire:
     in one piece (RFC 2920) and nobody waits for a reply that we hold. `clock` gives the seconds deadlines count in.
     """
 
-    def __init__(self, sock: socket.socket, timeout: float, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, sock: socket.socket, timeout: float, clock: Callable[[], float] = time.monotonic,
+                 tuned: bool = False) -> None:
         self.sock = sock
         self.timeout = timeout
         self.clock = clock
@@ -799,12 +800,9 @@ class Wire:
         self.may_linger: Callable[[], bool] = never
         self.blocked: Callable[[], Any] = contextlib.nullcontext
         self.seen: Optional[Callable[[str, bytes], None]] = None
-        if sock.gettimeout() is not None:
+        if not tuned:
             sock.settimeout(None)
-        with contextlib.suppress(OSError):
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        if EPOLL:
-            set_kernel_timeout(sock, socket.SO_RCVTIMEO, LINGER)
+            tune(sock)
 
     def renew(self, extra: float = 0.0) -> None:
         """Give the next step its full time."""
@@ -1002,7 +1000,6 @@ class Wire:
             if self.tls:
                 with contextlib.suppress(OSError, ValueError):
                     self.sock.unwrap()              # type: ignore[attr-defined]
-            self.sock.shutdown(socket.SHUT_WR)
             self.sock.recv(BIG_BLOCK)
         except (OSError, ValueError):
             pass
@@ -1011,6 +1008,14 @@ class Wire:
 
 def is_timeout(error: OSError) -> bool:
     return isinstance(error, socket.timeout) or "timed out" in str(error)
+
+
+def tune(sock: socket.socket) -> None:
+    """Let replies leave at once and reads end after LINGER. On Linux connections have it from their listener."""
+    with contextlib.suppress(OSError):
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    if EPOLL:
+        set_kernel_timeout(sock, socket.SO_RCVTIMEO, LINGER)
 
 
 def set_kernel_timeout(sock: socket.socket, option: int, seconds: float) -> None:
@@ -4535,7 +4540,7 @@ class Session(socketserver.BaseRequestHandler):
         self.setup()
 
     def setup(self) -> None:
-        self.wire = Wire(self.request, self.site.config.seconds(self.timeout))
+        self.wire = Wire(self.request, self.site.config.seconds(self.timeout), tuned=EPOLL)
         self.wire.may_linger, self.wire.blocked = self.site.is_quiet, self.site.pool.blocked
         self.site.sessions.add(self)
 
@@ -4708,6 +4713,7 @@ class Listener(socketserver.TCPServer):
             raise CannotRun(error.errno or errno.EINVAL, "--%s %s: cannot listen: %s; choose another address or port" % (
                 name, show_endpoint(endpoint), reason)) from None
         self.socket.setblocking(False)              # several processes may be woken for one connection
+        tune(self.socket)
 
     def server_bind(self) -> None:
         if self.address_family == socket.AF_INET6:
@@ -4758,7 +4764,8 @@ class Listener(socketserver.TCPServer):
                     request.send(self.refusal(refusal))
             self.shutdown_request(request)
             return
-        event("connect", protocol=self.name, client=show_endpoint(client_address[:2]))
+        if log.isEnabledFor(logging.INFO):
+            event("connect", protocol=self.name, client=show_endpoint(client_address[:2]))
         session = self.session(request, client_address, self)
         if EPOLL and not session.blocking:
             session.turn(False)
