@@ -1270,7 +1270,7 @@ class Storage:
             self._wakers = stamp, [name for name in list_directory(self.run) if not name.endswith(".lock")]
         for name in self._wakers[1]:
             token, _, rest = name.partition(".")
-            if not rest.startswith(kind) or (token == self.token and kind == "queue" and not own):
+            if not rest.startswith(kind) or (token == self.token and not own):
                 continue
             with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
                 sock.setblocking(False)
@@ -2173,16 +2173,16 @@ class Post:
         parcel = self.begin(envelope, destinations)
         parcel.draft.write(content)
         self.commit(parcel)
-        self.delivered(parcel)
+        self.delivered(parcel, own=True)
         return parcel.draft.id
 
-    def delivered(self, parcel: Parcel) -> None:
-        """Do what follows a delivery and need not be waited for."""
+    def delivered(self, parcel: Parcel, own: bool = False) -> None:
+        """Do what follows a delivery and need not be waited for; with `own`, wake also those who wait in this process."""
         if self.keep:
             for mailbox in parcel.mailboxes:
                 self.mailboxes.prune(mailbox, self.keep)
         if parcel.mailboxes:
-            self.storage.wake("mail")
+            self.storage.wake("mail", own)
 
 
 class Committer:
@@ -5787,7 +5787,7 @@ class Node:
             self._arrived.notify_all()              # who waits for mail
         if site.inbox:
             site.inbox.tell("stop")
-        self.stores.storage.wake("mail") if self.stores else None
+        self.stores.storage.wake("mail", own=True) if self.stores else None
         while site.sessions and time.monotonic() < deadline:
             site.committer.run()                    # what this thread's turns of the sessions brought in
             with self._arrived:
@@ -6008,7 +6008,7 @@ class Tape:
             self.column += len(block)
         else:
             self.longest = max(self.longest, self.column + first)
-            if len(block) > 1000 and re.search(rb"[^\n]{1000}", block):
+            if len(block) > 1000:
                 self.longest = max(self.longest, max(map(len, block.split(b"\n"))))
             self.column = len(block) - block.rfind(b"\n") - 1
         self.longest = max(self.longest, self.column)
