@@ -2150,6 +2150,8 @@ class Post:
                 wanted.pop(index, None)
             failed = self.storage.flush([thing for things in wanted.values() for thing in things])
             errors = {index: failed[thing] for index, things in wanted.items() for thing in things if thing in failed}
+        if any(parcel.mailboxes and not refused for parcel, refused in zip(parcels, results)):
+            self.storage.wake("mail")
         return results
 
     def commit(self, parcel: Parcel) -> None:
@@ -2173,16 +2175,15 @@ class Post:
         parcel = self.begin(envelope, destinations)
         parcel.draft.write(content)
         self.commit(parcel)
-        self.delivered(parcel, own=True)
+        self.delivered(parcel)
+        self.storage.wake("mail", own=True)
         return parcel.draft.id
 
-    def delivered(self, parcel: Parcel, own: bool = False) -> None:
-        """Do what follows a delivery and need not be waited for; with `own`, wake also those who wait in this process."""
+    def delivered(self, parcel: Parcel) -> None:
+        """Do what follows a delivery and need not be waited for."""
         if self.keep:
             for mailbox in parcel.mailboxes:
                 self.mailboxes.prune(mailbox, self.keep)
-        if parcel.mailboxes:
-            self.storage.wake("mail", own)
 
 
 class Committer:
@@ -3054,7 +3055,6 @@ class Peer:
         self.host: Optional[str] = None             # whose connection this is, as the MX record has it
         self.hostname = hostname
         self.extensions: Dict[str, str] = {}
-        self.used = 0                               # messages sent over this connection
         self.broken = False                         # it cannot be used any more
 
     @contextlib.contextmanager
@@ -3174,7 +3174,6 @@ class Peer:
             served = [recipient for recipient in left if some[recipient].code // 100 == 2]
             again = [recipient for recipient in left if some[recipient].code == 452]
             left = again if served and not self.broken else []  # RFC 5321 section 4.5.3.1.10: the rest in another transaction
-        self.used += 1
         return replies
 
     def acceptable(self, message: Outgoing, replies: Dict[str, Reply]) -> List[str]:
@@ -7725,7 +7724,8 @@ def option_parser(leave_out: Sequence[str] = (), show_help: bool = False) -> Any
         default: Any = field.default
         if field.name in ("smtp", "pop3"):
             default = show_endpoint(default[0])
-        shown = " (default %s)" % default if isinstance(default, (str, int, float)) and default else ""
+        default = "%g" % default if isinstance(default, float) else default
+        shown = " (default %s)" % default if isinstance(default, (str, int)) and default else ""
         optional = {"nargs": "?", "const": "on"} if meta["metavar"] == "on|off" else {}
         parser.add_argument(name, metavar=meta["metavar"], action="append" if meta["many"] else None,
                             help=meta["help"].replace("%", "%%") + shown, **optional)
@@ -7852,7 +7852,7 @@ def leave_options(node: Node, given: Dict[str, Any]) -> None:
     """Write what commands on the same data directory have to know into it; OSError."""
     own = LISTENERS + ("data", "log", "quiet", "verbose", "workers")
     kept = {name: text for name, text in given.items() if name not in own}
-    for name in ("users", "aliases"):
+    for name in ("users", "aliases", "tls_cert", "tls_key"):
         if name in kept:
             kept[name] = os.path.abspath(kept[name])
     text = json.dumps(dict(kept, domain=list(node.config.domain)), indent=1) + "\n"
