@@ -800,8 +800,9 @@ class Wire:
         self.may_linger: Callable[[], bool] = never
         self.blocked: Callable[[], Any] = contextlib.nullcontext
         self.seen: Optional[Callable[[str, bytes], None]] = None
-        if not tuned:
+        if sock.gettimeout() is not None:           # socket.setdefaulttimeout() is the program's, not ours
             sock.settimeout(None)
+        if not tuned:
             tune(sock)
 
     def renew(self, extra: float = 0.0) -> None:
@@ -2190,11 +2191,12 @@ class Committer:
     """Commits the messages of many sessions together, so that they share the disk's flushes.
 
     add() only notes a message. The thread that carries sessions calls run() when nobody has anything to say, or many
-    wait: then all that has come together is committed. `done(refused)` of each is called in that thread; it must not
-    wait for anything. A disk that is slow to flush is waited for within `blocked`, so that others go on meanwhile.
+    wait, or one for long: then all that has come together is committed. `done(refused)` of each is called in that
+    thread; it must not wait for anything. A disk that is slow is waited for within `blocked`: others go on meanwhile.
     """
 
     BATCH = 100
+    PATIENCE = 0.05                                 # seconds a message waits while others talk
     SLOW = 0.02                                     # seconds for a batch
 
     def __init__(self, post: Post, blocked: Callable[[], Any] = contextlib.nullcontext) -> None:
@@ -2202,6 +2204,7 @@ class Committer:
         self.blocked = blocked
         self._lock = threading.Lock()
         self.waiting: List[Tuple[Parcel, Callable[[Optional[Refused]], None]]] = []
+        self._since = 0.0                           # when the first of them came
         self._running = False
         self._slow = False
 
@@ -2209,9 +2212,13 @@ class Committer:
         """True when something waits and no thread is at it."""
         return bool(self.waiting) and not self._running
 
+    def is_overdue(self) -> bool:
+        return time.monotonic() > self._since + self.PATIENCE
+
     def add(self, parcel: Parcel, done: Callable[[Optional[Refused]], None]) -> None:
         """Commit a message together with others."""
         with self._lock:
+            self._since = self._since if self.waiting else time.monotonic()
             self.waiting.append((parcel, done))
             full = len(self.waiting) >= self.BATCH
         if full:
@@ -4223,10 +4230,11 @@ class Pool:
                 self._spawn()
 
     def _spawn(self) -> None:
+        """Start a follower; RuntimeError when the system has no more threads. The caller holds the lock."""
         thread = threading.Thread(target=self._work, name="minimail", daemon=True)
+        thread.start()
         self._threads.add(thread)
         self._followers += 1
-        thread.start()
 
     def watch(self, fd: int, task: Callable[[bool], None], deadline: float = float("inf"), now: bool = False,
               patient: bool = False) -> None:
@@ -4265,19 +4273,25 @@ class Pool:
 
     @contextlib.contextmanager
     def blocked(self) -> Iterator[None]:
-        """Mark a wait in the middle of something: whoever leads gives up the lead."""
-        if self._leader == threading.get_ident():
+        """Mark a wait in the middle of something: whoever leads gives up the lead, if somebody can take it."""
+        if self._leader == threading.get_ident() and self._has_follower():
             while self._ready:                      # the poller tells the next leader again
                 fd = self._ready.popleft()
                 waiting = self._waiting.get(fd)
                 if waiting:
                     self._arm(fd, waiting[2])
-            with self._lock:
-                if not self._followers and not self._closed:
-                    self._spawn()
             self._leader = 0
             self._lead.release()
         yield
+
+    def _has_follower(self) -> bool:
+        with self._lock:
+            try:
+                if not self._followers and not self._closed:
+                    self._spawn()
+            except RuntimeError as error:
+                log.warning("all wait for one slow client or disk: %s", error)
+            return self._followers > 0
 
     def _work(self) -> None:
         me = threading.get_ident()
@@ -4306,7 +4320,7 @@ class Pool:
             events = self._poller.poll(0 if committer else 0.5, EVENTS)
         except (OSError, ValueError):               # closed
             events = []
-        if committer and not events:
+        if committer and (not events or committer.is_overdue()):
             self._run(committer.run)
         self._ready.extend(fd for fd, _ in events)
         while self._ready and self._leader == me:

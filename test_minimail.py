@@ -4030,6 +4030,37 @@ class Pools(Case):
         release.set()
         self.assertEqual(set(done.values()), {1})
 
+    def test_who_talks_without_end_does_not_keep_messages_waiting(self):
+        pool, told = minimail.Pool(), threading.Event()
+        self.addCleanup(pool.close)
+        ours, theirs = socket.socketpair()
+        self.addCleanup(ours.close)
+        self.addCleanup(theirs.close)
+
+        def talk(expired):
+            pool.watch(ours.fileno(), talk, now=True)
+        pool.committer = minimail.Committer(types.SimpleNamespace(commit_all=lambda parcels: [None] * len(parcels)))
+        pool.committer.add(types.SimpleNamespace(draft=types.SimpleNamespace(written=1)), lambda refused: told.set())
+        talk(False)
+        pool.start()
+        self.assertTrue(told.wait(PATIENCE))
+
+    def test_without_more_threads_the_leader_waits_itself(self):
+        pool, done = minimail.Pool(), []
+        self.addCleanup(pool.close)
+        pairs = [socket.socketpair() for _ in range(2)]
+        self.addCleanup(lambda: [sock.close() for pair in pairs for sock in pair])
+
+        def task(number):
+            with mock.patch.object(threading.Thread, "start", side_effect=RuntimeError("can't start new thread")), \
+                    self.assertLogs("minimail", "WARNING"), pool.blocked():
+                done.append(number)
+        for number, (ours, theirs) in enumerate(pairs):
+            theirs.send(b"x")
+            pool.watch(ours.fileno(), lambda expired, number=number: task(number))
+        pool.start()
+        self.eventually(lambda: sorted(done) == [0, 1])
+
     def test_connections_are_limited(self):
         node = self.node(max_connections=2)
         first, second = self.talk(node.smtp_address), self.talk(node.pop3_address)
