@@ -830,6 +830,7 @@ class Wire:
                 if self.clock() >= self.deadline:
                     raise TimedOut
                 if park:
+                    self.flush()
                     raise Silent                    # there may be more of it, but others are waiting
             start = len(self.input)
             self.input += self.receive(BLOCK, park)
@@ -870,16 +871,17 @@ class Wire:
         return b"\n" in self.input
 
     def _receive_with_timeout(self, size: int, park: bool) -> bytes:
-        self.sock.settimeout(max(0.001, LINGER if park and EPOLL else self.deadline - self.clock()))
         try:
             if park:
+                self.sock.settimeout(LINGER if self.may_linger() else 0)
                 return self.sock.recv(size)
+            self.sock.settimeout(max(0.001, self.deadline - self.clock()))
             with self.blocked():
                 return self.sock.recv(size)
         except OSError as error:
             if not is_timeout(error):
                 raise
-            if not (park and EPOLL) and self.clock() >= self.deadline:
+            if not park and self.clock() >= self.deadline:
                 raise TimedOut from None
             raise BlockingIOError from None
 
@@ -909,8 +911,7 @@ class Wire:
         while data:
             try:
                 if self.tls or not EPOLL:
-                    self.sock.settimeout(max(0.001, self.deadline - self.clock()))
-                    sent = self.sock.send(data)
+                    sent = self._send_with_timeout(data)
                 else:
                     sent = self.sock.send(data, socket.MSG_DONTWAIT)
             except (BlockingIOError, InterruptedError):
@@ -923,6 +924,18 @@ class Wire:
             if sent == len(data):
                 return
             data = memoryview(data)[sent:]
+
+    def _send_with_timeout(self, data: Union[bytes, memoryview]) -> int:
+        if EPOLL:
+            self.sock.settimeout(0)
+            try:
+                return self.sock.send(data)
+            except OSError as error:
+                if not is_timeout(error):
+                    raise
+        with self.blocked():
+            self.sock.settimeout(max(0.001, self.deadline - self.clock()))
+            return self.sock.send(data)
 
     def send_some(self) -> bool:
         """Send queued output as far as that needs no waiting; return whether all of it went."""
@@ -1008,7 +1021,9 @@ class Wire:
 
 
 def is_timeout(error: OSError) -> bool:
-    return isinstance(error, socket.timeout) or "timed out" in str(error)
+    """True when an operation was not done in its time; with a timeout of 0, because it would have had to wait."""
+    return isinstance(error, (socket.timeout, BlockingIOError)) or "timed out" in str(error) or \
+        type(error).__name__ in ("SSLWantReadError", "SSLWantWriteError")
 
 
 def tune(sock: socket.socket) -> None:
@@ -1076,8 +1091,8 @@ class Flush:
 
     def __init__(self) -> None:
         self.turn = threading.Lock()
-        self.wanted = 0
-        self.done = 0
+        self.tickets = itertools.count(1)
+        self.begun = 0                              # the ticket of the last one that is done
 
 
 class Storage:
@@ -1181,17 +1196,17 @@ class Storage:
             if len(self._flushes) > 5000:
                 self._flushes = {}                  # only a memory of who is flushing what: losing it costs a flush
             flush = self._flushes.setdefault(path, Flush())
-        flush.wanted = ticket = flush.wanted + 1
+        ticket = next(flush.tickets)
         with flush.turn:
-            if flush.done >= ticket:
+            if flush.begun > ticket:                # one that began after us is done
                 return
-            served = flush.wanted
+            begun = next(flush.tickets)
             fd = os.open(path, os.O_RDONLY | O_EXTRA)
             try:
                 os.fsync(fd)
             finally:
                 os.close(fd)
-            flush.done = served
+            flush.begun = begun
 
     def flush(self, things: Iterable[Union[int, str]]) -> Dict[Union[int, str], OSError]:
         """Return when files (fd) and directories (path) are on disk, with the errors of those that are not.
@@ -1246,6 +1261,7 @@ class Storage:
             if hasattr(socket, "AF_UNIX"):
                 try:
                     sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+                    sock.settimeout(None)
                     with short_path(path) as name:
                         sock.bind(name)
                 except OSError as error:
@@ -2152,7 +2168,8 @@ class Post:
             failed = self.storage.flush([thing for things in wanted.values() for thing in things])
             errors = {index: failed[thing] for index, things in wanted.items() for thing in things if thing in failed}
         if any(parcel.mailboxes and not refused for parcel, refused in zip(parcels, results)):
-            self.storage.wake("mail")
+            with contextlib.suppress(OSError):
+                self.storage.wake("mail")
         return results
 
     def commit(self, parcel: Parcel) -> None:
@@ -2240,6 +2257,9 @@ class Committer:
         try:
             with self.blocked() if self._slow or large else contextlib.nullcontext():
                 results = self.post.commit_all([parcel for parcel, _ in batch])
+        except Exception:
+            log.exception("%d messages not stored, or nobody knows", len(batch))
+            results = [Refused(451, "4.3.0", "cannot store the message, try again later")] * len(batch)
         finally:
             self._slow = time.monotonic() - started > self.SLOW * max(1.0, len(batch) / 20)
             self._running = False
@@ -4279,7 +4299,8 @@ class Pool:
                 fd = self._ready.popleft()
                 waiting = self._waiting.get(fd)
                 if waiting:
-                    self._arm(fd, waiting[2])
+                    with contextlib.suppress(OSError, ValueError):  # closed meanwhile
+                        self._arm(fd, waiting[2])
             self._leader = 0
             self._lead.release()
         yield
@@ -4306,6 +4327,8 @@ class Pool:
                 self._leader = 0
                 self._lead.release()
                 break
+            if self.committer:                      # who leads now may sleep: what this one added is its own affair
+                self._run(self.committer.run)
             with self._lock:
                 if self._closed or self._followers >= SPARE_THREADS:
                     break
@@ -4320,42 +4343,45 @@ class Pool:
             events = self._poller.poll(0 if committer else 0.5, EVENTS)
         except (OSError, ValueError):               # closed
             events = []
+        self._ready.extend(fd for fd, _ in events)
+        if self.clock() >= self._swept + 0.5:
+            self._swept = self.clock()
+            self._run(self._sweep, self._swept)
         if committer and (not events or committer.is_overdue()):
             self._run(committer.run)
-        self._ready.extend(fd for fd, _ in events)
-        while self._ready and self._leader == me:
+        while self._leader == me and self._ready:
             waiting = self._waiting.pop(self._ready.popleft(), None)
             if waiting:
                 self._run(waiting[1], False)
-        if self._leader == me and self.clock() >= self._swept + 0.5:
-            self._swept = self.clock()
-            for fd, (deadline, _, _) in list(self._waiting.items()):
-                if deadline <= self._swept:
-                    self._run(self._expire, fd)
+
+    def _sweep(self, now: float) -> None:
+        for fd, (deadline, _, _) in list(self._waiting.items()):
+            if deadline <= now:
+                self._run(self._expire, fd)
 
     @staticmethod
     def _run(task: Callable[..., None], *arguments: Any) -> None:
         try:
             task(*arguments)
-        except Exception:
+        except BaseException:                       # nobody is above this: the thread must go on
             log.exception("a task failed")
 
     def own_thread(self, task: Callable[[bool], None]) -> None:
-        """Run task(False) in a thread of its own."""
+        """Run task(False) in a thread of its own; RuntimeError when the system has no more."""
         def run() -> None:
             self._run(task, False)
             with self._lock:
                 self._own.discard(thread)
         thread = threading.Thread(target=run, name="minimail-own", daemon=True)
         with self._lock:
+            thread.start()
             self._own.add(thread)
-        thread.start()
 
     def expire_all(self) -> None:
         """Run every waiting task with True; those that come later at once."""
         self.closing = True
         for fd in list(self._waiting):
-            self._expire(fd)
+            self._run(self._expire, fd)
 
     def close(self, seconds: float = 5.0) -> None:
         """End all threads; those that still run something are waited for up to `seconds`."""
@@ -4501,8 +4527,11 @@ class Site:
 
     def ask_policy(self, hook: str, *arguments: Any) -> None:
         """Call a policy hook; Refused, also when it fails."""
+        if type(self.policy) is Policy:
+            return
         try:
-            getattr(self.policy, hook)(*arguments)
+            with self.pool.blocked():
+                getattr(self.policy, hook)(*arguments)
         except Refused:
             raise
         except Exception:
@@ -4782,8 +4811,12 @@ class Listener(socketserver.TCPServer):
         session = self.session(request, client_address, self)
         if EPOLL and not session.blocking:
             session.turn(False)
-        else:
+            return
+        try:
             self.site.pool.own_thread(session.turn)
+        except RuntimeError as error:
+            log.warning("cannot take a connection: %s", error)
+            session.finish()
 
     def refusal(self, reason: str) -> bytes:
         """Return the words for a connection that is one too many."""
@@ -5667,7 +5700,8 @@ class Node:
         self._connections = Connections(self.config.max_connections, self.config.max_per_client)
         self._arrived = threading.Condition()
         self._arrivals = 0
-        self._hearing: Optional[threading.Event] = None     # set once other processes are heard
+        self._hearing: Optional[threading.Event] = None     # set once other processes are heard ...
+        self._ear: Optional[socket.socket] = None           # ... here
         self._relay: Any = None
         self._running = False
         self.started_at = 0.0
@@ -5800,6 +5834,9 @@ class Node:
             self._arrived.notify_all()              # who waits for mail
         if site.inbox:
             site.inbox.tell("stop")
+        if self._ear:
+            with contextlib.suppress(OSError):
+                self._ear.shutdown(socket.SHUT_RDWR)    # not everywhere, but that works without the directory
         self.stores.storage.wake("mail", own=True) if self.stores else None
         while site.sessions and time.monotonic() < deadline:
             site.committer.run()                    # what this thread's turns of the sessions brought in
@@ -5855,8 +5892,9 @@ class Node:
         if self._on_message:
             try:
                 message = self._message(parcel)
-                if message:
-                    self._on_message(message)
+                if message and self.site:
+                    with self.site.pool.blocked():
+                        self._on_message(message)
             except Exception:
                 log.exception("on_message failed; the message %s is stored", parcel.draft.id)
 
@@ -5875,19 +5913,21 @@ class Node:
             begun = self._hearing = self._hearing or threading.Event()
         if first:
             stores = self.stores
-            self.site.pool.own_thread(lambda expired: self._hear(stores, begun))
+            try:
+                self.site.pool.own_thread(lambda expired: self._hear(stores, begun))
+            except RuntimeError:
+                self._hearing = None
+                raise
         begun.wait()
 
     def _hear(self, stores: Stores, begun: threading.Event) -> None:
-        try:
-            with stores.storage.waker("mail") as sock:
-                begun.set()
-                while sock and self._running:
-                    sock.recv(64)                   # stop() sends a last one
-                    if self._running:
-                        self._wake()
-        finally:
+        with stores.storage.waker("mail") as sock:
+            self._ear = sock
             begun.set()
+            while sock and self._running:
+                sock.recv(64)                       # stop() ends it
+                if self._running:
+                    self._wake()
 
     def _message(self, parcel: Parcel) -> Optional[Message]:
         """Return the message just delivered, in the first of its mailboxes; None when all of it went elsewhere."""

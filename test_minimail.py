@@ -4045,6 +4045,60 @@ class Pools(Case):
         pool.start()
         self.assertTrue(told.wait(PATIENCE))
 
+    def follow(self, pool, task):
+        """Run task() in the thread that leads, which gives up the lead meanwhile."""
+        ours, theirs = socket.socketpair()
+        self.addCleanup(ours.close)
+        self.addCleanup(theirs.close)
+        theirs.send(b"x")
+        pool.watch(ours.fileno(), lambda expired: task())
+
+    def test_what_a_thread_adds_that_lost_the_lead_is_committed_by_it(self):
+        pool, told, asleep = minimail.Pool(), threading.Event(), threading.Event()
+        self.addCleanup(pool.close)
+        real = pool._poller
+
+        def poll(timeout, events):                  # without an end: nobody wakes by chance
+            if pool._followers == 0 and timeout:
+                asleep.set()
+            return real.poll(-1 if timeout else 0, events)
+        pool._poller = types.SimpleNamespace(poll=poll, modify=real.modify, register=real.register, close=real.close)
+        pool.committer = minimail.Committer(types.SimpleNamespace(commit_all=lambda parcels: [None] * len(parcels)))
+
+        def task():
+            asleep.clear()
+            with pool.blocked():
+                asleep.wait(PATIENCE)
+            pool.committer.add(types.SimpleNamespace(draft=types.SimpleNamespace(written=1)), lambda refused: told.set())
+        self.follow(pool, task)
+        pool.start()
+        self.assertTrue(told.wait(PATIENCE))
+
+    def test_who_talks_while_the_disk_is_slow_is_heard(self):
+        pool, heard, slow, committed = minimail.Pool(), threading.Event(), threading.Event(), threading.Event()
+        self.addCleanup(pool.close)
+
+        def run():
+            with pool.blocked():
+                slow.set()
+                heard.wait(PATIENCE)
+            committed.set()
+        pool.committer = types.SimpleNamespace(ready=lambda: not slow.is_set(), is_overdue=lambda: True, run=run)
+        self.follow(pool, heard.set)                # an event that comes together with the commit
+        pool.start()
+        self.assertTrue(heard.wait(PATIENCE) and committed.wait(PATIENCE))
+
+    def test_a_failure_nobody_thought_of_is_told_to_all(self):
+        def commit_all(parcels):
+            raise RuntimeError("nobody thought of this")
+        told = []
+        committer = minimail.Committer(types.SimpleNamespace(commit_all=commit_all))
+        for _ in range(2):
+            committer.add(types.SimpleNamespace(draft=types.SimpleNamespace(written=1)), told.append)
+        with self.assertLogs("minimail", "ERROR"):
+            committer.run()
+        self.assertEqual([refused.reply.code for refused in told], [451, 451])
+
     def test_without_more_threads_the_leader_waits_itself(self):
         pool, done = minimail.Pool(), []
         self.addCleanup(pool.close)
@@ -4823,6 +4877,15 @@ class TLS(Case):
         self.assertEqual(pop.reply(), "+OK go ahead")
         pop.start_tls()
         self.dialog(pop, "C: STAT\nS: -ERR\nC: PASS x\nS: -ERR")
+
+    def test_who_does_not_read_holds_up_nobody_else(self):
+        node = self.start()
+        for talk in (self.tls_talk(node.smtps_address), self.talk(node.smtp_address, hello=False)):
+            talk.sock.settimeout(0.5)
+            with contextlib.suppress(socket.timeout):
+                for _ in range(200):                # 200,000 answers of 100 bytes are more than any buffer takes
+                    talk.sock.sendall(b"HELP\r\n" * 1000)
+            self.deliver(node, b"x\r\n", "b@x")
 
     def test_tls_from_the_first_byte_and_witnesses(self):
         node = self.start()
