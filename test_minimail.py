@@ -6630,6 +6630,26 @@ class WaitForMail(WebCase):
                 self.assertSoon(node.stop, 4)
         self.assertEqual(len(logs.records), 1, logs.output)
 
+    def test_days_of_retries_pass_with_a_clock_of_ones_own(self):
+        clock = Clock()
+        clock.now = time.time()
+        far = self.node(faults=["rcpt 451 x2"])
+        near = self.node(domain=["near.test"], trust=["127.0.0.0/8"], smarthost="smtp://127.0.0.1:%d" % far.smtp_address[1],
+                         retry=[86400, 86400], give_up=7 * 86400, clock=clock)
+        self.deliver(near, b"Subject: late\r\n\r\nx\r\n", "bob@far.test")
+
+        def attempts():
+            for folder, _, names in os.walk(os.path.join(near.data, "queue", "due")):
+                for name in names:
+                    with contextlib.suppress(FileNotFoundError), open(os.path.join(folder, name)) as file:
+                        return json.load(file)["attempts"]
+            return 0
+        for number in (1, 2):
+            self.eventually(lambda number=number: attempts() == number, "it was tried, and waits")
+            clock.now += 2 * 86400
+            near.send_due()
+        self.assertEqual(far.wait_for("bob@far.test", timeout=PATIENCE).email()["Subject"], "late")
+
     def test_in_python(self):
         node = self.node(web="off")
         result = self.in_background(node.wait_for, match="from:ann subject:\"the order\" -draft", timeout=PATIENCE)
