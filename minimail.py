@@ -3949,7 +3949,6 @@ class Relay:
                 wait *= secrets.SystemRandom().uniform(0.9, 1.1)        # so that not all come back at once
                 entry.attempts += 1
                 self.queue.postpone(entry, min(now + wait, max(now + 1, entry.queued_at + self.config.give_up)))
-                self._look_at(entry.next_attempt + 1.0)
             else:
                 self.queue.finish(entry)
         except OSError as error:
@@ -3960,6 +3959,8 @@ class Relay:
             return
         self.queue.release(entry)
         self._forget(entry)
+        if entry.recipients:                        # not before: a scan would find it still at work
+            self._look_at(entry.next_attempt + 1.0)
 
     def _forget(self, entry: Entry) -> None:
         with self._wakeup:
