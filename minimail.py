@@ -1276,15 +1276,18 @@ class Storage:
                     os.unlink(path)
 
     def wake(self, kind: str, own: bool = False) -> None:
-        """Tell all (other) processes on this directory that wait for `kind`; costs one stat() when there are none."""
+        """Tell all (other) processes on this directory that wait for `kind`; costs one stat() when there are none.
+
+        A hint, after the fact: never fails, and who misses it looks by itself in time.
+        """
         try:
             stamp = os.stat(self.run).st_mtime_ns
-        except OSError:                             # somebody removed the directory underneath us
+            if self._wakers[0] != stamp or time.time_ns() - stamp < 2_000_000_000:  # a clock tick may hide a change
+                self._wakers = stamp, [name for name in list_directory(self.run) if not name.endswith(".lock")]
+        except OSError:                             # no descriptor, or somebody removed the directory underneath us
             with contextlib.suppress(OSError):
                 self.stay()
             return
-        if self._wakers[0] != stamp or time.time_ns() - stamp < 2_000_000_000:  # a clock tick may hide a change
-            self._wakers = stamp, [name for name in list_directory(self.run) if not name.endswith(".lock")]
         for name in self._wakers[1]:
             token, _, rest = name.partition(".")
             if not rest.startswith(kind) or (token == self.token and not own):
@@ -2070,9 +2073,6 @@ class Parcel(NamedTuple):
     own: int                                        # bytes at the file's start that are not for other hosts
 
 
-RECEIVED = re.compile(rb"^received[ \t]*:", re.IGNORECASE | re.MULTILINE)
-
-
 class Post:
     """Takes messages over: what commit() returned for is on disk, whatever happens next."""
 
@@ -2116,7 +2116,7 @@ class Post:
         try:
             if draft.too_large:
                 raise Refused(552, "5.3.4", "message larger than %d bytes" % self.max_size)
-            if len(RECEIVED.findall(draft.head.partition(b"\r\n\r\n")[0])) > MAX_RECEIVED:
+            if sum(name == "received" for name, _ in split_headers(draft.head)[0]) > MAX_RECEIVED:
                 raise Refused(554, "5.4.6", "mail loop: more than %d Received headers" % MAX_RECEIVED)
             files: List[Union[int, str]] = [draft.complete()]
             if parcel.remote:
@@ -2168,8 +2168,7 @@ class Post:
             failed = self.storage.flush([thing for things in wanted.values() for thing in things])
             errors = {index: failed[thing] for index, things in wanted.items() for thing in things if thing in failed}
         if any(parcel.mailboxes and not refused for parcel, refused in zip(parcels, results)):
-            with contextlib.suppress(OSError):
-                self.storage.wake("mail")
+            self.storage.wake("mail")
         return results
 
     def commit(self, parcel: Parcel) -> None:
@@ -4539,6 +4538,16 @@ class Site:
             log.exception("policy %s failed", hook)
             raise Refused(451, "4.3.0", "cannot decide now, try again later") from None
 
+    def check_remote(self, destinations: Destinations) -> None:
+        """Refused when some of it goes elsewhere and may not, or not now."""
+        if destinations.remote and not self.post.queue:
+            raise Refused(550, "5.7.1", "this node passes no mail on")
+        if destinations.remote and self.post.queue.is_full():
+            raise Refused(452, "4.3.1", "the queue is full, try again later")
+        for remote in destinations.remote:
+            if not may_go(self.config, remote):
+                raise Refused(550, "5.7.1", "relaying to this domain is not allowed here")
+
     def log_in(self, client: str, name: str, password: str) -> Optional[str]:
         """Return the account's key, None when name and password do not fit. Any fit in capture mode."""
         if self.config.capture:
@@ -4807,8 +4816,7 @@ class Listener(socketserver.TCPServer):
                     request.send(self.refusal(refusal))
             self.shutdown_request(request)
             return
-        if log.isEnabledFor(logging.INFO):
-            event("connect", protocol=self.name, client=show_endpoint(client_address[:2]))
+        event("connect", protocol=self.name, client=show_endpoint(client_address[:2]))
         session = self.session(request, client_address, self)
         if EPOLL and not session.blocking:
             session.turn(False)
@@ -4843,9 +4851,6 @@ OK = Reply(250, "2.0.0", "ok")
 HTTP_VERBS = (b"GET ", b"POST ", b"HEAD ", b"PUT ", b"DELETE ", b"OPTIONS ", b"CONNECT ", b"PATCH ", b"TRACE ", b"PRI ")
 
 
-NO_CONTENT = Content()
-
-
 class Transaction:
     """A mail transaction between MAIL and the end of its content (RFC 5321 section 3.3); replaced whole, never reset."""
 
@@ -4853,7 +4858,7 @@ class Transaction:
         self.envelope = envelope
         self.destinations: List[Destinations] = []
         self.parcel: Optional[Parcel] = None        # once the content has begun, and ...
-        self.content = NO_CONTENT                   # ... its decoder
+        self.content: Content                       # ... its decoder
 
 
 class Transfer:
@@ -4989,6 +4994,11 @@ class SMTPSession(Session):
             reply = self.faulty(stage, subject)
             if reply:
                 raise Refused(reply)
+
+    def raise_content_fault(self, stage: str, envelope: Envelope) -> None:
+        """As raise_fault() for what concerns all recipients."""
+        if self.site.faults:
+            self.raise_fault(stage, " ".join(recipient.key for recipient in envelope.recipients))
 
     # Who are you?
 
@@ -5144,20 +5154,14 @@ class SMTPSession(Session):
 
     def may_deliver(self, address: Address) -> Destinations:
         """Return where mail for `address` goes; Refused when nobody lives there or it is not ours to pass on."""
-        config, book = self.site.config, self.site.book
+        book = self.site.book
         literal = domain_literal(address.domain)
         if literal and literal == clients_address(self.request.getsockname()[0]):
             address = Address(address.local, book.home)
         if not book.is_local(address) and not self.may_relay():
             raise Refused(550, "5.7.1", "relaying denied: log in first")
         destinations = book.resolve(address)
-        if destinations.remote and not self.site.post.queue:
-            raise Refused(550, "5.7.1", "this node passes no mail on")
-        if destinations.remote and self.site.post.queue.is_full():
-            raise Refused(452, "4.3.1", "the queue is full, try again later")
-        for remote in destinations.remote:
-            if not may_go(config, remote):
-                raise Refused(550, "5.7.1", "relaying to this domain is not allowed here")
+        self.site.check_remote(destinations)
         return destinations
 
     def may_relay(self) -> bool:
@@ -5174,9 +5178,7 @@ class SMTPSession(Session):
         transaction = self.begin_content()
         if transaction.parcel:
             raise Refused(503, "5.5.1", "BDAT has begun, DATA cannot follow")
-        self.raise_fault("data", " ".join(recipient.key for recipient in transaction.envelope.recipients))
-        transaction.parcel = self.begin_parcel(transaction)
-        transaction.content = Content()
+        self.begin_parcel(transaction, dots=True)
         self.transfer = Transfer(transaction.parcel, transaction.content, None, lambda: self.end_content(transaction),
                                  self.wire.clock())
         return Reply(354, "", "go ahead, end with CRLF.CRLF")
@@ -5190,9 +5192,7 @@ class SMTPSession(Session):
         try:
             transaction = self.begin_content()
             if not transaction.parcel:
-                self.raise_fault("data", " ".join(recipient.key for recipient in transaction.envelope.recipients))
-                transaction.parcel = self.begin_parcel(transaction)
-                transaction.content = Content(dots=False)
+                self.begin_parcel(transaction, dots=False)
         except Refused as refused:
             reply = refused.reply
             self.transfer = Transfer(None, Content(dots=False), count, lambda: reply, self.wire.clock())
@@ -5208,10 +5208,12 @@ class SMTPSession(Session):
         self.write_content(transaction.parcel, transaction.content.end())
         return self.end_content(transaction)
 
-    def begin_parcel(self, transaction: Transaction) -> Parcel:
+    def begin_parcel(self, transaction: Transaction, dots: bool) -> None:
+        self.raise_content_fault("data", transaction.envelope)
         if self.tape:
             self.tape.begin()
-        return self.site.post.begin(transaction.envelope, transaction.destinations)
+        transaction.parcel = self.site.post.begin(transaction.envelope, transaction.destinations)
+        transaction.content = Content(dots)
 
     def begin_content(self) -> Transaction:
         if not self.transaction:
@@ -5260,7 +5262,7 @@ class SMTPSession(Session):
         assert parcel
         envelope.eightbit = parcel.draft.eightbit
         try:
-            self.raise_fault("end", " ".join(recipient.key for recipient in envelope.recipients))
+            self.raise_content_fault("end", envelope)
             if type(self.site.policy) is not Policy:
                 parcel.draft.complete()
                 self.site.ask_policy("on_message", envelope, parcel.draft.path)
@@ -6236,7 +6238,7 @@ def gone(session: Session) -> bool:
         session.wire.sock.settimeout(0)
         return not session.wire.sock.recv(BLOCK)
     except OSError as error:
-        return not (is_timeout(error) or isinstance(error, (BlockingIOError, InterruptedError)) or "read" in str(error))
+        return not is_timeout(error)
 
 
 # What is in a message, for people and programs.
@@ -6812,9 +6814,8 @@ class Inbox:
             destinations = [site.book.resolve(address) for address in envelope.recipients]
             for address in envelope.recipients:
                 site.ask_policy("on_rcpt", envelope, str(address))
-            for remote in (remote for destination in destinations for remote in destination.remote):
-                if not may_go(site.config, remote) or site.post.queue.is_full():
-                    raise ValueError("no relaying to %s now" % remote.domain)
+            for destination in destinations:
+                site.check_remote(destination)
             parcel = self.site.post.begin(envelope, destinations)
             parcel.draft.write(content)
             if self.site.recorder:
