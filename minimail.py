@@ -528,6 +528,9 @@ def parse_mailbox(text: str) -> str:
     return parse_address(text.strip()).key
 
 
+MECHANISMS = ("plain", "login", "cram-md5", "xoauth2", "oauthbearer")
+
+
 class Server(NamedTuple):
     """A mail server to hand mail to: `smtp://[user:password@]host[:port]`, or `smtps://` for TLS from the first byte."""
     host: str
@@ -535,28 +538,110 @@ class Server(NamedTuple):
     tls: bool = False
     user: str = ""
     password: str = ""
+    mechanism: str = ""                                 # one of MECHANISMS; "" for the best that both know
+    verify: bool = True                                 # the certificate, where a password would be shown to it
 
     def __str__(self) -> str:
         return "%s://%s" % ("smtps" if self.tls else "smtp", show_endpoint((self.host, self.port)))
 
+    __repr__ = __str__                                  # a password never enters a text
 
-def parse_url(text: str) -> Server:
-    """Return the Server of an smtp:// or smtps:// URL; user and password may be %-encoded; ValueError."""
-    from urllib.parse import unquote, urlsplit
-    url = urlsplit(text.strip())
-    if url.scheme not in ("smtp", "smtps") or not url.hostname or url.path.strip("/") or url.query or url.fragment \
-            or url.port == 0 or (url.username and url.password is None):
-        raise ValueError("expected smtp://[user:password@]host[:port] or smtps://...")
+
+def parse_url(text: Union[str, Server]) -> Server:
+    """Return the Server of an smtp:// or smtps:// URL; user and password may be %-encoded; ValueError, which shows no secret."""
+    from urllib.parse import parse_qsl, unquote, urlsplit
+    if isinstance(text, Server):
+        return text
+    wrong = ValueError("expected smtp://[user:password@]host[:port] or smtps://...")
+    try:
+        url = urlsplit(text.strip())
+        port = url.port
+        options = dict(parse_qsl(url.query, keep_blank_values=True))
+    except ValueError:
+        raise wrong from None
+    if url.scheme not in ("smtp", "smtps") or not url.hostname or url.path.strip("/") or url.fragment \
+            or port == 0 or (url.username and url.password is None):
+        raise wrong
+    mechanism, verify = options.pop("auth", "").lower(), options.pop("verify", "yes").lower()
+    if options or mechanism not in MECHANISMS + ("",) or verify not in ("yes", "no"):
+        raise ValueError("after the ? may stand auth=%s and verify=no" % "|".join(MECHANISMS))
     tls = url.scheme == "smtps"
-    return Server(url.hostname, url.port or (465 if tls else 25), tls,
-                  unquote(url.username or ""), unquote(url.password or ""))
+    return Server(url.hostname, port or (465 if tls else 25), tls, unquote(url.username or ""), unquote(url.password or ""),
+                  mechanism, verify == "yes")
 
 
 def parse_route(text: Union[str, Tuple[str, str]]) -> Tuple[str, Server]:
+    """Return (pattern, server) of DOMAIN=URL, .DOMAIN=URL or from:DOMAIN=URL; ValueError."""
     domain, equals, url = text.partition("=") if isinstance(text, str) else (text[0], "=", text[1])
     if not equals:
         raise ValueError("expected DOMAIN=URL")
-    return parse_pattern_domain(domain), parse_url(url)
+    by_sender = domain.strip().lower().startswith("from:")
+    pattern = parse_pattern_domain(domain.strip()[5:] if by_sender else domain)
+    return ("from:" if by_sender else "") + pattern, parse_url(url)
+
+
+class Limit(NamedTuple):
+    """What one destination is given at most: --limit."""
+    domain: str = ""                                    # "" for all that have none of their own
+    connections: Optional[int] = None                   # at once
+    messages: Optional[int] = None                      # on one connection
+    recipients: Optional[int] = None                    # in one transaction
+    rate: Optional[Tuple[int, float]] = None            # messages, in so many seconds
+
+
+def parse_limit(text: Union[str, Limit]) -> Limit:
+    """Return the Limit of [DOMAIN=]connections=N,messages=N,recipients=N,rate=N/SECONDS; ValueError."""
+    if isinstance(text, Limit):
+        return text
+    values: Dict[str, Any] = {}
+    for word in text.strip().split(","):
+        name, _, value = word.strip().partition("=")
+        if not values and name not in Limit._fields[1:] and "=" in value:
+            values["domain"] = parse_pattern_domain(name)
+            name, _, value = value.partition("=")
+        if name not in Limit._fields[1:] or name in values or not value:
+            raise ValueError("expected [DOMAIN=]connections=N,messages=N,recipients=N,rate=N/SECONDS")
+        if name == "rate":
+            count, _, seconds = value.partition("/")
+            values[name] = parse_count(count), parse_seconds(seconds)
+        else:
+            values[name] = parse_count(value)
+    return Limit(**values)
+
+
+def parse_rewrite(text: Union[str, Tuple[str, str]]) -> Tuple[str, str]:
+    """Return (lower-case address or shell pattern, address) of FROM=TO; ValueError."""
+    pattern, equals, target = text.rpartition("=") if isinstance(text, str) else (text[0], "=", text[1])
+    if not equals or "@" not in pattern or pattern != pattern.strip() or not pattern.isprintable() or " " in pattern:
+        raise ValueError("expected FROM=TO, as *@*.local=alerts@example.org")
+    return lower(pattern), str(parse_address(target.strip()))
+
+
+def parse_dkim(text: Union[str, Tuple[str, str, str]]) -> Tuple[str, str, str]:
+    """Return (domain, selector, file) of [DOMAIN=]SELECTOR:FILE, the domain "" for all of ours; ValueError."""
+    if not isinstance(text, str):
+        return text
+    domain, equals, rest = text.partition("=") if "=" in text.partition(":")[0] else ("", "", text)
+    selector, colon, file = rest.partition(":")
+    if not colon or not file or not is_domain(selector):
+        raise ValueError("expected [DOMAIN=]SELECTOR:FILE")
+    return parse_domain(domain) if equals else "", selector.lower(), file
+
+
+def parse_web_name(text: str) -> str:
+    """Return a host name, or an origin as https://host:port, in lower case; ValueError."""
+    name = text.strip().lower().rstrip("/")
+    if not re.fullmatch(r"(https?://)?([a-z0-9_.-]+|\[[0-9a-f:.]+\])(:\d{1,5})?", name):
+        raise ValueError("expected a host name or an origin, as https://example.org:8080")
+    return name
+
+
+def parse_hook(text: str) -> str:
+    from urllib.parse import urlsplit
+    url = urlsplit(text.strip())
+    if url.scheme not in ("http", "https") or not url.hostname:
+        raise ValueError("expected http://host/path or https://host/path")
+    return text.strip()
 
 
 def parse_flag(text: Union[str, bool]) -> bool:
@@ -601,6 +686,13 @@ class Config:
     pop3s: Tuple[Endpoint, ...] = option(parse_endpoint, (), "HOST:PORT", "POP3 with TLS from the first byte", many=True)
     web: Optional[Tuple[Endpoint, ...]] = option(parse_endpoint, None, "HOST:PORT", "web inbox and JSON API "
                                                  "(default 127.0.0.1:8025 in capture mode, off in node mode)", many=True)
+    webs: Tuple[Endpoint, ...] = option(parse_endpoint, (), "HOST:PORT", "web inbox and API with TLS", many=True)
+    web_allow: Tuple[str, ...] = option(parse_web_name, (), "NAME|ORIGIN",
+                                        "host name or origin that the web answers to besides its own", many=True)
+    web_admin: Tuple[str, ...] = option(parse_mailbox, (), "ADDRESS",
+                                        "node mode: account that sees every mailbox", many=True)
+    release: Optional[Server] = option(parse_url, None, "URL", "capture mode: server to which single messages may be released")
+    webhook: str = option(parse_hook, "", "URL", "each message's summary is POSTed there")
     data: str = option(parse_text, "minimail-data", "DIR", "the one directory everything lives in")
     hostname: str = option(parse_domain, "", "NAME", "name in greetings, trace headers, bounces (default: the machine's)")
     domain: Tuple[str, ...] = option(parse_domain, (), "NAME",
@@ -611,7 +703,15 @@ class Config:
     trust: Tuple[Any, ...] = option(parse_network, (parse_network("127.0.0.0/8"), parse_network("::1")), "CIDR",
                                     "clients that may relay without log-in", many=True)
     route: Tuple[Tuple[str, Server], ...] = option(parse_route, (), "DOMAIN=URL",
-                                                   "skip MX for DOMAIN (.DOMAIN: what lies under it)", many=True)
+                                                   "skip MX for DOMAIN (.DOMAIN: what lies under it; from:DOMAIN: by sender)",
+                                                   many=True)
+    limit: Tuple[Limit, ...] = option(parse_limit, (), "[DOMAIN=]LIMITS", "outbound, per destination: connections=10,"
+                                      "messages=100,recipients=100,rate=N/SECONDS", many=True)
+    rewrite: Tuple[Tuple[str, str], ...] = option(parse_rewrite, (), "FROM=TO",
+                                                  "reverse-path and From of mail that leaves; FROM may be a pattern", many=True)
+    dkim: Tuple[Tuple[str, str, str], ...] = option(parse_dkim, (), "[DOMAIN=]SELECTOR:FILE",
+                                                    "sign mail of own domains that leaves with this key", many=True)
+    warn: Optional[float] = option(parse_seconds, None, "SECONDS", "a delay notice to own senders after this time")
     smarthost: Optional[Server] = option(parse_url, None, "URL", "all mail for elsewhere goes through this server")
     dns: Tuple[Endpoint, ...] = option(parse_server, (), "HOST[:PORT]",
                                        "name server to ask (default: /etc/resolv.conf)", many=True)
@@ -634,6 +734,7 @@ class Config:
     relay_to: Tuple[str, ...] = option(parse_pattern_domain, (), "DOMAIN",
                                        "node mode: relay to these domains only (.DOMAIN: and below)", many=True)
     keep: Optional[int] = option(parse_count, None, "N", "newest messages kept per mailbox (default: all)")
+    max_age: Optional[float] = option(parse_seconds, None, "SECONDS", "older messages are removed (default: none)")
     transcripts: Optional[bool] = option(parse_flag, None, "on|off", "keep envelope and conversation of each message "
                                          "(default: on in capture mode)")
     fault: Tuple[Any, ...] = option(parse_rule, (), "RULE", "misbehave on purpose: STAGE[=PATTERN] ACTION [xCOUNT]",
