@@ -64,7 +64,7 @@ import tempfile
 import threading
 import time
 import types
-from typing import (TYPE_CHECKING, Any, Callable, Deque, Dict, Iterable, Iterator, List, NamedTuple, NoReturn, Optional,
+from typing import (TYPE_CHECKING, Any, BinaryIO, Callable, Deque, Dict, Iterable, Iterator, List, NamedTuple, NoReturn, Optional,
                     Sequence, Set, Tuple, Type, Union)
 
 try:
@@ -103,7 +103,22 @@ MAX_SENDERS_PER_HOST = 10           # ... to one destination
 MAX_ACTIVE = 2000                   # queue entries held in memory; the others wait on disk
 MAX_QUEUE = 1_000_000               # messages in the queue, then 452: something is badly wrong
 MAX_WAITING = 500                   # of them for one destination, so that a slow one does not fill them all
-MAX_HTTP_BODY = 1 << 26             # bytes in a request to the JSON API
+MAX_HTTP_BODY = 1 << 26             # bytes in a request to the JSON API that brings a message, and ...
+MAX_SMALL_BODY = 1 << 22            # ... in any other: a hundred thousand IDs
+MAX_HTTP_HEAD = 1 << 16             # bytes in a request's header fields, and ...
+MAX_HTTP_FIELDS = 100               # ... their number (http.client takes no more)
+MAX_JSON_VALUES = 200_000           # in a request: each takes some 100 bytes of memory, whatever it takes on the wire
+MAX_DESKS = 4                       # requests that have messages in memory at once
+LARGE = 1 << 20                     # bytes from which on a request's body waits on disk
+WEB_SHARE = 4                       # of --max-connections, one in so many can be the web's
+WEB_TIMEOUT = 60.0                  # seconds within which a request is complete (less with a shorter --timeout), and ...
+WEB_RATE = 1 << 14                  # ... bytes/s that it or its answer must have; browsers give up long before
+WEB_IDLE = 15.0                     # seconds a connection is kept for its next request
+WAIT_STEP = 0.1                     # seconds after which who waits looks around
+MAX_TAGGED = 1 << 22                # bytes of memory for messages' tags
+MAX_TAGS = 50                       # of one message
+MAX_RELEASED = 100                  # addresses that a message is released to at once
+MAX_HOOKED = 1000                   # messages that a webhook still has to be told of
 MIN_RATE = 1024                     # bytes/s below which a message transfer runs into the command's deadline
 BLOCK = 1 << 16                     # bytes read from a socket at once, and ...
 BIG_BLOCK = 1 << 18                 # ... while content flows
@@ -1973,6 +1988,16 @@ class Mailboxes:
             self.delete(mailbox, item)
             event("pruned", mailbox=mailbox, uid=item.uid, size=item.size)
 
+    def expire(self, before: float) -> None:
+        """Delete what came before that time (seconds since 1970), logging each."""
+        for mailbox in self.names():
+            for item in self.listing(mailbox):
+                seconds = re.match(r"[0-9]{1,12}(?=\.)", item.name)    # maildir(5): a name begins with the time of delivery
+                if not seconds or int(seconds.group()) >= before:
+                    continue
+                self.delete(mailbox, item)
+                event("pruned", mailbox=mailbox, uid=item.uid, size=item.size)
+
     def sweep(self) -> None:
         """Remove what dead processes and, after 36 hours, other programs left in tmp/."""
         for mailbox in self.names():
@@ -2579,7 +2604,7 @@ def open_stores(config: Config, clock: Callable[[], float] = time.time) -> Store
     accounts = Accounts(config.file("users"))
     book = AddressBook(config.domain, accounts, config.file("aliases"), config.catch_all, hostname)
     relay = REGISTRY.get("relay")
-    queue = relay["Queue"](storage, config, clock) if relay and not config.capture else None
+    queue = relay["Queue"](storage, config, clock) if relay and (config.release or not config.capture) else None
     return Stores(hostname, storage, mailboxes, accounts, book,
                   Post(mailboxes, hostname, config.max_size, queue, config.keep, clock))
 
@@ -5945,6 +5970,28 @@ REGISTRY["pop3"] = POP3Session
 # 16  Node.  Puts everything together; the library's front door.
 # ======================================================================================================================
 
+def await_mail(look: Callable[[], Any], stamp: Callable[[], Any], pause: Callable[[Any, float], None], timeout: float,
+               is_over: Callable[[], bool] = lambda: False) -> Any:
+    """Return what look() finds, waiting up to `timeout` seconds for it; None when time is up or is_over().
+
+    look() is called again when stamp() has another value. pause(value, seconds) returns after so many seconds, or sooner
+    when the stamp is another than `value`.
+    """
+    deadline = time.monotonic() + timeout
+    while True:
+        seen = stamp()
+        found = look()
+        if found:
+            return found
+        while True:
+            left = deadline - time.monotonic()
+            if left <= 0 or is_over():
+                return None
+            if stamp() != seen:
+                break
+            pause(seen, min(left, WAIT_STEP))
+
+
 class Node:
     """A mail node: the options of the command line as keywords, `data=None` for a temporary directory.
 
@@ -6013,19 +6060,20 @@ class Node:
         config = self.config
         if config.tls_cert:
             self._certificates = Certificates(config.tls_cert, config.tls_key)
-        elif config.smtps or config.pop3s:
-            raise CannotRun("--smtps and --pop3s need --tls-cert FILE")
+        elif config.smtps or config.pop3s or config.webs:
+            raise CannotRun("--smtps, --pop3s and --webs need --tls-cert FILE")
         pop3 = REGISTRY.get("pop3")
-        web = config.web if config.web is not None else ()
+        web = optional_section("web")["Listener"] if config.web or config.webs else None
         kinds: List[Tuple[str, Any, Sequence[Endpoint], bool]] = [
             ("smtp", SMTPSession, config.smtp, False), ("smtps", SMTPSession, config.smtps, True),
             ("pop3", pop3, config.pop3 if pop3 else (), False), ("pop3s", pop3, config.pop3s if pop3 else (), True),
-            ("web", optional_section("web")["Session"] if web else None, web, False)]
+            ("web", None, config.web or (), False), ("webs", None, config.webs, True)]
         site: Any = None                            # serve() makes it: after a fork, and as the user that runs
         try:
             for name, session, endpoints, tls in kinds:
                 for endpoint in endpoints:
-                    self._listeners.append(Listener(site, name, endpoint, session, tls))
+                    kind: Any = web if name.startswith("web") else Listener
+                    self._listeners.append(kind(site, name, endpoint, session, tls))
         except BaseException:
             self._close_listeners()
             raise
@@ -6055,6 +6103,8 @@ class Node:
             if stores.post.queue:
                 dns = [self._zone.address] if self._zone else list(config.dns)
                 own = [listener.endpoint for listener in self._listeners if listener.name == "smtp"]
+                if config.capture:                  # only what is released by hand gets into the queue
+                    config = dataclasses.replace(config, smarthost=config.release, route=())
                 self._relay = optional_section("relay")["Relay"](config, stores, dns, own, self._clock, self._resolver)
         except OSError as error:
             self._undo_start()
@@ -6074,6 +6124,8 @@ class Node:
         self._running = True
         self.started_at = time.time()
         site.pool.own_thread(lambda expired: self._sweep(stores))
+        if config.max_age:
+            site.pool.own_thread(lambda expired: self._expire(stores, site))    # CORE: loop.own_thread
         if site.inbox:
             self._hear_others()
 
@@ -6083,6 +6135,15 @@ class Node:
         stores.mailboxes.sweep()
         if self.site and self.site.recorder:
             self.site.recorder.sweep()
+
+    def _expire(self, stores: "Stores", site: Site) -> None:
+        """Remove what has become older than --max-age, every now and then until the node stops."""
+        age = self.config.max_age or 0.0
+        while not site.stopping:
+            stores.mailboxes.expire(self._clock() - age)
+            due = time.monotonic() + min(max(age / 10, 1.0), 60.0)
+            while time.monotonic() < due and not site.stopping:
+                time.sleep(WAIT_STEP)
 
     def _undo_start(self) -> None:
         self._close_listeners()
@@ -6144,7 +6205,7 @@ class Node:
 
     @property
     def smtp_address(self) -> Any:
-        """(host, port) of the first SMTP listener, None without one; so the four below."""
+        """(host, port) of the first SMTP listener, None without one; so the five below."""
         return self._endpoint("smtp")
 
     @property
@@ -6163,6 +6224,10 @@ class Node:
     def web_address(self) -> Any:
         return self._endpoint("web")
 
+    @property
+    def webs_address(self) -> Any:
+        return self._endpoint("webs")
+
     # The mail in it.
 
     def _accepted(self, parcel: Parcel) -> None:
@@ -6171,6 +6236,8 @@ class Node:
         self.accepted += 1
         self.accepted_bytes += parcel.draft.size
         self.stores.post.delivered(parcel)
+        if self.site and self.site.inbox:
+            self.site.inbox.accepted(parcel)
         self._wake()
         if self._on_message:
             try:
@@ -6290,7 +6357,7 @@ class Node:
                     self._arrived.wait(min(left, 3600.0))
 
 
-LISTENERS = ("smtp", "smtps", "pop3", "pop3s", "web")
+LISTENERS = ("smtp", "smtps", "pop3", "pop3s", "web", "webs")
 
 
 # ======================================================================================================================
@@ -7539,29 +7606,69 @@ def gone(session: Session) -> bool:
         return not is_timeout(error)
 
 
+Copies = Tuple[Tuple[str, Item], ...]               # (mailbox, item)
+
+
 class Letter:
-    """An accepted message, however many mailboxes have it."""
+    """An accepted message, however many mailboxes have it; or only the copy in the viewer's own mailbox."""
 
-    def __init__(self, id: str, copies: List[Tuple[str, Item]], inbox: "Inbox") -> None:
-        self.id, self.copies, self.inbox = id, copies, inbox
+    def __init__(self, id: str, copies: Copies, inbox: "Inbox", own: str = "") -> None:
+        self.id, self.inbox, self.own = id, inbox, own
+        self.key = "%s %s" % (id, own) if own else id   # by which what is computed about it is remembered
+        self.hold(copies)
 
-    @property
-    def read(self) -> bool:
-        return all("S" in item.name.partition(FLAGS)[2] for _, item in self.copies)
+    def hold(self, copies: Copies) -> None:
+        """Be told where the message is now."""
+        self.read = all("S" in item.name.partition(FLAGS)[2] for _, item in copies)
+        self.copies = copies
 
     def message(self) -> Message:
         mailbox, item = self.copies[0]
         return Message(self.inbox.mailboxes, mailbox, item)
 
+    def open(self) -> BinaryIO:
+        """Return the message as a file; OSError."""
+        mailbox, item = self.copies[0]
+        return os.fdopen(self.inbox.mailboxes.open(mailbox, item), "rb")
+
     def view(self) -> View:
         return View(self.message().read())
 
+    def record(self) -> Dict[str, Any]:
+        """Return what was noted when the message came; the others' part of it is not for who sees one mailbox only."""
+        recorder = self.inbox.site.recorder
+        record = {"id": self.id, "sender": "", "recipients": [mailbox for mailbox, _ in self.copies], "helo": "",
+                  "client": "", "protocol": "", "tls": False, "transcript": [], "lint": []}
+        known = recorder.load(self.id) if recorder else None
+        if not known:
+            return dict(record, sender=self.message().sender)
+        if self.own:
+            return dict(record, sender=known.get("sender", ""), **{key: known[key] for key in ("tags",) if key in known})
+        return dict(record, **known)
+
+    @property
+    def tags(self) -> List[str]:
+        """Those it was given; else those that it came with, in X-Tags or in the addresses (bob+shop@x: shop)."""
+        tags: Optional[List[str]] = self.inbox.tagged.get(self.key)
+        if tags is None:
+            record = self.record()
+            tags = record.get("tags")
+            if tags is None:
+                named = View(self.message().head(BLOCK)).header("x-tags").split(",")
+                locals = (parse_key(recipient).local for recipient in record["recipients"])
+                tags = clean_tags(named + [word for local in locals for word in local.split("+")[1:]])[:MAX_TAGS]
+            self.inbox.tagged.put(self.key, tags, 200 + sum(map(len, tags)))
+        return tags
+
+    def set_tags(self, tags: List[str]) -> None:
+        """Note the tags beside what else is known of the message; OSError."""
+        recorder = self.inbox.site.recorder
+        record = dict(recorder.load(self.id) or self.record(), tags=tags)
+        recorder.storage.write(recorder.path(self.id), json.dumps(record).encode(), sync=False)
+
     def session(self) -> Dict[str, Any]:
         """Return envelope, transcript and lint; what can be told from the message alone where none were kept."""
-        recorder = self.inbox.site.recorder
-        record = (recorder.load(self.id) if recorder else None) or {
-            "id": self.id, "sender": self.message().sender, "recipients": [mailbox for mailbox, _ in self.copies],
-            "helo": "", "client": "", "protocol": "", "tls": False, "transcript": [], "lint": []}
+        record = self.record()
         record["bcc"] = [person["Address"] for person in self.summary()["Bcc"]]
         record["lint"] = [{"rule": rule, "text": LINT[rule][0], "rfc": LINT[rule][1]} for rule in record["lint"]
                           if rule in LINT]
@@ -7569,7 +7676,7 @@ class Letter:
 
     def summary(self) -> Dict[str, Any]:
         """Return the entry of a list; what is in the file is read once and remembered."""
-        known = self.inbox.summaries.get(self.id)
+        known = self.inbox.summaries.get(self.key)
         if known is None:
             try:
                 known = self._summary()
@@ -7581,29 +7688,23 @@ class Letter:
                 known = {"ID": self.id, "MessageID": "", "From": nobody, "To": [], "Cc": [], "Bcc": [], "ReplyTo": [],
                          "Subject": "(cannot be shown)", "Created": iso_time(self.message().received_at.timestamp()),
                          "Username": "", "Tags": [], "Size": self.message().size, "Attachments": 0, "Snippet": ""}
-            self.inbox.summaries.put(self.id, known, summary_cost(known))
-        return dict(known, Read=self.read)
-
-    @property
-    def tags(self) -> List[str]:
-        return []
+            self.inbox.summaries.put(self.key, known, summary_cost(known))
+        return dict(known, Read=self.read, Tags=self.tags)
 
     def searched(self) -> Searched:
         """Return what the message is searched by; computed once."""
-        found: Optional[Searched] = self.inbox.searched.get(self.id)
+        found: Optional[Searched] = self.inbox.searched.get(self.key)
         if found is None:
             found = searched(self.view(), self.summary(), self.message().received_at.timestamp())
-            self.inbox.searched.put(self.id, found, found.cost())
+            self.inbox.searched.put(self.key, found, found.cost())
         return found
 
     def _summary(self) -> Dict[str, Any]:
         message = self.message()
         view = View(message.read())
-        recorder = self.inbox.site.recorder
-        record = recorder.load(self.id) if recorder else None
         named = {name: view.addresses(name) for name in ("from", "to", "cc", "reply-to")}
         shown = {same_address(person["Address"]) for name in ("to", "cc") for person in named[name]}
-        recipients = record["recipients"] if record else [mailbox for mailbox, _ in self.copies]
+        recipients = self.record()["recipients"]
         named["bcc"] = [{"Name": "", "Address": shorten(who)} for who in recipients if same_address(who) not in shown]
         listed = {name: first_people(people, MAX_LISTED) for name, people in named.items()}
         return {"ID": self.id, "MessageID": shorten(view.header("message-id").strip("<>")),
@@ -7626,16 +7727,99 @@ class Letter:
 
 def matcher(site: Site, node: Node, text: str) -> Callable[[Message], bool]:
     """Return a function that tells whether a message matches a search."""
-    inbox, wanted = Inbox(site, node), Query(text)
-    return lambda message: inbox.matches(message, wanted)
+    inbox, wanted = site.inbox or Inbox(site, node), Query(text)
+
+    def matches(message: Message) -> bool:
+        letter = inbox.index.letter_of(message)
+        return letter is not None and wanted.matches(letter)
+    return matches
+
+
+# Who asks, for what, and what comes back.
+
+class Viewer(NamedTuple):
+    """Who looks at the mail."""
+    user: Optional[str] = None                      # who logged in
+    own: str = ""                                   # the one mailbox that is shown; "" for all
+
+
+EVERYTHING = Viewer()                               # who needs no log-in
 
 
 class Answered(NamedTuple):
     """An HTTP response."""
     status: int
     type: str
-    body: bytes
+    body: bytes = b""
     headers: Dict[str, str] = {}
+    file: Optional[BinaryIO] = None                 # sent in blocks instead of the body
+    stream: Optional[Iterator[bytes]] = None        # sent as it comes, until the connection ends
+
+
+class Rejected(Exception):
+    """Raised where a request is refused; carries the answer that says so."""
+
+    def __init__(self, status: int, text: str, headers: Optional[Dict[str, str]] = None) -> None:
+        super().__init__(text)
+        self.answer = text_answer(status, text)._replace(headers=headers or {})
+
+
+class Route(NamedTuple):
+    """A row of ROUTES: what answers which requests, and on what terms."""
+    method: str
+    pattern: str                                    # of the whole path
+    name: str                                       # of the method of Inbox
+    body: int = 0                                   # bytes taken
+    everything: bool = False                        # only for who sees every mailbox
+    waits: bool = False                             # for mail
+
+
+@dataclasses.dataclass
+class Request:
+    """An HTTP request whose head has been read; its body comes when a route is found that wants one."""
+    method: str
+    path: str
+    query: Dict[str, str]
+    viewer: Viewer = EVERYTHING
+    type: str = ""                                  # of the body
+    read: Callable[[int], BinaryIO] = lambda limit: io.BytesIO()    # the body, of so many bytes at most; Rejected
+    is_over: Callable[[], bool] = lambda: False     # the client has gone, or the node stops
+    body: BinaryIO = dataclasses.field(default_factory=io.BytesIO)
+
+    def number(self, name: str, default: int) -> int:
+        text = self.query.get(name, "")
+        return int(text) if text.isascii() and text.isdecimal() and len(text) < 10 else default
+
+    def content(self) -> bytes:
+        """Return the body, once."""
+        with self.body:
+            return self.body.read()
+
+    def json(self) -> Any:
+        """Return what the body means; ValueError."""
+        return read_json(self.content())
+
+
+def read_json(body: bytes) -> Any:
+    """Return the value of a JSON text; ValueError also when it has more values or longer numbers than anybody needs."""
+    bare, values, at = body.replace(b"\\\\", b"").replace(b'\\"', b""), 0, 0
+    while 0 <= at < len(bare):                      # outside of strings, these stand between values
+        end = bare.find(b'"', at)
+        end = len(bare) if end < 0 else end
+        values += 1 + sum(bare.count(mark, at, end) for mark in (b",", b"[", b"{"))
+        if values > MAX_JSON_VALUES:
+            raise ValueError("more than %d values in the JSON" % MAX_JSON_VALUES)
+        at = bare.find(b'"', end + 1) + 1 or -1
+    del bare
+    return json.loads(body, parse_int=short_number(int), parse_float=short_number(float))
+
+
+def short_number(kind: Callable[[str], Any]) -> Callable[[str], Any]:
+    def parse(text: str) -> Any:
+        if len(text) > 30:                          # to turn digits into a number takes the square of their count
+            raise ValueError("a number of %d digits" % len(text))
+        return kind(text)
+    return parse
 
 
 def json_answer(value: Any, status: int = 200) -> Answered:
@@ -7643,12 +7827,144 @@ def json_answer(value: Any, status: int = 200) -> Answered:
 
 
 def text_answer(status: int, text: str) -> Answered:
-    return Answered(status, "text/plain; charset=utf-8", text.encode("utf-8"))
+    return Answered(status, "text/plain; charset=utf-8", text.encode("utf-8", "replace"))
 
 
 NOT_FOUND = text_answer(404, "404 page not found")
 OK_ANSWER = text_answer(200, "ok")
 SAFE_TYPES = ("image/png", "image/jpeg", "image/gif", "image/webp", "text/plain", "application/pdf", "audio/mpeg", "video/mp4")
+LINK = re.compile(r"<(a|area)(?=[ \t\n\r\f/>])", re.IGNORECASE | re.ASCII)
+
+
+def with_own_windows(html: str) -> str:
+    """Return HTML whose links open windows of their own and do not say where from; of two equal attributes the first counts."""
+    return LINK.sub(r"<\1 target=_blank rel=noreferrer referrerpolicy=no-referrer ", html)
+
+
+class Index:
+    """All messages of all mailboxes; brought up to date mailbox by mailbox where two stat() calls show a change."""
+
+    def __init__(self, mailboxes: Mailboxes, make: Callable[[str, Copies], Letter], forget: Callable[[str], None]) -> None:
+        self.mailboxes, self.make, self.forget = mailboxes, make, forget
+        self._lock = threading.Lock()
+        self._begun = 0.0                           # when the last look at the disk began
+        self._domains: Dict[str, Tuple[Any, List[Tuple[str, str]]]] = {}    # directory: stamp, its (mailbox, directory)
+        self._boxes: Dict[str, Tuple[Any, Dict[str, Item]]] = {}    # mailbox: stamp, items by UID
+        self._letters: Dict[str, Letter] = {}       # by id
+        self._newest: Optional[List[Letter]] = []   # the newest first; None: to be sorted anew
+
+    def letters(self) -> List[Letter]:
+        """Return all messages, newest first."""
+        self.refresh()
+        with self._lock:
+            if self._newest is None:
+                self._newest = sorted(self._letters.values(), key=lambda letter: letter.copies[0][1].name, reverse=True)
+            return self._newest
+
+    def get(self, id: str) -> Optional[Letter]:
+        return self._letters.get(id)
+
+    def letter_of(self, message: Message) -> Optional[Letter]:
+        """Return what a message in a mailbox is a copy of; None when it has gone."""
+        for attempt in range(2):
+            letter = self.get(message.id)
+            if letter and any(mailbox == message.recipient for mailbox, _ in letter.copies):
+                return letter
+            if not attempt:
+                self.refresh()
+        return None
+
+    def refresh(self) -> None:
+        """Look at the disk, unless somebody began to after we were called."""
+        asked = time.monotonic()
+        with self._lock:
+            if self._begun > asked:
+                return
+            self._begun = time.monotonic()
+            found = dict(self._directories())
+            for mailbox, path in found.items():
+                stamp = directory_stamp(os.path.join(path, "new"), os.path.join(path, "cur"))
+                if stamp is None or stamp != self._boxes.get(mailbox, (None,))[0]:
+                    self._update(mailbox, stamp, self.mailboxes.listing(mailbox))
+            for mailbox in [mailbox for mailbox in self._boxes if mailbox not in found]:
+                self._update(mailbox, None, [])
+                del self._boxes[mailbox]
+
+    def _directories(self) -> Iterator[Tuple[str, str]]:
+        """Yield (mailbox, its directory); a domain's directory is read again when it has changed."""
+        root = self.mailboxes.root
+        for name in list_directory(root):
+            path = os.path.join(root, name)
+            stamp = directory_stamp(path)
+            known = self._domains.get(name)
+            if known is None or stamp is None or known[0] != stamp:
+                known = self._domains[name] = stamp, list(self._mailboxes_in(name, path))
+            yield from known[1]
+
+    @staticmethod
+    def _mailboxes_in(domain: str, path: str) -> Iterator[Tuple[str, str]]:
+        for local in list_directory(path):
+            with contextlib.suppress(ValueError):
+                yield decode_name(local) + "@" + decode_name(domain), os.path.join(path, local)
+
+    def _update(self, mailbox: str, stamp: Any, items: List[Item]) -> None:
+        before = self._boxes[mailbox][1] if mailbox in self._boxes else {}
+        after = {item.uid: item for item in items}
+        self._boxes[mailbox] = stamp, after
+        if before == after:
+            return
+        for uid in before.keys() - after.keys():
+            self._remove(mailbox, message_id(before[uid]))
+        for uid, item in after.items():
+            if before.get(uid) != item:
+                self._put(mailbox, item)
+
+    def _put(self, mailbox: str, item: Item) -> None:
+        id = message_id(item)
+        letter = self._letters.get(id)
+        if letter is None:
+            self._letters[id] = self.make(id, ((mailbox, item),))
+            self._newest = None
+        else:
+            letter.hold(tuple(copy for copy in letter.copies if copy[0] != mailbox) + ((mailbox, item),))
+
+    def _remove(self, mailbox: str, id: str) -> None:
+        copies = tuple(copy for copy in self._letters[id].copies if copy[0] != mailbox) if id in self._letters else ()
+        if copies:
+            self._letters[id].hold(copies)
+        elif self._letters.pop(id, None):
+            self._newest = None
+            self.forget(id)
+
+
+def directory_stamp(*paths: str) -> Any:
+    """Return a value that changes with what is in some directories; None while a clock's tick may hide a change."""
+    try:
+        stats = [os.stat(path) for path in paths]
+    except OSError:
+        return None
+    if time.time_ns() - max(stat.st_mtime_ns for stat in stats) < 2_000_000_000:
+        return None
+    return [(stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino) for stat in stats]
+
+
+class Search:
+    """A search that goes on while mail comes: each call judges only what the ones before have not."""
+
+    def __init__(self, inbox: "Inbox", viewer: Viewer, wanted: Query) -> None:
+        self.inbox, self.viewer, self.wanted = inbox, viewer, wanted
+        self._judged: Dict[str, Copies] = {}        # the flags of a copy, and whether there are others, may count
+
+    def __call__(self) -> Optional[Letter]:
+        """Return the oldest message that matches, None when none does."""
+        with self.inbox.desk:
+            for letter in reversed(self.inbox.letters(self.viewer)):
+                copies = letter.copies
+                if self._judged.get(letter.id) != copies:
+                    if self.wanted.matches(letter):
+                        return letter
+                    self._judged[letter.id] = copies
+        return None
 
 
 class Inbox:
@@ -7656,206 +7972,239 @@ class Inbox:
 
     def __init__(self, site: Any, node: Any = None) -> None:
         self.site, self.node = site, node
-        self.mailboxes = site.mailboxes
-        self.summaries, self.searched = Cache(MAX_SUMMARIES), Cache(MAX_SEARCHED)
+        self.mailboxes: Mailboxes = site.mailboxes
+        self.summaries, self.searched, self.tagged = Cache(MAX_SUMMARIES), Cache(MAX_SEARCHED), Cache(MAX_TAGGED)
+        self.index = Index(self.mailboxes, lambda id, copies: Letter(id, copies, self), self.forget)
+        self.desk = threading.BoundedSemaphore(MAX_DESKS)   # taken by what works on messages: so many are in memory at once
         self.changed = threading.Condition()
         self.events: "collections.deque[Tuple[int, str]]" = collections.deque(maxlen=1000)
         self.serial = 0
-        self._lock = threading.Lock()
-        self._letters: List[Letter] = []
-        self._by_id: Dict[str, Letter] = {}
-        self._stamp: Any = None
+        self.visitors: Set[Any] = set()             # connections of the web, see WebListener
+        self.hook: Optional[WebHook] = None
+
+    def forget(self, key: str) -> None:
+        """Forget what was computed about a message that is gone."""
+        for cache in (self.summaries, self.searched, self.tagged):
+            cache.forget(key)
+
+    def accepted(self, parcel: Parcel) -> None:
+        """A message was taken over."""
+        if self.hook and parcel.mailboxes:
+            self.hook.add(parcel.draft.id)
 
     def tell(self, kind: str) -> None:
-        """Tell the pages that are open."""
+        """Tell the pages that are open, and who waits."""
         with self.changed:
             self.serial += 1
             self.events.append((self.serial, kind))
             self.changed.notify_all()
 
-    def letters(self) -> List[Letter]:
-        """Return all messages, newest first; the work is done again only when a mailbox changed."""
-        listings = [(mailbox, self.mailboxes.listing(mailbox)) for mailbox in self.mailboxes.names()]
-        stamp = [(mailbox, listing) for mailbox, listing in listings]
-        with self._lock:
-            if self._stamp is None or len(stamp) != len(self._stamp) or any(
-                    old[0] != new[0] or (old[1] is not new[1] and old[1] != new[1]) for old, new in zip(self._stamp, stamp)):
-                copies: Dict[str, List[Tuple[str, Item]]] = {}
-                for mailbox, listing in listings:
-                    for item in listing:
-                        copies.setdefault(message_id(item), []).append((mailbox, item))
-                self._letters = [Letter(id, found, self) for id, found in copies.items()]
-                self._letters.sort(key=lambda letter: letter.copies[0][1].name, reverse=True)
-                self._by_id = {letter.id: letter for letter in self._letters}
-                self.summaries.forget_others(self._by_id)
-                self.searched.forget_others(self._by_id)
-                self._stamp = stamp
-            return self._letters
+    def pause(self, seen: int, seconds: float) -> None:
+        """Return when something has happened since the serial number `seen`, or after `seconds`."""
+        with self.changed:
+            if self.serial == seen:
+                self.changed.wait(seconds)
 
-    def letter(self, id: str, query: Dict[str, str]) -> Letter:
+    def letters(self, viewer: Viewer = EVERYTHING) -> List[Letter]:
+        """Return all messages that the viewer may see, newest first."""
+        if not viewer.own:
+            return self.index.letters()
+        return [Letter(message_id(item), ((viewer.own, item),), self, viewer.own)
+                for item in reversed(self.mailboxes.listing(viewer.own))]
+
+    def letter(self, request: Request, id: str) -> Letter:
         """Return the message with an id, or the latest; KeyError."""
-        letters = self.letters()
+        letters = self.letters(request.viewer)
         if id == "latest":
-            wanted = Query(query.get("query", ""))
-            return next(iter(letter for letter in letters if wanted.matches(letter)), None) or self._by_id[id]
-        return self._by_id[id]
+            wanted = Query(request.query.get("query", ""))
+            return self._the(id, (letter for letter in letters if wanted.matches(letter)))
+        known = None if request.viewer.own else self.index.get(id)
+        return known or self._the(id, (letter for letter in letters if letter.id == id))
+
+    @staticmethod
+    def _the(id: str, found: Iterator[Letter]) -> Letter:
+        for letter in found:
+            return letter
+        raise KeyError(id)
 
     # Requests.
 
-    def respond(self, method: str, path: str, query: Dict[str, str], body: bytes, type: str, user: Optional[str]) -> Answered:
+    def respond(self, request: Request) -> Answered:
         """Answer a request; never fails."""
         try:
-            for verb, pattern, name in ROUTES:
-                match = re.fullmatch(pattern, path)
-                if match and verb == method:
-                    given = dict(match.groupdict(), query=query, body=body, type=type, user=user)
-                    answer: Answered = getattr(self, name)(**given)
-                    return answer
-            return NOT_FOUND
+            return self._respond(request)
+        except Rejected as rejected:
+            return rejected.answer
         except (KeyError, FileNotFoundError):
             return text_answer(404, "Message not found")
         except (ValueError, TypeError, AttributeError, RecursionError) as error:
             return text_answer(400, "Error: " + printable(str(error)))
         except Exception:
-            log.exception("%s %s failed", method, printable(path))
+            log.exception("%s %s failed", request.method, printable(request.path))
             return text_answer(500, "something went wrong here")
 
-    def page(self, **_: Any) -> Answered:
+    def _respond(self, request: Request) -> Answered:
+        method = "GET" if request.method == "HEAD" else request.method
+        for route in ROUTES:
+            match = re.fullmatch(route.pattern, request.path) if route.method == method else None
+            if match:
+                break
+        else:
+            return NOT_FOUND
+        if route.everything and request.viewer.own:
+            raise Rejected(403, "only for accounts that --web-admin names")
+        request.body = request.read(route.body)
+        with request.body, contextlib.nullcontext() if route.waits else self.desk:
+            answer: Answered = getattr(self, route.name)(request, **match.groupdict())
+        return answer
+
+    def page(self, request: Request) -> Answered:
         nonce = secrets.token_urlsafe(16)
         policy = ("default-src 'none'; style-src 'nonce-%s'; script-src 'nonce-%s'; connect-src 'self'; img-src 'self' data:; "
                   "frame-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'" % (nonce, nonce))
-        return Answered(200, "text/html; charset=utf-8", PAGE.replace("{{nonce}}", nonce).encode("utf-8"),
-                        {"Content-Security-Policy": policy, "X-Frame-Options": "DENY"})
+        return Answered(200, "text/html; charset=utf-8", PAGE.replace("{{nonce}}", nonce).encode("utf-8"), {
+            "Content-Security-Policy": policy, "X-Frame-Options": "DENY", "Cross-Origin-Opener-Policy": "same-origin"})
 
-    def info(self, **_: Any) -> Answered:
-        letters = self.letters()
+    def info(self, request: Request) -> Answered:
+        letters, node, config = self.letters(request.viewer), self.node, self.site.config
+        smtp, pop3 = ([show_endpoint(endpoint) for name, endpoint in node.endpoints() if name == kind]
+                      for kind in ("smtp", "pop3"))
+        release = config.release if config.capture else None
         return json_answer({
-            "Version": "minimail " + __version__, "LatestVersion": "disabled", "Database": self.node.data,
+            "Version": "minimail " + __version__, "LatestVersion": "disabled",
+            "Database": "" if request.viewer.own else node.data,
             "DatabaseSize": sum(letter.copies[0][1].size for letter in letters), "Messages": len(letters),
-            "Unread": sum(not letter.read for letter in letters), "Tags": {}, "capture": self.site.config.capture,
-            "smtp": [show_endpoint(endpoint) for name, endpoint in self.node.endpoints() if name == "smtp"],
-            "pop3": [show_endpoint(endpoint) for name, endpoint in self.node.endpoints() if name == "pop3"],
-            "RuntimeStats": {"Uptime": int(time.time() - self.node.started_at), "Memory": 0, "MessagesDeleted": 0,
-                             "SMTPAccepted": self.node.accepted, "SMTPAcceptedSize": self.node.accepted_bytes,
+            "Unread": sum(not letter.read for letter in letters), "Tags": {}, "capture": config.capture,
+            "user": request.viewer.user or "", "all": not request.viewer.own, "smtp": smtp, "pop3": pop3,
+            "release": show_endpoint((release.host, release.port)) if release else None,
+            "RuntimeStats": {"Uptime": int(time.time() - node.started_at), "Memory": 0, "MessagesDeleted": 0,
+                             "SMTPAccepted": node.accepted, "SMTPAcceptedSize": node.accepted_bytes,
                              "SMTPRejected": 0, "SMTPIgnored": 0}})
 
-    def list_messages(self, query: Dict[str, str], **_: Any) -> Answered:
-        return self._list(self.letters(), query)
+    def list_messages(self, request: Request) -> Answered:
+        letters = self.letters(request.viewer)
+        return self._list(letters, letters, request)
 
-    def search(self, query: Dict[str, str], **_: Any) -> Answered:
-        return self._list(self._found(query), query)
+    def search(self, request: Request) -> Answered:
+        letters = self.letters(request.viewer)
+        return self._list(self._found(letters, request.query.get("query", "")), letters, request)
 
-    def _found(self, query: Dict[str, str]) -> List[Letter]:
-        if not query.get("query", "").strip():
+    @staticmethod
+    def _found(letters: List[Letter], text: str, exact: bool = False) -> List[Letter]:
+        """Return the messages that a search means; ValueError when it is empty or, with `exact`, says what we do not know."""
+        wanted = Query(text)
+        if not wanted.terms:
             raise ValueError("no search query")
-        wanted = Query(query["query"])
-        return [letter for letter in self.letters() if wanted.matches(letter)]
+        if exact and wanted.unknown:
+            raise ValueError("nothing is changed by a search with %s" % ", ".join(wanted.unknown[:10]))
+        return [letter for letter in letters if wanted.matches(letter)]
 
-    def _list(self, letters: List[Letter], query: Dict[str, str]) -> Answered:
-        def number(name: str, default: int) -> int:
-            text = query.get(name, "")
-            return int(text) if text.isascii() and text.isdigit() and len(text) < 10 else default
-        start, limit = number("start", 0), number("limit", 50) or 50
+    def _list(self, found: List[Letter], every: List[Letter], request: Request) -> Answered:
+        start, limit = request.number("start", 0), request.number("limit", 50) or 50
         shown = []
-        for letter in letters[start:start + limit]:
+        for letter in found[start:start + limit]:
             with contextlib.suppress(FileNotFoundError):        # removed while we looked
                 shown.append(letter.summary())
-        every = self._letters
         return json_answer({
             "total": len(every), "unread": sum(not letter.read for letter in every), "count": len(shown),
-            "messages_count": len(letters), "messages_unread": sum(not letter.read for letter in letters),
-            "start": start, "tags": [], "messages": shown})
+            "messages_count": len(found), "messages_unread": sum(not letter.read for letter in found),
+            "start": start, "tags": sorted({tag for summary in shown for tag in summary["Tags"]}), "messages": shown})
 
-    def show(self, id: str, query: Dict[str, str], **_: Any) -> Answered:
-        letter = self.letter(id, query)
+    def show(self, request: Request, id: str) -> Answered:
+        return self._show(self.letter(request, id), request.method != "HEAD")
+
+    def _show(self, letter: Letter, seen: bool = True) -> Answered:
         whole = dict(letter.whole(), Read=True)
-        self._set_read([letter], True)
+        if seen:
+            self._set_read([letter], True)
         return json_answer(whole)
 
-    def headers(self, id: str, query: Dict[str, str], **_: Any) -> Answered:
-        values = self.letter(id, query).view().headers()
+    def headers(self, request: Request, id: str) -> Answered:
+        values = self.letter(request, id).view().headers()
         for name in ("Content-Type", "Date", "Delivered-To", "From", "Message-Id"):
             values.setdefault(name, [])             # client libraries look these up without asking whether they are there
         return json_answer(values)
 
-    def raw(self, id: str, query: Dict[str, str], **_: Any) -> Answered:
-        letter = self.letter(id, query)
-        more = {"Content-Disposition": 'attachment; filename="%s.eml"' % letter.id} if query.get("dl") else {}
-        return Answered(200, "text/plain; charset=utf-8", letter.message().read(), more)
+    def raw(self, request: Request, id: str) -> Answered:
+        letter = self.letter(request, id)
+        more = {"Content-Disposition": 'attachment; filename="%s.eml"' % letter.id} if request.query.get("dl") else {}
+        return Answered(200, "text/plain; charset=utf-8", headers=more, file=letter.open())
 
-    def part(self, id: str, part: str, query: Dict[str, str], **_: Any) -> Answered:
+    def part(self, request: Request, id: str, part: str) -> Answered:
         from urllib.parse import quote
-        found = self.letter(id, query).view().part(part)
-        kind = found.kind
-        name = download_name(found.shown_name) or "part-" + part
-        shown = kind in SAFE_TYPES
-        ascii_name = re.sub(r'[^A-Za-z0-9._ -]', "_", name)
+        found = self.letter(request, id).view().part(part)
+        kind = found.image_type() or found.kind
+        name = download_name(found.name) or "part-" + part
+        shown = bool(found.image_type()) or kind in SAFE_TYPES
+        ascii_name = re.sub(r"[^A-Za-z0-9._ -]", "_", name)
         place = "%s; filename=\"%s\"; filename*=UTF-8''%s" % (
             "inline" if shown else "attachment", ascii_name, quote(name, safe=""))
         return Answered(200, kind if shown else "application/octet-stream", found.data(), {
             "Content-Disposition": place, "Content-Security-Policy": "default-src 'none'; sandbox"})
 
-    def session(self, id: str, query: Dict[str, str], **_: Any) -> Answered:
-        return json_answer(self.letter(id, query).session())
+    def session(self, request: Request, id: str) -> Answered:
+        return json_answer(self.letter(request, id).session())
 
-    def view_html(self, id: str, query: Dict[str, str], **_: Any) -> Answered:
+    def view_html(self, request: Request, id: str) -> Answered:
         """Serve a message's HTML so that it can do nothing: no script, no form, no load from elsewhere unless asked for."""
-        letter = self.letter(id, query)
-        view = letter.view()
+        view = self.letter(request, id).view()
         if not view.html:
             return text_answer(404, "This message does not contain a HTML part")
-        text = view.framed()
-        images = "img-src data: http: https:" if query.get("images") else "img-src data:"
-        return Answered(200, "text/html; charset=utf-8", text.encode("utf-8", "replace"), {
-            "Content-Security-Policy": "sandbox; default-src 'none'; style-src 'unsafe-inline'; font-src data:; %s; "
-            "form-action 'none'; base-uri 'none'; frame-ancestors 'self'" % images})
+        images = "img-src data: http: https:" if request.query.get("images") else "img-src data:"
+        return Answered(200, "text/html; charset=utf-8", with_own_windows(view.framed()).encode("utf-8", "replace"), {
+            "Content-Security-Policy": "sandbox allow-popups allow-popups-to-escape-sandbox; default-src 'none'; style-src "
+            "'unsafe-inline'; font-src data:; %s; form-action 'none'; base-uri 'none'; frame-ancestors 'self'" % images})
 
-    def view_text(self, id: str, query: Dict[str, str], **_: Any) -> Answered:
-        return text_answer(200, self.letter(id, query).view().text)
+    def view_text(self, request: Request, id: str) -> Answered:
+        return text_answer(200, self.letter(request, id).view().text)
 
-    def _chosen(self, body: bytes, type: str) -> Tuple[List[Letter], Dict[str, Any]]:
+    def links(self, request: Request, id: str) -> Answered:
+        return json_answer(self.letter(request, id).view().links())
+
+    # What changes something.
+
+    def _chosen(self, request: Request, *parameters: str) -> Tuple[List[Letter], Dict[str, Any]]:
         """Return (messages a request means, its parameters): the IDs it names, the search, else all; ValueError."""
-        from urllib.parse import parse_qs
-        given: Dict[str, Any]
-        if type.startswith("application/x-www-form-urlencoded") and body.strip():
-            form = parse_qs(body.decode("utf-8"), keep_blank_values=True)
-            given = {"IDs": form.get("IDs") or form.get("ids") or [],
-                     "Read": form.get("Read", [""])[0] in ("true", "True", "1")}
-            if not given["IDs"]:
-                raise ValueError("no IDs")
-        else:
-            given = json.loads(body) if body.strip() else {}
+        given: Any = {}
+        body = request.content().strip()
+        if body:
+            given = read_form(body) if request.type.startswith("application/x-www-form-urlencoded") else read_json(body)
         if not isinstance(given, dict):
-            raise ValueError("expected {\"IDs\": [...]}")
-        spelling = {"ids": "IDs", "read": "Read", "search": "Search"}
+            raise ValueError('expected {"IDs": [...]}')
+        spelling = {name.lower(): name for name in ("IDs", "Search", *parameters)}      # Mailpit takes keys in any case
         given = {spelling.get(key.lower(), key): value for key, value in given.items()}
-        if set(given) - set(spelling.values()) or not isinstance(given.get("IDs") or [], list):
-            raise ValueError("expected {\"IDs\": [...]}")
-        letters = self.letters()
-        if given.get("Search"):
-            wanted = Query(str(given["Search"]))
-            return [letter for letter in letters if wanted.matches(letter)], given
-        if given.get("IDs"):
-            return [self._by_id[id] for id in map(str, given["IDs"]) if id in self._by_id], given
+        ids, search = given.get("IDs") or [], given.get("Search") or ""
+        if set(given) - set(spelling.values()) or not isinstance(ids, list) or not isinstance(search, str):
+            raise ValueError('expected {"IDs": [...]}')
+        if ids and search:
+            raise ValueError("either IDs or Search, not both")
+        letters = self.letters(request.viewer)
+        if search:
+            return self._found(letters, search, exact=True), given
+        if ids:
+            wanted = set(map(str, ids))
+            return [letter for letter in letters if letter.id in wanted], given
         return list(letters), given
 
-    def delete(self, body: bytes, type: str, **_: Any) -> Answered:
-        self._delete(self._chosen(body, type)[0])
+    def delete(self, request: Request) -> Answered:
+        self._delete(self._chosen(request)[0])
         return OK_ANSWER
 
-    def delete_found(self, query: Dict[str, str], **_: Any) -> Answered:
-        self._delete(self._found(query))
+    def delete_found(self, request: Request) -> Answered:
+        self._delete(self._found(self.letters(request.viewer), request.query.get("query", ""), exact=True))
         return OK_ANSWER
 
     def _delete(self, letters: List[Letter]) -> None:
         for letter in letters:
             for mailbox, item in letter.copies:
                 self.mailboxes.delete(mailbox, item)
-        self.tell("delete")
+            self.forget(letter.key)
+        if letters:
+            self.tell("delete")
 
-    def set_read(self, body: bytes, type: str, **_: Any) -> Answered:
-        letters, given = self._chosen(body, type)
-        self._set_read(letters, bool(given.get("Read")))
+    def set_read(self, request: Request) -> Answered:
+        letters, given = self._chosen(request, "Read")
+        self._set_read(letters, given.get("Read") in (True, "true", "True", "1"))
         return OK_ANSWER
 
     def _set_read(self, letters: List[Letter], seen: bool) -> None:
@@ -7867,68 +8216,142 @@ class Inbox:
         if changed:
             self.tell("read")
 
-    def send(self, body: bytes, user: Optional[str], **_: Any) -> Answered:
+    def get_tags(self, request: Request) -> Answered:
+        return json_answer(sorted({tag for letter in self.letters(request.viewer) for tag in letter.tags}))
+
+    def set_tags(self, request: Request) -> Answered:
+        """Give messages these tags instead of those they have."""
+        letters, given = self._chosen(request, "Tags")
+        tags = given.get("Tags")
+        if not given.get("IDs") or not isinstance(tags, list) or not all(isinstance(tag, str) for tag in tags):
+            raise ValueError('expected {"IDs": [...], "Tags": [...]}')
+        wanted = clean_tags(tags)
+        if not self.site.recorder:
+            raise ValueError("tags are kept with the transcripts; here --transcripts is off")
+        if len(wanted) < len({tag.strip() for tag in tags}) or len(wanted) > MAX_TAGS:
+            raise ValueError("a tag has 1 to 100 letters, digits, blanks, and - _ . @; a message %d of them" % MAX_TAGS)
+        for letter in letters:
+            letter.set_tags(wanted)
+            self.forget(letter.key)
+        self.tell("tags")
+        return OK_ANSWER
+
+    def send(self, request: Request) -> Answered:
         """Mailpit's POST /api/v1/send: a message in JSON, delivered like any other."""
+        viewer = request.viewer
         try:
-            if not self.site.config.capture and user is None:
+            if not self.site.config.capture and viewer.user is None:
                 raise ValueError("sending needs a log-in in node mode")
-            envelope, content = compose(json.loads(body))
-            site = self.site
-            if not site.config.capture and not (envelope.sender and user and site.book.owns(
-                    user, parse_address(envelope.sender))):
-                raise ValueError("you may not send as this address")
-            site.ask_policy("on_mail", "", envelope.sender, user)
-            destinations = [site.book.resolve(address) for address in envelope.recipients]
-            for address in envelope.recipients:
-                site.ask_policy("on_rcpt", envelope, str(address))
-            for destination in destinations:
-                site.check_remote(destination)
-            parcel = self.site.post.begin(envelope, destinations)
-            parcel.draft.write(content)
-            if self.site.recorder:
-                self.site.recorder.save(envelope, [], [], False)
-            self.site.post.commit(parcel)
-            self.site.accepted(parcel)
-        except (ValueError, TypeError, KeyError, AttributeError, Refused) as error:
-            return json_answer({"Error": printable(str(error))}, 400)
-        return json_answer({"ID": envelope.id})
+            envelope, content = compose(request.json())
+            return json_answer({"ID": self._deliver(envelope, content, viewer.user)})
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError, Refused) as error:
+            return json_answer({"Error": printable(str(error) or type(error).__name__)}, 400)
 
-    def wait(self, query: Dict[str, str], **_: Any) -> Answered:
+    def _deliver(self, envelope: Envelope, content: Iterable[bytes], user: Optional[str]) -> str:  # CORE: site.door.send()
+        """Send a message by the rules that SMTP obeys and return its id; Refused."""
+        site = self.site
+        if not site.config.capture and not (envelope.sender and user and site.book.owns(user, parse_address(envelope.sender))):
+            raise Refused(550, "5.7.1", "you may not send as this address")
+        if len(envelope.recipients) > MAX_RECIPIENTS:
+            raise Refused(452, "4.5.3", "more than %d recipients" % MAX_RECIPIENTS)
+        site.ask_policy("on_mail", "", envelope.sender, user)
+        destinations = [site.book.resolve(address) for address in envelope.recipients]
+        for address, destination in zip(envelope.recipients, destinations):
+            site.ask_policy("on_rcpt", envelope, str(address))
+            site.check_remote(destination)
+        return self._post(envelope, destinations, content)
+
+    def _post(self, envelope: Envelope, destinations: List[Destinations], content: Iterable[bytes]) -> str:  # CORE: the same
+        site = self.site
+        parcel = site.post.begin(envelope, destinations)
+        try:
+            for block in content:
+                parcel.draft.write(block)
+            parcel.draft.complete()
+            site.ask_policy("on_message", envelope, parcel.draft.path)
+            if site.recorder:
+                site.recorder.save(envelope, [], [], False)
+        except BaseException as error:
+            parcel.draft.discard()
+            if isinstance(error, OSError):
+                raise site.post.disk_refusal(parcel, error) from error
+            raise
+        site.post.commit(parcel)
+        site.accepted(parcel)
+        return envelope.id
+
+    def release(self, request: Request, id: str) -> Answered:
+        """Send one captured message on, with the bytes it came with, to the server that --release names."""
+        if not self.site.config.capture or not self.site.config.release:
+            raise Rejected(403, "nothing leaves this machine; --release URL names a server for what shall")
+        letter = self.letter(request, id)
+        try:
+            given = request.json()
+            recipients = [parse_address(str(address)) for address in given["To"]] if isinstance(given["To"], list) else []
+            if not 0 < len(recipients) <= MAX_RELEASED or not all(address.domain for address in recipients):
+                raise ValueError('expected {"To": [...]}, 1 to %d full addresses' % MAX_RELEASED)
+            envelope = Envelope(sender=letter.message().sender, recipients=recipients, protocol="HTTP")
+            envelope.smtputf8 = not all(str(address).isascii() for address in [envelope.sender, *recipients])
+            with letter.open() as file:
+                self._post(envelope, [Destinations([], recipients)], original(file, letter.id))
+        except (ValueError, TypeError, KeyError, Refused) as error:
+            return json_answer({"Error": printable(str(error) or type(error).__name__)}, 400)
+        event("released", id=letter.id, to=printable(" ".join(map(str, recipients[:10]))), new_id=envelope.id)
+        return OK_ANSWER
+
+    # Waiting.
+
+    def wait(self, request: Request) -> Answered:
         """Long poll: answer as soon as a message matches, also if it came before."""
-        wanted = Query(query.get("query", ""))
-        timeout = 0.0 if query.get("timeout") == "0" else min(parse_seconds(query.get("timeout", "30")), 3600.0)
-        try:
-            found = self.node.wait_for(None, timeout, match=lambda message: self.matches(message, wanted))
-        except TimeoutError as error:
-            return text_answer(404, str(error))
-        return self.show(found.id, {})
+        look = Search(self, request.viewer, Query(request.query.get("query", "")))
+        text = request.query.get("timeout", "30")
+        timeout = 0.0 if text == "0" else min(parse_seconds(text), 3600.0)
+        letter = await_mail(look, lambda: self.serial, self.pause, timeout, request.is_over)
+        if letter is None:
+            return text_answer(404, "no such message within %g seconds" % timeout)
+        with self.desk:
+            return self._show(letter)
 
-    def matches(self, message: Message, wanted: Query) -> bool:
-        try:
-            self.letters()
-            return message.id in self._by_id and wanted.matches(self._by_id[message.id])
-        except FileNotFoundError:
-            return False
+    def stream(self, request: Request) -> Answered:
+        """Server-sent events until the page goes away."""
+        return Answered(200, "text/event-stream", stream=self._events(request))
 
-    def links(self, id: str, query: Dict[str, str], **_: Any) -> Answered:
-        return json_answer(self.letter(id, query).view().links())
+    def _events(self, request: Request) -> Iterator[bytes]:
+        seen, said = self.serial, time.monotonic()
+        own = self.mailboxes.listing(request.viewer.own) if request.viewer.own else []
+        yield b": hello\n\n"
+        while not request.is_over():
+            self.pause(seen, WAIT_STEP)
+            happened = [(serial, kind) for serial, kind in list(self.events) if serial > seen]
+            kinds = [kind for _, kind in happened]
+            if happened:
+                seen = happened[-1][0]
+                if request.viewer.own:              # what others get is not for everybody's ears
+                    before, own = own, self.mailboxes.listing(request.viewer.own)
+                    kinds = [kind for kind in kinds if own != before or kind == "stop"]
+            if kinds or time.monotonic() > said + 15:
+                said = time.monotonic()
+                text = "".join("event: %s\ndata: {}\n\n" % kind for kind in dict.fromkeys(kinds)) or ": still here\n\n"
+                yield text.encode()
 
-    def get_faults(self, **_: Any) -> Answered:
+    # About the node.
+
+    def get_faults(self, request: Request) -> Answered:
         return json_answer([{"rule": rule.text, "left": rule.left} for rule in self.site.faults.rules])
 
-    def put_faults(self, body: bytes, **_: Any) -> Answered:
-        given = json.loads(body)
+    def put_faults(self, request: Request) -> Answered:
+        given = request.json()
         rules = given.get("rules") if isinstance(given, dict) else given
         if not isinstance(rules, list):
             raise ValueError("expected a list of rules")
         self.site.faults.rules = [Fault(str(rule.get("rule", "") if isinstance(rule, dict) else rule)) for rule in rules]
-        return self.get_faults()
+        return self.get_faults(request)
 
-    def delete_faults(self, **_: Any) -> Answered:
+    def delete_faults(self, request: Request) -> Answered:
         self.site.faults.rules = []
         return OK_ANSWER
 
-    def metrics(self, **_: Any) -> Answered:
+    def metrics(self, request: Request) -> Answered:
         node, site = self.node, self.site
         values = [("messages_accepted_total", "counter", node.accepted),
                   ("bytes_accepted_total", "counter", node.accepted_bytes),
@@ -7942,209 +8365,763 @@ class Inbox:
         text = "".join("# TYPE minimail_%s %s\nminimail_%s %d\n" % (name, kind, name, value) for name, kind, value in values)
         return Answered(200, "text/plain; version=0.0.4", text.encode())
 
-    def alive(self, **_: Any) -> Answered:
+    def alive(self, request: Request) -> Answered:
         return text_answer(200, "")
 
-    def ready(self, **_: Any) -> Answered:
+    def ready(self, request: Request) -> Answered:
         writable = os.access(self.node.data, os.W_OK) and not self.site.stopping
         return text_answer(200 if writable else 503, "")
 
-    def chaos(self, **_: Any) -> Answered:
+    def chaos(self, request: Request) -> Answered:
         return text_answer(400, "Chaos is not enabled")
 
-    def tags(self, **_: Any) -> Answered:
-        return json_answer([])
-
-    def webui(self, **_: Any) -> Answered:
-        return json_answer({"Label": "", "MessageRelay": {"Enabled": False}, "SpamAssassin": False, "ChaosEnabled": False,
+    def webui(self, request: Request) -> Answered:
+        release = self.site.config.release if self.site.config.capture else None
+        relay = {"Enabled": True, "SMTPServer": show_endpoint((release.host, release.port)), "ReturnPath": "",
+                 "AllowedRecipients": "", "BlockedRecipients": ""} if release else {"Enabled": False}
+        return json_answer({"Label": "", "MessageRelay": relay, "SpamAssassin": False, "ChaosEnabled": False,
                             "DuplicatesIgnored": False})
 
 
 ID = r"/api/v1/message/(?P<id>[^/]+)"
 ROUTES = [
-    ("GET", "/", "page"), ("GET", "/livez", "alive"), ("GET", "/readyz", "ready"), ("GET", "/metrics", "metrics"),
-    ("GET", "/api/v1/info", "info"), ("GET", "/api/v1/messages", "list_messages"), ("GET", "/api/v1/search", "search"),
-    ("GET", ID, "show"), ("GET", ID + "/headers", "headers"), ("GET", ID + "/raw", "raw"), ("GET", ID + "/session", "session"),
-    ("GET", ID + "/links", "links"), ("GET", ID + r"/part/(?P<part>[\d.]+)", "part"),
-    ("GET", r"/view/(?P<id>[^/]+)\.html", "view_html"), ("GET", r"/view/(?P<id>[^/]+)\.txt", "view_text"),
-    ("DELETE", "/api/v1/messages", "delete"), ("DELETE", "/api/v1/search", "delete_found"),
-    ("PUT", "/api/v1/messages", "set_read"),
-    ("POST", "/api/v1/send", "send"), ("GET", "/api/v1/wait", "wait"), ("GET", "/api/v1/faults", "get_faults"),
-    ("PUT", "/api/v1/faults", "put_faults"), ("DELETE", "/api/v1/faults", "delete_faults"),
-    ("GET", "/api/v1/chaos", "chaos"), ("GET", "/api/v1/tags", "tags"), ("GET", "/api/v1/webui", "webui"),
+    Route("GET", "/", "page"), Route("GET", "/livez", "alive", waits=True), Route("GET", "/readyz", "ready", waits=True),
+    Route("GET", "/metrics", "metrics", everything=True),
+    Route("GET", "/api/v1/info", "info"), Route("GET", "/api/v1/messages", "list_messages"),
+    Route("GET", "/api/v1/search", "search"),
+    Route("GET", ID, "show"), Route("GET", ID + "/headers", "headers"), Route("GET", ID + "/raw", "raw"),
+    Route("GET", ID + "/session", "session"), Route("GET", ID + "/links", "links"),
+    Route("GET", ID + r"/part/(?P<part>[0-9.]+)", "part"),
+    Route("GET", r"/view/(?P<id>[^/]+)\.html", "view_html"), Route("GET", r"/view/(?P<id>[^/]+)\.txt", "view_text"),
+    Route("DELETE", "/api/v1/messages", "delete", MAX_SMALL_BODY), Route("DELETE", "/api/v1/search", "delete_found"),
+    Route("PUT", "/api/v1/messages", "set_read", MAX_SMALL_BODY),
+    Route("GET", "/api/v1/tags", "get_tags"), Route("PUT", "/api/v1/tags", "set_tags", MAX_SMALL_BODY),
+    Route("POST", "/api/v1/send", "send", MAX_HTTP_BODY), Route("POST", ID + "/release", "release", MAX_SMALL_BODY),
+    Route("GET", "/api/v1/wait", "wait", waits=True), Route("GET", "/api/events", "stream", waits=True),
+    Route("GET", "/api/v1/faults", "get_faults", everything=True),
+    Route("PUT", "/api/v1/faults", "put_faults", MAX_SMALL_BODY, everything=True),
+    Route("DELETE", "/api/v1/faults", "delete_faults", everything=True),
+    Route("GET", "/api/v1/chaos", "chaos"), Route("GET", "/api/v1/webui", "webui"),
 ]
 
 
-def compose(given: Dict[str, Any]) -> Tuple[Envelope, bytes]:
-    """Return envelope and content of a message given in Mailpit's JSON; ValueError, Refused."""
-    import email.message
-    import email.policy
+def read_form(body: bytes) -> Dict[str, Any]:
+    """Return what a form says in place of JSON; ValueError."""
+    from urllib.parse import parse_qs
+    form = parse_qs(body.decode("utf-8"), keep_blank_values=True, max_num_fields=MAX_JSON_VALUES)
+    given: Dict[str, Any] = {"IDs": form.get("IDs") or form.get("ids") or [], "Read": form.get("Read", [""])[0]}
+    if not given["IDs"]:
+        raise ValueError("no IDs")
+    return given
 
-    def person(who: Any) -> Tuple[str, Address]:
-        who = {"Email": who} if isinstance(who, str) else who
-        try:
-            return str(who.get("Name") or ""), parse_address(str(who["Email"]))
-        except Refused:
-            raise ValueError("invalid address: " + printable(str(who.get("Email")))) from None
-    message = email.message.EmailMessage(policy=email.policy.SMTP)
-    name, sender = person(given["From"])
-    message["From"] = email.utils.formataddr((name, str(sender)))
-    recipients = []
-    for field, header in (("To", "To"), ("Cc", "Cc"), ("Bcc", ""), ("ReplyTo", "Reply-To")):
-        people = [person(who) for who in given.get(field) or []]
-        if header and people:
-            message[header] = ", ".join(email.utils.formataddr((name, str(address))) for name, address in people)
-        recipients += [address for _, address in people if field != "ReplyTo"]
+
+def clean_tags(tags: Iterable[str]) -> List[str]:
+    """Return the tags that are some, sorted, each once."""
+    stripped = (tag.strip() for tag in tags)
+    return sorted({tag for tag in stripped if 0 < len(tag) <= 100 and all(c.isalnum() or c in " -_.@" for c in tag)})
+
+
+def original(file: BinaryIO, id: str) -> Iterator[bytes]:
+    """Yield a stored message without the trace headers that we put before it."""
+    block = file.read(BIG_BLOCK)
+    for name in (b"return-path:", b"delivered-to:", b"received:"):
+        end = block.find(b"\n") + 1
+        while end and block[end:end + 1] in (b" ", b"\t"):
+            end = block.find(b"\n", end) + 1
+        field = block[:end]
+        if field.lower().startswith(name) and (name != b"received:" or b" id %s" % id.encode() in field):
+            block = block[end:]
+    yield block
+    yield from iter(lambda: file.read(BIG_BLOCK), b"")
+
+
+# A message in JSON becomes one in MIME. Written here, block by block: `email` needs many times a message's size, and
+# how it folds long names and takes addresses in UTF-8 depends on the Python.
+
+def compose(given: Dict[str, Any]) -> Tuple[Envelope, Iterator[bytes]]:
+    """Return (envelope, content in blocks) of a message given in Mailpit's JSON; ValueError, Refused."""
+    if not isinstance(given, dict):
+        raise ValueError("expected an object")
+    people = {field: [person(who) for who in given.get(field) or []] for field in ("To", "Cc", "Bcc", "ReplyTo")}
+    sender = person(given["From"])
+    recipients = [address for field in ("To", "Cc", "Bcc") for _, address in people[field]]
     if not recipients:
         raise ValueError("no recipients")
-    message["Subject"] = str(given.get("Subject") or "")
-    message["Date"] = email.utils.formatdate(localtime=True)
-    message["Message-ID"] = "<%s@%s>" % (secrets.token_hex(12), sender.domain or "localhost")
-    for key, value in (given.get("Headers") or {}).items():
-        if not re.fullmatch(r"[!-9;-~]+", key):
-            raise ValueError("bad header name: " + printable(key))
-        if key in message or key.lower() in ("to", "from", "cc", "bcc", "content-type", "mime-version"):
-            raise ValueError('cannot overwrite header: "%s"' % key)
-        message[key] = value
-    message.set_content(str(given.get("Text") or ""))
+    fields = [("From", address_field([sender]))]
+    fields += [(name, address_field(people[field])) for field, name in (("To", "To"), ("Cc", "Cc"), ("ReplyTo", "Reply-To"))
+               if people[field]]
+    fields += [("Subject", text_field(str(given.get("Subject") or ""))), ("Date", email.utils.formatdate(localtime=True)),
+               ("Message-ID", "<%s@%s>" % (secrets.token_hex(12), sender[1].domain or "localhost"))]
+    fields += extra_fields(given, {name.lower() for name, _ in fields})
+    head = "".join("%s: %s\r\n" % field for field in fields) + "MIME-Version: 1.0\r\n"
+    envelope = Envelope(sender=str(sender[1]), recipients=recipients, protocol="HTTP", smtputf8=not head.isascii())
+    return envelope, itertools.chain([head.encode("utf-8")], message_body(given))
+
+
+def person(who: Any) -> Tuple[str, Address]:
+    """Return (name, address) of {"Name": ..., "Email": ...} or a bare address; ValueError."""
+    who = {"Email": who} if isinstance(who, str) else who
+    try:
+        return str(who.get("Name") or ""), parse_address(str(who["Email"]))
+    except Refused:
+        raise ValueError("invalid address: " + printable(str(who.get("Email")))) from None
+
+
+def address_field(people: Sequence[Tuple[str, Address]]) -> str:
+    """Return people as a header's value, one a line (RFC 5322 section 3.4); ValueError."""
+    entries = []
+    for name, address in people:
+        if not name.isascii() or len(name) > 60:
+            name = encoded_words(one_line(name))
+        elif name:
+            name = '"%s"' % re.sub(r'(["\\])', r"\\\1", one_line(name))
+        entries.append("%s <%s>" % (name, address) if name else str(address))
+    return ",\r\n ".join(entries)
+
+
+def text_field(text: str) -> str:
+    """Return text as a header's value; encoded where it must be, or could not be folded otherwise; ValueError."""
+    text = one_line(text)
+    return text if text.isascii() and text.isprintable() and len(text) < 900 else encoded_words(text)
+
+
+def one_line(text: str) -> str:
+    if "\r" in text or "\n" in text or "\0" in text:
+        raise ValueError("a line end in a header")
+    return text
+
+
+def encoded_words(text: str) -> str:
+    """Return text as encoded words, none of which is too long or ends within a character (RFC 2047 section 5)."""
+    data, words, start = text.encode("utf-8", "replace"), [], 0
+    while start < len(data):
+        end = min(start + 45, len(data))
+        while end < len(data) and data[end] & 0xC0 == 0x80:
+            end -= 1
+        words.append("=?utf-8?b?%s?=" % base64.b64encode(data[start:end]).decode())
+        start = end
+    return "\r\n ".join(words)
+
+
+def extra_fields(given: Dict[str, Any], taken: Set[str]) -> List[Tuple[str, str]]:
+    """Return the header fields that come as Headers and Tags; ValueError."""
+    found = []
+    for name, value in (given.get("Headers") or {}).items():
+        if not re.fullmatch(r"[!-9;-~]{1,100}", name):
+            raise ValueError("bad header name: " + printable(name))
+        if name.lower() in taken or name.lower() in ("to", "from", "cc", "bcc", "reply-to", "content-type", "mime-version",
+                                                     "content-transfer-encoding"):
+            raise ValueError('cannot overwrite header: "%s"' % name)
+        found.append((name, text_field(str(value))))
+    tags = clean_tags(map(str, given.get("Tags") or []))
+    return found + ([("X-Tags", text_field(", ".join(tags)))] if tags else [])
+
+
+def message_body(given: Dict[str, Any]) -> Iterator[bytes]:
+    """Return the blocks of a message from its Content-Type on: text, HTML with what it shows, attachments; ValueError."""
+    files = [attachment(entry) for entry in given.get("Attachments") or []]
+    shown = [blocks for inline, blocks in files if inline and given.get("HTML")]
+    attached = [blocks for inline, blocks in files if not (inline and given.get("HTML"))]
+    body = text_part("plain", str(given.get("Text") or ""))
     if given.get("HTML"):
-        message.add_alternative(str(given["HTML"]), subtype="html")
-    for entry in given.get("Attachments") or []:
-        data = base64.b64decode(str(entry["Content"]).rpartition(",")[2], validate=True)
-        kind = str(entry.get("ContentType") or "application/octet-stream").partition("/")
-        message.add_attachment(data, kind[0], kind[2] or "octet-stream", filename=str(entry.get("Filename") or "file"),
-                               cid="<%s>" % entry["ContentID"] if entry.get("ContentID") else None)
-    return Envelope(sender=str(sender), recipients=recipients, protocol="HTTP"), message.as_bytes()
+        html = text_part("html", str(given["HTML"]))
+        html = multipart("related", [html, *shown]) if shown else html
+        body = multipart("alternative", [body, html]) if given.get("Text") else html
+    return multipart("mixed", [body, *attached]) if attached else body
 
 
-class WebSession(Session):
-    """An HTTP connection; the standard library's server reads the requests, in a thread of its own."""
+def multipart(kind: str, parts: Sequence[Iterator[bytes]]) -> Iterator[bytes]:
+    boundary = secrets.token_hex(16).encode()
+    yield b'Content-Type: multipart/%s; boundary="%s"\r\n\r\n' % (kind.encode(), boundary)
+    for part in parts:
+        yield b"--%s\r\n" % boundary
+        yield from part
+        yield b"\r\n"
+    yield b"--%s--\r\n" % boundary
 
-    protocol = "web"
-    blocking = True
 
-    def turn(self, expired: bool) -> None:
-        self.wire.sock.settimeout(self.site.config.seconds(self.timeout))
+def text_part(kind: str, text: str) -> Iterator[bytes]:
+    data = "\n".join(text.split("\r\n")).replace("\r", "\n").encode("utf-8", "replace")
+    plain = data.isascii() and b"\0" not in data and len(max(data.split(b"\n"), key=len)) < 900
+    yield b"Content-Type: text/%s; charset=utf-8\r\nContent-Transfer-Encoding: %s\r\n\r\n" % (
+        kind.encode(), b"7bit" if plain else b"quoted-printable")
+    if not plain:
+        data = binascii.b2a_qp(data, istext=True)
+    yield data.replace(b"\n", b"\r\n")
+
+
+def attachment(entry: Dict[str, Any]) -> Tuple[bool, Iterator[bytes]]:
+    """Return (whether HTML shows it by its Content-ID, blocks) of an attachment; ValueError."""
+    content = str(entry["Content"])
+    if content.startswith("data:"):
+        content = content[content.find(",", 0, 1000) + 1:]
+    content = "".join(content.split())
+    if len(content) % 4 or not re.fullmatch(r"[A-Za-z0-9+/]*={0,2}", content):
+        raise ValueError("an attachment's Content is not base64")
+    kind = str(entry.get("ContentType") or "application/octet-stream")
+    if not re.fullmatch(r"[\w.+-]{1,100}/[\w.+-]{1,100}", kind, re.ASCII):
+        raise ValueError("bad ContentType: " + printable(kind, 100))
+    name, id = one_line(str(entry.get("Filename") or "file")), str(entry.get("ContentID") or "")
+    if not re.fullmatch(r"[!-;=?-~]{0,200}", id):
+        raise ValueError("bad ContentID: " + printable(id, 100))
+    head = "Content-Type: %s\r\nContent-Transfer-Encoding: base64\r\nContent-Disposition: %s;%s\r\n" % (
+        kind, "inline" if id else "attachment", file_name_parameter(name))
+    if id:
+        head += "Content-ID: <%s>\r\n" % id
+    lines = (content[start:start + 76] for start in range(0, len(content), 76))
+    blocks = iter(lambda: "".join(line + "\r\n" for line in itertools.islice(lines, 1000)).encode(), b"")
+    return bool(id), itertools.chain([head.encode() + b"\r\n"], blocks)
+
+
+def file_name_parameter(name: str) -> str:
+    """Return a file name as a parameter: as it is, or by RFC 2231 in pieces."""
+    if name.isascii() and name.isprintable() and len(name) < 60:
+        return ' filename="%s"' % re.sub(r'(["\\])', r"\\\1", name)
+    from urllib.parse import quote
+    text = quote(name.encode("utf-8", "replace")[:1000], safe="")
+    pieces = re.findall(r"(?:%..|[^%]){1,20}", text)
+    return ";".join("\r\n filename*%d*=%s%s" % (number, "" if number else "utf-8''", piece)
+                    for number, piece in enumerate(pieces))
+
+
+# HTTP. The standard library parses requests; we see to their form, size and time.
+
+FIELD = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+:[\t\x20-\x7e\x80-\xff]*\r\n")
+REQUEST_LINE = re.compile(rb"[A-Z]+ [\x21-\x7e\x80-\xff]+ HTTP/1\.[01]\r\n")
+CHUNK = re.compile(rb"([0-9A-Fa-f]{1,8})[ \t]*(?:;[^\r\n]*)?\r\n")
+ABSOLUTE = re.compile(r"https?://([^/?#]*)(.*)", re.IGNORECASE | re.DOTALL)
+PAGES = re.compile(r"/|/view/[^/]+\.(html|txt)")
+
+
+class Conversation(io.RawIOBase):
+    """The bytes of an HTTP connection, both ways, within a deadline for the whole request rather than for each read.
+
+    The deadline moves with what is transferred, at WEB_RATE: who drips runs into it.
+    """
+
+    STEP = 1.0                                      # seconds after which a waiting thread looks at the deadline again
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.sock = sock
+        self.ahead = b""                            # read to see whether the client is there
+        self.deadline = self.latest = float("inf")
+
+    def renew(self, seconds: float) -> None:
+        self.deadline = min(time.monotonic() + seconds, self.latest)
+
+    def hurry(self, seconds: float) -> None:
+        """Come to an end within so many seconds, whatever is renewed."""
+        self.latest = time.monotonic() + seconds
+        self.deadline = min(self.deadline, self.latest)
+
+    def _attempt(self, operation: Callable[..., int], *arguments: Any) -> int:
+        while True:
+            left = min(self.deadline, self.latest) - time.monotonic()
+            if left <= 0:
+                raise socket.timeout("the request took too long")
+            self.sock.settimeout(min(left, self.STEP))
+            try:
+                count = operation(*arguments)
+            except socket.timeout:
+                continue
+            self.deadline += count / WEB_RATE
+            return count
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        if self.ahead:
+            data, self.ahead = self.ahead[:len(buffer)], self.ahead[len(buffer):]
+            buffer[:len(data)] = data
+            return len(data)
+        return self._attempt(self.sock.recv_into, buffer)
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        view = memoryview(data)
+        while view:
+            view = view[self._attempt(self.sock.send, view[:BLOCK]):]
+        return len(data)
+
+    def is_gone(self) -> bool:
+        """Return whether the client hung up; what it says meanwhile is kept for the next request."""
+        if len(self.ahead) > MAX_HTTP_HEAD:
+            return True                             # that is no client waiting for an answer
+        try:
+            self.sock.settimeout(0)
+            data = self.sock.recv(BLOCK)
+        except (BlockingIOError, InterruptedError):
+            return False
+        except OSError as error:                    # of TLS: more is needed to say so
+            return type(error).__name__ not in ("SSLWantReadError", "SSLWantWriteError")
+        self.ahead += data
+        return not data
+
+
+if TYPE_CHECKING:
+    from http.server import BaseHTTPRequestHandler as HTTPHandler
+else:
+    HTTPHandler = object                            # see web_handler()
+
+
+class WebSession(HTTPHandler):
+    """An HTTP connection, in a thread of its own."""
+
+    protocol_version = "HTTP/1.1"
+    server_version, sys_version = "minimail", ""
+    server: WebListener
+    raw_requestline: bytes
+    command = allowed_origin = ""
+    unread = False                                  # a body, or what might be one
+    length: Optional[int] = 0                       # of the body; None: it comes in chunks
+
+    # The connection.
+
+    def setup(self) -> None:
+        self.site, self.inbox, self.tls = self.server.site, self.server.site.inbox, self.server.tls
+        self.client = clients_address(self.client_address[0])
+        self.patience = min(self.site.config.seconds(WEB_TIMEOUT), WEB_TIMEOUT)
+        self.site.ask_policy("on_connect", self.client)
+        self.request.settimeout(self.patience)
+        if self.tls:
+            assert self.site.certificates
+            self.request = self.site.certificates.context().wrap_socket(self.request, server_side=True,
+                                                                        do_handshake_on_connect=False)
+        self.connection, self.conversation = self.request, Conversation(self.request)
+        self.rfile: Any = io.BufferedReader(self.conversation, BLOCK)
+        self.wfile: Any = self.conversation
+        self.server.sessions.add(self)
+        try:
+            self.request.do_handshake() if self.tls else None
+        except BaseException:
+            self.finish()
+            raise
+
+    def handle_one_request(self) -> None:
+        try:
+            self.conversation.renew(min(self.patience, WEB_IDLE))
+            if self.rfile.peek(1):
+                self.conversation.renew(self.patience)
+                super().handle_one_request()
+            else:
+                self.close_connection = True
+        except OSError as error:                    # its end, by whatever means
+            log.debug("web %s: %s", self.client, error)
+            self.close_connection = True
+
+    def finish(self) -> None:
+        """Close; a client that is still sending what nobody wants gets the time to read why."""
+        self.server.sessions.discard(self)
         with contextlib.suppress(OSError):
-            web_handler()(self)
-        self.finish()
+            if self.unread and not self.site.stopping:
+                self.conversation.hurry(2.0)
+                socket.socket.shutdown(self.request, socket.SHUT_WR)
+                while self.rfile.read1(BLOCK):
+                    pass
+        with contextlib.suppress(OSError):
+            self.request.close()
 
     def hurry(self) -> None:
+        """The node stops: be at an end soon."""
+        self.conversation.hurry(SHUTDOWN_GRACE / 3)
         with contextlib.suppress(OSError):
-            self.wire.sock.shutdown(socket.SHUT_RDWR)
+            socket.socket.shutdown(self.request, socket.SHUT_RD)    # not TLS's own shutdown()
+
+    def is_over(self) -> bool:
+        return self.site.stopping or self.conversation.is_gone()
+
+    def log_message(self, format: str, *args: Any) -> None:
+        log.debug("web %s %s", self.client, printable(format % args))
+
+    # The head of a request.
+
+    def parse_request(self) -> bool:
+        """Parse a request's head as the library does, if there is only one way to read it (RFC 9112 sections 5 and 6)."""
+        self.command, self.request_version, self.allowed_origin, self.unread = "", "HTTP/1.1", "", False
+        conversation, answer = self.rfile, None
+        try:
+            if not REQUEST_LINE.fullmatch(self.raw_requestline):
+                raise Rejected(400, "no request of HTTP/1.0 or 1.1")
+            self.rfile = io.BytesIO(self.read_head())
+            if not super().parse_request():
+                return False
+            self.length = self.body_length()
+            return True
+        except Rejected as rejected:
+            answer = rejected.answer
+        finally:
+            self.rfile = conversation
+        self.unread = self.close_connection = True
+        self.give(answer)
+        return False
+
+    def read_head(self) -> bytes:
+        """Return the header fields as they came, none of them folded or odd, up to the empty line; Rejected."""
+        lines: List[bytes] = []
+        size = 0
+        while True:
+            line = self.rfile.readline(MAX_HTTP_HEAD)
+            size += len(line)
+            lines.append(line)
+            if line == b"\r\n":
+                return b"".join(lines)
+            if size >= MAX_HTTP_HEAD or len(lines) > MAX_HTTP_FIELDS:
+                raise Rejected(431, "too many header fields")
+            if not FIELD.fullmatch(line):
+                raise Rejected(400, "a bad header field")
+
+    def body_length(self) -> Optional[int]:
+        """Return how long the body is, None when it comes in chunks; Rejected (RFC 9112 section 6.3)."""
+        lengths, codings = (self.headers.get_all(name, []) for name in ("Content-Length", "Transfer-Encoding"))
+        if len(self.headers.get_all("Host", [])) not in ((1,) if self.request_version == "HTTP/1.1" else (0, 1)):
+            raise Rejected(400, "one Host, please")
+        if len(lengths) + len(codings) > 1 or (codings and self.request_version == "HTTP/1.0"):
+            raise Rejected(400, "one Content-Length or Transfer-Encoding, please")
+        if codings and codings[0].strip().lower() != "chunked":
+            raise Rejected(501, "only chunked, please")
+        text = lengths[0].strip() if lengths else "0"
+        if not re.fullmatch(r"[0-9]{1,15}", text):
+            raise Rejected(400, "a bad Content-Length")
+        return None if codings else int(text)
+
+    def handle_expect_100(self) -> bool:
+        return True                                 # said once we know that we want the body
+
+    def send_error(self, code: int, message: Optional[str] = None, explain: Optional[str] = None) -> None:
+        self.unread = self.close_connection = True
+        self.give(text_answer(int(code), message or "Error"))
+
+    # The answer.
+
+    def serve(self) -> None:
+        self.unread = self.length != 0
+        try:
+            self.check_site()
+            answer = OPTIONS_ANSWER if self.command == "OPTIONS" else self.inbox.respond(self.read_request())
+        except Rejected as rejected:
+            answer = rejected.answer
+        self.close_connection = self.close_connection or self.unread or answer.stream is not None
+        self.give(answer)
+
+    do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = do_OPTIONS = serve
+
+    def read_request(self) -> Request:
+        from urllib.parse import parse_qsl, unquote
+        path, _, query = self.target.partition("#")[0].partition("?")
+        try:
+            pairs = dict(parse_qsl(query, keep_blank_values=True, max_num_fields=100))
+        except ValueError:
+            raise Rejected(400, "too many parameters") from None
+        path = unquote(path)
+        viewer = EVERYTHING if path in ("/livez", "/readyz") else self.viewer()
+        return Request(self.command, path, pairs, viewer, self.headers.get("Content-Type") or "", self.read_body, self.is_over)
+
+    def read_body(self, limit: int) -> BinaryIO:
+        """Return the body in a file, which is one on disk when it is large; empty when none is wanted. Rejected."""
+        file = tempfile.SpooledTemporaryFile(LARGE)
+        if limit and self.unread:
+            if self.length is not None and self.length > limit:
+                raise Rejected(413, "more than %d bytes" % limit)
+            if (self.headers.get("Expect") or "").lower() == "100-continue" and self.request_version != "HTTP/1.0":
+                self.wfile.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+            for block in self.chunks() if self.length is None else self.exactly(self.length):
+                file.write(block)
+                if file.tell() > limit:
+                    raise Rejected(413, "more than %d bytes" % limit)
+            self.unread = False
+            file.seek(0)
+        return file  # type: ignore[return-value]
+
+    def exactly(self, count: int) -> Iterator[bytes]:
+        while count:
+            block = self.rfile.read(min(count, BLOCK))
+            if not block:
+                raise Rejected(400, "the body is shorter than it said")
+            count -= len(block)
+            yield block
+
+    def chunks(self) -> Iterator[bytes]:
+        """Yield the content of a body in chunks (RFC 9112 section 7.1); Rejected."""
+        while True:
+            match = CHUNK.fullmatch(self.rfile.readline(1000))
+            if not match:
+                raise Rejected(400, "a bad chunk")
+            if not int(match.group(1), 16):
+                break
+            yield from self.exactly(int(match.group(1), 16))
+            if self.rfile.read(2) != b"\r\n":
+                raise Rejected(400, "a bad chunk")
+        self.read_head()                            # trailer fields: nobody wants them
+
+    def give(self, answer: Answered) -> None:
+        self.send_response(answer.status)
+        headers = {"Content-Type": answer.type, "Cache-Control": "no-store", "X-Content-Type-Options": "nosniff",
+                   "Referrer-Policy": "no-referrer", "X-DNS-Prefetch-Control": "off"}
+        if answer.stream is None:
+            headers["Content-Length"] = str(os.fstat(answer.file.fileno()).st_size if answer.file else len(answer.body))
+        if self.allowed_origin:
+            headers.update({"Access-Control-Allow-Origin": self.allowed_origin, "Vary": "Origin"})
+        if self.close_connection:
+            headers["Connection"] = "close"
+        for name, value in dict(headers, **answer.headers).items():
+            self.send_header(name, value)
+        self.end_headers()
+        with answer.file or contextlib.nullcontext():
+            if self.command != "HEAD":
+                self.conversation.renew(self.patience)
+                self.send_body(answer)
+
+    def send_body(self, answer: Answered) -> None:
+        self.wfile.write(answer.body)
+        if answer.file:
+            for block in iter(lambda: answer.file.read(BLOCK), b""):    # type: ignore[union-attr]
+                self.wfile.write(block)
+        for block in answer.stream or ():
+            self.wfile.write(block)
+            self.conversation.renew(self.patience)
+
+    # Who may ask.
+
+    def check_site(self) -> None:
+        """See that the request is meant for us, and comes from no page of another site; Rejected.
+
+        A name of somebody else's that leads here would give that somebody's pages our mail (DNS rebinding); a page that
+        may not read an answer can still see how long it takes.
+        """
+        absolute = ABSOLUTE.fullmatch(self.path)
+        path = absolute.group(2) or "/" if absolute else self.path
+        self.target = path.encode("latin-1").decode("utf-8", "replace")
+        host = (absolute.group(1) if absolute else self.headers.get("Host") or "").lower()
+        allowed = self.site.config.web_allow
+        if not is_own_name(host, self.site.hostname) and not any(names_host(entry, host) for entry in allowed):
+            raise Rejected(403, "this host name is not served here; --web-allow NAME lets it in")
+        origin, fetch = self.headers.get("Origin"), self.headers.get("Sec-Fetch-Site", "none")
+        if origin is not None and any(names_origin(entry, origin.lower()) for entry in allowed):
+            self.allowed_origin = origin
+        elif origin is not None and re.sub(r"^https?://", "", origin.lower()) != host:
+            raise Rejected(403, "a request from another site; --web-allow ORIGIN lets it in")
+        elif fetch not in ("none", "same-origin") and not self.is_navigation():
+            raise Rejected(403, "a request from another site; --web-allow ORIGIN lets it in")
+
+    def is_navigation(self) -> bool:
+        """Return whether somebody follows a link to one of our pages, in a window of its own."""
+        return (self.command == "GET" and self.headers.get("Sec-Fetch-Mode") == "navigate" and
+                self.headers.get("Sec-Fetch-Dest") == "document" and bool(PAGES.fullmatch(self.target.partition("?")[0])))
+
+    def viewer(self) -> Viewer:
+        """Return who asks, logged in where that is needed; Rejected."""
+        site, config = self.site, self.site.config
+        inside = is_loopback(self.request.getsockname()[0])
+        if config.capture and (inside or not site.accounts.names()):
+            return EVERYTHING
+        name, password = basic_credentials(self.headers.get("Authorization") or "")
+        if inside and not is_account(site, name):   # nobody has to log in, so whatever a browser sends along is ignored
+            return EVERYTHING
+        if not (config.capture or self.tls or is_loopback(self.client)):
+            raise Rejected(403, "log in over TLS (--webs) or from this machine")
+        user = self.log_in(name, password)
+        if user is None:
+            raise Rejected(401, "log in with an account of the users file", {
+                "WWW-Authenticate": 'Basic realm="minimail", charset="UTF-8"'})
+        everything = config.capture or user in config.web_admin
+        return Viewer(user, "" if everything else user)
+
+    def log_in(self, name: str, password: str) -> Optional[str]:  # CORE: site.log_in(), if it takes only accounts
+        """Return the account's key, None when name and password do not fit."""
+        site = self.site
+        if not name:
+            return None
+        if not site.config.capture:
+            return site.log_in(self.client, name, password)
+        if site.throttle.shut_out(self.client):
+            return None
+        user = site.accounts.verify(name, password)
+        if user is None:
+            site.throttle.failed(self.client)
+        return user
+
+
+BUSY = b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 2\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+OPTIONS_ANSWER = Answered(200, "text/plain", headers={
+    "Allow": "GET, HEAD, POST, PUT, DELETE, OPTIONS", "Access-Control-Allow-Methods": "GET, HEAD, POST, PUT, DELETE",
+    "Access-Control-Allow-Headers": "Content-Type, Authorization", "Access-Control-Max-Age": "600"})
+
+
+def is_own_name(host: str, hostname: str) -> bool:
+    """Return whether a Host field names this machine in a way that nobody else's page can use."""
+    name = re.sub(r":[0-9]+$", "", host)
+    literal = re.fullmatch(r"\[[0-9a-f:.]+\]|[0-9.]+", name)
+    return bool(literal) or "." not in name or name.endswith(".localhost") or name == hostname
+
+
+def names_host(entry: str, host: str) -> bool:
+    """Return whether --web-allow has a host; one without a port there has any."""
+    name = entry.rpartition("://")[2]
+    return name in (host, re.sub(r":[0-9]+$", "", host))
+
+
+def names_origin(entry: str, origin: str) -> bool:
+    """Return whether --web-allow has an origin: itself, or as the name of its host."""
+    return entry == origin if "://" in entry else "://" in origin and names_host(entry, origin.partition("://")[2])
+
+
+def basic_credentials(field: str) -> Tuple[str, str]:
+    """Return (name, password) of an Authorization field (RFC 7617), both empty when there are none."""
+    kind, _, secret = field.partition(" ")
+    try:
+        name, _, password = base64.b64decode(secret if kind.lower() == "basic" else "", validate=True).decode().partition(":")
+    except ValueError:
+        return "", ""
+    return name, password
+
+
+def is_account(site: Site, name: str) -> bool:
+    try:
+        return site.book.key(parse_address(name)) in site.accounts.names()
+    except Refused:
+        return False
 
 
 @functools.lru_cache(maxsize=1)
 def web_handler() -> Any:
-    """Return the class that carries HTTP; made at the first request, as http.server takes a while to import."""
+    """Return WebSession as a handler of http.server, which takes a while to import: at the first connection."""
     from http.server import BaseHTTPRequestHandler
-    from urllib.parse import parse_qsl, unquote, urlsplit
+    return type("WebHandler", (WebSession, BaseHTTPRequestHandler), {})
 
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-        server_version = "minimail"
-        sys_version = ""
 
-        def __init__(self, session: WebSession) -> None:
-            self.session, self.inbox = session, session.site.inbox
-            super().__init__(session.request, session.client_address, session.server)
+class WebListener(Listener):
+    """A listening socket of the web: a thread for each connection, and a share of --max-connections for all of them.
 
-        def log_message(self, format: str, *args: Any) -> None:
-            log.debug("web %s %s", self.session.client, printable(format % args))
+    Made, listen()ed and stop()ped as other listeners are; stop() does not wait for the threads, which end within
+    SHUTDOWN_GRACE.
+    """
 
-        def serve(self) -> None:
+    def __init__(self, site: Site, name: str, endpoint: Endpoint, session: Any = None, tls: bool = False) -> None:
+        super().__init__(site, name, endpoint, WebSession, tls)     # type: ignore[arg-type]
+        self.sessions: Set[WebSession] = set()
+
+    def share(self) -> int:
+        """Return how many connections the web may have, so that it cannot take them all from mail."""
+        config = self.site.config
+        return max(1, min(max(4, config.max_connections // WEB_SHARE), config.max_connections - 1) // config.workers)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        client, inbox = clients_address(client_address[0]), self.site.inbox
+        refusal = self.site.connections.enter(client)
+        if not refusal:
+            inbox.visitors.add(request)
+            if len(inbox.visitors) > self.share():
+                refusal = "too many connections"
+            else:
+                try:
+                    self.site.pool.own_thread(lambda expired: self.converse(request, client_address))  # CORE: loop.own_thread
+                    return
+                except RuntimeError as error:       # the system has no more threads
+                    refusal = str(error)
+            self.left(request, client)
+        event("refused", protocol=self.name, client=client, reason=refusal)
+        with contextlib.suppress(OSError):
+            request.setblocking(False)
+            if not self.tls:
+                request.send(BUSY)
+            request.recv(BLOCK)                     # what is left unread would make the answer get lost
+        self.shutdown_request(request)
+
+    def converse(self, request: Any, client_address: Any) -> None:
+        try:
+            web_handler()(request, client_address, self)
+        except Refused as refused:
+            event("refused", protocol=self.name, client=client_address[0], reason=refused.reply.text)
+        except OSError as error:                    # the handshake failed, or the client was gone before it
+            log.debug("web %s: %s", client_address[0], error)
+        except Exception:
+            log.exception("connection from %s failed", client_address)
+        finally:
+            request.close()
+            self.left(request, clients_address(client_address[0]))
+
+    def left(self, request: Any, client: str) -> None:
+        self.site.inbox.visitors.discard(request)
+        self.site.connections.leave(client)
+
+    def stop(self) -> None:
+        super().stop()
+        for session in list(self.sessions):
+            session.hurry()
+
+
+class WebHook:
+    """POSTs the summary of each message that comes to a URL: a thread of its own, a few tries, never in the way of mail."""
+
+    WAITS = (0.0, 1.0, 10.0)                        # seconds before each try
+    TIMEOUT = 10.0                                  # seconds
+
+    def __init__(self, inbox: Inbox, url: str) -> None:
+        self.inbox, self.url = inbox, url
+        self._ids: Deque[str] = collections.deque()
+
+    def add(self, id: str) -> None:
+        self._ids.append(id)
+        if len(self._ids) > MAX_HOOKED:
+            log.warning("webhook: message %s is not told of: too many wait", self._ids.popleft())
+
+    def run(self) -> None:
+        """Tell of each message, until the node stops."""
+        while not self.inbox.site.stopping:
+            serial = self.inbox.serial
+            if not self._ids:
+                self.inbox.pause(serial, 1.0)
+                continue
             try:
-                self.serve_request()
-            except ValueError as error:
-                self.close_connection = True
-                self.give(text_answer(400, "Error: " + printable(str(error))))
+                self._tell(self._ids.popleft())
+            except Exception:                       # that message's affair
+                log.exception("the webhook stumbled")
 
-        def serve_request(self) -> None:
-            url = urlsplit(self.path)
-            query = dict(parse_qsl(url.query, keep_blank_values=True))
-            refusal, user = self.check()
-            size = self.headers.get("Content-Length") or "0"
-            known = size.isascii() and size.isdigit() and "Transfer-Encoding" not in self.headers
-            if refusal is None and (not known or int(size) > MAX_HTTP_BODY):
-                refusal = text_answer(413, "body too large or of unknown length")
-            if refusal is not None:
-                self.close_connection = True
-                return self.give(refusal)
-            body = self.rfile.read(int(size))
-            if url.path == "/api/events" and self.command == "GET":
-                return self.stream()
-            method = "GET" if self.command == "HEAD" else self.command
-            self.give(self.inbox.respond(method, unquote(url.path), query, body, self.headers.get("Content-Type") or "", user))
-
-        do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = serve
-
-        def check(self) -> Tuple[Optional[Answered], Optional[str]]:
-            """Return (refusal or None, who logged in): no DNS rebinding, no requests from other sites, log-in outside."""
-            host = (self.headers.get("Host") or "").lower()
-            name = re.sub(r":\d+$", "", host)
-            site = self.session.site
-            literal = re.fullmatch(r"\[[0-9a-f:.]+\]|[\d.]+", name)
-            if not (literal or "." not in name or name.endswith(".localhost") or name == site.hostname):
-                return text_answer(403, "this host name is not served here"), None
-            origin = self.headers.get("Origin")
-            if self.command not in ("GET", "HEAD"):
-                if origin is not None and re.sub(r"^https?://", "", origin.lower()) != host:
-                    return text_answer(403, "request from another site"), None
-                if self.headers.get("Sec-Fetch-Site", "none") not in ("none", "same-origin"):
-                    return text_answer(403, "request from another site"), None
-            user = self.logged_in(site)
-            outside = not is_loopback(self.session.request.getsockname()[0])
-            if self.path in ("/livez", "/readyz"):
-                return None, user
-            if outside and user is None and (not site.config.capture or site.accounts.names()):
-                return Answered(401, "text/plain; charset=utf-8", b"log in with an account of the users file",
-                                {"WWW-Authenticate": 'Basic realm="minimail", charset="UTF-8"'}), None
-            return None, user
-
-        def logged_in(self, site: Site) -> Optional[str]:
-            kind, _, secret = (self.headers.get("Authorization") or "").partition(" ")
-            if kind.lower() != "basic" or site.throttle.shut_out(self.session.client):
-                return None
+    def _tell(self, id: str) -> None:
+        self.inbox.index.refresh()
+        letter = self.inbox.index.get(id)
+        if not letter:
+            return                                  # deleted already
+        data, reason = json.dumps(letter.summary()).encode(), ""
+        for wait in self.WAITS:
+            self._rest(wait)
+            if self.inbox.site.stopping:
+                return
             try:
-                name, _, password = base64.b64decode(secret, validate=True).decode("utf-8").partition(":")
-            except ValueError:
-                return None
-            user = site.accounts.verify(name, password)
-            if user is None:
-                site.throttle.failed(self.session.client)
-            return user
+                status = post_json(self.url, data, self.TIMEOUT)
+            except Exception as error:              # of sockets, TLS, HTTP
+                reason = printable(str(error) or type(error).__name__, 200)
+                continue
+            if 200 <= status < 300:
+                return
+            reason = "it answered %d" % status
+        log.warning("webhook: message %s is not told of: %s", id, reason)
 
-        def give(self, answer: Answered) -> None:
-            self.send_response(answer.status)
-            headers = {"Content-Type": answer.type, "Content-Length": str(len(answer.body)), "Cache-Control": "no-store",
-                       "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer"}
-            for name, value in dict(headers, **answer.headers).items():
-                self.send_header(name, value)
-            if self.close_connection:
-                self.send_header("Connection", "close")
-            self.end_headers()
-            if self.command != "HEAD":
-                self.wfile.write(answer.body)
+    def _rest(self, seconds: float) -> None:
+        until = time.monotonic() + seconds
+        while time.monotonic() < until and not self.inbox.site.stopping:
+            time.sleep(WAIT_STEP)
 
-        def stream(self) -> None:
-            """Server-sent events until the page goes away."""
-            self.close_connection = True
-            self.send_response(200)
-            for name, value in (("Content-Type", "text/event-stream"), ("Cache-Control", "no-store"), ("Connection", "close")):
-                self.send_header(name, value)
-            self.end_headers()
-            inbox, seen = self.inbox, self.inbox.serial
-            self.wfile.write(b": hello\n\n")
-            while not self.session.site.stopping:
-                with inbox.changed:
-                    if inbox.serial == seen:
-                        inbox.changed.wait(15.0)
-                    kinds = [kind for serial, kind in inbox.events if serial > seen]
-                    seen = inbox.serial
-                text = "".join("event: %s\ndata: {}\n\n" % kind for kind in kinds) or ": still here\n\n"
-                self.wfile.write(text.encode())
-                self.wfile.flush()
-    return Handler
+
+def post_json(url: str, data: bytes, timeout: float) -> int:
+    """POST a JSON text and return the answer's status; OSError, http.client.HTTPException."""
+    import http.client
+    from urllib.parse import unquote, urlsplit
+    parts = urlsplit(url)
+    kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
+    headers = {"Content-Type": "application/json", "User-Agent": "minimail"}
+    if parts.username:
+        login = "%s:%s" % (unquote(parts.username), unquote(parts.password or ""))
+        headers["Authorization"] = "Basic " + base64.b64encode(login.encode()).decode()
+    connection = kind(str(parts.hostname), parts.port, timeout=timeout)
+    try:
+        connection.request("POST", (parts.path or "/") + ("?" + parts.query if parts.query else ""), data, headers)
+        return connection.getresponse().status
+    finally:
+        connection.close()
 
 
 def equip(site: Site, node: Node) -> None:
@@ -8154,8 +9131,11 @@ def equip(site: Site, node: Node) -> None:
         site.recorder = Recorder(site.mailboxes)
         site.mailboxes.forget = site.recorder.forget
     site.faults = Faults(Fault(rule.text) for rule in config.fault)
-    if config.web:
-        site.inbox = Inbox(site, node)
+    if config.web or config.webs or config.webhook:
+        site.inbox = inbox = Inbox(site, node)
+        if config.webhook:
+            inbox.hook = hook = WebHook(inbox, config.webhook)
+            site.pool.own_thread(lambda expired: hook.run())    # CORE: loop.own_thread
 
 
 def wait_command(config: Config, arguments: List[str]) -> int:
@@ -8169,38 +9149,43 @@ def wait_command(config: Config, arguments: List[str]) -> int:
     parser.add_argument("--print", dest="show", choices=["raw", "text", "links", "json"], help="what to print of it")
     given = parser.parse_args(arguments)
     try:
-        deadline = time.monotonic() + (float(given.timeout) if given.timeout == "0" else parse_seconds(given.timeout))
-        address = parse_address(given.address).key if given.address else None
-    except (ValueError, Refused) as error:
-        raise UsageError("wait: %s" % error) from None
-    query = Query(**{"from": given.sender, "subject": given.subject, "text": given.text})
-    stores = open_stores(config)
-    inbox = Inbox(types.SimpleNamespace(recorder=Recorder(stores.mailboxes), mailboxes=stores.mailboxes))
-    seen: Set[Tuple[str, str]] = set()
+        timeout = 0.0 if given.timeout == "0" else parse_seconds(given.timeout)
+    except ValueError as error:
+        raise UsageError("wait: --timeout %r: %s" % (given.timeout, error)) from None
     try:
-        with stores.storage.waker("mail") as sock:
-            while True:
-                for name in [address] if address else list(stores.mailboxes.names()):
-                    for item in stores.mailboxes.listing(name):
-                        if (name, item.uid) in seen:
-                            continue
-                        letter = Letter(message_id(item), [(name, item)], inbox)
-                        if query.matches(letter):
-                            show_letter(letter, given.show)
-                            return 0
-                        seen.add((name, item.uid))
-                left = deadline - time.monotonic()
-                if left <= 0:
-                    print("minimail: no such message within %s seconds" % given.timeout, file=sys.stderr)
-                    return 1
-                if sock:
-                    sock.settimeout(left)
-                    with contextlib.suppress(socket.timeout):
-                        sock.recv(64)
-                else:
-                    time.sleep(min(left, 0.2))      # no such sockets here (Windows)
+        address = parse_address(given.address).key if given.address else ""
+    except Refused as refused:
+        raise UsageError("wait: %r: %s" % (given.address, refused.reply.text)) from None
+    stores = open_stores(config)
+    try:
+        inbox = Inbox(types.SimpleNamespace(recorder=Recorder(stores.mailboxes), mailboxes=stores.mailboxes))
+        wanted = Query(**{"from": given.sender, "subject": given.subject, "text": given.text})
+        look = Search(inbox, Viewer(own=address), wanted)
+        with stores.storage.waker("mail") as sock:  # CORE: stamp = lambda: stores.storage.stamp("mail"), pause = time.sleep
+            letter = await_mail(look, *listener_to(sock), timeout)
+        if letter:
+            show_letter(letter, given.show)
+            return 0
     finally:
         stores.storage.close()
+    print("minimail: no such message within %s seconds" % given.timeout, file=sys.stderr)
+    return 1
+
+
+def listener_to(sock: Optional[socket.socket]) -> Tuple[Callable[[], Any], Callable[[Any, float], None]]:  # CORE: goes away
+    """Return the stamp() and pause() of await_mail() for a socket that gets a datagram when mail comes."""
+    heard = [0.0]
+
+    def pause(seen: float, seconds: float) -> None:
+        if not sock:
+            time.sleep(seconds)                     # no such sockets here (Windows)
+            heard[0] += 1
+            return
+        sock.settimeout(seconds)
+        with contextlib.suppress(OSError):
+            sock.recv(64)
+            heard[0] += 1
+    return lambda: heard[0], pause
 
 
 def show_letter(letter: Letter, kind: Optional[str]) -> None:
@@ -8789,7 +9774,7 @@ get("api/v1/info").then(({smtp: [address], capture}) => {
 </script>
 """
 
-REGISTRY["web"] = {"parse_fault": Fault, "equip": equip, "Session": WebSession, "matcher": matcher}
+REGISTRY["web"] = {"parse_fault": Fault, "equip": equip, "Listener": WebListener, "matcher": matcher}
 COMMANDS.update(wait=wait_command, selftest=selftest_command)
 
 
