@@ -1824,6 +1824,7 @@ class Mailboxes:
         self.path = functools.lru_cache(maxsize=1000)(self._path)
         self.forget: Optional[Callable[[str], None]] = None     # told the id of a message whose last copy was deleted
         self._listings: "collections.OrderedDict[str, Tuple[Any, List[Item]]]" = collections.OrderedDict()
+        self._listed = 0                            # items in them
         self._listing_lock = threading.Lock()
 
     def _path(self, mailbox: str) -> str:
@@ -1908,9 +1909,10 @@ class Mailboxes:
         listing = sorted(items.values(), key=lambda item: item.name)
         if time.time_ns() - max(stamp)[0] > 2_000_000_000:  # within a clock tick a change might not show in the stamp
             with self._listing_lock:
+                self._listed += len(listing) - len(self._listings.pop(path, (None, []))[1])
                 self._listings[path] = (stamp, listing)
-                while len(self._listings) > 1 and sum(len(old[1]) for old in self._listings.values()) > 250_000:
-                    self._listings.popitem(last=False)
+                while len(self._listings) > 1 and self._listed > 250_000:
+                    self._listed -= len(self._listings.popitem(last=False)[1][1])
         return listing
 
     def _foreign_item(self, path: str, place: str, name: str) -> Optional[Item]:
@@ -8135,7 +8137,7 @@ class Inbox:
         found = self.letter(request, id).view().part(part)
         kind = found.image_type() or found.kind
         name = download_name(found.name) or "part-" + part
-        shown = bool(found.image_type()) or kind in SAFE_TYPES
+        shown = kind in SAFE_TYPES or (bool(found.image_type()) and "svg" not in kind)     # that one can have scripts
         ascii_name = re.sub(r"[^A-Za-z0-9._ -]", "_", name)
         place = "%s; filename=\"%s\"; filename*=UTF-8''%s" % (
             "inline" if shown else "attachment", ascii_name, quote(name, safe=""))
@@ -8409,10 +8411,10 @@ def read_form(body: bytes) -> Dict[str, Any]:
     """Return what a form says in place of JSON; ValueError."""
     from urllib.parse import parse_qs
     form = parse_qs(body.decode("utf-8"), keep_blank_values=True, max_num_fields=MAX_JSON_VALUES)
-    given: Dict[str, Any] = {"IDs": form.get("IDs") or form.get("ids") or [], "Read": form.get("Read", [""])[0]}
+    given: Dict[str, Any] = {"IDs": form.get("IDs") or form.get("ids") or []}
     if not given["IDs"]:
         raise ValueError("no IDs")
-    return given
+    return dict(given, Read=form["Read"][0]) if "Read" in form else given
 
 
 def clean_tags(tags: Iterable[str]) -> List[str]:
@@ -8579,6 +8581,8 @@ def file_name_parameter(name: str) -> str:
         return ' filename="%s"' % re.sub(r'(["\\])', r"\\\1", name)
     from urllib.parse import quote
     text = quote(name.encode("utf-8", "replace")[:1000], safe="")
+    if len(text) < 900:                             # in one piece: more readers know that
+        return "\r\n filename*=utf-8''" + text
     pieces = re.findall(r"(?:%..|[^%]){1,20}", text)
     return ";".join("\r\n filename*%d*=%s%s" % (number, "" if number else "utf-8''", piece)
                     for number, piece in enumerate(pieces))
