@@ -8678,7 +8678,7 @@ class WebSession(HTTPHandler):
     server_version, sys_version = "minimail", ""
     server: WebListener
     raw_requestline: bytes
-    command = allowed_origin = ""
+    command = requestline = allowed_origin = ""
     unread = False                                  # a body, or what might be one
     length: Optional[int] = 0                       # of the body; None: it comes in chunks
 
@@ -8825,19 +8825,29 @@ class WebSession(HTTPHandler):
 
     def read_body(self, limit: int) -> BinaryIO:
         """Return the body in a file, which is one on disk when it is large; empty when none is wanted. Rejected."""
-        file = tempfile.SpooledTemporaryFile(LARGE)
-        if limit and self.unread:
-            if self.length is not None and self.length > limit:
-                raise Rejected(413, "more than %d bytes" % limit)
-            if (self.headers.get("Expect") or "").lower() == "100-continue" and self.request_version != "HTTP/1.0":
-                self.wfile.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-            for block in self.chunks() if self.length is None else self.exactly(self.length):
-                file.write(block)
-                if file.tell() > limit:
-                    raise Rejected(413, "more than %d bytes" % limit)
-            self.unread = False
-            file.seek(0)
-        return file  # type: ignore[return-value]
+        with contextlib.ExitStack() as on_error:
+            file: Any = on_error.enter_context(tempfile.SpooledTemporaryFile(LARGE))
+            if limit and self.unread:
+                for block in self.body_blocks(limit):
+                    file.write(block)
+                self.unread = False
+                file.seek(0)
+            on_error.pop_all()
+        return file  # type: ignore[no-any-return]
+
+    def body_blocks(self, limit: int) -> Iterator[bytes]:
+        """Yield the body as it comes; Rejected when it has more than `limit` bytes, before any are read if it says so."""
+        total = self.length or 0
+        if total <= limit and (self.headers.get("Expect") or "").lower() == "100-continue":
+            self.wfile.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        blocks = self.chunks() if self.length is None else self.exactly(self.length)
+        while total <= limit:
+            block = next(blocks, b"")
+            if not block:
+                return
+            total += len(block) if self.length is None else 0
+            yield block
+        raise Rejected(413, "more than %d bytes" % limit)
 
     def exactly(self, count: int) -> Iterator[bytes]:
         while count:
