@@ -64,8 +64,8 @@ import tempfile
 import threading
 import time
 import types
-from typing import (TYPE_CHECKING, Any, BinaryIO, Callable, Deque, Dict, Iterable, Iterator, List, NamedTuple, NoReturn, Optional,
-                    Sequence, Set, Tuple, Type, Union)
+from typing import (TYPE_CHECKING, Any, BinaryIO, Callable, Deque, Dict, Iterable, Iterator, List, NamedTuple, NoReturn,
+                    Optional, Sequence, Set, Tuple, Type, Union)
 
 try:
     import fcntl
@@ -6105,7 +6105,7 @@ class Node:
             if stores.post.queue:
                 dns = [self._zone.address] if self._zone else list(config.dns)
                 own = [listener.endpoint for listener in self._listeners if listener.name == "smtp"]
-                if config.capture:                  # only what is released by hand gets into the queue
+                if config.capture:                  # only what is released by hand gets there
                     config = dataclasses.replace(config, smarthost=config.release, route=())
                 self._relay = optional_section("relay")["Relay"](config, stores, dns, own, self._clock, self._resolver)
         except OSError as error:
@@ -6335,28 +6335,31 @@ class Node:
         """
         if not self.stores or not self.site:
             raise RuntimeError("the node is not running")
-        deadline = time.monotonic() + timeout
         if isinstance(match, str):
             match = optional_section("web")["matcher"](self.site, self, match)
         verdicts: Dict[Tuple[str, str], bool] = {}
-        self._hear_others()
-        while True:
-            arrivals = self._arrivals
+        found: List[Message] = []
+
+        def look() -> List[Message]:
+            nonlocal found
             found = self.messages(address)
             for message in found:
                 key = (message.recipient, message.uid)
                 if key not in verdicts:
                     verdicts[key] = match is None or bool(match(message))  # type: ignore[operator]
             found = [message for message in found if verdicts[message.recipient, message.uid]]
-            if len(found) >= (count or 1):
-                return found[0] if count is None else found[:count]
-            with self._arrived:
-                left = deadline - time.monotonic()
-                if left <= 0 or not self._running:
-                    raise TimeoutError("%d of %d messages for %s within %g seconds" % (
-                        len(found), count or 1, address or "anybody", timeout))
-                if self._arrivals == arrivals:
-                    self._arrived.wait(min(left, 3600.0))
+            return found if len(found) >= (count or 1) else []
+        self._hear_others()
+        if not await_mail(look, lambda: self._arrivals, self._pause, timeout, lambda: not self._running):
+            raise TimeoutError("%d of %d messages for %s within %g seconds" % (
+                len(found), count or 1, address or "anybody", timeout))
+        return found[0] if count is None else found[:count]
+
+    def _pause(self, seen: int, seconds: float) -> None:
+        """Return when more than `seen` messages have arrived, or after `seconds`."""
+        with self._arrived:
+            if self._arrivals == seen:
+                self._arrived.wait(seconds)
 
 
 LISTENERS = ("smtp", "smtps", "pop3", "pop3s", "web", "webs")
@@ -7839,7 +7842,7 @@ LINK = re.compile(r"<(a|area)(?=[ \t\n\r\f/>])", re.IGNORECASE | re.ASCII)
 
 
 def with_own_windows(html: str) -> str:
-    """Return HTML whose links open windows of their own and do not say where from; of two equal attributes the first counts."""
+    """Return HTML whose links open windows of their own and do not say where from (of equal attributes the first counts)."""
     return LINK.sub(r"<\1 target=_blank rel=noreferrer referrerpolicy=no-referrer ", html)
 
 
@@ -7850,7 +7853,7 @@ class Index:
         self.mailboxes, self.make, self.forget = mailboxes, make, forget
         self._lock = threading.Lock()
         self._begun = 0.0                           # when the last look at the disk began
-        self._domains: Dict[str, Tuple[Any, List[Tuple[str, str]]]] = {}    # directory: stamp, its (mailbox, directory)
+        self._domains: Dict[str, Tuple[Any, List[Tuple[str, str, str]]]] = {}   # directory: stamp, places of its mailboxes
         self._boxes: Dict[str, Tuple[Any, Dict[str, Item]]] = {}    # mailbox: stamp, items by UID
         self._letters: Dict[str, Letter] = {}       # by id
         self._newest: Optional[List[Letter]] = []   # the newest first; None: to be sorted anew
@@ -7883,31 +7886,35 @@ class Index:
             if self._begun > asked:
                 return
             self._begun = time.monotonic()
-            found = dict(self._directories())
-            for mailbox, path in found.items():
-                stamp = directory_stamp(os.path.join(path, "new"), os.path.join(path, "cur"))
-                if stamp is None or stamp != self._boxes.get(mailbox, (None,))[0]:
+            recent = time.time_ns() - 2_000_000_000     # from then on a clock's tick may hide a change
+            places = self._places(recent)
+            for mailbox, new, cur in places:
+                stamp = directory_stamp(recent, new, cur)
+                if stamp is None or mailbox not in self._boxes or self._boxes[mailbox][0] != stamp:
                     self._update(mailbox, stamp, self.mailboxes.listing(mailbox))
-            for mailbox in [mailbox for mailbox in self._boxes if mailbox not in found]:
-                self._update(mailbox, None, [])
-                del self._boxes[mailbox]
+            if len(places) < len(self._boxes):
+                for mailbox in self._boxes.keys() - {mailbox for mailbox, _, _ in places}:
+                    self._update(mailbox, None, [])
+                    del self._boxes[mailbox]
 
-    def _directories(self) -> Iterator[Tuple[str, str]]:
-        """Yield (mailbox, its directory); a domain's directory is read again when it has changed."""
-        root = self.mailboxes.root
-        for name in list_directory(root):
-            path = os.path.join(root, name)
-            stamp = directory_stamp(path)
+    def _places(self, recent: int) -> List[Tuple[str, str, str]]:
+        """Return (mailbox, its new/, its cur/) of all; a domain's directory is read again when it has changed."""
+        found: List[Tuple[str, str, str]] = []
+        for name in list_directory(self.mailboxes.root):
+            path = os.path.join(self.mailboxes.root, name)
+            stamp = directory_stamp(recent, path)
             known = self._domains.get(name)
             if known is None or stamp is None or known[0] != stamp:
-                known = self._domains[name] = stamp, list(self._mailboxes_in(name, path))
-            yield from known[1]
+                known = self._domains[name] = stamp, list(self._places_in(name, path))
+            found += known[1]
+        return found
 
     @staticmethod
-    def _mailboxes_in(domain: str, path: str) -> Iterator[Tuple[str, str]]:
+    def _places_in(domain: str, path: str) -> Iterator[Tuple[str, str, str]]:
         for local in list_directory(path):
             with contextlib.suppress(ValueError):
-                yield decode_name(local) + "@" + decode_name(domain), os.path.join(path, local)
+                place = os.path.join(path, local)
+                yield decode_name(local) + "@" + decode_name(domain), os.path.join(place, "new"), os.path.join(place, "cur")
 
     def _update(self, mailbox: str, stamp: Any, items: List[Item]) -> None:
         before = self._boxes[mailbox][1] if mailbox in self._boxes else {}
@@ -7939,13 +7946,13 @@ class Index:
             self.forget(id)
 
 
-def directory_stamp(*paths: str) -> Any:
-    """Return a value that changes with what is in some directories; None while a clock's tick may hide a change."""
+def directory_stamp(recent: int, *paths: str) -> Any:
+    """Return a value that changes with what is in directories; None while they have changed since the time `recent` (ns)."""
     try:
         stats = [os.stat(path) for path in paths]
     except OSError:
         return None
-    if time.time_ns() - max(stat.st_mtime_ns for stat in stats) < 2_000_000_000:
+    if any(stat.st_mtime_ns > recent for stat in stats):
         return None
     return [(stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino) for stat in stats]
 
@@ -7959,7 +7966,7 @@ class Search:
 
     def __call__(self) -> Optional[Letter]:
         """Return the oldest message that matches, None when none does."""
-        with self.inbox.desk:
+        with self.inbox.at_desk():
             for letter in reversed(self.inbox.letters(self.viewer)):
                 copies = letter.copies
                 if self._judged.get(letter.id) != copies:
@@ -7977,7 +7984,7 @@ class Inbox:
         self.mailboxes: Mailboxes = site.mailboxes
         self.summaries, self.searched, self.tagged = Cache(MAX_SUMMARIES), Cache(MAX_SEARCHED), Cache(MAX_TAGGED)
         self.index = Index(self.mailboxes, lambda id, copies: Letter(id, copies, self), self.forget)
-        self.desk = threading.BoundedSemaphore(MAX_DESKS)   # taken by what works on messages: so many are in memory at once
+        self.desk = threading.BoundedSemaphore(MAX_DESKS)   # see at_desk()
         self.changed = threading.Condition()
         self.events: "collections.deque[Tuple[int, str]]" = collections.deque(maxlen=1000)
         self.serial = 0
@@ -8056,9 +8063,19 @@ class Inbox:
         if route.everything and request.viewer.own:
             raise Rejected(403, "only for accounts that --web-admin names")
         request.body = request.read(route.body)
-        with request.body, contextlib.nullcontext() if route.waits else self.desk:
+        with request.body, contextlib.nullcontext() if route.waits else self.at_desk():
             answer: Answered = getattr(self, route.name)(request, **match.groupdict())
         return answer
+
+    @contextlib.contextmanager
+    def at_desk(self) -> Iterator[None]:
+        """Work on messages, as one of few; Rejected when the others take too long."""
+        if not self.desk.acquire(timeout=WEB_TIMEOUT):
+            raise Rejected(503, "busy, try again later", {"Retry-After": "5"})
+        try:
+            yield
+        finally:
+            self.desk.release()
 
     def page(self, request: Request) -> Answered:
         nonce = secrets.token_urlsafe(16)
@@ -8311,7 +8328,7 @@ class Inbox:
         letter = await_mail(look, lambda: self.serial, self.pause, timeout, request.is_over)
         if letter is None:
             return text_answer(404, "no such message within %g seconds" % timeout)
-        with self.desk:
+        with self.at_desk():
             return self._show(letter)
 
     def stream(self, request: Request) -> Answered:
@@ -8357,7 +8374,8 @@ class Inbox:
         node, site = self.node, self.site
         values = [("messages_accepted_total", "counter", node.accepted),
                   ("bytes_accepted_total", "counter", node.accepted_bytes),
-                  ("connections_total", "counter", site.connections.served), ("sessions", "gauge", len(site.sessions)),
+                  ("connections_total", "counter", site.connections.served),
+                  ("sessions", "gauge", len(site.sessions) + len(self.visitors)),
                   ("messages", "gauge", len(self.letters()))]
         if node._relay:
             values += [("recipients_sent_total", "counter", node._relay.sent),
