@@ -8607,7 +8607,7 @@ def file_name_parameter(name: str) -> str:
 
 # HTTP. The standard library parses requests; we see to their form, size and time.
 
-FIELD = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+:[\t\x20-\x7e\x80-\xff]*\r\n")
+HTTP_FIELD = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+:[\t\x20-\x7e\x80-\xff]*\r\n")
 REQUEST_LINE = re.compile(rb"[A-Z]+ [\x21-\x7e\x80-\xff]+ HTTP/1\.[01]\r\n")
 CHUNK = re.compile(rb"([0-9A-Fa-f]{1,8})[ \t]*(?:;[^\r\n]*)?\r\n")
 ABSOLUTE = re.compile(r"https?://([^/?#]*)(.*)", re.IGNORECASE | re.DOTALL)
@@ -8791,7 +8791,7 @@ class WebSession(HTTPHandler):
                 return b"".join(lines)
             if size >= MAX_HTTP_HEAD or len(lines) > MAX_HTTP_FIELDS:
                 raise Rejected(431, "too many header fields")
-            if not FIELD.fullmatch(line):
+            if not HTTP_FIELD.fullmatch(line):
                 raise Rejected(400, "a bad header field")
 
     def body_length(self) -> Optional[int]:
