@@ -120,7 +120,7 @@ MAX_CNAMES = 8                      # followed from one name
 MAX_NAME_SERVERS = 3                # of resolv.conf that are asked, as glibc does
 TTL_CAP, NEGATIVE_CAP = 86400, 3600     # seconds a DNS answer is remembered at most; that there is nothing (RFC 2308)
 FAILURE_TTL = 5                     # seconds for no answer, or for nothing without a SOA that says how long
-CACHE_BYTES = 8 << 20               # of DNS answers in memory, roughly; then the oldest go
+CACHE_BYTES = 16 << 20              # of DNS answers in memory, roughly; then the oldest go
 SERVER_PAUSE = 60                   # seconds for which a name server that did not answer is asked last
 EDNS_PAUSE = 900                    # seconds for which one that cannot cope with EDNS is asked without
 
@@ -475,10 +475,10 @@ def parse_server(text: str) -> Endpoint:
 
 
 def parse_ip(text: str) -> str:
-    """Return an IP address in one spelling: IPv4 in IPv6 as IPv4, IPv6 with its zone if it has one (fe80::1%eth0); ValueError."""
+    """Return an IP address in one spelling, IPv4 in IPv6 as IPv4, IPv6 with its zone (fe80::1%eth0); ValueError."""
     address, percent, zone = text.partition("%")
     ip = ipaddress.ip_address(address)
-    if percent and (ip.version == 4 or not re.fullmatch(r"[!-~]{1,64}", zone)):
+    if percent and (ip.version == 4 or not re.fullmatch(r"[\w.-]{1,64}", zone, re.ASCII)):
         raise ValueError("not an IP address: " + printable(text, 100))
     return str(getattr(ip, "ipv4_mapped", None) or ip) + percent + zone
 
@@ -2479,7 +2479,7 @@ def encode_domain(name: str) -> bytes:
     name = name.rstrip(".")
     labels = [re.sub(rb"\\(\d{3})", lambda match: bytes([int(match.group(1)) & 255]), label.encode("ascii"))
               for label in name.split(".")] if name else []
-    encoded = b"".join(bytes([min(len(label), 255)]) + label for label in labels)
+    encoded = b"".join(bytes([len(label)]) + label for label in labels)
     if any(not 0 < len(label) < 64 for label in labels) or len(encoded) > 254:
         raise ValueError("not a domain name: " + printable(name, 100))
     return encoded + b"\0"
@@ -2608,7 +2608,7 @@ def decode_answer(packet: bytes) -> Answer:
         for index in range(min(answers + authorities + more, MAX_RECORDS)):
             record, offset = decode_record(packet, offset)
             if record.type == OPT:                  # in whatever section it stands
-                rcode |= record.data << 4
+                rcode = rcode & 15 | record.data << 4
             elif index < answers + authorities:
                 (records if index < answers else others).append(record)
     except ValueError:
@@ -2785,7 +2785,7 @@ class Lookup:
 
     def settle(self, value: Union[List[Record], DNSError], until: float) -> None:
         self.value, self.until = value, until
-        self.weight = 1000                          # this object and what holds it
+        self.weight = 2000                          # this object and what holds it
         if isinstance(value, list):
             self.weight += sum(200 + len(record.name) + len(str(record.data)) for record in value)
 
@@ -2808,11 +2808,11 @@ class Resolver:
 
     def query(self, name: str, type: int) -> List[Record]:
         """Return the records of a type, none when there are none, CNAMEs followed; NoSuchDomain, DNSFailure."""
+        try:
+            encode_domain(name)
+        except ValueError as error:
+            raise NoSuchDomain(str(error)) from None
         for _ in range(MAX_CNAMES):
-            try:
-                encode_domain(name)
-            except ValueError as error:
-                raise NoSuchDomain(str(error)) from None
             answer = self._cached((name.lower().rstrip("."), type))
             found = [record for record in answer if record.type == type]
             if found or not answer:
