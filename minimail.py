@@ -2604,6 +2604,7 @@ def decode_answer(packet: bytes) -> Answer:
     question, offset = decode_question(packet)
     records: List[Record] = []                      # of the answer section
     others: List[Record] = []                       # of the authority section
+    index = 0
     try:
         for index in range(min(answers + authorities + more, MAX_RECORDS)):
             record, offset = decode_record(packet, offset)
@@ -2612,7 +2613,7 @@ def decode_answer(packet: bytes) -> Answer:
             elif index < answers + authorities:
                 (records if index < answers else others).append(record)
     except ValueError:
-        if not truncated:                           # it will be asked again anyhow
+        if index < answers + authorities and not truncated:     # else it will be asked again anyhow
             raise
     soa = [record.data for record in others if record.type == SOA]
     authoritative, recursive = bool(flags & 0x0400), bool(flags & 0x0080)
@@ -2744,10 +2745,11 @@ def parse_resolv_conf(lines: List[Tuple[int, str]], complain: Callable[[int, str
                 complain(number, "not an IP address: " + printable(words[0], 60))
     found = NameServers([NameServer(endpoint) for endpoint in endpoints[:MAX_NAME_SERVERS] or [("127.0.0.1", 53)]],
                         rotate="rotate" in options, tcp="use-vc" in options)
+    most = {"timeout": 30, "attempts": 5}           # as in glibc
     for option in options:
         word, _, value = option.partition(":")
-        if word in ("timeout", "attempts") and re.fullmatch("[0-9]{1,5}", value):
-            setattr(found, word, max(1, min(int(value), 30 if word == "timeout" else 5)))     # bounds as in glibc
+        if word in most and re.fullmatch("[0-9]{1,5}", value):
+            setattr(found, word, max(1, min(int(value), most[word])))
     return found
 
 

@@ -278,9 +278,10 @@ class OddNameServer:
     def __init__(self, network, address, answer):
         self.answer = answer
         with network.inside("peer"):
-            self.udp = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-            self.udp.bind((address, 53))
-            self.tcp = socket.create_server((address, 53))
+            family, _, _, _, place = socket.getaddrinfo(address, 53, flags=socket.AI_NUMERICHOST)[0]
+            self.udp = socket.socket(family, socket.SOCK_DGRAM)
+            self.udp.bind(place)
+            self.tcp = socket.create_server(place, family=family)
         for serve in (self.serve_udp, self.serve_tcp):
             threading.Thread(target=serve, daemon=True).start()
 
