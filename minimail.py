@@ -4803,7 +4803,7 @@ def sendmail_command(config: Config, arguments: List[str]) -> int:
         try:
             print_id = stores.door.send(envelope, names, head + b"\r\n" + body).draft.id
         except Refused as refused:
-            raise CannotRun("sendmail: not accepted: %s; nothing was sent" % refused.reply) from None
+            raise CannotRun("sendmail: not accepted: %s; nothing was sent" % str(refused.reply)) from None
         event("message", id=print_id, client="local", sender=printable(sender), recipients=len(names), size=len(content))
     finally:
         stores.accounts.hashing.close()
@@ -5191,11 +5191,13 @@ class Session(socketserver.BaseRequestHandler, Task):
         site = self.site
         if site.config.capture:
             return site.log_in(self.client, name, password)
-        key: Optional[str] = None if site.throttle.shut_out(self.client) else site.accounts.recall(name, password)
+        known = None if site.throttle.shut_out(self.client) else site.accounts.recall(name, password)
+        if known is not None:
+            return known
+        key: Optional[str] = await wait(
+            Work(lambda: site.log_in(self.client, name, password), site.accounts.hashing, self.is_wanted))
         if key is None:
-            key = await wait(Work(lambda: site.log_in(self.client, name, password), site.accounts.hashing, self.is_wanted))
-            if key is None:
-                await wait(site.throttle.delay(self.client))
+            await wait(site.throttle.delay(self.client))
         return key
 
     def is_wanted(self) -> bool:
@@ -6137,23 +6139,24 @@ class POP3Session(Session):
         if self.user is None:
             return b"+OK\r\n"
         self.raise_fault("pop3-quit", self.user)
-        failed: int = await wait(self.remove) if len(self.deleted) > MAX_REMOVED else self.remove()
-        self.removed = len(self.deleted) - failed
+        if len(self.deleted) > MAX_REMOVED:
+            await wait(self.remove)
+        else:
+            self.remove()
+        failed = len(self.deleted) - self.removed
         self.release()
         if failed:
             return b"-ERR [SYS/PERM] %d deleted messages not removed\r\n" % failed
         return b"+OK\r\n"
 
-    def remove(self) -> int:
-        """Remove what is marked as deleted; return how much of it could not be."""
-        failed = 0
+    def remove(self) -> None:
+        """Remove what is marked as deleted, as far as it can be."""
         for index in sorted(self.deleted):
             try:
                 self.site.mailboxes.delete(self.user or "", self.items[index])
+                self.removed += 1
             except OSError as error:
                 log.warning("cannot remove %s: %s", self.items[index].name, error)
-                failed += 1
-        return failed
 
     def release(self) -> None:
         if self.lock >= 0:
