@@ -779,7 +779,7 @@ class Config:
     limit: Tuple[Limit, ...] = option(parse_limit, (), "[DOMAIN=]LIMITS", "outbound, per destination: connections=10,"
                                       "messages=100,recipients=100,rate=N/SECONDS", many=True)
     rewrite: Tuple[Tuple[str, str], ...] = option(parse_rewrite, (), "FROM=TO",
-                                                  "reverse-path and From of mail that leaves; FROM may be a pattern", many=True)
+                                                  "reverse-path and From of mail that leaves (FROM: or a pattern)", many=True)
     dkim: Tuple[Tuple[str, str, str], ...] = option(parse_dkim, (), "[DOMAIN=]SELECTOR:FILE",
                                                     "sign mail of own domains that leaves with this key", many=True)
     warn: Optional[float] = option(parse_seconds, None, "SECONDS", "a delay notice to own senders after this time")
@@ -1301,7 +1301,7 @@ class Wire:
         self.deadline = self.clock() + self.timeout + extra
 
     async def line(self, limit: int) -> bytes:
-        """Return the next line without its end (CRLF, or a bare LF); LineTooLong (more than `limit` bytes), Disconnected, TimedOut."""
+        """Return the next line without its end, CRLF or a bare LF; LineTooLong (above `limit` bytes), Disconnected, TimedOut."""
         start = 0
         while True:
             end = self.input.find(b"\n", start)
@@ -5068,7 +5068,8 @@ class Session(socketserver.BaseRequestHandler, Task):
     def __init__(self, request: Any, client_address: Any, server: "Listener") -> None:
         # BaseRequestHandler would run the whole conversation here; ours is the loop's.
         self.request, self.client_address, self.server = request, client_address, server
-        self.site, self.tls_from_start = server.site, server.tls
+        self.site: Site = server.site
+        self.tls_from_start = server.tls
         self.client = clients_address(client_address[0])
         self.user: Optional[str] = None
         self.commands = self.errors = self.idle = 0     # given; wrong; in a row that led nowhere
