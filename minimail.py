@@ -8055,7 +8055,7 @@ class Letter:
         """Note the tags beside what else is known of the message; OSError."""
         recorder = self.inbox.site.recorder
         record = dict(recorder.load(self.id) or self.record(), tags=tags)
-        recorder.storage.write(recorder.path(self.id), json.dumps(record).encode(), sync=False)
+        recorder.storage.write(recorder.path(self.id), json.dumps(record).encode())
 
     def session(self) -> Dict[str, Any]:
         """Return envelope, transcript and lint; what can be told from the message alone where none were kept."""
@@ -8218,7 +8218,7 @@ LINK = re.compile(r"<(a|area)(?=[ \t\n\r\f/>])", re.IGNORECASE | re.ASCII)
 
 
 def with_own_windows(html: str) -> str:
-    """Return HTML whose links open windows of their own and do not say where from (of equal attributes the first counts)."""
+    """Return HTML whose links open windows of their own and do not say where from; of equal attributes the first counts."""
     return LINK.sub(r"<\1 target=_blank rel=noreferrer referrerpolicy=no-referrer ", html)
 
 
@@ -9340,18 +9340,19 @@ class WebSession(HTTPHandler):
         return Viewer(user, "" if everything else user)
 
     def log_in(self, name: str, password: str) -> Optional[str]:
-        """Return the account's key, None when name and password do not fit."""
+        """Return the account's key, None when name and password do not fit: that is answered more and more slowly."""
         site = self.site
-        if not name:
+        if not name or site.throttle.shut_out(self.client):
             return None
-        if not site.config.capture:
-            return site.log_in(self.client, name, password)
-        if not site.throttle.charge(self.client, lower(name)):
-            return None
-        user = site.accounts.verify(name, password)
-        if user is not None:
-            site.throttle.refund(self.client, lower(name))
-        return user
+        known = site.accounts.recall(name, password)
+        if known is None and site.throttle.charge(self.client, lower(name)):
+            known = site.accounts.verify(name, password)
+            if known is not None:
+                site.throttle.refund(self.client, lower(name))
+            else:
+                event("login-failed", client=self.client, user=printable(name, 100))
+                time.sleep(site.throttle.delay(self.client))        # this thread is the client's own
+        return known
 
 
 BUSY = b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 2\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
