@@ -1992,8 +1992,10 @@ class Watched:
         now = time.monotonic()
         if self._stamp is not None and now - self._checked < self.PAUSE:
             return False
+        if self._stamp is None or self._look() != self._stamp:
+            return True                             # and get() shall find it so, too
         self._checked = now
-        return bool(self._stamp is None or self._look() != self._stamp)
+        return False
 
     def _look(self) -> Any:
         stamps = []
