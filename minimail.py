@@ -1547,7 +1547,7 @@ class Storage:
         while True:
             fd = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | O_EXTRA, 0o600)
             try:
-                if lock_file(fd) and os.fstat(fd).st_nlink:
+                if lock_file(fd, wait=True) and os.fstat(fd).st_nlink:
                     return fd
             except OSError as error:
                 self.complain("locks", "no locks on this file system, what a crash leaves is not cleaned up: %s" % error)
@@ -1796,8 +1796,10 @@ class Watched:
         now = time.monotonic()
         if self._stamp is not None and now - self._checked < self.PAUSE:
             return False
+        if self._stamp is None or self._look() != self._stamp:
+            return True                             # ... and so it is for everybody until it is loaded
         self._checked = now
-        return bool(self._stamp is None or self._look() != self._stamp)
+        return False
 
     def _look(self) -> Any:
         stamps = []
@@ -5791,13 +5793,15 @@ class SMTPSession(Session):
             self.busy = False
         self.idle = 0
         self.say(self.answer(parcel))
-        await self.wire.flush()                     # the client has its 250 before anybody else hears of the message
-        if self.tape:
-            self.tape.restart()
-        self.site.accepted(parcel)
-        if self.site.follow_up:
-            follow_up = self.site.follow_up
-            await wait(lambda: follow_up(parcel))
+        try:
+            await self.wire.flush()                 # the client has its 250 before anybody else hears of the message
+        finally:                                    # if it is gone, the message is there all the same
+            if self.tape:
+                self.tape.restart()
+            self.site.accepted(parcel)
+            if self.site.follow_up:
+                follow_up = self.site.follow_up
+                await wait(lambda: follow_up(parcel))
 
     async def ask_all(self, transaction: Transaction, parcel: Parcel) -> None:
         """Ask who has a say in a message that is there as a whole; Refused, and then nothing of it is left."""
