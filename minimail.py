@@ -915,6 +915,7 @@ class Crew:
         self._jobs: Deque[Callable[[], None]] = collections.deque()
         self._threads: Set[threading.Thread] = set()
         self._idle = 0
+        self._closed = False
         self._changed = threading.Condition()
 
     def do(self, job: Callable[[], None]) -> None:
@@ -937,7 +938,7 @@ class Crew:
             with self._changed:
                 self._idle += 1
                 while not self._jobs:
-                    if not self._changed.wait(self.IDLE) and not self._jobs:
+                    if self._closed or (not self._changed.wait(self.IDLE) and not self._jobs):
                         self._threads.discard(threading.current_thread())
                         self._idle -= 1
                         return
@@ -949,9 +950,11 @@ class Crew:
                 log.exception("a helper stumbled")
 
     def close(self) -> None:
-        """Drop what has not begun; what has is not waited for."""
+        """Drop what has not begun, and let all threads end; what has begun is not waited for."""
         with self._changed:
             self._jobs.clear()
+            self._closed = True
+            self._changed.notify_all()
 
 
 class Work(NamedTuple):
@@ -1367,7 +1370,7 @@ class Wire:
             sent = self.sock.send(data)
         except (OSError, ValueError) as error:
             self.output = [data]
-            return blocked_on(error)
+            return blocked_on(error, WRITE)
         self.pending -= sent
         self.output = [memoryview(data)[sent:]] if self.pending else []
         return WRITE if self.pending else 0
@@ -1423,9 +1426,14 @@ class Wire:
         self.sock.close()
 
 
-def blocked_on(error: Exception) -> int:
-    """Return what an operation that would have had to wait is to wait for; Disconnected when the error is a real one."""
-    if isinstance(error, (BlockingIOError, InterruptedError)) or type(error).__name__ == "SSLWantReadError":
+def blocked_on(error: Exception, plain: int = READ) -> int:
+    """Return what an operation that would have had to wait is to wait for; Disconnected when the error is a real one.
+
+    `plain` is what it waits for without TLS, where reading may have to write and the other way round.
+    """
+    if isinstance(error, (BlockingIOError, InterruptedError)):
+        return plain
+    if type(error).__name__ == "SSLWantReadError":
         return READ
     if type(error).__name__ == "SSLWantWriteError":
         return WRITE
