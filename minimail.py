@@ -923,6 +923,7 @@ class Crew:
         self._jobs: Deque[Callable[[], None]] = collections.deque()
         self._threads: Set[threading.Thread] = set()
         self._idle = 0
+        self._closed = False
         self._changed = threading.Condition()
 
     def do(self, job: Callable[[], None]) -> None:
@@ -945,7 +946,7 @@ class Crew:
             with self._changed:
                 self._idle += 1
                 while not self._jobs:
-                    if not self._changed.wait(self.IDLE) and not self._jobs:
+                    if self._closed or (not self._changed.wait(self.IDLE) and not self._jobs):
                         self._threads.discard(threading.current_thread())
                         self._idle -= 1
                         return
@@ -957,9 +958,11 @@ class Crew:
                 log.exception("a helper stumbled")
 
     def close(self) -> None:
-        """Drop what has not begun; what has is not waited for."""
+        """Drop what has not begun, and let all threads end; what has begun is not waited for."""
         with self._changed:
             self._jobs.clear()
+            self._closed = True
+            self._changed.notify_all()
 
 
 class Work(NamedTuple):
@@ -1375,7 +1378,7 @@ class Wire:
             sent = self.sock.send(data)
         except (OSError, ValueError) as error:
             self.output = [data]
-            return blocked_on(error)
+            return blocked_on(error, WRITE)
         self.pending -= sent
         self.output = [memoryview(data)[sent:]] if self.pending else []
         return WRITE if self.pending else 0
@@ -1431,9 +1434,14 @@ class Wire:
         self.sock.close()
 
 
-def blocked_on(error: Exception) -> int:
-    """Return what an operation that would have had to wait is to wait for; Disconnected when the error is a real one."""
-    if isinstance(error, (BlockingIOError, InterruptedError)) or type(error).__name__ == "SSLWantReadError":
+def blocked_on(error: Exception, plain: int = READ) -> int:
+    """Return what an operation that would have had to wait is to wait for; Disconnected when the error is a real one.
+
+    `plain` is what it waits for without TLS, where reading may have to write and the other way round.
+    """
+    if isinstance(error, (BlockingIOError, InterruptedError)):
+        return plain
+    if type(error).__name__ == "SSLWantReadError":
         return READ
     if type(error).__name__ == "SSLWantWriteError":
         return WRITE
@@ -1555,7 +1563,7 @@ class Storage:
         while True:
             fd = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | O_EXTRA, 0o600)
             try:
-                if lock_file(fd) and os.fstat(fd).st_nlink:
+                if lock_file(fd, wait=True) and os.fstat(fd).st_nlink:
                     return fd
             except OSError as error:
                 self.complain("locks", "no locks on this file system, what a crash leaves is not cleaned up: %s" % error)
@@ -1804,8 +1812,10 @@ class Watched:
         now = time.monotonic()
         if self._stamp is not None and now - self._checked < self.PAUSE:
             return False
+        if self._stamp is None or self._look() != self._stamp:
+            return True                             # ... and so it is for everybody until it is loaded
         self._checked = now
-        return bool(self._stamp is None or self._look() != self._stamp)
+        return False
 
     def _look(self) -> Any:
         stamps = []
@@ -5810,13 +5820,15 @@ class SMTPSession(Session):
             self.busy = False
         self.idle = 0
         self.say(self.answer(parcel))
-        await self.wire.flush()                     # the client has its 250 before anybody else hears of the message
-        if self.tape:
-            self.tape.restart()
-        self.site.accepted(parcel)
-        if self.site.follow_up:
-            follow_up = self.site.follow_up
-            await wait(lambda: follow_up(parcel))
+        try:
+            await self.wire.flush()                 # the client has its 250 before anybody else hears of the message
+        finally:                                    # if it is gone, the message is there all the same
+            if self.tape:
+                self.tape.restart()
+            self.site.accepted(parcel)
+            if self.site.follow_up:
+                follow_up = self.site.follow_up
+                await wait(lambda: follow_up(parcel))
 
     async def ask_all(self, transaction: Transaction, parcel: Parcel) -> None:
         """Ask who has a say in a message that is there as a whole; Refused, and then nothing of it is left."""
