@@ -388,6 +388,7 @@ def covers(pattern: str, domain: str) -> bool:
     return domain.endswith(pattern) if pattern.startswith(".") else domain == pattern
 
 
+@functools.lru_cache(maxsize=1000)
 def clients_address(host: str) -> str:
     """Return a client's IP address in one spelling: without IPv6 scope, IPv4-mapped addresses as IPv4."""
     host = host.partition("%")[0]
@@ -5437,6 +5438,7 @@ class Listener(socketserver.TCPServer, Task):
 # ======================================================================================================================
 
 OK = Reply(250, "2.0.0", "ok")
+NO_HOST_NAME = re.compile(r"[^A-Za-z0-9.:_\[\]-]")
 HTTP_VERBS = (b"GET ", b"POST ", b"HEAD ", b"PUT ", b"DELETE ", b"OPTIONS ", b"CONNECT ", b"PATCH ", b"TRACE ", b"PRI ")
 
 
@@ -5602,7 +5604,7 @@ class SMTPSession(Session):
             raise Refused(501, "5.5.4", "say your host name: EHLO host.example")
         self.raise_fault("helo", name)
         self.drop_transaction()
-        self.helo, self.esmtp = re.sub(r"[^A-Za-z0-9.:_\[\]-]", "?", name[:255]), esmtp
+        self.helo, self.esmtp = NO_HOST_NAME.sub("?", name[:255]), esmtp
 
     async def do_STARTTLS(self, argument: str) -> None:
         """RFC 3207. The next word is the client's."""
