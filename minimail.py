@@ -183,8 +183,10 @@ class Reply(NamedTuple):
     def encode(self) -> bytes:
         """Return the reply as it goes over the wire; a text of several lines becomes a reply of several lines."""
         prefix = self.enhanced + " " if self.enhanced else ""
+        if "\n" not in self.text:
+            return ("%d %s%s\r\n" % (self.code, prefix, self.text)).encode("utf-8", "replace")
         before, _, last = self.text.rpartition("\n")
-        head = ["%d-%s%s\r\n" % (self.code, prefix, line) for line in before.split("\n")] if before else []
+        head = ["%d-%s%s\r\n" % (self.code, prefix, line) for line in before.split("\n")]
         return ("%s%d %s%s\r\n" % ("".join(head), self.code, prefix, last)).encode("utf-8", "replace")
 
     def __str__(self) -> str:
@@ -439,6 +441,7 @@ def covers(pattern: str, domain: str) -> bool:
     return domain.endswith(pattern) if pattern.startswith(".") else domain == pattern
 
 
+@functools.lru_cache(maxsize=1000)
 def clients_address(host: str) -> str:
     """Return a client's IP address in one spelling: without IPv6 scope, IPv4-mapped addresses as IPv4."""
     host = host.partition("%")[0]
@@ -1111,6 +1114,7 @@ class Crew:
         self._jobs: Deque[Callable[[], None]] = collections.deque()
         self._threads: Set[threading.Thread] = set()
         self._idle = 0
+        self._closed = False
         self._changed = threading.Condition()
 
     def do(self, job: Callable[[], None]) -> None:
@@ -1133,7 +1137,7 @@ class Crew:
             with self._changed:
                 self._idle += 1
                 while not self._jobs:
-                    if not self._changed.wait(self.IDLE) and not self._jobs:
+                    if self._closed or (not self._changed.wait(self.IDLE) and not self._jobs):
                         self._threads.discard(threading.current_thread())
                         self._idle -= 1
                         return
@@ -1145,9 +1149,11 @@ class Crew:
                 log.exception("a helper stumbled")
 
     def close(self) -> None:
-        """Drop what has not begun; what has is not waited for."""
+        """Drop what has not begun, and let all threads end; what has begun is not waited for."""
         with self._changed:
             self._jobs.clear()
+            self._closed = True
+            self._changed.notify_all()
 
 
 class Work(NamedTuple):
@@ -1179,8 +1185,8 @@ class Loop:
         self._parcels: List[Tuple[Task, Any]] = []  # to commit, ...
         self._since = 0.0                           # ... and when the first of them came
         self._committing = self._slow = False
-        self._soon: Deque[Tuple[Task, Any, Optional[BaseException]]] = collections.deque()  # to go on with; threads append
-        self._paused: List[Tuple[float, int, Task]] = []    # a heap: when, serial number, task
+        self._soon: Deque[Tuple[Task, Any, Any, Optional[BaseException]]] = collections.deque()     # threads append
+        self._paused: List[Tuple[float, int, Task, float]] = []     # a heap: when, serial number, task, what it awaits
         self._serial = itertools.count()
         self._swept, self._tick = 0.0, self.TICK    # when deadlines were looked at, and how often that is due
         self._ends: Optional[float] = None          # when a stopping loop gives up waiting for messages in flight
@@ -1242,11 +1248,12 @@ class Loop:
                                                        or len(self._parcels) >= min(self.BATCH, self.talking)):
             self._commit(now)
         while self._paused and self._paused[0][0] <= now:
-            self._soon.append((heapq.heappop(self._paused)[2], None, None))
+            _, _, task, what = heapq.heappop(self._paused)
+            self._soon.append((task, what, None, None))
         if self._soon:
             for _ in range(len(self._soon)):
-                task, value, error = self._soon.popleft()
-                if task.waiting is not None:
+                task, what, value, error = self._soon.popleft()
+                if task.waiting is what:            # and has not been told meanwhile that time is up
                     self._go_on(task, value, error)
         if now >= self._swept + self._tick:
             self._sweep(now)
@@ -1285,9 +1292,9 @@ class Loop:
                 self._arm(task, what)
         elif type(what) is float:
             if what <= 0:
-                self._soon.append((task, None, None))
+                self._soon.append((task, what, None, None))
             else:
-                heapq.heappush(self._paused, (self.clock() + what, next(self._serial), task))
+                heapq.heappush(self._paused, (self.clock() + what, next(self._serial), task, what))
         elif callable(what) or isinstance(what, Work):
             self._do(task, what)
         else:
@@ -1327,7 +1334,7 @@ class Loop:
                 log.exception("%d messages not stored, or nobody knows", len(batch))
                 results = [error] * len(batch)
             self._slow = self.clock() - now > self.SLOW * max(1.0, len(batch) / 20)
-            self._soon.extend((task, refused, None) for (task, _), refused in zip(batch, results))
+            self._soon.extend((task, parcel, refused, None) for (task, parcel), refused in zip(batch, results))
             self._committing = False
             if threading.current_thread() is not self._thread:
                 self._wake()
@@ -1348,14 +1355,14 @@ class Loop:
                 if self._ends is not None and self.clock() > self._ends or not work.wanted():
                     raise Disconnected
                 value = work.function()
-            except BaseException as what:
-                error = what
-            self._soon.append((task, value, error))
+            except BaseException as raised:
+                error = raised
+            self._soon.append((task, what, value, error))
             self._wake()
         try:
             work.crew.do(run)
         except RuntimeError as error:
-            self._soon.append((task, None, error))
+            self._soon.append((task, what, None, error))
 
 
 def run_blocking(wire: "Wire", coroutine: Coroutine[Any, Any, Any]) -> Any:
@@ -1512,7 +1519,10 @@ class Wire:
                 self.skipping = True
                 self.input.clear()
             start = len(self.input)
-            self.input += await self.fill()
+            data = await self.fill()
+            if not start and not self.skipping and data.find(b"\n") == len(data) - 1 <= limit:
+                return data[:-2] if data.endswith(b"\r\n") else data[:-1]     # one whole line, as nearly always
+            self.input += data
 
     async def take(self, size: int) -> bytes:
         """Return up to `size` bytes, of what has been read already or is read now; Disconnected, TimedOut."""
@@ -1563,7 +1573,7 @@ class Wire:
             sent = self.sock.send(data)
         except (OSError, ValueError) as error:
             self.output = [data]
-            return blocked_on(error)
+            return blocked_on(error, WRITE)
         self.pending -= sent
         self.output = [memoryview(data)[sent:]] if self.pending else []
         return WRITE if self.pending else 0
@@ -1619,9 +1629,14 @@ class Wire:
         self.sock.close()
 
 
-def blocked_on(error: Exception) -> int:
-    """Return what an operation that would have had to wait is to wait for; Disconnected when the error is a real one."""
-    if isinstance(error, (BlockingIOError, InterruptedError)) or type(error).__name__ == "SSLWantReadError":
+def blocked_on(error: Exception, plain: int = READ) -> int:
+    """Return what an operation that would have had to wait is to wait for; Disconnected when the error is a real one.
+
+    `plain` is what it waits for without TLS, where reading may have to write and the other way round.
+    """
+    if isinstance(error, (BlockingIOError, InterruptedError)):
+        return plain
+    if type(error).__name__ == "SSLWantReadError":
         return READ
     if type(error).__name__ == "SSLWantWriteError":
         return WRITE
@@ -1743,7 +1758,7 @@ class Storage:
         while True:
             fd = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | O_EXTRA, 0o600)
             try:
-                if lock_file(fd) and os.fstat(fd).st_nlink:
+                if lock_file(fd, wait=True) and os.fstat(fd).st_nlink:
                     return fd
             except OSError as error:
                 self.complain("locks", "no locks on this file system, what a crash leaves is not cleaned up: %s" % error)
@@ -1993,7 +2008,7 @@ class Watched:
         if self._stamp is not None and now - self._checked < self.PAUSE:
             return False
         if self._stamp is None or self._look() != self._stamp:
-            return True                             # and get() shall find it so, too
+            return True                             # ... and so it is for everybody until it is loaded
         self._checked = now
         return False
 
@@ -2151,22 +2166,22 @@ class Mailboxes:
                     if self.exists(mailbox):
                         yield mailbox
 
-    def _retry_made(self, mailbox: str, made: List[str], action: Callable[[], Any]) -> Any:
-        """Do what needs the mailbox's directories, made when missing; those to be flushed for it go into `made`."""
-        try:
-            return action()
-        except FileNotFoundError:
-            path = self.path(mailbox)               # new/ last: a mailbox exists once it has that
-            made += self.storage.make_directories([os.path.join(path, place) for place in ("tmp", "cur", "new")])
-            return action()
+    def _make(self, mailbox: str, made: List[str]) -> None:
+        """Make a mailbox's directories; those that must be flushed for it go into `made`. OSError."""
+        path = self.path(mailbox)                   # new/ last: a mailbox exists once it has that
+        made += self.storage.make_directories([os.path.join(path, place) for place in ("tmp", "cur", "new")])
 
     def file_name(self, id: str) -> str:
         return "%d.%s.%s" % (int(id[:8], 16), id, self.host)
 
     def open_draft(self, mailbox: str, id: str, made: List[str]) -> Tuple[int, str]:
-        """Make a file in the mailbox's tmp/ and return (fd, path); OSError. See _retry_made() for `made`."""
+        """Make a file in the mailbox's tmp/ and return (fd, path); OSError. Directories to flush for it go into `made`."""
         path = os.path.join(self.path(mailbox), "tmp", self.file_name(id))
-        return self._retry_made(mailbox, made, lambda: self.storage.create(path)), path
+        try:
+            return self.storage.create(path), path
+        except FileNotFoundError:
+            self._make(mailbox, made)
+            return self.storage.create(path), path
 
     def place(self, draft: Draft, mailboxes: Sequence[str], placed: List[str], made: List[str]) -> None:
         """Put a completed draft into all mailboxes, the paths into `placed`; OSError, with some of it done.
@@ -2175,13 +2190,13 @@ class Mailboxes:
         """
         name = "%s,S=%d,W=%d" % (self.file_name(draft.id), draft.written, draft.written)
         for mailbox in reversed(mailboxes):
-            path = self.path(mailbox)
-            target = os.path.join(path, "new", name)
-            if mailbox == mailboxes[0]:
-                put = functools.partial(os.rename, draft.path, target)
-            else:
-                put = functools.partial(link_or_copy, draft.path, target, os.path.join(path, "tmp", name))
-            self._retry_made(mailbox, made, put)
+            target = os.path.join(self.path(mailbox), "new", name)
+            put: Callable[[str, str], None] = os.rename if mailbox == mailboxes[0] else link_or_copy
+            try:
+                put(draft.path, target)
+            except FileNotFoundError:
+                self._make(mailbox, made)
+                put(draft.path, target)
             placed.append(target)
         draft.path = ""
 
@@ -2346,14 +2361,17 @@ NO_LINKS = {getattr(errno, name, -1) for name in ("EPERM", "EACCES", "EOPNOTSUPP
                                                   "EINVAL")}    # from os.link() where a file cannot have another name
 
 
-def link_or_copy(source: str, target: str, draft: str) -> None:
-    """Give a file a second name; where the file system has no links, make a durable copy by way of `draft`. OSError."""
+def link_or_copy(source: str, target: str) -> None:
+    """Give a file a second name; where the file system has no links, make a durable copy. OSError."""
     try:
         os.link(source, target)
         return
     except OSError as error:
         if error.errno not in NO_LINKS:
             raise
+    above, name = os.path.split(target)
+    tmp = os.path.join(os.path.dirname(above), "tmp")
+    draft = os.path.join(tmp if os.path.isdir(tmp) else above, name + ".tmp")     # of a mailbox, or of the queue
     with open(source, "rb") as old, open(draft, "xb", opener=lambda p, f: os.open(p, f, 0o600)) as new:
         shutil.copyfileobj(old, new, BIG_BLOCK)
         new.flush()
@@ -3726,7 +3744,7 @@ class Queue:
         path = self.message(draft.id)
         if draft.path != path:
             self.storage.make_directory(self.root)
-            link_or_copy(draft.path, path, path[:-4] + ".tmp")
+            link_or_copy(draft.path, path)
         entry = Entry(draft.id, envelope.sender, draft.written - parcel.own, parcel.own, now, now,
                       [{"address": str(address), "state": "waiting", "last_reply": ""} for address in parcel.remote],
                       eightbit=draft.eightbit, place=os.path.join(self.new, draft.id),
@@ -5601,7 +5619,8 @@ class Listener(socketserver.TCPServer, Task):
                     request.setblocking(False)
                     request.send(self.refusal(refusal))
             return self.shutdown_request(request)
-        event("connect", protocol=self.name, client=show_endpoint(client_address[:2]))
+        if log.isEnabledFor(logging.INFO):
+            event("connect", protocol=self.name, client=show_endpoint(client_address[:2]))
         self.site.loop.spawn(self.session(request, client_address, self))
 
     def refusal(self, reason: str) -> bytes:
@@ -5620,6 +5639,7 @@ class Listener(socketserver.TCPServer, Task):
 # ======================================================================================================================
 
 OK = Reply(250, "2.0.0", "ok")
+NO_HOST_NAME = re.compile(r"[^A-Za-z0-9.:_\[\]-]")
 HTTP_VERBS = (b"GET ", b"POST ", b"HEAD ", b"PUT ", b"DELETE ", b"OPTIONS ", b"CONNECT ", b"PATCH ", b"TRACE ", b"PRI ")
 
 
@@ -5785,7 +5805,7 @@ class SMTPSession(Session):
             raise Refused(501, "5.5.4", "say your host name: EHLO host.example")
         self.raise_fault("helo", name)
         self.drop_transaction()
-        self.helo, self.esmtp = re.sub(r"[^A-Za-z0-9.:_\[\]-]", "?", name[:255]), esmtp
+        self.helo, self.esmtp = NO_HOST_NAME.sub("?", name[:255]), esmtp
 
     async def do_STARTTLS(self, argument: str) -> None:
         """RFC 3207. The next word is the client's."""
@@ -6013,13 +6033,15 @@ class SMTPSession(Session):
             self.busy = False
         self.idle = 0
         self.say(self.answer(parcel))
-        await self.wire.flush()                     # the client has its 250 before anybody else hears of the message
-        if self.tape:
-            self.tape.restart()
-        self.site.accepted(parcel)
-        if self.site.follow_up:
-            follow_up = self.site.follow_up
-            await wait(lambda: follow_up(parcel))
+        try:
+            await self.wire.flush()                 # the client has its 250 before anybody else hears of the message
+        finally:                                    # if it is gone, the message is there all the same
+            if self.tape:
+                self.tape.restart()
+            self.site.accepted(parcel)
+            if self.site.follow_up:
+                follow_up = self.site.follow_up
+                await wait(lambda: follow_up(parcel))
 
     async def ask_all(self, transaction: Transaction, parcel: Parcel) -> None:
         """Ask who has a say in a message that is there as a whole; Refused, and then nothing of it is left."""
@@ -6536,6 +6558,8 @@ class Node:
                 self._listeners.append(Listener("smtp", endpoint, SMTPSession))
             for endpoint in config.smtps:
                 self._listeners.append(Listener("smtps", endpoint, SMTPSession, tls=True))
+            if config.web or config.webs:
+                extension("web")                    # CannotRun when this copy has none
             for section in EXTENSIONS:
                 self._listeners += section.listeners(config)
         except BaseException:
@@ -8217,11 +8241,17 @@ NOT_FOUND = text_answer(404, "404 page not found")
 OK_ANSWER = text_answer(200, "ok")
 SAFE_TYPES = ("image/png", "image/jpeg", "image/gif", "image/webp", "text/plain", "application/pdf", "audio/mpeg", "video/mp4")
 LINK = re.compile(r"<(a|area)(?=[ \t\n\r\f/>])", re.IGNORECASE | re.ASCII)
+FRAME = re.compile(r"<(?=(?:i?frame|frameset|object|embed)[ \t\n\r\f/>])", re.IGNORECASE | re.ASCII)
+SCREENS = "".join('<i id=minimail-%d style="position:absolute;top:%dvh"></i>' % (n, 90 * n) for n in range(60))
 
 
-def with_own_windows(html: str) -> str:
-    """Return HTML whose links open windows of their own and do not say where from; of equal attributes the first counts."""
-    return LINK.sub(r"<\1 target=_blank rel=noreferrer referrerpolicy=no-referrer ", html)
+def in_a_frame(html: str) -> str:
+    """Return HTML for a frame of the page: links open windows of their own and do not say where from, frames are none.
+
+    A tag's name goes up to a blank, "/" or ">", and of two equal attributes the first counts, so this needs no parser.
+    At the end stand marks by which the page can scroll what it may not look into.
+    """
+    return LINK.sub(r"<\1 target=_blank rel=noreferrer referrerpolicy=no-referrer ", FRAME.sub("<x-", html)) + SCREENS
 
 
 class Index:
@@ -8566,7 +8596,7 @@ class Inbox:
         if not view.html:
             return text_answer(404, "This message does not contain a HTML part")
         images = "img-src data: http: https:" if request.query.get("images") else "img-src data:"
-        return Answered(200, "text/html; charset=utf-8", with_own_windows(view.framed()).encode("utf-8", "replace"), {
+        return Answered(200, "text/html; charset=utf-8", in_a_frame(view.framed()).encode("utf-8", "replace"), {
             "Content-Security-Policy": "sandbox allow-popups allow-popups-to-escape-sandbox; default-src 'none'; style-src "
             "'unsafe-inline'; font-src data:; %s; form-action 'none'; base-uri 'none'; frame-ancestors 'self'" % images})
 
