@@ -775,6 +775,64 @@ def fill(address, count):
                             "Subject: number %d\r\n\r\nHello\r\n" % number)
 
 
+# The API beyond the page
+
+class OtherOrigins(unittest.TestCase):
+    """What a page of another origin gets, in a real browser; and what goes out of capture mode, and how requests may come in."""
+
+    ASK = """return fetch(arguments[0], arguments[1]).then(answer => answer.text().then(text => answer.status + " " + text),
+                                                          () => "refused")"""
+
+    def test_a_page_elsewhere(self):
+        """By --web-allow it may do all, preflighted requests too; without it can neither read nor change anything."""
+        with Trap() as trap, contextlib.closing(Browser()) as browser:
+            self.addCleanup(trap.shutdown)
+            for allowed in (True, False):
+                with lab.Node("--web", "127.0.0.1:0", "--no-sync", *["--web-allow", trap.url] * allowed) as node:
+                    url = "http://127.0.0.1:%d/api/v1/messages" % node.listening["web"][0][1]
+                    fill(node.smtp, 2)
+                    browser.open(trap.url)
+                    found = browser.run(self.ASK, url, {})
+                    self.assertEqual(json.loads(found[4:])["total"] if allowed else found, 2 if allowed else "refused")
+                    for method in ("PUT", "DELETE"):
+                        options = {"method": method, "body": "{}", "headers": {"Content-Type": "application/json"}}
+                        self.assertEqual(browser.run(self.ASK, url, options), "200 ok" if allowed else "refused")
+                    browser.run(self.ASK, url, {"mode": "no-cors"})
+                    with urllib.request.urlopen(url) as answer:
+                        left = json.load(answer)
+                    self.assertEqual((left["total"], left["unread"]), (0, 0) if allowed else (2, 2))
+
+    def test_release(self):
+        """One message goes to the server that --release names, byte for byte; the others stay."""
+        with lab.Node("--web", "127.0.0.1:0", "--no-sync") as far, lab.Node(
+                "--web", "127.0.0.1:0", "--no-sync", "--release", "smtp://127.0.0.1:%d" % far.smtp[1]) as near:
+            urls = ["http://127.0.0.1:%d/api/v1/" % node.listening["web"][0][1] for node in (far, near)]
+            fill(near.smtp, 3)
+            with urllib.request.urlopen(urls[1] + "messages") as answer:
+                id = json.load(answer)["messages"][1]["ID"]
+            urllib.request.urlopen(urls[1] + "message/%s/release" % id, json.dumps({"To": ["me@example.net"]}).encode()).close()
+            with urllib.request.urlopen(urls[0] + "wait?query=to:me@example.net") as answer:
+                self.assertEqual(json.load(answer)["Subject"], "number 1")
+            with urllib.request.urlopen(urls[0] + "message/latest/raw") as answer:
+                self.assertTrue(answer.read().endswith(b"Subject: number 1\r\n\r\nHello\r\n"))
+            with urllib.request.urlopen(urls[0] + "messages") as answer:
+                self.assertEqual(json.load(answer)["total"], 1)
+
+    def test_a_body_in_chunks(self):
+        """As clients send one whose length they do not know."""
+        with lab.Node("--web", "127.0.0.1:0", "--no-sync") as node:
+            address = "127.0.0.1", node.listening["web"][0][1]
+            text = json.dumps({"From": {"Email": "jürgen@bücher.example"}, "To": [{"Email": "用户@例え.example"}], "Subject": "Grüße " * 100,
+                               "Text": "x" * 200000}).encode()
+            with contextlib.closing(http.client.HTTPConnection(*address, timeout=20)) as connection:
+                connection.request("POST", "/api/v1/send", (text[at:at + 999] for at in range(0, len(text), 999)), encode_chunked=True,
+                                   headers={"Transfer-Encoding": "chunked"})
+                self.assertEqual(connection.getresponse().status, 200)
+            with urllib.request.urlopen("http://%s:%d/api/v1/message/latest" % address) as answer:
+                message = json.load(answer)
+            self.assertEqual((message["Subject"].strip(), message["To"][0]["Address"]), (("Grüße " * 100).strip(), "用户@例え.example"))
+
+
 # Client libraries that were written for Mailpit
 
 class MailpitClients(unittest.TestCase):
