@@ -8786,7 +8786,8 @@ class Inbox:
                   ("messages", "gauge", len(self.letters()))]
         relay = getattr(node, "relay", None)
         if relay:
-            values += [("recipients_sent_total", "counter", relay.sent), ("recipients_bounced_total", "counter", relay.bounced),
+            values += [("recipients_sent_total", "counter", relay.sent),
+                       ("recipients_bounced_total", "counter", relay.bounced),
                        ("recipients_deferred_total", "counter", relay.deferred),
                        ("queue_entries", "gauge", sum(1 for _ in relay.queue.places()))]
         text = "".join("# TYPE minimail_%s %s\nminimail_%s %d\n" % (name, kind, name, value) for name, kind, value in values)
