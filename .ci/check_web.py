@@ -778,7 +778,7 @@ def fill(address, count):
 # The API beyond the page
 
 class OtherOrigins(unittest.TestCase):
-    """What a page of another origin gets, in a real browser; and what goes out of capture mode, and how requests may come in."""
+    """What a page of another origin gets, in a real browser; what goes out of capture mode, how requests may come in."""
 
     ASK = """return fetch(arguments[0], arguments[1]).then(answer => answer.text().then(text => answer.status + " " + text),
                                                           () => "refused")"""
@@ -810,7 +810,8 @@ class OtherOrigins(unittest.TestCase):
             fill(near.smtp, 3)
             with urllib.request.urlopen(urls[1] + "messages") as answer:
                 id = json.load(answer)["messages"][1]["ID"]
-            urllib.request.urlopen(urls[1] + "message/%s/release" % id, json.dumps({"To": ["me@example.net"]}).encode()).close()
+            body = json.dumps({"To": ["me@example.net"]}).encode()
+            urllib.request.urlopen(urls[1] + "message/%s/release" % id, body).close()
             with urllib.request.urlopen(urls[0] + "wait?query=to:me@example.net") as answer:
                 self.assertEqual(json.load(answer)["Subject"], "number 1")
             with urllib.request.urlopen(urls[0] + "message/latest/raw") as answer:
@@ -822,15 +823,16 @@ class OtherOrigins(unittest.TestCase):
         """As clients send one whose length they do not know."""
         with lab.Node("--web", "127.0.0.1:0", "--no-sync") as node:
             address = "127.0.0.1", node.listening["web"][0][1]
-            text = json.dumps({"From": {"Email": "jürgen@bücher.example"}, "To": [{"Email": "用户@例え.example"}], "Subject": "Grüße " * 100,
-                               "Text": "x" * 200000}).encode()
+            text = json.dumps({"From": {"Email": "jürgen@bücher.example"}, "To": [{"Email": "用户@例え.example"}],
+                               "Subject": "Grüße " * 100, "Text": "x" * 200000}).encode()
             with contextlib.closing(http.client.HTTPConnection(*address, timeout=20)) as connection:
-                connection.request("POST", "/api/v1/send", (text[at:at + 999] for at in range(0, len(text), 999)), encode_chunked=True,
-                                   headers={"Transfer-Encoding": "chunked"})
+                pieces = (text[at:at + 999] for at in range(0, len(text), 999))
+                connection.request("POST", "/api/v1/send", pieces, {"Transfer-Encoding": "chunked"}, encode_chunked=True)
                 self.assertEqual(connection.getresponse().status, 200)
             with urllib.request.urlopen("http://%s:%d/api/v1/message/latest" % address) as answer:
                 message = json.load(answer)
-            self.assertEqual((message["Subject"].strip(), message["To"][0]["Address"]), (("Grüße " * 100).strip(), "用户@例え.example"))
+            self.assertEqual(message["Subject"].strip(), ("Grüße " * 100).strip())
+            self.assertEqual(message["To"][0]["Address"], "用户@例え.example")
 
 
 # Client libraries that were written for Mailpit
