@@ -237,7 +237,8 @@ SOURCE_ROUTE = re.compile(r"@[^,:@<>\s]+(?:,@[^,:@<>\s]+)*:")
 BLANK_LINE = re.compile(rb"\n\r?\n")
 FOLD = re.compile(rb"\r?\n[ \t]+")
 FIELD = re.compile(rb"[^\n]*(?:\n[ \t][^\n]*)*\n?")
-ADDRESS_WORD = re.compile(r"=\?[^?\s]{1,60}\?[bq]\?[^?\s]*\?=|@\[[^\[\]\s]{1,60}\]|[^\s\"(<>,;:@=]+|[@=>]|\s+", re.IGNORECASE)
+ADDRESS_WORD = re.compile(r"=\?[^?\s]{1,60}\?[bq]\?[^?\s]*\?=|@\[[^\[\]\s]{1,60}\]|"
+                          r"[^\s\"(<>,;:@=\[]+(?:@[^\s\"(<>,;:@=\[]+)?|[@=>\[]|\s+", re.IGNORECASE)
 ADDRESS_QUOTED = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
 ADDRESS_ANGLE = re.compile(r'<+("[^"\\]{0,200}"[^<>]*|[^<>]*)>|<+([^<>,;\s]*)')
 ADDRESS_STRAY = re.compile(r'\(+|"+|.', re.DOTALL)
@@ -576,11 +577,14 @@ def read_addresses(text: str) -> Iterator[Tuple[str, str]]:
     addressed = False                               # the entry has an address already: a colon names no group any more
     for token in itertools.chain(address_tokens(text), [Token(",", ",")]):
         if token.kind in (",", ";"):
-            yield from entry_addresses(entry)
+            if len(entry) == 1 and entry[0].kind == "word":
+                yield "", entry[0].text             # by far the most frequent one
+            else:
+                yield from entry_addresses(entry)
             entry, addressed = [], False
         elif token.kind == ":" and not addressed:
             entry = []
-        else:
+        elif entry or token.kind != "blank":
             entry.append(token)
             addressed = addressed or token.kind == "angle" or (token.kind == "word" and "@" in token.text)
 
