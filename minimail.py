@@ -6718,16 +6718,15 @@ class Part:
 
     @property
     def is_text(self) -> bool:
-        """Whether it is shown among the texts, and no file."""
+        """Whether it is shown among the texts."""
         broken = self.kind.startswith("multipart/")         # and yet without parts: no usable boundary
-        named = "filename" in self._place or self.disposition == "attachment"
-        return broken or (self.kind in ("text/plain", "text/html") and self.disposition != "attachment" and (
-            not named or self.id == "1"))
+        return broken or (self.kind in ("text/plain", "text/html") and self.disposition != "attachment")
 
     @property
     def is_inline(self) -> bool:
         """Whether a file belongs into the text rather than beside it; so does one that only has an ID, or nothing at all."""
-        return self.disposition == "inline" or (self.disposition != "attachment" and bool(self.content_id or not self.name))
+        return self.disposition == "inline" or self.is_text or (
+            self.disposition != "attachment" and bool(self.content_id or not self.name))
 
     @property
     def shown_name(self) -> str:
@@ -6850,6 +6849,10 @@ class TreeReader:
             if line == boundary + b"--":
                 self.close(depth, at)
                 return end - 1
+        for depth in range(len(self.open) - 1, -1, -1):
+            if line.startswith(self.open[depth].boundary + b"--"):      # something follows that should not
+                self.close(depth, at)
+                return end - 1
         return at + 1
 
     def close(self, depth: int, at: int) -> None:
@@ -6920,14 +6923,8 @@ class View:
 
     @functools.cached_property
     def bodies(self) -> List[Part]:
-        """The parts that are shown as text; of several with a name the first of its kind, the others are files."""
-        found: List[Part] = []
-        kinds = set()
-        for part in self.parts:
-            if part.is_text and not (part.name and part.kind in kinds):
-                found.append(part)
-                kinds.add(part.kind)
-        return found
+        """The parts that are shown as text."""
+        return [part for part in self.parts if part.is_text]
 
     @functools.cached_property
     def plain(self) -> str:
@@ -6950,9 +6947,9 @@ class View:
 
     @functools.cached_property
     def others(self) -> List[Part]:
-        """The parts that are no texts."""
-        bodies = set(self.bodies)
-        return [part for part in self.parts if part not in bodies]
+        """The parts that are listed as files: those that are no texts, and texts with a name after the first of their kind."""
+        first = {part.kind: part for part in reversed(self.bodies)}
+        return [part for part in self.parts if not part.is_text or (part.name and part is not first[part.kind])]
 
     @property
     def inlines(self) -> List[Part]:

@@ -5613,14 +5613,16 @@ class ReadingParts(Case):
     def test_bodies_and_files(self):
         """Of each part after a plain text, whether it is a text, inline or an attachment."""
         for header, expected in (
-                (b"text/plain; name=x.txt", "attachment"), (b"text/html; name=x.html", "body"), (b"text/plain", "body"),
+                (b"text/plain; name=x.txt", "body"), (b"text/html; name=x.html", "body"), (b"text/plain", "body"),
                 (b"text/plain\r\nContent-Disposition: attachment", "attachment"), (b"text/html\r\nContent-Disposition: inline", "body"),
-                (b"text/plain\r\nContent-Disposition: inline; filename=x", "inline"), (b"image/png\r\nContent-ID: <a>", "inline"),
+                (b"text/plain\r\nContent-Disposition: inline; filename=x", "body"), (b"image/png\r\nContent-ID: <a>", "inline"),
                 (b"image/png; name=a.png", "attachment"), (b"image/png\r\nContent-Disposition: inline; filename=a.png", "inline"),
                 (b"image/png\r\nContent-ID: <a>\r\nContent-Disposition: attachment", "attachment"), (b"application/zip; name=z", "attachment")):
             view = minimail.View(mime(TEXT_PART, b"Content-Type: " + header + b"\r\n\r\nx"))
             part = view.part("2")
             self.assertEqual("body" if part in view.bodies else "inline" if part in view.inlines else "attachment", expected, header)
+            named = part.name and part.kind == "text/plain" and part.is_text
+            self.assertIs(part in view.inlines, bool(expected == "inline" or named), "a text with a name can be saved, too")
         for header in (b"text/plain; name=x", b"text/plain\r\nContent-Disposition: inline; filename=x"):
             self.assertEqual(minimail.View(b"Content-Type: " + header + b"\r\n\r\nhello").text, "hello", header)
 
@@ -5632,6 +5634,8 @@ class ReadingParts(Case):
                 (mime(b"\r\na\r\n--bc\r\nb"), ["a\r\n--bc\r\nb"]), (mime(b"\r\na").replace(b"--b\r\n", b"--b \t\r\n"), ["a"]),
                 (mime(b"\r\n"), [""]), (mime(b"no header"), ["no header"]), (mime(TEXT_PART, boundary=b"x y:'()+_,-./=?"), ["body"]),
                 (b'Content-Type: multipart/mixed;\r\n boundary="a\r\n b"\r\n\r\n--a b\r\n\r\nx\r\n--a b--', ["x"]),
+                (mime(TEXT_PART).replace(b"--b--", b"--b-->junk"), ["body"]),
+                (mime(mime(b"\r\none", boundary=b"o"), b"\r\ntwo", boundary=b"o--x"), ["one", "two"]),
                 (b"Content-Type: multipart/mixed\r\n\r\n--x\r\n\r\nhello", ["--x\r\n\r\nhello"]),
                 (b"Content-Type: multipart/mixed; boundary=x\r\n\r\nhello", ["hello"])):
             self.assertEqual([part.text() for part in minimail.View(raw).parts], texts, raw)

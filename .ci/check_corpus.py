@@ -3,8 +3,9 @@
     python3 .ci/check_corpus.py [-v] [PATTERN of file names]
 
 The files are those that packages of Debian and PyPI ship (PACKAGES); the parsers are `mailparser` of npm and `mail-parser` of
-PyPI. Where both agree on a subject, date, address, file name, size or text, we have to agree, but for EXCEPTIONS. Packages
-and parsers are kept in a folder of the cache; at its end the check says what the largest message needed of our limits.
+PyPI. Where both agree on a subject, date, address, file name, size or text, we have to agree, but for EXCEPTIONS; where both
+show no text or file, we may show some. Packages and parsers are kept in a folder of the cache. The last lines say what the
+largest message needed of our limits.
 """
 # time limit: 300
 import fnmatch
@@ -28,20 +29,24 @@ NPM = "mailparser@3.7.2"
 FILES = re.compile(r"\.(eml|raw|mbox)$|testdata/.*(mail|attach|parts)/|test_email/data/msg_|tests/mails/")
 NO_MAIL = re.compile(r"\.(py|go|golden|png|gif|jpg|json|html|bz2|gz|au|pgm|msg)$|outlook")
 
-# What both others do and we do not: (file, field, why).
+# Where both others agree and we do not: (file, field, why).
 EXCEPTIONS = [
+    ("chardet-success-iso-8859-1.raw", "text", "says us-ascii and is Latin-1: we show its umlauts, they replace them"),
 ]
 
 NODE = """
 const fs = require("fs"), {simpleParser} = require("mailparser");
-const people = field => [].concat(field || []).flatMap(one => one.value).flatMap(one => one.group || [one]).map(one => one.address);
+const people = field => [].concat(field || []).flatMap(one => one.value).flatMap(one => one.group || [one])
+  .map(one => one.address);
 (async () => {
   for (const path of fs.readFileSync(0, "utf-8").split("\\n").filter(Boolean)) {
     let found = null;
     try {
-      const mail = await simpleParser(fs.readFileSync(path), {skipImageLinks: true, skipTextToHtml: true, skipHtmlToText: true});
-      found = {subject: mail.subject || "", from: people(mail.from), to: people(mail.to), date: mail.date ? mail.date.toJSON() : "",
-        text: mail.text || "", names: mail.attachments.map(one => one.filename || ""), sizes: mail.attachments.map(one => one.size)};
+      const options = {skipImageLinks: true, skipTextToHtml: true, skipHtmlToText: true};
+      const mail = await simpleParser(fs.readFileSync(path), options);
+      found = {subject: mail.subject || "", from: people(mail.from), to: people(mail.to),
+        date: mail.date ? mail.date.toJSON() : "", text: mail.text || "",
+        names: mail.attachments.map(one => one.filename || ""), sizes: mail.attachments.map(one => one.size)};
     } catch (error) {}
     console.log(JSON.stringify(found));
   }
@@ -147,7 +152,7 @@ def compare(path, node, python, told):
         if node is None or python is None:
             continue
         values = [normal(field, found[field]) for found in (node, python, mine)]
-        if values[0] == values[1]:
+        if values[0] == values[1] and (values[0] or field not in ("text", "names", "sizes")):
             told[0] += 1
             if values[2] != values[0]:
                 wrong.append((field, values[0], values[2]))
@@ -196,7 +201,7 @@ def main():
         print("no longer an exception: %s" % (entry,))
     for limit, (value, name) in needed(paths).items():
         print("%-15s %8d of %8d  %s" % (limit, value, getattr(minimail, limit), name))
-    print("%d messages, %d fields that both others agree on, %d of them read otherwise by us (%.0f s)" % (
+    print("%d messages, %d fields on which both others agree, %d of them read otherwise by us (%.0f s)" % (
         len(paths), told[0], failed, time.monotonic() - began))
     return 1 if failed or not told[0] else 0
 
