@@ -7567,12 +7567,12 @@ class Letter:
                           if rule in LINT]
         return record
 
-    def summary(self) -> Dict[str, Any]:
-        """Return the entry of a list; what is in the file is read once and remembered."""
+    def summary(self, view: Optional[View] = None) -> Dict[str, Any]:
+        """Return the entry of a list; what is in the file is read once (not at all with its view) and remembered."""
         known = self.inbox.summaries.get(self.id)
         if known is None:
             try:
-                known = self._summary()
+                known = self._summary(view or self.view())
             except OSError:
                 raise
             except Exception as error:              # one message must not hide the others
@@ -7592,13 +7592,13 @@ class Letter:
         """Return what the message is searched by; computed once."""
         found: Optional[Searched] = self.inbox.searched.get(self.id)
         if found is None:
-            found = searched(self.view(), self.summary(), self.message().received_at.timestamp())
+            view = self.view()
+            found = searched(view, self.summary(view), self.message().received_at.timestamp())
             self.inbox.searched.put(self.id, found, found.cost())
         return found
 
-    def _summary(self) -> Dict[str, Any]:
+    def _summary(self, view: View) -> Dict[str, Any]:
         message = self.message()
-        view = View(message.read())
         recorder = self.inbox.site.recorder
         record = recorder.load(self.id) if recorder else None
         named = {name: view.addresses(name) for name in ("from", "to", "cc", "reply-to")}
@@ -7614,7 +7614,8 @@ class Letter:
 
     def whole(self) -> Dict[str, Any]:
         """Return the message as GET /api/v1/message/ID gives it, and what more the page shows of it."""
-        view, summary = self.view(), self.summary()
+        view = self.view()
+        summary = self.summary(view)
         inline, attached = view.files()
         shown = {key: summary[key] for key in ("ID", "MessageID", "Read", "From", "To", "Cc", "Bcc", "ReplyTo", "Subject",
                                                "Tags", "Username", "Size")}

@@ -5998,6 +5998,8 @@ class WebAPI(WebCase):
         self.assertEqual(email.utils.parsedate_to_datetime("Mon, 01 Jan 2024 10:00:00 +0200").isoformat(), whole["Date"])
         self.assertEqual(whole["Text"].strip(), "see http://t.test/a?b=1&c=2. café")
         self.assertIn("<img", whole["HTML"])
+        self.assertEqual((whole["Links"], whole["Cut"], whole["Calendar"], whole["RemoteImages"], whole["Tree"]["ContentType"]),
+                         (["https://h.test/x?y=1&z=2", "http://t.test/a?b=1&c=2"], [], [], False, "multipart/mixed"))
         picture, = whole["Inline"]
         self.assertEqual(picture, {"PartID": picture["PartID"], "FileName": picture["FileName"], "ContentType": "image/png",
                                    "ContentID": "pic", "Size": 4,

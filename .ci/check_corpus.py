@@ -195,8 +195,8 @@ def main():
             used.update(excused)
             if not excused or "-v" in sys.argv:
                 failed += not excused
-                print("%s %s %s:\n    they: %r\n    we:   %r" % (
-                    "known" if excused else "FAILS", path.relative_to(CACHE / "files"), field, str(wanted)[:300], str(came)[:300]))
+                print("%s %s %s:\n    they: %.300r\n    we:   %.300r" % (
+                    "known" if excused else "FAILS", path.relative_to(CACHE / "files"), field, wanted, came))
     for entry in set(EXCEPTIONS) - used if not words else ():
         print("no longer an exception: %s" % (entry,))
     for limit, (value, name) in needed(paths).items():
