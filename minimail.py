@@ -6730,7 +6730,7 @@ class Part:
 
     @property
     def shown_name(self) -> str:
-        return self.name or self.content_id or ("message.eml" if self.kind == "message/rfc822" else "")
+        return self.name or self.content_id or ("message.eml" if self.kind in ("message/rfc822", "message/global") else "")
 
     def data(self, limit: Optional[int] = None) -> bytes:
         """Return the body decoded, or its first `limit` bytes; an attached message is the bytes that were sent."""
@@ -7211,6 +7211,12 @@ class Query:
             return 0.0 if value.partition("=")[0] else None
         return 0.0 if value in cls.STATES.get(key, (value,)) else None
 
+    def certain(self) -> "Query":
+        """Return itself; ValueError unless it is clear what it means: before something is deleted or changed by it."""
+        if self.unknown or not self.terms:
+            raise ValueError("nothing is changed by this search: " + (", ".join(self.unknown) or "it is empty"))
+        return self
+
     def matches(self, letter: Any) -> bool:
         """Return whether a message is meant; `letter` has searched(), read and tags."""
         try:
@@ -7307,7 +7313,9 @@ class Cache:
 
     def forget_others(self, keys: Any) -> None:
         """Forget all but `keys`."""
-        for key in [key for key in list(self._kept) if key not in keys]:
+        with self._lock:
+            others = [key for key in self._kept if key not in keys]
+        for key in others:
             self.forget(key)
 
 
@@ -7834,7 +7842,7 @@ class Inbox:
             raise ValueError("expected {\"IDs\": [...]}")
         letters = self.letters()
         if given.get("Search"):
-            wanted = Query(str(given["Search"]))
+            wanted = Query(str(given["Search"])).certain()
             return [letter for letter in letters if wanted.matches(letter)], given
         if given.get("IDs"):
             return [self._by_id[id] for id in map(str, given["IDs"]) if id in self._by_id], given
@@ -7845,6 +7853,7 @@ class Inbox:
         return OK_ANSWER
 
     def delete_found(self, query: Dict[str, str], **_: Any) -> Answered:
+        Query(query.get("query", "")).certain()
         self._delete(self._found(query))
         return OK_ANSWER
 

@@ -5786,7 +5786,13 @@ class SearchTerms(Case):
                 ("is:starred", ["is:starred"]), ("-has:link x", ["has:link"]), ("before:soon", ["before:soon"]), ("larger:big", ["larger:big"]), ("subject:", ["subject:"]),
                 ('-to:""', ['to:""']), ("older_than:1d", ["older_than:1d"]), ("-filename:x", ["filename:x"]), ("http://x.example", []), ("12:30", []), ('"re: hello"', []),
                 ("from:a is:unread", []), ("header:=x", ["header:=x"]), ("larger:\u00b2", ["larger:\u00b2"])):
-            self.assertEqual(minimail.Query(query).unknown, unknown, query)
+            wanted = minimail.Query(query)
+            self.assertEqual(wanted.unknown, unknown, query)
+            if unknown:
+                self.assertRaises(ValueError, wanted.certain)
+            else:
+                self.assertIs(wanted.certain(), wanted)
+        self.assertRaises(ValueError, minimail.Query(" ").certain)
         self.assertFalse(minimail.Query("subject: -to:").terms, "still being written: no words of its own")
 
     def test_bounds(self):
@@ -6093,6 +6099,8 @@ class WebAPI(WebCase):
         delete("\xff", "abc", status=400)
         delete(None, "bc", target="/api/v1/search?query=subject:a")
         delete(None, "abc", target="/api/v1/search?query=", status=400)
+        for query in ("is:starred", "-has:link", "older_than:1d", "before:soon", "subject:", "subject:a%20-to:"):
+            delete(None, "abc", target="/api/v1/search?query=" + query, status=400)
         delete(None, "abc", target="/api/v1/search", status=400)
         delete("[" * 100000, "abc", status=400)     # deeper than Python's recursion goes
 
