@@ -6449,6 +6449,7 @@ def read_parameters(text: str) -> Tuple[str, Dict[str, str]]:
     Parameters may lack their semicolons and quotes. Of `name*` and `name`, the first is taken.
     """
     value = text[:MAX_ADDRESS].lstrip().partition(";")[0].partition("(")[0].partition(" ")[0]
+    value = "" if "=" in value else value           # there is none, parameters only
     position = text.find(value) + len(value)
     pieces: Dict[str, Dict[int, Tuple[bool, str]]] = {}
     for _ in range(MAX_PARAMETERS):

@@ -5519,7 +5519,7 @@ class ReadingHeaders(Case):
                 ("a; filename=plain; filename*=utf-8'de'%C3%BC", "a", {"filename": "\u00fc"}),
                 ("a; n*0*=utf-8''%C3; n*2=b; n*1*=%BC", "a", {"n": "\u00fcb"}), ("a; n*0=a; n*1=b", "a", {"n": "ab"}),
                 ("a; nonsense; b=c", "a", {"b": "c"}), ('a; b="open', "a", {"b": "open"}), ("", "", {}), (";;;", "", {}),
-                ("a; n*=x'y", "a", {"n": "x'y"}), ("a; n*99999999=x", "a", {"n*99999999": "x"})):
+                ("a; n*=x'y", "a", {"n": "x'y"}), ("filename=x.txt", "", {"filename": "x.txt"}), ("a; n*99999999=x", "a", {"n*99999999": "x"})):
             self.assertEqual(minimail.read_parameters(text), (value, parameters), text)
 
     def test_dates_have_a_zone(self):
@@ -5749,6 +5749,31 @@ class ReadingHTML(Case):
         for html, expected in ((b"<img src='http://x/'>", True), (b"<img src=//x/>", True), (b"<p style='background:url(https://x)'>", True),
                                (b"<a href='http://x'>", False), (b"<img src=cid:a>", False), (b"http://x", False)):
             self.assertIs(minimail.View(b"Content-Type: text/html\r\n\r\n" + html).has_remote, expected, html)
+
+
+class ReadingAnything(Case):
+    """A seeded generator of messages that no mailer would write: all of them are shown, and no part is lost."""
+
+    PIECES = [b"\r\n", b"\n", b"--b", b"--b--", b'"', b"<", b">", b"(", b")", b"=?utf-8?b?", b"=?", b"?=", b"?q?", b"; ", b"*0*=", b"filename=", b"boundary=b",
+              b":", b",", b"@", b"cid:", b"&#", b"\xff", b"\x1b$B", b"charset=", b"base64", b"=", b" ", b"<a href=", b"<!--", b"BEGIN:VEVENT\n", b"%", b"\0", b"\\",
+              b"Content-Type: multipart/mixed; boundary=b\r\n\r\n", b"Content-Transfer-Encoding: base64\r\n", b"To: ", b"Subject: ", b"List-Unsubscribe: <"]
+
+    def test_it_is_shown(self):
+        numbers = random.Random(6)
+        start = b"To: a@x\r\n" + mime(TEXT_PART, b"Content-Type: image/png; name=x\r\nContent-ID: <i>\r\n\r\n" + PNG_START)
+        for _ in range(500):
+            raw = bytearray(start)
+            for _ in range(numbers.randint(1, 20)):
+                place = numbers.randrange(len(raw) + 1)
+                raw[place:place + numbers.choice((0, 0, 9))] = numbers.choice(self.PIECES) * numbers.choice((1, 1, 20))
+            view = minimail.View(bytes(raw))
+            with self.subTest(raw=bytes(raw)):
+                json.dumps([view.header("subject"), view.headers(), view.addresses("to"), view.date(""), view.files(), view.links(), view.snippet(),
+                            view.unsubscribe(), view.calendar(), view.tree(), view.cut])
+                (view.text + view.html + view.framed()).encode("utf-8")
+                self.assertEqual(set(view.parts), set(view.bodies + view.inlines + view.attachments))
+                for part in view.parts:
+                    self.assertIs(view.part(part.id), part)
 
 
 class SearchTerms(Case):
