@@ -306,7 +306,8 @@ SOURCE_ROUTE = re.compile(r"@[^,:@<>\s]+(?:,@[^,:@<>\s]+)*:")
 BLANK_LINE = re.compile(rb"\n\r?\n")
 FOLD = re.compile(rb"\r?\n[ \t]+")
 FIELD = re.compile(rb"[^\n]*(?:\n[ \t][^\n]*)*\n?")
-ADDRESS_WORD = re.compile(r"=\?[^?\s]{1,60}\?[bq]\?[^?\s]*\?=|@\[[^\[\]\s]{1,60}\]|[^\s\"(<>,;:@=]+|[@=>]|\s+", re.IGNORECASE)
+ADDRESS_WORD = re.compile(r"=\?[^?\s]{1,60}\?[bq]\?[^?\s]*\?=|@\[[^\[\]\s]{1,60}\]|"
+                          r"[^\s\"(<>,;:@=\[]+(?:@[^\s\"(<>,;:@=\[]+)?|[@=>\[]|\s+", re.IGNORECASE)
 ADDRESS_QUOTED = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
 ADDRESS_ANGLE = re.compile(r'<+("[^"\\]{0,200}"[^<>]*|[^<>]*)>|<+([^<>,;\s]*)')
 ADDRESS_STRAY = re.compile(r'\(+|"+|.', re.DOTALL)
@@ -663,11 +664,14 @@ def read_addresses(text: str) -> Iterator[Tuple[str, str]]:
     addressed = False                               # the entry has an address already: a colon names no group any more
     for token in itertools.chain(address_tokens(text), [Token(",", ",")]):
         if token.kind in (",", ";"):
-            yield from entry_addresses(entry)
+            if len(entry) == 1 and entry[0].kind == "word":
+                yield "", entry[0].text             # by far the most frequent one
+            else:
+                yield from entry_addresses(entry)
             entry, addressed = [], False
         elif token.kind == ":" and not addressed:
             entry = []
-        else:
+        elif entry or token.kind != "blank":
             entry.append(token)
             addressed = addressed or token.kind == "angle" or (token.kind == "word" and "@" in token.text)
 
@@ -6955,6 +6959,7 @@ def read_parameters(text: str) -> Tuple[str, Dict[str, str]]:
     Parameters may lack their semicolons and quotes. Of `name*` and `name`, the first is taken.
     """
     value = text[:MAX_ADDRESS].lstrip().partition(";")[0].partition("(")[0].partition(" ")[0]
+    value = "" if "=" in value else value           # there is none, parameters only
     position = text.find(value) + len(value)
     pieces: Dict[str, Dict[int, Tuple[bool, str]]] = {}
     for _ in range(MAX_PARAMETERS):
@@ -7224,20 +7229,19 @@ class Part:
 
     @property
     def is_text(self) -> bool:
-        """Whether it is shown among the texts, and no file."""
+        """Whether it is shown among the texts."""
         broken = self.kind.startswith("multipart/")         # and yet without parts: no usable boundary
-        named = "filename" in self._place or self.disposition == "attachment"
-        return broken or (self.kind in ("text/plain", "text/html") and self.disposition != "attachment" and (
-            not named or self.id == "1"))
+        return broken or (self.kind in ("text/plain", "text/html") and self.disposition != "attachment")
 
     @property
     def is_inline(self) -> bool:
         """Whether a file belongs into the text rather than beside it; so does one that only has an ID, or nothing at all."""
-        return self.disposition == "inline" or (self.disposition != "attachment" and bool(self.content_id or not self.name))
+        return self.disposition == "inline" or self.is_text or (
+            self.disposition != "attachment" and bool(self.content_id or not self.name))
 
     @property
     def shown_name(self) -> str:
-        return self.name or self.content_id or ("message.eml" if self.kind == "message/rfc822" else "")
+        return self.name or self.content_id or ("message.eml" if self.kind in ("message/rfc822", "message/global") else "")
 
     def data(self, limit: Optional[int] = None) -> bytes:
         """Return the body decoded, or its first `limit` bytes; an attached message is the bytes that were sent."""
@@ -7356,6 +7360,10 @@ class TreeReader:
             if line == boundary + b"--":
                 self.close(depth, at)
                 return end - 1
+        for depth in range(len(self.open) - 1, -1, -1):
+            if line.startswith(self.open[depth].boundary + b"--"):      # something follows that should not
+                self.close(depth, at)
+                return end - 1
         return at + 1
 
     def close(self, depth: int, at: int) -> None:
@@ -7426,14 +7434,8 @@ class View:
 
     @functools.cached_property
     def bodies(self) -> List[Part]:
-        """The parts that are shown as text; of several with a name the first of its kind, the others are files."""
-        found: List[Part] = []
-        kinds = set()
-        for part in self.parts:
-            if part.is_text and not (part.name and part.kind in kinds):
-                found.append(part)
-                kinds.add(part.kind)
-        return found
+        """The parts that are shown as text."""
+        return [part for part in self.parts if part.is_text]
 
     @functools.cached_property
     def plain(self) -> str:
@@ -7456,9 +7458,9 @@ class View:
 
     @functools.cached_property
     def others(self) -> List[Part]:
-        """The parts that are no texts."""
-        bodies = set(self.bodies)
-        return [part for part in self.parts if part not in bodies]
+        """The parts that are listed as files: those that are no texts, and texts with a name after the first of their kind."""
+        first = {part.kind: part for part in reversed(self.bodies)}
+        return [part for part in self.parts if not part.is_text or (part.name and part is not first[part.kind])]
 
     @property
     def inlines(self) -> List[Part]:
@@ -7720,6 +7722,12 @@ class Query:
             return 0.0 if value.partition("=")[0] else None
         return 0.0 if value in cls.STATES.get(key, (value,)) else None
 
+    def certain(self) -> "Query":
+        """Return itself; ValueError unless it is clear what it means: before something is deleted or changed by it."""
+        if self.unknown or not self.terms:
+            raise ValueError("nothing is changed by this search: " + (", ".join(self.unknown) or "it is empty"))
+        return self
+
     def matches(self, letter: Any) -> bool:
         """Return whether a message is meant; `letter` has searched(), read and tags."""
         try:
@@ -7816,7 +7824,9 @@ class Cache:
 
     def forget_others(self, keys: Any) -> None:
         """Forget all but `keys`."""
-        for key in [key for key in list(self._kept) if key not in keys]:
+        with self._lock:
+            others = [key for key in self._kept if key not in keys]
+        for key in others:
             self.forget(key)
 
 
@@ -8091,12 +8101,12 @@ class Letter:
                           if rule in LINT]
         return record
 
-    def summary(self) -> Dict[str, Any]:
-        """Return the entry of a list; what is in the file is read once and remembered."""
+    def summary(self, view: Optional[View] = None) -> Dict[str, Any]:
+        """Return the entry of a list; what is in the file is read once (not at all with its view) and remembered."""
         known = self.inbox.summaries.get(self.key)
         if known is None:
             try:
-                known = self._summary()
+                known = self._summary(view or self.view())
             except OSError:
                 raise
             except Exception as error:              # one message must not hide the others
@@ -8112,13 +8122,13 @@ class Letter:
         """Return what the message is searched by; computed once."""
         found: Optional[Searched] = self.inbox.searched.get(self.key)
         if found is None:
-            found = searched(self.view(), self.summary(), self.message().received_at.timestamp())
+            view = self.view()
+            found = searched(view, self.summary(view), self.message().received_at.timestamp())
             self.inbox.searched.put(self.key, found, found.cost())
         return found
 
-    def _summary(self) -> Dict[str, Any]:
+    def _summary(self, view: View) -> Dict[str, Any]:
         message = self.message()
-        view = View(message.read())
         named = {name: view.addresses(name) for name in ("from", "to", "cc", "reply-to")}
         shown = {same_address(person["Address"]) for name in ("to", "cc") for person in named[name]}
         recipients = self.record()["recipients"]
@@ -8132,7 +8142,8 @@ class Letter:
 
     def whole(self) -> Dict[str, Any]:
         """Return the message as GET /api/v1/message/ID gives it, and what more the page shows of it."""
-        view, summary = self.view(), self.summary()
+        view = self.view()
+        summary = self.summary(view)
         inline, attached = view.files()
         shown = {key: summary[key] for key in ("ID", "MessageID", "Read", "From", "To", "Cc", "Bcc", "ReplyTo", "Subject",
                                                "Tags", "Username", "Size")}
@@ -8537,11 +8548,9 @@ class Inbox:
     @staticmethod
     def _found(letters: List[Letter], text: str, exact: bool = False) -> List[Letter]:
         """Return the messages that a search means; ValueError when it is empty or, with `exact`, says what we do not know."""
-        wanted = Query(text)
+        wanted = Query(text).certain() if exact else Query(text)
         if not wanted.terms:
             raise ValueError("no search query")
-        if exact and wanted.unknown:
-            raise ValueError("nothing is changed by a search with %s" % ", ".join(wanted.unknown[:10]))
         return [letter for letter in letters if wanted.matches(letter)]
 
     def _list(self, found: List[Letter], every: List[Letter], request: Request) -> Answered:

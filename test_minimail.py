@@ -6135,7 +6135,7 @@ class ReadingHeaders(Case):
                 ("a; filename=plain; filename*=utf-8'de'%C3%BC", "a", {"filename": "\u00fc"}),
                 ("a; n*0*=utf-8''%C3; n*2=b; n*1*=%BC", "a", {"n": "\u00fcb"}), ("a; n*0=a; n*1=b", "a", {"n": "ab"}),
                 ("a; nonsense; b=c", "a", {"b": "c"}), ('a; b="open', "a", {"b": "open"}), ("", "", {}), (";;;", "", {}),
-                ("a; n*=x'y", "a", {"n": "x'y"}), ("a; n*99999999=x", "a", {"n*99999999": "x"})):
+                ("a; n*=x'y", "a", {"n": "x'y"}), ("filename=x.txt", "", {"filename": "x.txt"}), ("a; n*99999999=x", "a", {"n*99999999": "x"})):
             self.assertEqual(minimail.read_parameters(text), (value, parameters), text)
 
     def test_dates_have_a_zone(self):
@@ -6229,14 +6229,16 @@ class ReadingParts(Case):
     def test_bodies_and_files(self):
         """Of each part after a plain text, whether it is a text, inline or an attachment."""
         for header, expected in (
-                (b"text/plain; name=x.txt", "attachment"), (b"text/html; name=x.html", "body"), (b"text/plain", "body"),
+                (b"text/plain; name=x.txt", "body"), (b"text/html; name=x.html", "body"), (b"text/plain", "body"),
                 (b"text/plain\r\nContent-Disposition: attachment", "attachment"), (b"text/html\r\nContent-Disposition: inline", "body"),
-                (b"text/plain\r\nContent-Disposition: inline; filename=x", "inline"), (b"image/png\r\nContent-ID: <a>", "inline"),
+                (b"text/plain\r\nContent-Disposition: inline; filename=x", "body"), (b"image/png\r\nContent-ID: <a>", "inline"),
                 (b"image/png; name=a.png", "attachment"), (b"image/png\r\nContent-Disposition: inline; filename=a.png", "inline"),
                 (b"image/png\r\nContent-ID: <a>\r\nContent-Disposition: attachment", "attachment"), (b"application/zip; name=z", "attachment")):
             view = minimail.View(mime(TEXT_PART, b"Content-Type: " + header + b"\r\n\r\nx"))
             part = view.part("2")
             self.assertEqual("body" if part in view.bodies else "inline" if part in view.inlines else "attachment", expected, header)
+            named = part.name and part.kind == "text/plain" and part.is_text
+            self.assertIs(part in view.inlines, bool(expected == "inline" or named), "a text with a name can be saved, too")
         for header in (b"text/plain; name=x", b"text/plain\r\nContent-Disposition: inline; filename=x"):
             self.assertEqual(minimail.View(b"Content-Type: " + header + b"\r\n\r\nhello").text, "hello", header)
 
@@ -6248,6 +6250,8 @@ class ReadingParts(Case):
                 (mime(b"\r\na\r\n--bc\r\nb"), ["a\r\n--bc\r\nb"]), (mime(b"\r\na").replace(b"--b\r\n", b"--b \t\r\n"), ["a"]),
                 (mime(b"\r\n"), [""]), (mime(b"no header"), ["no header"]), (mime(TEXT_PART, boundary=b"x y:'()+_,-./=?"), ["body"]),
                 (b'Content-Type: multipart/mixed;\r\n boundary="a\r\n b"\r\n\r\n--a b\r\n\r\nx\r\n--a b--', ["x"]),
+                (mime(TEXT_PART).replace(b"--b--", b"--b-->junk"), ["body"]),
+                (mime(mime(b"\r\none", boundary=b"o"), b"\r\ntwo", boundary=b"o--x"), ["one", "two"]),
                 (b"Content-Type: multipart/mixed\r\n\r\n--x\r\n\r\nhello", ["--x\r\n\r\nhello"]),
                 (b"Content-Type: multipart/mixed; boundary=x\r\n\r\nhello", ["hello"])):
             self.assertEqual([part.text() for part in minimail.View(raw).parts], texts, raw)
@@ -6363,6 +6367,31 @@ class ReadingHTML(Case):
             self.assertIs(minimail.View(b"Content-Type: text/html\r\n\r\n" + html).has_remote, expected, html)
 
 
+class ReadingAnything(Case):
+    """A seeded generator of messages that no mailer would write: all of them are shown, and no part is lost."""
+
+    PIECES = [b"\r\n", b"\n", b"--b", b"--b--", b'"', b"<", b">", b"(", b")", b"=?utf-8?b?", b"=?", b"?=", b"?q?", b"; ", b"*0*=", b"filename=", b"boundary=b",
+              b":", b",", b"@", b"cid:", b"&#", b"\xff", b"\x1b$B", b"charset=", b"base64", b"=", b" ", b"<a href=", b"<!--", b"BEGIN:VEVENT\n", b"%", b"\0", b"\\",
+              b"Content-Type: multipart/mixed; boundary=b\r\n\r\n", b"Content-Transfer-Encoding: base64\r\n", b"To: ", b"Subject: ", b"List-Unsubscribe: <"]
+
+    def test_it_is_shown(self):
+        numbers = random.Random(6)
+        start = b"To: a@x\r\n" + mime(TEXT_PART, b"Content-Type: image/png; name=x\r\nContent-ID: <i>\r\n\r\n" + PNG_START)
+        for _ in range(500):
+            raw = bytearray(start)
+            for _ in range(numbers.randint(1, 20)):
+                place = numbers.randrange(len(raw) + 1)
+                raw[place:place + numbers.choice((0, 0, 9))] = numbers.choice(self.PIECES) * numbers.choice((1, 1, 20))
+            view = minimail.View(bytes(raw))
+            with self.subTest(raw=bytes(raw)):
+                json.dumps([view.header("subject"), view.headers(), view.addresses("to"), view.date(""), view.files(), view.links(), view.snippet(),
+                            view.unsubscribe(), view.calendar(), view.tree(), view.cut])
+                (view.text + view.html + view.framed()).encode("utf-8")
+                self.assertEqual(set(view.parts), set(view.bodies + view.inlines + view.attachments))
+                for part in view.parts:
+                    self.assertIs(view.part(part.id), part)
+
+
 class SearchTerms(Case):
     """Query and what it asks of a message, without a node."""
 
@@ -6398,7 +6427,13 @@ class SearchTerms(Case):
                 ("is:starred", ["is:starred"]), ("-has:link x", ["has:link"]), ("before:soon", ["before:soon"]), ("larger:big", ["larger:big"]), ("subject:", ["subject:"]),
                 ('-to:""', ['to:""']), ("older_than:1d", ["older_than:1d"]), ("-filename:x", ["filename:x"]), ("http://x.example", []), ("12:30", []), ('"re: hello"', []),
                 ("from:a is:unread", []), ("header:=x", ["header:=x"]), ("larger:\u00b2", ["larger:\u00b2"])):
-            self.assertEqual(minimail.Query(query).unknown, unknown, query)
+            wanted = minimail.Query(query)
+            self.assertEqual(wanted.unknown, unknown, query)
+            if unknown:
+                self.assertRaises(ValueError, wanted.certain)
+            else:
+                self.assertIs(wanted.certain(), wanted)
+        self.assertRaises(ValueError, minimail.Query(" ").certain)
         self.assertFalse(minimail.Query("subject: -to:").terms, "still being written: no words of its own")
 
     def test_bounds(self):
@@ -6593,6 +6628,8 @@ class WebAPI(WebCase):
         self.assertEqual(email.utils.parsedate_to_datetime("Mon, 01 Jan 2024 10:00:00 +0200").isoformat(), whole["Date"])
         self.assertEqual(whole["Text"].strip(), "see http://t.test/a?b=1&c=2. café")
         self.assertIn("<img", whole["HTML"])
+        self.assertEqual((whole["Links"], whole["Cut"], whole["Calendar"], whole["RemoteImages"], whole["Tree"]["ContentType"]),
+                         (["https://h.test/x?y=1&z=2", "http://t.test/a?b=1&c=2"], [], [], False, "multipart/mixed"))
         picture, = whole["Inline"]
         self.assertEqual(picture, {"PartID": picture["PartID"], "FileName": picture["FileName"], "ContentType": "image/png",
                                    "ContentID": "pic", "Size": 4,
@@ -6686,6 +6723,8 @@ class WebAPI(WebCase):
         delete("\xff", "abc", status=400)
         delete(None, "bc", target="/api/v1/search?query=subject:a")
         delete(None, "abc", target="/api/v1/search?query=", status=400)
+        for query in ("is:starred", "-has:link", "older_than:1d", "before:soon", "subject:", "subject:a%20-to:"):
+            delete(None, "abc", target="/api/v1/search?query=" + query, status=400)
         delete(None, "abc", target="/api/v1/search", status=400)
         delete("[" * 100000, "abc", status=400)     # deeper than Python's recursion goes
 
