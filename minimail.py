@@ -95,6 +95,9 @@ MAX_ERRORS = 10                     # wrong commands in one session, then 421 (R
 MAX_REFUSALS = 100                  # refused recipients in one session, then 421: somebody is guessing names
 MAX_RECEIVED = 50                   # trace headers, then the message is in a loop (RFC 5321 section 6.3)
 MAX_EXPANSION = 1000                # addresses one recipient may become through aliases
+MAX_ALIAS_STEPS = 10 * MAX_EXPANSION   # targets looked at for one recipient: lists may name each other many times over
+MAX_ALIAS_DEPTH = 50                # lists inside lists
+MAX_REMEMBERED = 100_000            # destinations of aliases kept in memory, so that naming one again costs nothing
 MAX_NAME = 255                      # bytes in a file name: what ext4, NTFS and APFS take
 MAX_EXCHANGERS = 10                 # hosts tried for one delivery attempt
 MAX_SENDERS = 128                   # outbound connections at once, and ...
@@ -103,6 +106,9 @@ MAX_ACTIVE = 2000                   # queue entries held in memory; the others w
 MAX_QUEUE = 1_000_000               # messages in the queue, then 452: something is badly wrong
 MAX_WAITING = 500                   # of them for one destination, so that a slow one does not fill them all
 MAX_HTTP_BODY = 1 << 26             # bytes in a request to the JSON API
+MAX_WORKERS = 64                    # processes sharing a data directory
+MAX_SUBMITTED_HEADER = 1 << 20      # bytes of header that `sendmail` takes; it is held in memory, the body is not
+MAX_PASSWORD = 4096                 # bytes read from standard input
 MIN_RATE = 1024                     # bytes/s below which a message transfer runs into the command's deadline
 BLOCK = 1 << 16                     # bytes read from a socket at once, and ...
 BIG_BLOCK = 1 << 18                 # ... while content flows
@@ -183,7 +189,8 @@ def printable(text: Union[str, bytes], limit: int = 500) -> str:
 # ======================================================================================================================
 
 class Address(NamedTuple):
-    """A parsed address; `local` is without quotes, `domain` "" only for the bare postmaster of RFC 5321 section 4.1.1.3."""
+    """A parsed address; `local` is without quotes, `domain` "" for the bare postmaster of RFC 5321 section 4.1.1.3, and for
+    other bare names where they are taken: AddressBook.qualified() gives them a domain."""
     local: str
     domain: str
 
@@ -198,8 +205,10 @@ class Address(NamedTuple):
         return lower(self.local) + "@" + lower(self.domain) if self.domain else lower(self.local)
 
 
-ATOM = r"[A-Za-z0-9!#$%&'*+/=?^_`{|}~\-\u0080-\U0010ffff]+"
+ATEXT = r"A-Za-z0-9!#$%&'*+/=?^_`{|}~\-\u0080-\U0010ffff"
+ATOM = "[%s]+" % ATEXT
 DOT_STRING = re.compile(r"%s(?:\.%s)*" % (ATOM, ATOM))
+ANY_DOTS = re.compile("[%s.]+" % ATEXT)             # what some mobile networks gave away: a..b.@example.jp
 QUOTED = re.compile(r'"(?:[^"\\\x00-\x1f\x7f]|\\[\x20-\x7e])*"')
 LABEL = r"[A-Za-z0-9_\u0080-\U0010ffff](?:[A-Za-z0-9_\-\u0080-\U0010ffff]*[A-Za-z0-9_\u0080-\U0010ffff])?"
 DOMAIN = re.compile(r"%s(?:\.%s)*" % (LABEL, LABEL))
@@ -261,13 +270,16 @@ def domain_literal(domain: str) -> Optional[str]:
         return None
 
 
-def parse_address(text: str) -> Address:
-    """Return the Address of local@domain (RFC 5321 section 4.1.2, RFC 6531); Refused 501 or 553 when it is none."""
+def parse_address(text: str, lenient: bool = False) -> Address:
+    """Return the Address of local@domain (RFC 5321 section 4.1.2, RFC 6531); Refused 501 or 553 when it is none.
+
+    `lenient`, for whom we serve, also takes dots anywhere in the local part, and bare names, whose domain is "".
+    """
     if text.startswith('"'):
         match = QUOTED.match(text)
         local = re.sub(r"\\(.)", r"\1", match.group()[1:-1]) if match else ""
     else:
-        match = DOT_STRING.match(text)
+        match = (ANY_DOTS if lenient else DOT_STRING).match(text)
         local = match.group() if match else ""
     if not match or any("\ud800" <= c <= "\udfff" or "\x80" <= c <= "\x9f" for c in text):
         raise Refused(BAD_SYNTAX)
@@ -275,6 +287,8 @@ def parse_address(text: str) -> Address:
     if not rest:
         if local.lower() == "postmaster":
             return Address("postmaster", "")
+        if lenient:
+            return Address(local, "")
         raise Refused(553, "5.1.3", "the address needs a domain")
     if not rest.startswith("@"):
         raise Refused(BAD_SYNTAX)
@@ -289,13 +303,20 @@ def parse_address(text: str) -> Address:
     return Address(local, domain)
 
 
+# A path without its brackets: up to a blank outside quotes.
+BARE_PATH = re.compile(r'(?:"(?:[^"\\]|\\.)*"|[^"<>\s])+(?=\s|$)')
+
+
 @functools.lru_cache(maxsize=1000)
-def parse_path(text: str) -> Tuple[Optional[Address], str]:
+def parse_path(text: str, lenient: bool = False) -> Tuple[Optional[Address], str]:
     """Return (address, parameters) of `<path> parameters`; None for the null reverse-path <>. Refused 501 or 553.
 
-    A source route is ignored, as RFC 5321 appendix C allows.
+    A source route is ignored, as RFC 5321 appendix C allows. `lenient` also takes a path without brackets, with blanks
+    inside them, or after a name, and what parse_address() then takes.
     """
-    text = text.lstrip(" ")
+    text = text.strip(" ")
+    if lenient:
+        text = bracketed(text)
     if not text.startswith("<"):
         raise Refused(501, "5.1.3", "an address stands in angle brackets: <local@domain>")
     if text.startswith("<>"):
@@ -312,7 +333,17 @@ def parse_path(text: str) -> Tuple[Optional[Address], str]:
     if not path:
         return None, rest.strip(" ")
     route = SOURCE_ROUTE.match(path)
-    return parse_address(path[route.end():] if route else path), rest.strip(" ")
+    return parse_address(path[route.end():] if route else path, lenient), rest.strip(" ")
+
+
+def bracketed(text: str) -> str:
+    """Return what devices say in place of `<path> parameters` in that form: `path parameters`, `Name <path>`, `< path >`."""
+    bare = BARE_PATH.match(text)
+    if bare and "@" in bare.group() or bare and "<" not in text:
+        return "<%s>%s" % (bare.group(), text[bare.end():])
+    before, bracket, rest = text.partition("<")
+    path, end, rest = rest.partition(">")
+    return "<%s>%s" % (path.strip(" "), rest) if end and '"' not in before + path else text
 
 
 def parse_parameters(text: str) -> Dict[str, str]:
@@ -345,6 +376,13 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(clients_address(host)).is_loopback
     except ValueError:
         return host in ("", "localhost")
+
+
+def is_this_host(host: str) -> bool:
+    """Return whether an IP address, in whatever spelling, means the machine that it is used on."""
+    address = ipaddress.ip_address(host)
+    address = getattr(address, "ipv4_mapped", None) or address
+    return address.is_loopback or address.is_unspecified
 
 
 def address_literal(host: str) -> str:
@@ -424,6 +462,9 @@ def split_headers(content: bytes) -> Tuple[List[Tuple[str, bytes]], bytes]:
 
 # Options.
 
+HELP_WIDTH = 100                                    # columns
+
+
 class Parser:
     """Makes argparse raise UsageError with its one line, rather than print its usage and exit."""
 
@@ -433,8 +474,21 @@ class Parser:
         class OneLine(argparse.ArgumentParser):
             def error(self, message: str) -> NoReturn:
                 raise UsageError(message)
-        keywords["allow_abbrev"] = False
-        return OneLine(*arguments, **keywords)
+
+            def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+                given, rest = self.parse_known_args(args, namespace)
+                if rest:                            # not with its value: a password may have gone astray
+                    raise UsageError("%s: %s" % (self.prog.partition(" ")[2], show_word(rest[0])))
+                return given
+        keywords.setdefault("formatter_class", functools.partial(argparse.HelpFormatter, width=HELP_WIDTH))
+        return OneLine(*arguments, allow_abbrev=False, **keywords)
+
+
+def show_word(word: str) -> str:
+    """Return what is said about a word of the command line that has no place there; nothing that could be a secret."""
+    if word.startswith("-"):
+        return "unknown option " + printable(word.partition("=")[0], 40)
+    return "too many arguments"
 
 
 Endpoint = Tuple[str, int]
@@ -462,7 +516,10 @@ def parse_server(text: str) -> Endpoint:
         return str(ipaddress.ip_address(text.strip("[]"))), 53
     except ValueError:
         host, port = parse_endpoint(text)
+    try:
         return str(ipaddress.ip_address(host)), port
+    except ValueError:
+        raise ValueError("expected an IP address") from None
 
 
 def parse_size(text: Union[str, int]) -> int:
@@ -506,8 +563,11 @@ def parse_waits(text: Union[str, Sequence[float]]) -> Tuple[float, ...]:
     return tuple(parse_seconds(wait) for wait in waits)
 
 
-def parse_network(text: str) -> Any:
-    return ipaddress.ip_network(text.strip(), strict=False)
+def parse_network(text: Any) -> Any:
+    try:
+        return ipaddress.ip_network(text.strip() if isinstance(text, str) else text, strict=False)
+    except ValueError:
+        raise ValueError("expected a network, as 192.0.2.0/24") from None
 
 
 def parse_domain(text: str) -> str:
@@ -522,6 +582,11 @@ def parse_pattern_domain(text: str) -> str:
     """Return a domain, or `.domain` for all that lies under it; ValueError."""
     text = text.strip()
     return "." + parse_domain(text[1:]) if text.startswith(".") else parse_domain(text)
+
+
+def parse_hostname(text: str) -> str:
+    """Return a domain as it may stand in a greeting, which has no SMTPUTF8 yet; ValueError."""
+    return ascii_domain(parse_domain(text))
 
 
 def parse_mailbox(text: str) -> str:
@@ -670,9 +735,18 @@ def parse_rule(text: str) -> Any:
     return optional_section("web")["parse_fault"](text)
 
 
-def option(parse: Callable[[Any], Any], default: Any, metavar: str, help: str, many: bool = False) -> Any:
-    """Return a Config field: `parse` takes the text of the command line or a Python value; ValueError says what is wrong."""
-    return dataclasses.field(default=default, metadata={"parse": parse, "metavar": metavar, "help": help, "many": many})
+def option(parse: Callable[[Any], Any], default: Any, metavar: str, help: str, many: bool = False, secret: bool = False,
+           comma: str = ",") -> Any:
+    """Return a Config field: `parse` takes the text of the command line or a Python value; ValueError says what is wrong.
+
+    The value of one that is `secret` never enters a text. `comma` is what separates those of `many` in one variable.
+    """
+    return dataclasses.field(default=default, metadata={
+        "parse": parse, "metavar": metavar, "help": help, "many": many, "secret": secret, "comma": comma})
+
+
+# A comma between two --limit, not one inside.
+LIMIT_COMMA = r",(?=[^,=]*=[a-z]+=)"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -691,10 +765,12 @@ class Config:
                                         "host name or origin that the web answers to besides its own", many=True)
     web_admin: Tuple[str, ...] = option(parse_mailbox, (), "ADDRESS",
                                         "node mode: account that sees every mailbox", many=True)
-    release: Optional[Server] = option(parse_url, None, "URL", "capture mode: server to which single messages may be released")
-    webhook: str = option(parse_hook, "", "URL", "each message's summary is POSTed there")
+    release: Optional[Server] = option(parse_url, None, "URL", "capture mode: server to which single messages "
+                                       "may be released", secret=True)
+    webhook: str = option(parse_hook, "", "URL", "each message's summary is POSTed there", secret=True)
     data: str = option(parse_text, "minimail-data", "DIR", "the one directory everything lives in")
-    hostname: str = option(parse_domain, "", "NAME", "name in greetings, trace headers, bounces (default: the machine's)")
+    hostname: str = option(parse_hostname, "", "NAME", "name in greetings, trace headers, bounces "
+                           "(default: the machine's)")
     domain: Tuple[str, ...] = option(parse_domain, (), "NAME",
                                      "a domain whose mail is kept here; turns node mode on", many=True)
     users: str = option(parse_text, "", "FILE", "accounts (default DATA/users)")
@@ -704,15 +780,16 @@ class Config:
                                     "clients that may relay without log-in", many=True)
     route: Tuple[Tuple[str, Server], ...] = option(parse_route, (), "DOMAIN=URL",
                                                    "skip MX for DOMAIN (.DOMAIN: what lies under it; from:DOMAIN: by sender)",
-                                                   many=True)
+                                                   many=True, secret=True)
     limit: Tuple[Limit, ...] = option(parse_limit, (), "[DOMAIN=]LIMITS", "outbound, per destination: connections=10,"
-                                      "messages=100,recipients=100,rate=N/SECONDS", many=True)
+                                      "messages=100,recipients=100,rate=N/SECONDS", many=True, comma=LIMIT_COMMA)
     rewrite: Tuple[Tuple[str, str], ...] = option(parse_rewrite, (), "FROM=TO",
                                                   "reverse-path and From of mail that leaves; FROM may be a pattern", many=True)
     dkim: Tuple[Tuple[str, str, str], ...] = option(parse_dkim, (), "[DOMAIN=]SELECTOR:FILE",
                                                     "sign mail of own domains that leaves with this key", many=True)
     warn: Optional[float] = option(parse_seconds, None, "SECONDS", "a delay notice to own senders after this time")
-    smarthost: Optional[Server] = option(parse_url, None, "URL", "all mail for elsewhere goes through this server")
+    smarthost: Optional[Server] = option(parse_url, None, "URL", "all mail for elsewhere goes through this server",
+                                         secret=True)
     dns: Tuple[Endpoint, ...] = option(parse_server, (), "HOST[:PORT]",
                                        "name server to ask (default: /etc/resolv.conf)", many=True)
     mx_port: int = option(parse_port, 25, "PORT", "port to reach mail exchangers on (for test beds)")
@@ -743,6 +820,14 @@ class Config:
     quiet: bool = option(parse_flag, False, "", "log warnings only")
     verbose: bool = option(parse_flag, False, "", "log every command")
 
+    # Not an option: where those stand that a file of their own holds, see current().
+    sources: Dict[str, Callable[[], Any]] = dataclasses.field(default_factory=dict, repr=False, compare=False)
+
+    def current(self, name: str) -> Any:
+        """Return an option's value as it is now: one that stands in a file of its own may have changed since the start."""
+        source = self.sources.get(name)
+        return source() if source else getattr(self, name)
+
     @property
     def capture(self) -> bool:
         """True when every address is local and nothing ever leaves the machine."""
@@ -757,28 +842,72 @@ class Config:
         return given or os.path.join(self.data, name)
 
 
+def option_fields() -> Dict[str, Any]:
+    """Return {name: metadata} of all options."""
+    return {field.name: field.metadata for field in dataclasses.fields(Config) if field.metadata}
+
+
 def read_options(given: Dict[str, Any], name: Callable[[str], str]) -> Dict[str, Any]:
     """Return Config fields from texts or Python values; `name` turns a field into what the user wrote (UsageError)."""
-    fields = {field.name: field.metadata for field in dataclasses.fields(Config)}
-    values: Dict[str, Any] = {}
-    for key, raw in given.items():
-        meta = fields[key]
+    fields = option_fields()
+    return {key: read_option(raw, fields[key], name(key)) for key, raw in given.items()}
+
+
+def read_option(raw: Any, meta: Any, name: str) -> Any:
+    """Return an option's value; UsageError says what is wrong with which one of several, but shows no secret."""
+    if not meta["many"]:
+        items = [raw]
+    elif raw is None or raw in ("off", ["off"]):
+        items = []
+    else:
+        items = list(raw.items()) if isinstance(raw, dict) else \
+            list(raw) if isinstance(raw, (list, tuple, set, frozenset)) else [raw]
+    parsed = []
+    for item in items:
         try:
-            if not meta["many"]:
-                values[key] = meta["parse"](raw)
-                continue
-            if raw is None or raw in ("off", ["off"]):
-                raw = []
-            items = list(raw.items()) if isinstance(raw, dict) else \
-                raw if isinstance(raw, (list, tuple, set, frozenset)) else [raw]
-            parsed = []
-            for raw in items:                       # an error names the one that is wrong
-                parsed.append(meta["parse"](raw))
-            values[key] = tuple(parsed)
+            parsed.append(meta["parse"](item))
         except (ValueError, TypeError, AttributeError, Refused) as error:
             reason = "a value of the wrong type" if isinstance(error, (TypeError, AttributeError)) else error
-            raise UsageError("%s: %r: %s" % (name(key), raw, reason)) from None
-    return values
+            shown = "" if meta["secret"] or "://" in str(item) else "%r: " % (item,)
+            raise UsageError("%s: %s%s" % (name, shown, reason)) from None
+    return tuple(parsed) if meta["many"] else parsed[0]
+
+
+def split_values(text: str, meta: Any) -> Any:
+    """Return what a variable says: one text, or the list of texts where an option may be given several times."""
+    if not meta["many"]:
+        return text
+    return [part.strip() for part in re.split(meta["comma"], text) if part.strip()]
+
+
+NEEDS = (                                           # option, what it needs, how that is written
+    ("tls_key", "tls_cert", "FILE"), ("smtps", "tls_cert", "FILE"), ("pop3s", "tls_cert", "FILE"), ("webs", "tls_cert", "FILE"),
+    ("catch_all", "domain", "NAME"), ("web_admin", "domain", "NAME"))
+
+
+def check_together(config: Config, name: Callable[[str], str]) -> None:
+    """Raise UsageError where one option lacks another; `name` as in read_options(). The library asks the same."""
+    for one, other, metavar in NEEDS:
+        if getattr(config, one) and not getattr(config, other):
+            raise UsageError("%s: needs %s %s" % (name(one), name(other), metavar))
+    if config.release and config.domain:
+        raise UsageError("%s: only in capture mode, without %s" % (name("release"), name("domain")))
+    if config.workers > MAX_WORKERS:
+        raise UsageError("%s: %d is more than %d" % (name("workers"), config.workers, MAX_WORKERS))
+
+
+LIBRARY_KINDS: Tuple[Tuple[str, Sequence[str], str], ...] = (      # argument, what it must have, its kind in words
+    ("on_message", ("__call__",), "a function"), ("clock", ("__call__",), "a function"),
+    ("policy", ("on_connect", "on_mail", "on_rcpt", "on_message"), "a Policy"))
+
+
+def check_library(given: Dict[str, Any]) -> None:
+    """Raise TypeError that names the first argument of Node() which is not of its kind; None is none at all."""
+    for name, attributes, kind in LIBRARY_KINDS:
+        value = given.get(name)
+        if value is not None and (isinstance(value, type) or not all(
+                callable(getattr(value, attribute, None)) for attribute in attributes)):
+            raise TypeError("%s: expected %s, not %.80r" % (name, kind, value))
 
 
 # ======================================================================================================================
@@ -1922,7 +2051,7 @@ def pbkdf2(password: bytes, salt: bytes, rounds: int) -> bytes:
 def hash_password(password: str, salt: Optional[bytes] = None) -> str:
     """Return the record of a password for the users file: $scrypt$n,r,p$salt$hash, or $pbkdf2$rounds$salt$hash."""
     salt = secrets.token_bytes(16) if salt is None else salt
-    secret = password.encode("utf-8")
+    secret = password.encode("utf-8", "surrogateescape")
     if hasattr(hashlib, "scrypt"):
         kind, cost, digest = "scrypt", "%(n)d,%(r)d,%(p)d" % SCRYPT, hashlib.scrypt(secret, salt=salt, dklen=32, **SCRYPT)
     else:
@@ -2047,22 +2176,46 @@ class Accounts:
             os.close(fd)
 
 
-def parse_aliases(lines: List[Tuple[int, str]], complain: Callable[[int, str], None]) -> Dict[str, List[Address]]:
-    """Return {key: targets} of an aliases file, as in aliases(5) with full addresses."""
+ALIAS = re.compile(r'((?:"(?:[^"\\]|\\.)*"|[^":])+):(.*)')
+ALIAS_TARGET = re.compile(r'(?:"(?:[^"\\]|\\.)*"|[^",]|")+')
+
+
+def parse_aliases(lines: List[Tuple[int, str]], complain: Callable[[int, str], None], home: str = "") -> Dict[str, List[Address]]:
+    """Return {key: targets} of an aliases file, as in aliases(5); bare names belong to `home`, programs and files cannot be."""
     aliases: Dict[str, List[Address]] = {}
     for number, line in lines:
-        match = re.match(r'((?:"(?:[^"\\]|\\.)*"|[^":])+):(.*)', line)
+        match = ALIAS.match(line)
         try:
             if not match:
                 raise ValueError("expected address: target, target")
-            key = parse_address(match.group(1).strip()).key
-            targets = [parse_address(target.strip()) for target in match.group(2).split(",") if target.strip()]
-            if not targets or any(not target.domain for target in targets):
-                raise ValueError("expected full addresses as targets")
-            aliases.setdefault(key, []).extend(targets)
+            name = at_home(parse_address(match.group(1).strip(), lenient=True), home)
         except (Refused, ValueError) as error:
             complain(number, "ignored: %s" % error)
+            continue
+        targets = aliases.setdefault(name.key, [])
+        for text in ALIAS_TARGET.findall(match.group(2)):
+            try:
+                targets.append(at_home(parse_address(text.strip().lstrip("\\"), lenient=True), home))
+            except Refused:
+                complain(number, "target ignored, it is no address: " + printable(text.strip(), 70))
+        if not targets:
+            complain(number, "ignored: it has no target")
+            del aliases[name.key]
     return aliases
+
+
+def at_home(address: Address, home: str) -> Address:
+    """Return an address with the domain `home` where it has none."""
+    return address if address.domain else Address(address.local, home)
+
+
+def machine_name() -> str:
+    """Return this machine's name in lower case, as it may stand in a greeting; "localhost" where it has none of that kind."""
+    name = socket.gethostname()
+    try:
+        return ascii_domain(name) if is_domain(name) else "localhost"
+    except ValueError:
+        return "localhost"
 
 
 class Destinations(NamedTuple):
@@ -2072,6 +2225,40 @@ class Destinations(NamedTuple):
 
 
 UNKNOWN_USER = Reply(550, "5.1.1", "no such user here")
+ALIAS_LOOP = Reply(550, "5.4.6", "the alias leads back to itself")
+ROLES = ("root", "abuse", "mailer-daemon", "hostmaster")        # go where postmaster goes, unless they are somebody
+
+
+class Expansion:
+    """What one recipient becomes while aliases are looked up: each name once, so the work is that of the targets it reads."""
+
+    def __init__(self) -> None:
+        self.mailboxes: Dict[str, None] = {}
+        self.remote: Dict[str, Address] = {}
+        self.above: Dict[str, None] = {}            # the aliases on the way to where we are
+        self.done: Set[str] = set()
+        self.steps = 0
+
+    def check(self) -> None:
+        """Raise Refused when it becomes too much."""
+        if self.steps > MAX_ALIAS_STEPS or len(self.above) > MAX_ALIAS_DEPTH \
+                or len(self.mailboxes) + len(self.remote) > MAX_EXPANSION:
+            raise Refused(550, "5.4.6", "the alias has too many targets")
+
+
+class Remembered:
+    """What aliases became, as long as the files they come from stay the same."""
+
+    def __init__(self, aliases: Dict[str, List[Address]], users: Dict[str, str]) -> None:
+        self.aliases = aliases
+        self.users = users
+        self.found: Dict[str, Union[Destinations, Reply]] = {}
+        self.size = 0
+
+    def keep(self, key: str, found: Union[Destinations, Reply]) -> None:
+        self.size += 1 + (len(found.mailboxes) + len(found.remote) if isinstance(found, Destinations) else 0)
+        if self.size <= MAX_REMEMBERED:
+            self.found[key] = found
 
 
 class AddressBook:
@@ -2083,71 +2270,110 @@ class AddressBook:
         self.home = domains[0] if domains else hostname
         self.capture = not domains
         self.accounts = accounts
-        self.aliases = Reloaded(aliases_path, parse_aliases)
+        self.aliases = Reloaded(aliases_path, functools.partial(parse_aliases, home=self.home))
         self.catch_all = catch_all
+        self.own_names = {"localhost", "localhost.localdomain", ascii_domain(hostname), machine_name()}
+        self._remembered = Remembered({}, {})
 
     def is_local(self, address: Address) -> bool:
         return self.capture or not address.domain or ascii_domain(lower(address.domain)) in self.domains
 
-    def key(self, address: Address) -> str:
-        """Return the key of a local address, its domain spelled as in --domain; postmaster without one gets the first."""
+    def qualified(self, address: Address) -> Address:
+        """Return the address as those we serve mean it: bare names, localhost and this machine's name are the first domain's.
+
+        In capture mode every name is its own, and only bare ones are given the node's.
+        """
         if not address.domain:
-            return "%s@%s" % (lower(address.local), self.home)
+            return Address(address.local, self.home)
+        if self.is_local(address):
+            return address
+        literal = domain_literal(address.domain)
+        own = is_this_host(literal) if literal else ascii_domain(lower(address.domain)) in self.own_names
+        return Address(address.local, self.home) if own else address
+
+    def key(self, address: Address) -> str:
+        """Return the key of a local address, its domain spelled as in --domain; a bare name gets the first."""
+        if not address.domain:
+            return "%s@%s" % (lower(address.local), lower(self.home))
         if self.capture:
             return address.key
         domain = lower(address.domain)
         return "%s@%s" % (lower(address.local), self.domains.get(ascii_domain(domain), domain))
 
     def resolve(self, address: Address) -> Destinations:
-        """Return the destinations of one recipient; Refused 550 when it is local and unknown, or an alias loops."""
-        found = Destinations([], [])
-        self._expand(address, found, [])
-        if not found.mailboxes and not found.remote:
-            raise Refused(UNKNOWN_USER)
+        """Return the destinations of one recipient; Refused 550 when it is local and unknown, or an alias loops.
+
+        What came of an alias is remembered, refusals too: a client may name the same list a thousand times.
+        """
+        aliases: Dict[str, List[Address]] = self.aliases.get()
+        users = self.accounts.names()
+        memory = self._remembered
+        if memory.aliases is not aliases or memory.users is not users or memory.size > MAX_REMEMBERED:
+            self._remembered = memory = Remembered(aliases, users)
+        known = memory.found.get(address.key)
+        if isinstance(known, Reply):
+            raise Refused(known)
+        if known is not None:
+            return known
+        expansion = Expansion()
+        try:
+            self._expand(address, expansion, memory)
+            expansion.check()
+            if not expansion.mailboxes and not expansion.remote:
+                raise Refused(UNKNOWN_USER)
+        except Refused as refused:
+            if expansion.steps > 1:
+                memory.keep(address.key, refused.reply)
+            raise
+        found = Destinations(list(expansion.mailboxes), list(expansion.remote.values()))
+        if expansion.steps > 1:                     # what costs nothing to find out is not kept
+            memory.keep(address.key, found)
         return found
 
-    def _expand(self, address: Address, found: Destinations, above: List[str]) -> None:
+    def _expand(self, address: Address, found: Expansion, files: Remembered) -> None:
+        """Add to `found` what an address becomes; Refused."""
+        found.steps += 1
+        found.check()
         if not self.is_local(address):
-            if address.key not in [known.key for known in found.remote]:
-                found.remote.append(address)
+            found.remote.setdefault(address.key, address)
         elif self.capture:
             key = self.key(address)
             for part in key.rpartition("@")[::2]:
                 encode_name(part)                   # Refused when too long
-            found.mailboxes.append(key)
+            found.mailboxes[key] = None
         else:
-            self._expand_local(self.key(address), found, above)
-        if len(found.mailboxes) + len(found.remote) > MAX_EXPANSION or len(above) > 50:
-            raise Refused(550, "5.4.6", "the alias has too many targets")
+            self._expand_local(self.key(address), found, files)
 
-    def _expand_local(self, key: str, found: Destinations, above: List[str]) -> None:
+    def _expand_local(self, key: str, found: Expansion, files: Remembered) -> None:
         local, _, domain = key.rpartition("@")
         candidates = [key] + ([local.partition("+")[0] + "@" + domain] if "+" in local[1:] else [])
-        aliases: Dict[str, List[Address]] = self.aliases.get()
-        users = self.accounts.names()
         for name in candidates:
-            if name in above and name not in users:
-                raise Refused(550, "5.4.6", "the alias leads back to itself")
-            if name in aliases and name not in above:
-                for target in aliases[name]:
-                    self._expand(target, found, above + [name])
+            if name in files.aliases and name not in found.above:
+                return self._expand_alias(name, found, files)
+            if name in files.users or name == self.catch_all:
+                found.mailboxes[name] = None
                 return
-            if name in users or name == self.catch_all:
-                break
+            if name in found.above:
+                raise Refused(ALIAS_LOOP)
+        if self.catch_all:
+            found.mailboxes[self.catch_all] = None
+        elif local == "postmaster" and (domain == self.home or found.above):
+            found.mailboxes[key] = None
+        elif local in ROLES or local == "postmaster":
+            self._expand_local("postmaster@" + (domain if local in ROLES else self.home), found, files)
+        elif found.above:
+            log.warning("alias %s: target %s is no mailbox here", next(reversed(list(found.above))), printable(key))
         else:
-            if self.catch_all:
-                name = self.catch_all
-            elif local == "postmaster" and (domain == self.home or above):
-                name = key
-            elif local == "postmaster":
-                return self._expand_local("postmaster@" + self.home, found, above)
-            elif above:
-                log.warning("alias %s: target %s is no mailbox here", above[-1], printable(key))
-                return
-            else:
-                raise Refused(UNKNOWN_USER)
-        if name not in found.mailboxes:
-            found.mailboxes.append(name)
+            raise Refused(UNKNOWN_USER)
+
+    def _expand_alias(self, name: str, found: Expansion, files: Remembered) -> None:
+        if name in found.done:                      # a list inside several others
+            return
+        found.above[name] = None
+        for target in files.aliases[name]:
+            self._expand(self.qualified(target), found, files)
+        del found.above[name]
+        found.done.add(name)
 
     def owns(self, account: str, sender: Address) -> bool:
         """Return whether an account may send as `sender`: its own address, a sub-address, or an alias that leads to it."""
@@ -2392,8 +2618,7 @@ def open_stores(config: Config, clock: Callable[[], float] = time.time) -> Store
     """Open the data directory, made where it is missing, and enter this process in it; OSError."""
     hostname = config.hostname
     if not hostname:
-        hostname = socket.gethostname().lower()
-        hostname = hostname if is_domain(hostname) else "localhost"
+        hostname = machine_name()
     storage = Storage(config.data, not config.no_sync)
     storage.open()
     mailboxes = Mailboxes(storage, hostname)
@@ -5780,7 +6005,7 @@ class Node:
         if "faults" in options:
             options["fault"] = options.pop("faults")
         zone = options.pop("dns") if isinstance(options.get("dns"), dict) else None
-        unknown = set(options) - {field.name for field in dataclasses.fields(Config)}
+        unknown = set(options) - set(option_fields())
         if unknown:
             raise TypeError("Node() has no option %r" % min(unknown))
         given = {name: value for name, value in options.items() if value is not None or name in LISTENERS}
