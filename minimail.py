@@ -57,6 +57,7 @@ import select
 import shutil
 import socket
 import socketserver
+import stat
 import struct
 import sys
 import tempfile
@@ -155,7 +156,8 @@ class UsageError(ValueError):
 
 
 class CannotRun(OSError):
-    """What was asked for cannot be done on this machine; the message says what to do (exit status 1)."""
+    """What was asked for cannot be done on this machine; the message says what to do (exit status 1, if not another)."""
+    status = 0
 
 
 REGISTRY: Dict[str, Any] = {}       # the optional sections enter themselves here: "relay", "pop3", "web"
@@ -458,6 +460,16 @@ def split_headers(content: bytes) -> Tuple[List[Tuple[str, bytes]], bytes]:
         else:
             fields.append((line.partition(b":")[0].strip().decode("ascii", "replace").lower(), line))
     return fields, body
+
+
+# CORE: stand-ins until the branch `reading` is merged, which brings both.
+
+def unfold(value: bytes) -> str:
+    return value.replace(b"\r", b"").replace(b"\n", b"").decode("utf-8", "replace")
+
+
+def read_addresses(text: str) -> List[Tuple[str, str]]:
+    return email.utils.getaddresses([text])
 
 
 # Options.
@@ -781,12 +793,13 @@ class Config:
     route: Tuple[Tuple[str, Server], ...] = option(parse_route, (), "DOMAIN=URL",
                                                    "skip MX for DOMAIN (.DOMAIN: what lies under it; from:DOMAIN: by sender)",
                                                    many=True, secret=True)
-    limit: Tuple[Limit, ...] = option(parse_limit, (), "[DOMAIN=]LIMITS", "outbound, per destination: connections=10,"
-                                      "messages=100,recipients=100,rate=N/SECONDS", many=True, comma=LIMIT_COMMA)
+    limit: Tuple[Limit, ...] = option(parse_limit, (), "[DOMAIN=]LIMITS", "outbound, per destination: connections=N,"
+                                      "messages=N,recipients=N,rate=N/SECONDS (default 10, 100, 100, none)", many=True, comma=LIMIT_COMMA)
     rewrite: Tuple[Tuple[str, str], ...] = option(parse_rewrite, (), "FROM=TO",
                                                   "reverse-path and From of mail that leaves; FROM may be a pattern", many=True)
     dkim: Tuple[Tuple[str, str, str], ...] = option(parse_dkim, (), "[DOMAIN=]SELECTOR:FILE",
-                                                    "sign mail of own domains that leaves with this key", many=True)
+                                                    "sign mail of own domains that leaves with this key "
+                                                    "(default: those under DATA)", many=True)
     warn: Optional[float] = option(parse_seconds, None, "SECONDS", "a delay notice to own senders after this time")
     smarthost: Optional[Server] = option(parse_url, None, "URL", "all mail for elsewhere goes through this server",
                                          secret=True)
@@ -809,7 +822,8 @@ class Config:
     workers: int = option(parse_count, 1, "N", "processes sharing the listeners and the data directory")
     run_as: str = option(parse_text, "", "USER", "drop root after the ports are bound")
     relay_to: Tuple[str, ...] = option(parse_pattern_domain, (), "DOMAIN",
-                                       "node mode: relay to these domains only (.DOMAIN: and below)", many=True)
+                                       "node mode: relay to these domains only "
+                                       "(.DOMAIN: and below; default everywhere)", many=True)
     keep: Optional[int] = option(parse_count, None, "N", "newest messages kept per mailbox (default: all)")
     max_age: Optional[float] = option(parse_seconds, None, "SECONDS", "older messages are removed (default: none)")
     transcripts: Optional[bool] = option(parse_flag, None, "on|off", "keep envelope and conversation of each message "
@@ -1695,6 +1709,67 @@ class Reloaded:
             else:
                 lines.append((number, line.strip()))
         return lines
+
+
+class OptionFile:
+    """An option's value in a file of its own, read again when it changes; while it is wrong or gone the last good one counts."""
+
+    def __init__(self, name: str, path: str, meta: Any) -> None:
+        self.name = name
+        self.path = path
+        self.meta = meta
+        self.text: Any = None
+        self.value: Any = None
+        self._file = Reloaded(path, self._parse)
+
+    def read(self) -> Any:
+        """Read it for the first time; return its text, or list of texts. UsageError, CannotRun."""
+        try:
+            lines = self._file.lines()
+        except OSError as error:
+            raise CannotRun("%s: %s: %s" % (self.name, self.path, error.strerror or error)) from None
+        if not lines:
+            raise CannotRun("%s: %s is not there, or empty" % (self.name, self.path))
+        self.text = self._texts(lines)
+        self.value = read_option(self.text, self.meta, self.name)
+        return self.text
+
+    def _texts(self, lines: List[Tuple[int, str]]) -> Any:
+        texts = [split_values(line, self.meta) for _, line in lines]
+        return list(itertools.chain(*texts)) if self.meta["many"] else "\n".join(texts)
+
+    def _parse(self, lines: List[Tuple[int, str]], complain: Callable[[int, str], None]) -> Any:
+        if lines:
+            try:
+                self.value = read_option(self._texts(lines), self.meta, self.name)
+            except UsageError as error:
+                complain(lines[0][0], str(error))
+        return self.value
+
+    def current(self) -> Any:
+        return self._file.get()
+
+
+def refuse_shared(path: str) -> None:
+    """Raise CannotRun when others can write to the data directory: what they put there we would open and follow."""
+    try:
+        info = os.stat(path)
+    except FileNotFoundError:
+        return
+    if not hasattr(os, "getgroups"):                # Windows
+        return
+    ours = info.st_gid in [os.getegid()] + os.getgroups()
+    if info.st_mode & (0o002 if ours else 0o022):
+        raise CannotRun("%s: others can write to it; say chmod go-w, or name another with --data" % path)
+
+
+def read_regular(path: str, limit: int = 1 << 20) -> bytes:
+    """Return the beginning of a regular file; OSError for what is a link, a pipe or a device, and nothing is waited for."""
+    fd = os.open(path, os.O_RDONLY | O_EXTRA | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
+    with open(fd, "rb") as file:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise OSError(errno.EINVAL, "not a regular file", path)
+        return file.read(limit)
 
 
 # ======================================================================================================================
@@ -2619,6 +2694,7 @@ def open_stores(config: Config, clock: Callable[[], float] = time.time) -> Store
     hostname = config.hostname
     if not hostname:
         hostname = machine_name()
+    refuse_shared(config.data)
     storage = Storage(config.data, not config.no_sync)
     storage.open()
     mailboxes = Mailboxes(storage, hostname)
@@ -2628,6 +2704,15 @@ def open_stores(config: Config, clock: Callable[[], float] = time.time) -> Store
     queue = relay["Queue"](storage, config, clock) if relay and not config.capture else None
     return Stores(hostname, storage, mailboxes, accounts, book,
                   Post(mailboxes, hostname, config.max_size, queue, config.keep, clock))
+
+
+def mailbox_named(command: str, text: str, config: Config) -> str:
+    """Return the mailbox that a word of the command line means; UsageError."""
+    try:
+        address = parse_address(text, lenient=True)
+    except Refused as refused:
+        raise UsageError("%s %s: %s" % (command, printable(text, 100), refused.reply.text)) from None
+    return at_home(address, config.domain[0] if config.domain else config.hostname or machine_name()).key
 
 
 # ======================================================================================================================
@@ -4428,59 +4513,302 @@ def explain_local(book: AddressBook, address: Address, whole: bool) -> int:
     return 0
 
 
+# What sendmail(8) takes. sysexits(3), as those who call it check them:
+EX_USAGE, EX_DATAERR, EX_NOUSER, EX_NOHOST, EX_UNAVAILABLE, EX_SOFTWARE, EX_TEMPFAIL, EX_NOPERM = 64, 65, 67, 68, 69, 70, 75, 77
+FLAGS_WITH_VALUE = "ABCDFLMNOQRVXbefhopr"           # in the same word or the next; of the others -q and -d may have one attached
+MBOX_LINE = re.compile(rb">?From ")
+FIELD_NAME = re.compile(rb"[!-9;-~]{1,200}[ \t]{0,20}:")
+ODD_LINE_END = re.compile(rb"(?<!\r)\r+\n|\r")      # CRLF, CR CR LF, or CR alone; the look-behind keeps long runs cheap
+DROPPED_FIELDS = ("bcc", "resent-bcc", "return-path", "content-length")
+ORIGINATORS = ("from", "sender", "reply-to", "to", "cc")
+
+
+class NotSent(CannotRun):
+    """A message that `sendmail` did not take over, and the exit status that says why."""
+
+    def __init__(self, status: int, text: str) -> None:
+        super().__init__("sendmail: " + text)
+        self.status = status
+
+
+def exit_status(reply: Reply) -> int:
+    """Return the exit status of sysexits(3) for a refusal."""
+    if reply.code < 500:
+        return EX_TEMPFAIL
+    known = {"5.1.1": EX_NOUSER, "5.1.2": EX_NOHOST, "5.1.3": EX_DATAERR, "5.7.1": EX_NOPERM}
+    return known.get(reply.enhanced, EX_UNAVAILABLE)
+
+
 def sendmail_command(config: Config, arguments: List[str]) -> int:
     """Take a message on standard input, as /usr/sbin/sendmail does, and queue it durably."""
-    parser = Parser(prog="minimail.py sendmail", description=sendmail_command.__doc__)
-    parser.add_argument("-t", action="store_true", help="recipients also from To, Cc and Bcc")
-    parser.add_argument("-i", action="store_true", help="a line with a single dot does not end the message")
-    parser.add_argument("-f", "-r", dest="sender", metavar="FROM", help="envelope sender")
-    parser.add_argument("-F", dest="name", metavar="NAME", help="sender's full name")
-    parser.add_argument("-o", action="append", default=[], metavar="OPTION", help="-oi is -i; others are ignored")
-    parser.add_argument("-B", "-N", "-R", "-V", "-X", "-O", dest="ignored", action="append", help="ignored")
-    parser.add_argument("-b", dest="mode", metavar="MODE", help="-bm (deliver) only")
-    for flag in "-U", "-v", "-n", "-m", "-G":
-        parser.add_argument(flag, dest="ignored", action="store_const", const="", help="ignored")
-    parser.add_argument("recipients", nargs="*", metavar="TO")
-    given = parser.parse_args(arguments)
-    if given.mode not in (None, "m"):
-        raise UsageError("sendmail -b%s: only -bm is possible" % printable(given.mode))
-    raw = sys.stdin.buffer.read()
-    if not (given.i or "i" in given.o):
-        raw = re.split(rb"(?m)^\.\r?\n", raw, maxsplit=1)[0]
-    content = BARE_NEWLINE.sub(b"\r\n", raw)
-    content += b"" if content.endswith(b"\r\n") or not content else b"\r\n"
+    flags, words = sendmail_flags(arguments)
+    given = dict(flags)
+    mode = given.get("b", "q" if "q" in given else "i" if "I" in given else "m")
+    if "help" in given:
+        print(SENDMAIL_HELP, end="")
+        return 0
+    if mode == "s":
+        return int(optional_section("standard input")(config))
+    if mode in ("p", "q"):
+        return queue_command(config, ["list" if mode == "p" else "flush"])
+    if mode == "i":                                 # newaliases: they are read when they change
+        return 0
+    if mode not in ("m", "v"):
+        raise UsageError("sendmail -b%s: only -bm, -bs, -bp, -bi and -bv are possible" % printable(mode, 20))
+    if not is_used(config.data):
+        raise NotSent(EX_TEMPFAIL, "%s: no node was ever here, nobody would read the mail; start one there, or name its "
+                      "directory with --data or MINIMAIL_DATA" % config.data)
     stores = open_stores(config)
     try:
-        home = stores.book.home if "." in stores.book.home or config.capture else stores.hostname
-        user = given.sender if given.sender is not None else login_name()
-        fields, body = split_headers(content)
-        if not re.match(rb"[!-9;-~]+[ \t]*:", content):     # no header at all: `echo hello | sendmail bob`
-            fields, body = [], content
-        names = [local_address(text, home) for text in given.recipients]
-        if given.t:
-            headers = [value.partition(b":")[2].decode("utf-8", "replace") for name, value in fields
-                       if name in ("to", "cc", "bcc")]
-            names += [local_address(found, home) for _, found in email.utils.getaddresses(headers) if found]
-        if not names:
-            raise UsageError("sendmail: no recipients: name them, or use -t with To, Cc or Bcc headers")
-        sender = "" if user in ("", "<>") else str(local_address(user, home))
-        head = submission_headers(fields, sender or "mailer-daemon@" + home, given.name, stores.hostname)
-        envelope = Envelope(sender=sender, recipients=names, protocol="local",
-                            smtputf8=not all(map(str.isascii, [sender] + list(map(str, names)))))
-        destinations = []
-        for name in names:
-            try:
-                destinations.append(stores.book.resolve(name))
-            except Refused as refused:
-                raise CannotRun("sendmail: %s: %s; nothing was sent" % (str(name), refused.reply)) from None
-        try:
-            print_id = stores.post.send(envelope, destinations, head + b"\r\n" + body)
-        except Refused as refused:
-            raise CannotRun("sendmail: not accepted: " + str(refused.reply)) from None
-        event("message", id=print_id, client="local", sender=printable(sender), recipients=len(names), size=len(content))
+        if mode == "v":
+            return verify(stores, config, words)
+        return submit(stores, config, flags, words)
     finally:
         stores.storage.close()
-    return 0
+
+
+SENDMAIL_HELP = """\
+usage: minimail.py sendmail [-t] [-i] [-f FROM] [-F NAME] [TO ...] [options]
+
+Takes a message on standard input, as /usr/sbin/sendmail does, and queues it durably.
+  -t           recipients also from To, Cc and Bcc (or from Resent-To, Resent-Cc, Resent-Bcc)
+  -i, -oi      a line with a single dot does not end the message
+  -f, -r FROM  envelope sender             -F NAME  the sender's full name
+  -bs          speak SMTP on standard input and output
+  -bp, -q      list the queue, try all of it now (mailq is -bp)
+  -bv          only say whether the recipients would be taken
+All other flags of sendmail(8) are taken and mean nothing here; the exit status is one of
+sysexits(3).
+"""
+
+
+def is_used(data: str) -> bool:
+    """Return whether a node was ever at work in this directory."""
+    return any(os.path.lexists(os.path.join(data, name)) for name in ("options.json", "mail", "queue", "run"))
+
+
+def sendmail_flags(words: Sequence[str]) -> Tuple[List[Tuple[str, str]], List[str]]:
+    """Return ([(flag, value)], recipients) by the rules of getopt(3), flags in any place; UsageError."""
+    flags: List[Tuple[str, str]] = []
+    recipients: List[str] = []
+    left = iter(words)
+    for word in left:
+        if word == "--":
+            recipients += left
+        elif word in ("--help", "--version"):
+            flags.append((word[2:], ""))
+        elif word.startswith("--"):
+            raise UsageError("sendmail: " + show_word(word))
+        elif not word.startswith("-"):
+            recipients.append(word)
+        else:
+            flags += word_flags(word[1:], left)
+    return flags, recipients
+
+
+def word_flags(letters: str, left: Iterator[str]) -> Iterator[Tuple[str, str]]:
+    """Yield the flags in one word; the last one's value may be the next word."""
+    for at, letter in enumerate(letters):
+        rest = letters[at + 1:]
+        if letter in FLAGS_WITH_VALUE:
+            value = rest or next(left, None)
+            if value is None:
+                raise UsageError("sendmail: -%s needs a value" % letter)
+            yield letter, value
+            return
+        yield letter, rest
+        if letter in "qd":
+            return
+
+
+class Submission:
+    """A message as a local program writes it: line ends of any kind, perhaps an mbox line first, perhaps no header at all.
+
+    The header is held in `fields`, with LF; the body comes in blocks, with CRLF. Without `dots` a lone dot ends it.
+    """
+
+    def __init__(self, file: Any, dots: bool) -> None:
+        lines = self._lines(file)
+        self._blocks = lines if dots else self._until_dot(lines)
+        self._ahead = bytearray()                   # read, but not taken
+        self.fields: List[Tuple[str, bytes]] = []
+        self.read_header()
+
+    @staticmethod
+    def _lines(file: Any) -> Iterator[bytes]:
+        """Yield the text in blocks with LF as the only line end."""
+        held = b""                                  # CRs that an LF may follow
+        for raw in iter(lambda: file.read1(BLOCK), b""):
+            data = held + raw
+            text = data.rstrip(b"\r")
+            if len(data) - len(text) > BLOCK:       # no line end, whatever follows
+                text = data
+            held = data[len(text):]
+            if text:
+                yield ODD_LINE_END.sub(b"\n", text) if b"\r" in text else text
+        if held:
+            yield b"\n"
+
+    @staticmethod
+    def _until_dot(blocks: Iterator[bytes]) -> Iterator[bytes]:
+        """Yield blocks up to a line that is a single dot."""
+        held, fresh = b"", True                     # a dot that began a line; are we at the beginning of one?
+        for block in blocks:
+            data = held + block
+            end = -1 if fresh and data.startswith(b".\n") else data.find(b"\n.\n")
+            if end >= 0 or data.startswith(b".\n") and fresh:
+                yield data[:end + 1]
+                return
+            held = b"." if data.endswith(b"\n.") or fresh and data == b"." else b""
+            data = data[:len(data) - len(held)]
+            if data:
+                fresh = data.endswith(b"\n")
+                yield data
+
+    def _line(self) -> bytes:
+        """Return the next line, or the beginning of one that is too long for a header; b"" at the end."""
+        looked = 0
+        while self._ahead.find(b"\n", looked) < 0 and len(self._ahead) <= MAX_SUBMITTED_HEADER:
+            looked = len(self._ahead)
+            block = next(self._blocks, None)
+            if block is None:
+                break
+            self._ahead += block
+        size = self._ahead.find(b"\n", looked) + 1 or len(self._ahead)
+        line = bytes(self._ahead[:size])
+        del self._ahead[:size]
+        return line
+
+    def read_header(self) -> None:
+        """Read `fields`: as far as lines look like a header; what follows, after an empty line or not, is the body. NotSent."""
+        line = self._line()
+        if MBOX_LINE.match(line):
+            line = self._line()
+        pieces: List[List[bytes]] = []
+        size = 0
+        while line.strip(b"\n"):
+            if pieces and line[:1] in (b" ", b"\t"):
+                pieces[-1].append(line)
+            elif FIELD_NAME.match(line):
+                pieces.append([line])
+            else:
+                break
+            size += len(line)
+            if size > MAX_SUBMITTED_HEADER:
+                raise NotSent(EX_DATAERR, "the header is larger than %d bytes" % MAX_SUBMITTED_HEADER)
+            line = self._line()
+        if line != b"\n":
+            self._ahead[:0] = line
+        for piece in pieces:
+            name = piece[0].partition(b":")[0].strip().decode("ascii").lower()
+            self.fields.append((name, b"".join(piece).rstrip(b"\n") + b"\n"))
+
+    @property
+    def resent(self) -> str:
+        """The prefix of the fields that count: "resent-" when somebody passes a message on (RFC 5322 section 3.6.6)."""
+        return "resent-" if any(name.startswith("resent-") for name, _ in self.fields) else ""
+
+    def recipients(self) -> List[str]:
+        """Return the addresses in To, Cc and Bcc, or their Resent- counterparts."""
+        names = [self.resent + name for name in ("to", "cc", "bcc")]
+        values = [unfold(field.partition(b":")[2]) for name, field in self.fields if name in names]
+        return [address for value in values for _, address in read_addresses(value) if address]
+
+    def body(self) -> Iterator[bytes]:
+        yield bytes(self._ahead).replace(b"\n", b"\r\n")
+        for block in self._blocks:
+            yield block.replace(b"\n", b"\r\n")
+
+
+def submit(stores: Stores, config: Config, flags: List[Tuple[str, str]], words: Sequence[str]) -> int:
+    """Queue the message on standard input for whom it can go to; what else is named comes back to the sender. NotSent."""
+    given = dict(flags)
+    dots = "i" in given or ("o", "i") in flags
+    message = Submission(getattr(sys.stdin, "buffer", None) or io.BytesIO(), dots)
+    names = [address for word in words for _, address in read_addresses(word) or [("", word)] if address]
+    names += message.recipients() if "t" in given else []
+    if not names:
+        raise UsageError("sendmail: no recipients: name them, or use -t with To, Cc or Bcc headers")
+    sender = local_sender(stores.book, given.get("f", given.get("r")))
+    envelope = Envelope(sender=sender, protocol="local")
+    destinations, failed = sort_recipients(stores, config, envelope, list(dict.fromkeys(names)))
+    head = submission_headers(message, sender or "mailer-daemon@" + stores.book.home, given.get("F", ""), stores)
+    if not destinations:
+        raise NotSent(exit_status(failed[0][1]), "%s: %s; nothing was sent" % (printable(failed[0][0], 200), failed[0][1]))
+    id = store(stores, envelope, destinations, head, message)
+    if not failed:
+        return 0
+    return send_back(stores, id, sender, failed, head)
+
+
+def sort_recipients(stores: Stores, config: Config, envelope: Envelope, names: Sequence[str]) \
+        -> Tuple[List[Destinations], List[Tuple[str, Reply]]]:
+    """Put those that can be reached into the envelope; return their destinations, and the others with what is wrong."""
+    destinations: List[Destinations] = []
+    failed: List[Tuple[str, Reply]] = []
+    for name in names:
+        try:
+            address = stores.book.qualified(parse_address(name, lenient=True))
+            found = stores.book.resolve(address)    # CORE: Door.recipient(envelope, address, trusted=True)
+            if not all(may_go(config, remote) for remote in found.remote):
+                raise Refused(550, "5.7.1", "relaying to this domain is not allowed here")
+            destinations.append(found)
+            envelope.recipients.append(address)
+        except Refused as refused:
+            failed.append((name, refused.reply))
+    envelope.smtputf8 = not all(map(str.isascii, [envelope.sender] + list(map(str, envelope.recipients))))
+    return destinations, failed
+
+
+def store(stores: Stores, envelope: Envelope, destinations: List[Destinations], head: bytes, message: Submission) -> str:
+    """Write the message to disk as it comes in and return its id; NotSent."""
+    parcel = stores.post.begin(envelope, destinations)      # CORE
+    try:
+        parcel.draft.write(head + b"\r\n")
+        for block in message.body():
+            parcel.draft.write(block)
+            if parcel.draft.too_large:
+                break
+        stores.post.commit(parcel)
+    except Refused as refused:
+        raise NotSent(exit_status(refused.reply), "not accepted: %s" % refused.reply) from None
+    except BaseException:
+        parcel.draft.discard()
+        raise
+    stores.post.delivered(parcel)
+    stores.storage.wake("mail", own=True)
+    event("message", id=envelope.id, client="local", sender=printable(envelope.sender), recipients=len(envelope.recipients),
+          size=parcel.draft.size)
+    return envelope.id
+
+
+def send_back(stores: Stores, id: str, sender: str, failed: List[Tuple[str, Reply]], head: bytes) -> int:
+    """Tell the sender who did not get it, or postmaster when that is nobody here; return the exit status."""
+    status, first = exit_status(failed[0][1]), "%s: %s" % (printable(failed[0][0], 200), failed[0][1])
+    if not sender:
+        raise NotSent(status, first + "; the others were sent to")
+    failures = [{"address": printable(name, 300), "last_reply": str(reply)} for name, reply in failed]
+    now = time.time()
+    content = bounce_message(stores.hostname, sender, failures, head[:BLOCK], id, now, now)
+    for address in (parse_address(sender, lenient=True), Address("postmaster", "")):
+        envelope = Envelope(recipients=[address], protocol="bounce", smtputf8=not content.isascii())
+        try:
+            stores.post.send(envelope, [stores.book.resolve(address)], content)     # CORE: Door.send()
+            event("bounce", id=envelope.id, about=id, sender=printable(sender), recipients=len(failed))
+            return 0
+        except Refused as refused:
+            log.warning("no bounce to %s: %s", printable(str(address)), refused)
+    raise NotSent(status, first + "; the others were sent to")
+
+
+def verify(stores: Stores, config: Config, words: Sequence[str]) -> int:
+    """Say of each recipient whether mail for it would be taken."""
+    status = 0
+    for word in words:
+        _, failed = sort_recipients(stores, config, Envelope(), [address for _, address in read_addresses(word)] or [word])
+        print("%s: %s" % (printable(word, 200), str(failed[0][1]) if failed else "deliverable"))
+        status = status or (exit_status(failed[0][1]) if failed else 0)
+    return status
 
 
 def login_name() -> str:
@@ -4491,26 +4819,92 @@ def login_name() -> str:
         return "nobody"
 
 
-def local_address(text: str, home: str) -> Address:
-    """Return the address a local user wrote, with our domain where it has none; UsageError."""
-    text = text.strip().strip("<>")
+def local_sender(book: AddressBook, text: Optional[str]) -> str:
+    """Return the reverse-path that a local user asked for, or the own one; what is no address is told and not used."""
+    if text is not None and text.strip() in ("", "<>"):
+        return ""
+    own = str(book.qualified(Address(re.sub(r"[^A-Za-z0-9._-]", "-", login_name()), "")))
+    if text is None:
+        return own
     try:
-        return parse_address(text if "@" in text else text + "@" + home)
-    except Refused as refused:
-        raise UsageError("sendmail: %s: %s" % (printable(text), refused.reply.text)) from None
+        return str(book.qualified(parse_address(next((address for _, address in read_addresses(text)), text), lenient=True)))
+    except Refused:
+        log.warning("sendmail -f: %s is no address, %s is used", printable(text, 200), own)
+        return own
 
 
-def submission_headers(fields: List[Tuple[str, bytes]], sender: str, name: Optional[str], hostname: str) -> bytes:
-    """Return a local program's headers without Bcc, and with Date, From and Message-ID (RFC 6409 section 8)."""
-    present = {field for field, _ in fields}
-    head = b"".join(value for field, value in fields if field != "bcc")
-    if "date" not in present:
-        head += ("Date: %s\r\n" % rfc5322_date(int(time.time()))).encode()
-    if "message-id" not in present:
-        head += ("Message-ID: <%x.%s@%s>\r\n" % (int(time.time()), secrets.token_hex(6), hostname)).encode()
-    if "from" not in present:
-        head += ("From: %s\r\n" % email.utils.formataddr((name or "", sender))).encode("utf-8")
+def submission_headers(message: Submission, sender: str, name: str, stores: Stores) -> bytes:
+    """Return a local program's headers as they go out: without Bcc, with Date, From and Message-ID, bare names with our
+    domain (RFC 6409 section 8); for a message passed on, the Resent- fields are those that must be there."""
+    prefix, present = message.resent, {field for field, _ in message.fields}
+    lines = [qualify_field(field, stores.book.home) if name.replace("resent-", "") in ORIGINATORS else field
+             for name, field in message.fields if name not in DROPPED_FIELDS]
+    head = b"".join(lines).replace(b"\n", b"\r\n")
+    now = time.time()
+    added = (("Date", rfc5322_date(int(now))), ("From", show_mailbox(name, sender)),
+             ("Message-ID", "<%x.%s@%s>" % (int(now), secrets.token_hex(6), stores.hostname)))
+    for field, value in added:
+        if prefix + field.lower() not in present:
+            head += ("%s%s: %s\r\n" % (prefix.title(), field, value)).encode("utf-8")
     return head
+
+
+ADDRESS_TOKEN = re.compile(rb'"(?:[^"\\]|\\.)*"|\\.|\s+|[^\s()<>,;:"\\]+|.', re.DOTALL)
+
+
+def qualify_field(field: bytes, home: str) -> bytes:
+    """Return an address field with @home after each bare name: `From: root (Cron Daemon)` is refused elsewhere.
+
+    A bare name is one word without @, alone between commas or in angle brackets; names of groups and of people are not.
+    """
+    start = field.index(b":") + 1
+    ends: List[int] = []                            # where something is to be put in
+    words: List[Tuple[int, int]] = []               # (start, end) of runs without a blank
+    depth, closed = 0, False                        # in comments; after an angle address
+
+    def settle() -> None:
+        if len(words) == 1 and not closed and b"@" not in field[words[0][0]:words[0][1]]:
+            ends.append(words[0][1])
+        words.clear()
+    for token in ADDRESS_TOKEN.finditer(field, start):
+        text = token.group()
+        depth = max(0, depth + (text == b"(") - (text == b")"))
+        if depth or text == b")" or text.isspace():
+            continue
+        if text in (b",", b";"):
+            settle()
+            closed = False
+        elif text == b">":
+            settle()
+            closed = True
+        elif text in (b"<", b":"):
+            words.clear()
+        elif words and words[-1][1] == token.start():
+            words[-1] = words[-1][0], token.end()
+        else:
+            words.append((token.start(), token.end()))
+    settle()
+    pieces, done = [], 0
+    for end in ends:
+        pieces += [field[done:end], b"@" + home.encode("utf-8")]
+        done = end
+    return b"".join(pieces) + field[done:]
+
+
+def show_mailbox(name: str, address: str) -> str:
+    """Return `Name <address>` for a header; the name as a program gave it, in UTF-8 or Latin-1, on one line."""
+    raw = os.fsencode(name)
+    try:
+        name = raw.decode("utf-8")
+    except UnicodeDecodeError:
+        name = raw.decode("latin-1")
+    name = "".join(c if c.isprintable() else " " for c in name).strip()[:200]
+    if not name:
+        return address
+    if name.isascii():
+        return '"%s" <%s>' % (re.sub(r'([\\"])', r"\\\1", name), address)
+    import email.header
+    return "%s <%s>" % (email.header.Header(name, "utf-8", maxlinelen=70).encode(linesep="\r\n"), address)
 
 
 REGISTRY["relay"] = {"Queue": Queue, "Relay": Relay, "Zone": Zone}
@@ -7427,11 +7821,8 @@ def wait_command(config: Config, arguments: List[str]) -> int:
     parser.add_argument("--timeout", default="30", metavar="SECONDS", help="how long to wait (default 30)")
     parser.add_argument("--print", dest="show", choices=["raw", "text", "links", "json"], help="what to print of it")
     given = parser.parse_args(arguments)
-    try:
-        deadline = time.monotonic() + (float(given.timeout) if given.timeout == "0" else parse_seconds(given.timeout))
-        address = parse_address(given.address).key if given.address else None
-    except (ValueError, Refused) as error:
-        raise UsageError("wait: %s" % error) from None
+    deadline = time.monotonic() + wait_seconds(given.timeout)
+    address = mailbox_named("wait", given.address, config) if given.address else None
     query = Query(**{"from": given.sender, "subject": given.subject, "text": given.text})
     stores = open_stores(config)
     inbox = Inbox(types.SimpleNamespace(recorder=Recorder(stores.mailboxes), mailboxes=stores.mailboxes))
@@ -7450,8 +7841,7 @@ def wait_command(config: Config, arguments: List[str]) -> int:
                         seen.add((name, item.uid))
                 left = deadline - time.monotonic()
                 if left <= 0:
-                    print("minimail: no such message within %s seconds" % given.timeout, file=sys.stderr)
-                    return 1
+                    raise CannotRun("no such message within %s seconds" % given.timeout)
                 if sock:
                     sock.settimeout(left)
                     with contextlib.suppress(socket.timeout):
@@ -7460,6 +7850,14 @@ def wait_command(config: Config, arguments: List[str]) -> int:
                     time.sleep(min(left, 0.2))      # no such sockets here (Windows)
     finally:
         stores.storage.close()
+
+
+def wait_seconds(text: str) -> float:
+    """Return how long to wait, which may be not at all; UsageError."""
+    try:
+        return 0.0 if text.strip() == "0" else parse_seconds(text)
+    except ValueError as error:
+        raise UsageError("wait --timeout %s: %s" % (printable(text, 100), error)) from None
 
 
 def show_letter(letter: Letter, kind: Optional[str]) -> None:
@@ -8088,91 +8486,170 @@ class Lines(logging.Formatter):
 PLAIN = re.compile(r"[!#-~]+")
 
 
-def option_parser(leave_out: Sequence[str] = (), show_help: bool = False) -> Any:
+def option_parser() -> Any:
     """Return a parser with all Config options, each text kept as it is: read_options() turns them into values."""
     from argparse import RawDescriptionHelpFormatter
-    parser = Parser(prog="minimail.py", add_help=False, formatter_class=RawDescriptionHelpFormatter,
+    parser = Parser(prog="minimail.py", add_help=False,
+                    formatter_class=functools.partial(RawDescriptionHelpFormatter, width=HELP_WIDTH),
                     usage="minimail.py [serve] [options]\n       minimail.py %s ..." % "|".join(sorted(COMMANDS)),
                     description="A mail node in one file. Without --domain it captures all mail; with it, it is a real node.",
-                    epilog="Every option can be given as an environment variable MINIMAIL_<OPTION> (repeatable ones "
-                           "comma-separated).\nCommands share the data directory with a running node; each has --help.")
-    for field in dataclasses.fields(Config):
-        if field.name in leave_out:
-            continue
-        meta, name = field.metadata, "--" + field.name.replace("_", "-")
+                    epilog="Every option can be given as an environment variable MINIMAIL_<OPTION> (repeatable ones\n"
+                           "comma-separated), or in a file that MINIMAIL_<OPTION>_FILE names.\n"
+                           "Commands share the data directory with a running node; each has --help.")
+    for name, meta in option_fields().items():
         if not meta["metavar"]:
-            parser.add_argument(name, action="store_const", const="on", help=meta["help"])
+            parser.add_argument(option_name(name), action="store_const", const="on", help=meta["help"])
             continue
-        default: Any = field.default
-        if field.name in ("smtp", "pop3"):
-            default = show_endpoint(default[0])
-        default = "%g" % default if isinstance(default, float) else default
-        shown = " (default %s)" % default if isinstance(default, (str, int)) and default else ""
         optional = {"nargs": "?", "const": "on"} if meta["metavar"] == "on|off" else {}
-        parser.add_argument(name, metavar=meta["metavar"], action="append" if meta["many"] else None,
-                            help=meta["help"].replace("%", "%%") + shown, **optional)
+        parser.add_argument(option_name(name), metavar=meta["metavar"], action="append" if meta["many"] else None,
+                            help=(meta["help"] + shown_default(name, meta["help"])).replace("%", "%%"), **optional)
     parser.add_argument("--version", action="store_true", help="print the version and exit")
     parser.add_argument("--help", "-h", action="store_true", help="print this help and exit")
     return parser
 
 
+def option_name(field: str) -> str:
+    return "--" + field.replace("_", "-")
+
+
+def shown_default(name: str, help: str) -> str:
+    """Return what --help says about an option's default, where its text does not."""
+    default: Any = getattr(Config, name)
+    if re.search(r"\bdefault", help):
+        return ""
+    if name in LISTENERS and default:
+        default = show_endpoint(default[0])
+    elif isinstance(default, tuple):
+        default = ",".join("%g" % item if isinstance(item, float) else str(item) for item in default)
+    return " (default %s)" % ("%g" % default if isinstance(default, float) else default or "none")
+
+
+OFFERED = re.compile(r"(?:tcp|udp|sctp)://\S*")     # what Kubernetes sets for a Service named minimail-...
+
+
 def environment_options(environ: Any) -> Dict[str, Any]:
-    """Return {field: text} of the MINIMAIL_ variables that are set."""
-    given: Dict[str, Any] = {}
-    for field in dataclasses.fields(Config):
-        text = environ.get("MINIMAIL_" + field.name.upper())
-        if text is not None and (text.strip() or not field.metadata["metavar"]):
-            given[field.name] = [part.strip() for part in text.split(",") if part.strip()] if field.metadata["many"] else text
+    """Return {field: text} of the MINIMAIL_ variables that are set, and of the files they name; UsageError, CannotRun."""
+    given = {name: file.read() for name, file in option_files(environ).items()}
+    for name, meta in option_fields().items():
+        text = environ.get(variable(name))
+        if text is None or OFFERED.fullmatch(text.strip()) or not text.strip() and meta["metavar"]:
+            continue
+        if name in given:
+            raise UsageError("%s and %s_FILE: only one of them can be" % (variable(name), variable(name)))
+        given[name] = split_values(text, meta)
     return given
 
 
-def parse_command_line(argv: List[str]) -> Tuple[str, List[str], Dict[str, Any]]:
+def option_files(environ: Any) -> Dict[str, OptionFile]:
+    """Return the files that MINIMAIL_<OPTION>_FILE variables name, not read yet."""
+    paths = {name: environ.get(variable(name) + "_FILE", "") for name in option_fields()}
+    return {name: OptionFile(variable(name) + "_FILE", path, option_fields()[name]) for name, path in paths.items() if path}
+
+
+def variable(field: str) -> str:
+    return "MINIMAIL_" + field.upper()
+
+
+def strange_variables(environ: Any) -> str:
+    """Return what is to be said about MINIMAIL_ variables that are no options, by name only; "" when there are none."""
+    known = [variable(name) for name in option_fields()]
+    said = []
+    for name in sorted(environ):
+        if not name.startswith("MINIMAIL_"):
+            continue
+        if name in known or name[:-len("_FILE")] in known:
+            if OFFERED.fullmatch(environ[name].strip()):
+                said.append("%s comes from Kubernetes, not from you" % name)
+        elif not OFFERED.fullmatch(environ[name].strip()):
+            import difflib
+            near = difflib.get_close_matches(name, known, 1, 0.0)[0]
+            said.append("%s is no option, is %s meant?" % (printable(name, 60), near))
+    more = "; and %d more" % (len(said) - 5) if len(said) > 5 else ""
+    return "ignored: " + "; ".join(said[:5]) + more if said else ""
+
+
+def split_words(argv: Sequence[str], command: str = "") -> Tuple[str, List[str], List[str]]:
+    """Return (command, words that are options of ours, the command's own words).
+
+    What a command has itself is not ours: the --timeout of `wait`, and every flag with one dash of `sendmail`.
+    """
+    takes = {option_name(name): bool(meta["metavar"]) and meta["metavar"] != "on|off" for name, meta in option_fields().items()
+             if (command, name) != ("wait", "timeout")}
+    takes.update({"--help": False, "--version": False})
+    ours: List[str] = []
+    own: List[str] = []
+    left = iter(argv)
+    for word in left:
+        name = word.partition("=")[0]
+        if word == "--":
+            own += [word, *left]
+        elif name in takes:
+            ours.append(word)
+            if takes[name] and name == word:
+                ours += itertools.islice(left, 1)
+        else:
+            own.append(word)
+    first = next((word for word in own if not word.startswith("-")), "serve")
+    if first == "wait" and not command:
+        return split_words(argv, first)
+    if first in own:
+        own.remove(first)
+    return first, ours, own
+
+
+def parse_command_line(argv: Sequence[str]) -> Tuple[str, List[str], Dict[str, Any]]:
     """Return (command, its arguments, {field: text}); UsageError."""
-    known, rest = option_parser().parse_known_args(argv)
-    command = next((word for word in rest if not word.startswith("-")), "serve")
-    if command not in COMMANDS and command != "serve":
-        raise UsageError("no such command: %s (one of: serve %s)" % (printable(command), " ".join(sorted(COMMANDS))))
-    if command == "wait":                           # its --timeout is how long to wait
-        known, rest = option_parser(leave_out=["timeout"]).parse_known_args(argv)
-    if command in rest:
-        rest.remove(command)
+    command, ours, own = split_words(argv)
+    if command != "sendmail" and "-h" in own:
+        own[own.index("-h")] = "--help"
+    known = option_parser().parse_args(ours)
     given = {name: value for name, value in vars(known).items() if value is not None}
     if given.pop("version"):
         return "version", [], {}
-    if given.pop("help"):
+    if given.pop("help") or command == "serve" and "--help" in own:
         if command == "serve":
             return "help", [], {}
-        rest.append("--help")
-    if command == "serve" and rest:
-        raise UsageError("unknown option: " + printable(rest[0]))
-    return command, rest, given
+        own.append("--help")
+    if command not in COMMANDS and command != "serve":
+        strange = [word for word in own if word.startswith("-")]
+        raise UsageError(show_word(strange[0]) if strange else "no such command%s (one of: serve %s)" % (
+            ": " + command if re.fullmatch(r"[a-z-]{1,30}", command) else "", " ".join(sorted(COMMANDS))))
+    if command == "serve" and own:
+        raise UsageError(show_word(own[0]))
+    return command, own, given
 
 
 def read_config(given: Dict[str, Any], environ: Any, remember: bool = False) -> Config:
-    """Return the Config of the command line and, where that is silent, of the environment; UsageError.
+    """Return the Config of the command line and, where that is silent, of the environment; UsageError, CannotRun.
 
-    With `remember`, last comes what the node on the same data directory runs with: a `sendmail` called by cron has to know
-    its domains. The node leaves that in DATA/options.json.
+    With `remember`, which is for commands, first become the directory's owner; and last comes what the node on the same data
+    directory runs with: a `sendmail` called by cron has to know its domains. The node leaves that in DATA/options.json.
     """
-    values = read_options(environment_options(environ), lambda name: "MINIMAIL_" + name.upper())
-    values.update(read_options(given, lambda name: "--" + name.replace("_", "-")))
-    if remember and "domain" not in values:
-        path = os.path.join(Config(**values).data, "options.json")
-        with contextlib.suppress(FileNotFoundError), open(path, encoding="utf-8") as file:
-            try:
-                values = dict(read_options(json.load(file), lambda name: path + ": " + name), **values)
-            except (ValueError, KeyError, AttributeError) as error:
-                raise CannotRun("%s: cannot be read: %s" % (path, error)) from None
-    config = Config(**values)
-    if config.workers > 64:
-        raise UsageError("--workers: %d is more than 64" % config.workers)
-    if config.tls_key and not config.tls_cert:
-        raise UsageError("--tls-key: needs --tls-cert FILE")
-    if (config.smtps or config.pop3s) and not config.tls_cert:
-        raise UsageError("%s: needs --tls-cert FILE" % ("--smtps" if config.smtps else "--pop3s"))
-    if config.catch_all and not config.domain:
-        raise UsageError("--catch-all: needs --domain NAME")
+    values = read_options(environment_options(environ), variable)
+    values.update(read_options(given, option_name))
+    if remember:
+        data = Config(**values).data
+        become_owner(data)
+        refuse_shared(data)
+        if "domain" not in values:
+            values = dict(remembered_options(os.path.join(data, "options.json")), **values)
+    sources = {name: file.current for name, file in option_files(environ).items() if name not in given}
+    config = Config(**values, sources=sources)
+    check_together(config, option_name)
     return config
+
+
+def remembered_options(path: str) -> Dict[str, Any]:
+    """Return the options that a node left for commands; none when it left none. CannotRun."""
+    try:
+        loaded = json.loads(read_regular(path).decode("utf-8"))
+        if not isinstance(loaded, dict):
+            raise ValueError("it holds no options")
+        return read_options({name: value for name, value in loaded.items() if name in option_fields()}, lambda name: name)
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except (ValueError, RecursionError) as error:
+        raise CannotRun("%s: cannot be read: %s" % (path, error)) from None
 
 
 def set_up_logging(config: Config) -> None:
@@ -8186,58 +8663,112 @@ def set_up_logging(config: Config) -> None:
     log.setLevel(logging.WARNING if config.quiet else logging.DEBUG if config.verbose else logging.INFO)
 
 
+CALLED_AS = {"sendmail": ["sendmail"], "mailq": ["sendmail", "-bp"], "newaliases": ["sendmail", "-bi"]}
+
+
+def program_words(argv: Sequence[str]) -> List[str]:
+    """Return the words of the command line; a link named sendmail, mailq or newaliases is that command."""
+    return CALLED_AS.get(os.path.basename(argv[0]), []) + list(argv[1:])
+
+
+def open_standard_files() -> None:
+    """Open what the caller has closed of standard input, output and error, or the next files opened would be those."""
+    for fd in range(3):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+
+
+def escape_output() -> None:
+    """Let standard output show what its encoding lacks as escapes, where it would fail."""
+    reconfigure = getattr(sys.stdout, "reconfigure", None)
+    if reconfigure:
+        reconfigure(errors="backslashreplace")
+
+
+def wants_json(ours: Sequence[str]) -> bool:
+    """Return whether errors are to be JSON, as far as that can be told before the options are understood."""
+    line = " ".join(ours)
+    return "--log json" in line or "--log=json" in line or "--log" not in line and os.environ.get("MINIMAIL_LOG") == "json"
+
+
+def run_command(words: Sequence[str]) -> int:
+    """Do what a command line asks for; return the exit status. UsageError, CannotRun, OSError."""
+    command, own, given = parse_command_line(words)
+    if command == "version":
+        print("minimail " + __version__)
+        return 0
+    if command == "help":
+        print(option_parser().format_help(), end="")
+        return 0
+    config = read_config(given, os.environ, remember=command != "serve" and "--help" not in own)
+    if command != "serve" and not config.verbose:
+        config = dataclasses.replace(config, quiet=True)
+    set_up_logging(config)
+    strange = strange_variables(os.environ) if command != "sendmail" else ""     # cron would mail it each time
+    if strange:
+        log.warning("%s", strange)
+    if command == "serve":
+        return serve_command(config, dict(environment_options(os.environ), **given))
+    return COMMANDS[command](config, own)
+
+
 def main(argv: Optional[List[str]] = None) -> int:
-    """Run the command line and return its exit status: 0 ended as asked, 1 could not run, 2 wrong usage."""
-    arguments = sys.argv[1:] if argv is None else list(argv)
-    kind = "json" if "--log=json" in arguments or ("--log" in arguments and "json" in arguments) \
-        or os.environ.get("MINIMAIL_LOG") == "json" else "text"
+    """Run the command line and return its exit status: 0 ended as asked, 1 could not run, 2 wrong usage.
+
+    `sendmail` ends with one of sysexits(3) instead.
+    """
+    words = program_words(sys.argv) if argv is None else list(argv)
+    command, ours, _ = split_words(words)
+    usage, cannot = (64, 75) if command == "sendmail" else (2, 1)
+    json_wanted = wants_json(ours)
 
     def fail(status: int, text: str) -> int:
         text = printable(text, 2000)
-        print(json.dumps({"level": "error", "event": text}) if kind == "json" else "minimail: " + text, file=sys.stderr)
+        print(json.dumps({"level": "error", "event": text}) if json_wanted else "minimail: " + text, file=sys.stderr)
         return status
     try:
+        open_standard_files()
+        escape_output()
         os.umask(0o077)
-        command, rest, given = parse_command_line(arguments)
-        if command == "version":
-            print("minimail " + __version__)
-            return 0
-        if command == "help":
-            print(option_parser().format_help(), end="")
-            return 0
-        config = read_config(given, os.environ, remember=command != "serve")
-        if command != "serve":
-            become_owner(config.data)
-        if command != "serve" and not config.verbose:
-            config = dataclasses.replace(config, quiet=True)
-        set_up_logging(config)
-        if command == "serve":
-            return serve_command(config, dict(environment_options(os.environ), **given))
-        return COMMANDS[command](config, rest)
+        return run_command(words)
     except UsageError as error:
-        return fail(2, str(error))
+        return fail(usage, str(error))
     except BrokenPipeError:
         with contextlib.suppress(OSError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except CannotRun as error:
-        return fail(1, error.args[1] if len(error.args) > 1 else str(error))
+        return fail(error.status or cannot, error.args[1] if len(error.args) > 1 else str(error))
     except OSError as error:
-        return fail(1, "%s%s" % (error.filename + ": " if isinstance(error.filename, str) else "", error.strerror or error))
+        name = error.filename + ": " if isinstance(error.filename, str) else ""
+        return fail(cannot, "%s%s" % (name, error.strerror or error))
     except SystemExit as stop:                      # argparse after --help of a command
         return int(stop.code or 0)
     except KeyboardInterrupt:
         return 130
+    except Exception as error:
+        if command != "sendmail":
+            raise
+        return fail(70, "sendmail: something is wrong with the program, the message was not taken: %r" % error)
+
+
+NOT_LEFT = ("data", "log", "quiet", "verbose", "workers", "run_as", "fault", "release", "webhook")    # no command needs these
 
 
 def leave_options(node: Node, given: Dict[str, Any]) -> None:
-    """Write what commands on the same data directory have to know into it; OSError."""
-    own = LISTENERS + ("data", "log", "quiet", "verbose", "workers")
-    kept = {name: text for name, text in given.items() if name not in own}
+    """Write what commands on the same data directory have to know into it, without passwords; OSError."""
+    kept = {name: text for name, text in given.items() if name not in LISTENERS + NOT_LEFT}
     for name in ("users", "aliases", "tls_cert", "tls_key"):
         if name in kept:
             kept[name] = os.path.abspath(kept[name])
-    text = json.dumps(dict(kept, domain=list(node.config.domain)), indent=1) + "\n"
+    config = node.config
+    if config.smarthost:
+        kept["smarthost"] = str(config.smarthost)
+    if config.route:
+        kept["route"] = ["%s=%s" % (pattern, server) for pattern, server in config.route]
+    text = json.dumps(dict(kept, domain=list(config.domain)), indent=1) + "\n"
     assert node.stores
     node.stores.storage.write(os.path.join(node.data, "options.json"), text.encode("utf-8"), sync=False)
 
@@ -8305,9 +8836,22 @@ def become_owner(data: str) -> None:
     except OSError:
         return
     if hasattr(os, "geteuid") and os.geteuid() == 0 and owner.st_uid != 0:
+        change_home(owner.st_uid)
         os.setgroups([])
         os.setgid(owner.st_gid)
         os.setuid(owner.st_uid)
+
+
+def change_home(uid: int) -> None:
+    """Let the environment name the user that we become: what looks for files in root's HOME could not read them."""
+    import pwd
+    try:
+        name, home = pwd.getpwuid(uid).pw_name, pwd.getpwuid(uid).pw_dir
+    except KeyError:
+        name, home = str(uid), "/"
+    os.environ.update(HOME=home, USER=name, LOGNAME=name)
+    for variable in [name for name in os.environ if name == "MAIL" or name.startswith(("XDG_", "SUDO_"))]:
+        del os.environ[variable]
 
 
 def announce(node: Node) -> None:
@@ -8335,6 +8879,7 @@ def drop_privileges(user: str, data: str) -> None:
         if not os.path.exists(data):
             os.makedirs(data, mode=0o700)
             os.chown(data, account.pw_uid, account.pw_gid)
+        change_home(account.pw_uid)
         os.initgroups(user, account.pw_gid)
         os.setgid(account.pw_gid)
         os.setuid(account.pw_uid)
@@ -8526,10 +9071,10 @@ def user_command(config: Config, arguments: List[str]) -> int:
         return 0
     try:
         key = parse_address(given.name).key if given.name else ""
-        if "@" not in key:
-            raise UsageError("user %s: NAME is a full address, as bob@example.org" % given.action)
     except Refused as refused:
-        raise UsageError("user %s %s: %s" % (given.action, given.name or "", refused.reply.text)) from None
+        raise UsageError("user %s %s: %s" % (given.action, printable(given.name, 100), refused.reply.text)) from None
+    if "@" not in key:
+        raise UsageError("user %s: NAME is a full address, as bob@example.org" % given.action)
     exists = key in accounts.names()
     if exists is (given.action == "add"):
         raise CannotRun("%s %s in %s" % (key, "exists already" if exists else "is not", config.file("users")))
@@ -8547,17 +9092,34 @@ def user_command(config: Config, arguments: List[str]) -> int:
 def ask_password(from_stdin: bool) -> str:
     """Return a password, asked for twice on a terminal; CannotRun when there is none."""
     if from_stdin:
-        password = sys.stdin.readline().rstrip("\r\n")
+        password = first_line()
     else:
         import getpass
-        if not sys.stdin.isatty():
+        if not sys.stdin or not sys.stdin.isatty():
             raise CannotRun("no terminal to ask for the password: use --password-stdin")
-        password = getpass.getpass("Password: ")
-        if getpass.getpass("Again: ") != password:
+        try:
+            password = getpass.getpass("Password: ")
+            again = getpass.getpass("Again: ")
+        except EOFError:                            # Ctrl-D
+            print(file=sys.stderr)
+            raise CannotRun("no password was given, nothing was changed") from None
+        if again != password:
             raise CannotRun("the passwords differ, nothing was changed")
     if not password:
         raise CannotRun("an empty password would let everybody in, nothing was changed")
     return password
+
+
+def first_line() -> str:
+    """Return the first line of standard input, whatever its bytes; CannotRun when it is too long for a password."""
+    if not sys.stdin:
+        return ""
+    file = getattr(sys.stdin, "buffer", sys.stdin)
+    line = file.readline(MAX_PASSWORD + 2)
+    line = line.decode("utf-8", "surrogateescape") if isinstance(line, bytes) else line
+    if len(line.rstrip("\r\n")) > MAX_PASSWORD:
+        raise CannotRun("the password is longer than %d bytes, nothing was changed" % MAX_PASSWORD)
+    return str(line).rstrip("\r\n")
 
 
 @command("mail")
@@ -8572,17 +9134,11 @@ def mail_command(config: Config, arguments: List[str]) -> int:
             items = mailboxes.listing(name)
             print("%6d %12d %s" % (len(items), sum(item.size for item in items), printable(name)))
         return 0
-    try:
-        key = parse_address(given.address).key
-    except Refused as refused:
-        raise UsageError("mail %s: %s" % (given.address, refused.reply.text)) from None
-    import email.header
+    key = mailbox_named("mail", given.address, config)
     for item in mailboxes.listing(key):
         message = Message(mailboxes, key, item)
         fields = dict(reversed(split_headers(message.head(BLOCK))[0]))
-        subject = fields.get("subject", b"").partition(b":")[2].strip().decode("utf-8", "replace")
-        with contextlib.suppress(Exception):        # whatever a broken encoded-word does to the library
-            subject = str(email.header.make_header(email.header.decode_header(subject)))
+        subject = decode_words(unfold(fields.get("subject", b"").partition(b":")[2])).strip()
         when = message.received_at.astimezone().strftime("%Y-%m-%d %H:%M:%S")
         print("%s %s %9d <%s> %s" % (item.uid, when, item.size, printable(message.sender), printable(subject)))
     return 0
