@@ -4771,7 +4771,7 @@ def store(stores: Stores, envelope: Envelope, destinations: List[Destinations], 
                 break
         stores.post.commit(parcel)
     except Refused as refused:
-        raise NotSent(exit_status(refused.reply), "not accepted: %s" % refused.reply) from None
+        raise NotSent(exit_status(refused.reply), "not accepted: " + str(refused.reply)) from None
     except BaseException:
         parcel.draft.discard()
         raise

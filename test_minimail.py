@@ -2347,6 +2347,7 @@ class QueueCommandTest(ScriptedCase):
         """sendmail works without a node; a node that runs takes it up without delay, one that starts does so too."""
         arguments = ["sendmail", "-f", "me@here.test", "bob@far.test", "--domain", "here.test", "--data", self.data,
                      "--no-sync"]
+        os.makedirs(os.path.join(self.data, "run"))     # a node was here before
         self.assertEqual(scripted_command(*arguments, stdin=b"Subject: one\n\nbody\n"), (0, "", mock.ANY))
         with ScriptedPeer() as peer:
             with minimail.Node(data=self.data, smtp="off", pop3="off", domain="here.test", no_sync=True, mx_port=peer.listen(),
@@ -3550,6 +3551,10 @@ class WhoMayRelayTest(ScriptedCase):
 class SendmailTest(ScriptedCase):
     """`minimail.py sendmail`, as programs call /usr/sbin/sendmail."""
 
+    def setUp(self):
+        super().setUp()
+        os.makedirs(os.path.join(self.data, "run"))     # a node was here
+
     def sendmail(self, *arguments, stdin=b"Subject: hi\n\nbody\n",
                  options=("--domain", "here.test", "--catch-all", "all@here.test")):
         """Run it and return (status, error text)."""
@@ -3635,23 +3640,163 @@ class SendmailTest(ScriptedCase):
         self.assertEqual(list(minimail.Mailboxes(minimail.Storage(self.data)).names()), ["bob@far.test"])
 
     def test_refusals(self):
-        """A line each, and nothing is sent to anybody."""
+        """A line each with a status of sysexits(3), and nothing is sent to anybody."""
         for status, arguments, words, options in (
-                (2, (), "recipient", ()), (2, ("-t",), "recipient", ()), (2, ("a@b@c",), "a@b@c", ()),
-                (2, ("-bs",), "-bs", ()),
-                (1, ("bob@far.test", "nobody@here.test"), "nobody@here.test", ("--domain", "here.test")),
-                (1, ("bob@far.test",), "5.3.4", ("--domain", "here.test", "--max-size", "10")),
-                (1, ("x@%s.test" % ("\u00fc" * 60),), "x@", ("--domain", "here.test"))):
+                (64, (), "recipient", ()), (64, ("-t",), "recipient", ()), (64, ("-bz", "x"), "-bz", ()), (64, ("--frob",), "--frob", ()),
+                (64, ("bob@far.test", "-f"), "-f", ()),
+                (65, ("a@b@c",), "a@b@c", ()),
+                (67, ("nobody@here.test", "no@here.test"), "nobody@here.test", ()),
+                (69, ("bob@far.test",), "5.3.4", ("--max-size", "10")),
+                (65, ("x@%s.test" % ("\u00fc" * 60),), "x@", ()),
+                (77, ("bob@far.test",), "bob@far.test", ("--relay-to", "near.test"))):
             with self.subTest(arguments):
-                got, err = self.sendmail(*arguments, options=options or ("--domain", "here.test"))
-                if got != status and "\u00fc" in str(arguments):
-                    self.assertEqual(got, 2)        # as good
-                else:
-                    self.assertEqual(got, status)
-                self.assertEqual(err.count("\n"), 1, err)
+                got, err = self.sendmail(*arguments, options=("--domain", "here.test") + options)
+                self.assertEqual((got, err.count("\n")), (status, 1), err)
                 self.assertIn(words, err)
         queue = minimail.Queue(minimail.Storage(self.data), minimail.Config())
         self.assertEqual(list(queue.places()), [])
+        with mock.patch.object(minimail, "open_stores", side_effect=OSError(errno.EACCES, "no", "/x")):
+            self.assertEqual(self.sendmail("bob@far.test")[0], 75)
+        with mock.patch.object(minimail, "open_stores", side_effect=ZeroDivisionError):
+            self.assertEqual(self.sendmail("bob@far.test")[0], 70)
+
+    def test_no_node_was_ever_here(self):
+        """Mail is not swallowed by a directory that nobody reads."""
+        for data in os.path.join(self.data, "typo"), self.data + "/run":
+            status, out, err = scripted_command("sendmail", "bob@far.test", "--data", data, stdin=b"hi\n")
+            self.assertEqual((status, out, err.count("\n"), data in err), (75, "", 1, True), err)
+            self.assertFalse(os.path.exists(os.path.join(data, "queue")))
+
+    def test_a_bad_address_among_good_ones_comes_back(self):
+        for sender, box in ("all@here.test", "all@here.test"), ("nobody@here.test", "postmaster@here.test"):
+            options = ("--domain", "here.test", "--relay-to", "far.test")
+            record = minimail.hash_password("x")
+            with open(os.path.join(self.data, "users"), "w") as file:
+                file.write("all@here.test:%s\n" % record)
+            bad = ["no@here.test", "a@b@c", "eve@elsewhere.test"]
+            sent = self.sent("-f", sender, *bad, "bob@far.test", options=options)
+            self.assertEqual(sent[1], ["bob@far.test"])
+            mailboxes = minimail.Mailboxes(minimail.Storage(self.data))
+            item, = mailboxes.listing(box)
+            message = minimail.Message(mailboxes, box, item)
+            self.assertEqual(message.sender, "")
+            for word in bad + ["5.1.1", "5.1.3", "5.7.1", "Subject: hi"]:
+                self.assertIn(word.encode(), message.read())
+        status, err = self.sendmail("-f", "<>", "no@here.test", "bob@far.test", options=("--domain", "here.test"))
+        self.assertEqual((status, err.count("\n")), (67, 1), err)
+        self.assertIn("no@here.test", err)
+
+    def test_own_names(self):
+        """What cron and daemons write to."""
+        names = ["root", "root@localhost", "root@localhost.localdomain", "root@mx.here.test", "root@" + minimail.machine_name(),
+                 "root@[127.0.0.1]", "root@[IPv6:::ffff:127.0.0.1]", "ROOT@LocalHost", "abuse", "hostmaster@here.test", "mailer-daemon"]
+        with open(os.path.join(self.data, "aliases"), "w") as file:
+            file.write("postmaster: all@here.test\nall: admin@far.test\n")
+        for name in names:
+            self.assertEqual(self.sent("-f", "root@localhost", name, options=("--domain", "here.test"))[:2],
+                             ("root@here.test", ["admin@far.test"]), name)
+
+    def test_recipients_in_odd_forms(self):
+        for arguments, wanted in (
+                (["bob@far.test,amy@far.test"], ["amy", "bob"]), (["Bob B <bob@far.test>"], ["bob"]),
+                (["bob@far.test", "BOB@far.test"], ["bob"]), (["bob@far.test", "-i"], ["bob"]),
+                (['"Bob, B" <bob@far.test>, <amy@far.test>'], ["amy", "bob"]), (["a..b.@far.test"], ['"a..b."'])):
+            recipients = self.sent("-f", "me", *arguments)[1]
+            self.assertEqual(sorted(map(str.lower, recipients)), ["%s@far.test" % name for name in wanted], arguments)
+        for head, wanted in (
+                (b"To: bob@far.test (Smith, B.)", ["bob"]), (b"To: bob@far.test <bob@far.test>", ["bob"]),
+                (b"To: bob@far.test; amy@far.test", ["amy", "bob"]), (b"To: Bob [IT] <bob@far.test>,", ["bob"]),
+                (b"To: staff: amy@far.test, bob@far.test;\nCc:\n eve@far.test", ["amy", "bob", "eve"]),
+                (b"To: old@far.test\nResent-To: bob@far.test\nResent-Bcc: amy@far.test\nResent-From: me@x.test", ["amy", "bob"])):
+            _, recipients, content = self.sent("-t", "-f", "me", stdin=head + b"\nSubject: x\n\nx\n")
+            self.assertEqual(sorted(recipients), ["%s@far.test" % name for name in wanted], head)
+            self.assertNotIn(b"Resent-Bcc", content)
+
+    def test_odd_input(self):
+        """What Postfix's sendmail makes of it."""
+        for given, wanted in (
+                (b"From root Mon Nov 14 23:42:01 2016\nSubject: x\n\nhi\n", b"Subject: x\r\n|hi\r\n"),
+                (b">From root Mon\nSubject: x\n\nFrom here\n", b"Subject: x\r\n|From here\r\n"),
+                (b"Subject: x\nZFS has\n\nx\n", b"Subject: x\r\n|ZFS has\r\n\r\nx\r\n"),
+                (b"Subject: x\r\r\n\r\r\nhi\r\r\nyou\r\n", b"Subject: x\r\n|hi\r\nyou\r\n"),
+                (b"\nSubject: x\n", b"|Subject: x\r\n"), (b" x\n", b"| x\r\n"), (b"", b"|"), (b"\n\n", b"|\r\n"),
+                (b"Subject: x\n y\n\tz", b"Subject: x\r\n y\r\n\tz\r\n|"),
+                (b"Return-Path: <x@y.test>\nContent-Length: 5\nSubject: x\n\nhi", b"Subject: x\r\n|hi\r\n"),
+                (b"From: root (Cron Daemon)\n\nx\n", b"From: root@here.test (Cron Daemon)\r\n|x\r\n"),
+                (b"To: a, b@x, C D <e>, \"f, g\" <h@x>; (i) j (k)\n\nx\n",
+                 b"To: a@here.test, b@x, C D <e@here.test>, \"f, g\" <h@x>; (i) j@here.test (k)\r\n|x\r\n"),
+                (b"To: undisclosed-recipients:;\nCc: no such list\n\nx\n", b"To: undisclosed-recipients:;\r\nCc: no such list\r\n|x\r\n"),
+                (b"X: 1\n\na\rb\n" + b"\r" * 3, b"X: 1\r\n|a\r\nb\r\n\r\n")):
+            with self.subTest(given):
+                head, _, body = self.sent("-i", "-f", "me", "bob@far.test", stdin=given)[2].partition(b"\r\n\r\n")
+                kept = [line for line in (head + b"\r\n").splitlines(True)
+                        if not re.match(rb"(Date|Message-ID): |From: me@", line)]
+                self.assertEqual(b"".join(kept) + b"|" + body, wanted)
+
+    def test_blocks_cut_anywhere(self):
+        class Dripping(io.BytesIO):
+            def read1(self, size=-1):
+                return super().read1(1)
+        for text in (b"A: b\r\r\nC: d\n\none\n.\ntwo\n", b"x\n.", b".\nx", b"a\r\n.\r\nb", b"a\n..\n.b\n.c.\n.\n\nd", b"\r\r", b"A:\n.\n"):
+            for dots in False, True:
+                came = []
+                for file in io.BytesIO(text), Dripping(text):
+                    message = minimail.Submission(file, dots)
+                    came.append((message.fields, b"".join(message.body())))
+                self.assertEqual(came[0], came[1], text)
+
+    def test_passed_on(self):
+        content = self.sent("-t", "-f", "me", stdin=b"From: x@far.test\nTo: old@far.test\nResent-To: bob@far.test\n\nx\n")[2]
+        message = email.message_from_bytes(content)
+        self.assertEqual((message["From"], message["Date"], message["Resent-From"]), ("x@far.test", None, "me@here.test"))
+        self.assertTrue(message["Resent-Date"] and message["Resent-Message-ID"])
+
+    def test_a_name_is_no_header(self):
+        for name, wanted in (("x\nBcc: eve@far.test\n\nbody", "x Bcc: eve@far.test  body"), (os.fsdecode(b"Ren\xe9"), "Ren\u00e9"),
+                             ('a "b" \\', 'a "b" \\'), ("\u0416" * 150, "\u0416" * 150), ("<x@y>, z", "<x@y>, z")):
+            content = self.sent("-F", name, "-f", "me", "bob@far.test")[2]
+            message = email.message_from_bytes(content, policy=email.policy.default)
+            raw = email.message_from_bytes(content)["From"]
+            shown = email.utils.parseaddr(str(email.header.make_header(email.header.decode_header(raw))))[0] if "=?" in raw \
+                else message["From"].addresses[0].display_name
+            self.assertEqual(shown, wanted)
+            self.assertIsNone(message["Bcc"])
+
+    def test_a_header_without_end(self):
+        status, err = self.sendmail("-f", "me", "bob@far.test", stdin=b"X: " + b"y" * (minimail.MAX_SUBMITTED_HEADER + 1))
+        self.assertEqual((status, err.count("\n")), (65, 1), err)
+        content = self.sent("-f", "me", "bob@far.test", stdin=b"y" * (minimail.MAX_SUBMITTED_HEADER + 100))[2]
+        self.assertEqual(len(content.partition(b"\r\n\r\n")[2]), minimail.MAX_SUBMITTED_HEADER + 102)
+
+    def test_modes(self):
+        self.assertEqual(self.sendmail("-bi"), (0, ""))
+        self.assertEqual(self.sendmail("-I"), (0, ""))
+        self.assertEqual(self.sendmail("-q"), (0, ""))
+        self.assertEqual(self.sendmail("-q30m"), (0, ""))
+        self.assertEqual(self.sendmail("-f", "me", "bob@far.test"), (0, ""))
+        status, out, err = scripted_command(*minimail.program_words(["/usr/bin/mailq", "--data", self.data]))
+        self.assertEqual((status, err), (0, ""))
+        self.assertIn("bob@far.test", out)
+        self.assertEqual(scripted_command(*minimail.program_words(["newaliases"])), (0, "", ""))
+        status, out, err = scripted_command("sendmail", "-bv", "bob@far.test", "no@here.test", "--domain", "here.test", "--data", self.data)
+        self.assertEqual((status, err), (67, ""))
+        self.assertRegex(out, r"bob@far.test: deliverable\nno@here.test: 550 5.1.1 .*\n\Z")
+
+    def test_work_is_linear(self):
+        """Header, body and addresses made to be hard: four times as much costs at most some eight times as much."""
+        shapes = (lambda n: b"x\n\n" + b"\r" * n, lambda n: b"To: " + b"(" * n, lambda n: b"To: " + b'"\\' * n, lambda n: b"X:\n y" * (n // 5),
+                  lambda n: b"To: " + b"a," * (n // 2), lambda n: b"To: " + b"<" * n + b"\n\nx", lambda n: b"x\n" + b".\r" * (n // 2))
+        for shape in shapes:
+            cost = []
+            for size in 20_000, 80_000:
+                began = time.process_time()
+                message = minimail.Submission(io.BytesIO(shape(size)), False)
+                for _, field in message.fields:
+                    minimail.qualify_field(field, "here.test")
+                for _ in message.body():
+                    pass
+                cost.append(time.process_time() - began)
+            self.assertLess(cost[1], 8 * cost[0] + 0.1)
 
     def test_8bit_and_utf8(self):
         _, recipients, _ = self.sent("-f", "me@here.test", "b\u00f6b@far.test",
