@@ -17,8 +17,9 @@ How mail travels, and the section that does each step:
 
 Map: 1 head, 2 limits and replies, 3 addresses, headers, options, 4 wire, 5 durable files, 6 mailboxes and accounts,
 7 delivery, 8 DNS, 9 queue, 10 bounces, 11 SMTP client, 12 relay, 13 sessions and listeners, 14 SMTP, 15 POP3,
-16 node, 17 web inbox, 18 command line. A section uses only names printed above it. Sections 8 to 12 (together), 15
-and 17 may be deleted: what is left runs without them. Protocol decisions (3, parts of 4 and 8, 10) are pure functions.
+16 node, 17 reading mail, 18 web inbox, 19 command line. A section uses only names printed above it. Sections 8 to 12
+(together), 15 and 18 may be deleted: what is left runs without them. Protocol decisions (3, parts of 4 and 8, 10, 17) are
+pure functions.
 
 Legend, used without exception: `address` an Address or its text local@domain; `key` the lower-case text by which
 addresses are compared; `mailbox` a key that has a Maildir; `sender` the envelope's reverse-path ("" for the null one);
@@ -121,6 +122,29 @@ STALE_DRAFT = 36 * 3600             # seconds after which a foreign file in tmp/
 LOGIN_FAILURES = 10                 # wrong passwords from one address within ...
 LOGIN_WINDOW = 600                  # ... these seconds cut it off for as long
 SHUTDOWN_GRACE = 9.0                # seconds a message in flight has when the node stops
+MAX_HEAD = 1 << 19                  # bytes of a header that are shown and searched; the longest real one had ...
+MAX_FIELD = 1 << 18                 # bytes of one field that are read: some 8,000 recipients
+MAX_FIELDS = 2000                   # fields shown; real mail has up to ...
+MAX_ADDRESS = 1000                  # characters of an address or its name that are shown (RFC 5321 has 320)
+MAX_ADDRESSES = 10_000              # people of one header that are shown, and ...
+MAX_LISTED = 1000                   # ... in the list of messages
+MAX_PARAMETERS = 100                # parameters of a Content-Type, RFC 2231 pieces counted singly
+MAX_DEPTH = 50                      # multiparts in one another, and ...
+MAX_PARTS = 1000                    # ... parts of a message
+MAX_DELIMITERS = 100_000            # lines of a message that could end a part and are looked at
+MAX_PIECES = 100_000                # padded pieces of base64 that follow one another in a part
+MAX_TEXT = 1 << 22                  # bytes of a text or HTML body that are shown, and ...
+MAX_RENDERED = 1 << 20              # ... characters of HTML that are made text
+MAX_LINKS = 5000                    # links of a message that are listed, ...
+MAX_LINK = 8192                     # ... characters in one: what servers take
+MAX_NAME_SHOWN = 1000               # characters of a file name
+MAX_SNIPPET = 250                   # characters of a message in the list
+MAX_EVENTS = 20                     # events of a calendar that are shown, and ...
+MAX_ATTENDEES = 200                 # ... who is invited to one
+MAX_SUMMARIES = 1 << 26              # bytes of memory for the entries of lists, and ...
+MAX_SEARCHED = 1 << 27              # ... for what messages are searched by
+MAX_SEARCH = 4096                   # characters of a search, and ...
+MAX_TERMS = 50                      # ... what it asks for
 
 
 class Reply(NamedTuple):
@@ -186,6 +210,12 @@ def printable(text: Union[str, bytes], limit: int = 500) -> str:
     return text if len(text) <= limit else text[:limit] + "..."
 
 
+def show(text: str, end: str = "\n") -> None:
+    """Print text on standard output; what its encoding cannot hold is escaped, so that no message makes it fail."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    print(text.encode(encoding, "backslashreplace").decode(encoding), end=end)
+
+
 # ======================================================================================================================
 # 3  Addresses, envelopes, headers, options.  Pure: text in, values out; knows no socket, no file, no clock.
 # ======================================================================================================================
@@ -215,6 +245,12 @@ QUOTED = re.compile(r'"(?:[^"\\\x00-\x1f\x7f]|\\[\x20-\x7e])*"')
 LABEL = r"[A-Za-z0-9_\u0080-\U0010ffff](?:[A-Za-z0-9_\-\u0080-\U0010ffff]*[A-Za-z0-9_\u0080-\U0010ffff])?"
 DOMAIN = re.compile(r"%s(?:\.%s)*" % (LABEL, LABEL))
 SOURCE_ROUTE = re.compile(r"@[^,:@<>\s]+(?:,@[^,:@<>\s]+)*:")
+BLANK_LINE = re.compile(rb"\n\r?\n")
+FIELD = re.compile(rb"[^\n]*(?:\n[ \t][^\n]*)*\n?")
+ADDRESS_WORD = re.compile(r"=\?[^?\s]{1,60}\?[bq]\?[^?\s]*\?=|@\[[^\[\]\s]{1,60}\]|[^\s\"(<>,;:@=]+|[@=>]|\s+", re.IGNORECASE)
+ADDRESS_QUOTED = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
+ADDRESS_ANGLE = re.compile(r'<("[^"\\]{0,200}"[^<>]*|[^<>]*)>|<([^<>,;\s]*)')
+PARENTHESIS = re.compile(r"\\.|[()]", re.DOTALL)
 BAD_SYNTAX = Reply(501, "5.1.3", "bad address syntax")
 
 
@@ -449,27 +485,160 @@ def parse_key(key: str) -> Address:
 
 
 def split_headers(content: bytes) -> Tuple[List[Tuple[str, bytes]], bytes]:
-    """Return ([(lower-case name, raw field with its line ends)], body) of a message; never fails."""
-    head, blank, body = content.partition(b"\r\n\r\n")
-    if content.startswith(b"\r\n"):
-        head, body = b"", content[2:]
-    fields: List[Tuple[str, bytes]] = []
-    for line in (head + blank[:2]).splitlines(keepends=True):
-        if line[:1] in (b" ", b"\t") and fields:
-            fields[-1] = (fields[-1][0], fields[-1][1] + line)
-        else:
-            fields.append((line.partition(b":")[0].strip().decode("ascii", "replace").lower(), line))
-    return fields, body
+    """Return ([(lower-case name, raw field with its line ends)], body) of a message; never fails, in one pass."""
+    if content.startswith((b"\r\n", b"\n")):
+        return [], content[content.index(b"\n") + 1:]
+    blank = BLANK_LINE.search(content)
+    head, body = (content[:blank.start() + 1], content[blank.end():]) if blank else (content, b"")
+    return [(field.partition(b":")[0].strip().decode("ascii", "replace").lower(), field)
+            for field in FIELD.findall(head) if field], body
 
-
-# CORE: stand-ins until the branch `reading` is merged, which brings both.
 
 def unfold(value: bytes) -> str:
-    return value.replace(b"\r", b"").replace(b"\n", b"").decode("utf-8", "replace")
+    """Return a header's value as text: folds undone (RFC 5322 section 2.2.3), raw 8-bit as decode_unknown() has it."""
+    return decode_unknown(value.replace(b"\r", b"").replace(b"\n", b"")).replace("\t", " ").strip(" ")
 
 
-def read_addresses(text: str) -> List[Tuple[str, str]]:
-    return email.utils.getaddresses([text])
+def decode_unknown(data: bytes) -> str:
+    """Return bytes of no known charset as text: UTF-8, in which a bad byte costs one character, else windows-1252."""
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        text = data.decode("utf-8-sig", "replace")
+    bad = text.count("\ufffd")
+    good = len(text) - bad - len(text.encode("ascii", "ignore"))
+    return text if good >= bad else data.decode("cp1252", "replace")
+
+
+# Addresses as people write them into headers (RFC 5322 section 3.4 and beyond): nothing is refused, all is read in one pass.
+
+class Token(NamedTuple):
+    """A piece of an address header; `kind` is blank, word, quoted, comment, angle, or the separator itself."""
+    kind: str
+    text: str
+
+
+def comment_end(text: str, position: int) -> int:
+    """Return where the comment at position ends, comments in it included; -1 when it never does (RFC 5322 section 3.2.2)."""
+    depth = 0
+    for match in PARENTHESIS.finditer(text, position):
+        depth += {"(": 1, ")": -1}.get(match.group(), 0)
+        if depth == 0:
+            return match.end()
+    return -1
+
+
+def address_tokens(text: str) -> Iterator[Token]:
+    """Yield the tokens of an address header. A quote or parenthesis that never closes is looked for once, then a character."""
+    position, unclosed = 0, ""
+    while position < len(text):
+        char, end = text[position], position + 1
+        token = Token(char if char in ",;:" else "word", char)
+        match = ADDRESS_WORD.match(text, position)
+        if match:
+            token, end = Token("blank" if char.isspace() else "word", match.group()), match.end()
+        elif char == "<":
+            match = ADDRESS_ANGLE.match(text, position)
+            if match:
+                token, end = Token("angle", match.group(1) or match.group(2) or ""), match.end()
+        elif char == '"' and char not in unclosed:
+            match = ADDRESS_QUOTED.match(text, position)
+            if match:
+                token, end = Token("quoted", match.group()), match.end()
+            else:
+                unclosed += char
+        elif char == "(" and char not in unclosed:
+            closed = comment_end(text, position)
+            if closed > 0:
+                token, end = Token("comment", text[position + 1:closed - 1]), closed
+            else:
+                unclosed += char
+        yield token
+        position = end
+
+
+def phrase(tokens: Sequence[Token]) -> str:
+    """Return a display name: words as they stand, quotes and what they quote undone; its encoded words are still encoded."""
+    text = "".join(re.sub(r"\\(.)", r"\1", token.text[1:-1]) if token.kind == "quoted" else token.text for token in tokens)
+    return re.sub(" {2,}", " ", text).strip(" ")
+
+
+def clean_address(text: str) -> str:
+    """Return what stands in angle brackets without blanks, source route and `mailto:`."""
+    if not text.lstrip().startswith('"'):
+        text = "".join(text.split())
+    route = SOURCE_ROUTE.match(text)
+    text = (text[route.end():] if route else text).strip()
+    return text[7:] if text[:7].lower() == "mailto:" else text
+
+
+def bare_addresses(tokens: Sequence[Token], comment: str) -> Iterator[Tuple[str, str]]:
+    """Yield the addresses of an entry without angle brackets: `bob`, `bob@x (Bob)`, `Bob bob@x`, `bob @ x`."""
+    words: List[List[str]] = [[]]
+    for token in tokens:
+        last = words[-1][-1] if words[-1] else ""
+        if token.kind != "blank":
+            words[-1].append(token.text)
+        elif last and last != "@":
+            words.append([])
+        if token.text.startswith("@") and len(words) > 1 and len(words[-1]) == 1:
+            words[-2:] = [words[-2] + words[-1]]    # a blank before the @ is none
+    texts = ["".join(word) for word in words if word]
+    found = [text for text in texts if "@" in text] or (texts if len(texts) == 1 else [])
+    name = comment or " ".join(text for text in texts if text not in found)[:MAX_ADDRESS]
+    for address in found:
+        yield name, address.strip(">")
+        name = ""
+    if texts and not found:
+        yield phrase(tokens), ""
+
+
+def entry_addresses(entry: Sequence[Token]) -> Iterator[Tuple[str, str]]:
+    """Yield (display name, address) of what stands between two commas; more than one where a comma is missing."""
+    comment = next((token.text.strip() for token in entry if token.kind == "comment"), "")
+    entry = [token for token in entry if token.kind != "comment"]
+    if not any(token.kind == "angle" for token in entry):
+        yield from bare_addresses(entry, comment)
+        return
+    found: List[Tuple[str, str]] = []
+    before = 0
+    for place, token in enumerate(entry):
+        if token.kind == "angle" and (token.text.strip() or not found):
+            found.append((phrase(entry[before:place]), clean_address(token.text)))
+            before = place + 1
+    if len(found) > 1 and not found[0][1]:
+        found[:2] = [(found[0][0] or found[1][0], found[1][1])]        # `<<bob@x>>`
+    name, address = found[0]
+    found[0] = name or phrase([token for token in entry[before:] if token.kind != "angle"]).strip(">") or comment, address
+    yield from (pair for pair in found if any(pair))
+
+
+def read_addresses(text: str) -> Iterator[Tuple[str, str]]:
+    """Yield (display name with its encoded words as they are, address) of an address header, in order; never fails.
+
+    Commas and semicolons separate, also where nothing stands between them; names of groups are left out, their members not.
+    """
+    entry: List[Token] = []
+    addressed = False                               # the entry has an address already: a colon names no group any more
+    for token in itertools.chain(address_tokens(text), [Token(",", ",")]):
+        if token.kind in (",", ";"):
+            yield from entry_addresses(entry)
+            entry, addressed = [], False
+        elif token.kind == ":" and not addressed:
+            entry = []
+        else:
+            entry.append(token)
+            addressed = addressed or token.kind == "angle" or (token.kind == "word" and "@" in token.text)
+
+
+def same_address(text: str) -> str:
+    """Return what the spellings of an address have in common: quotes that are not needed, case and the domain's form apart."""
+    try:
+        address = parse_address(text[:MAX_ADDRESS])
+        return lower(address.local) + "@" + (address.domain and (
+            address.domain.lower() if domain_literal(address.domain) else ascii_domain(address.domain)))
+    except (Refused, ValueError):
+        return lower(text[:MAX_ADDRESS])
 
 
 # Options.
@@ -6734,7 +6903,1025 @@ LISTENERS = ("smtp", "smtps", "pop3", "pop3s", "web")
 
 
 # ======================================================================================================================
-# 17  Web inbox, JSON API, transcripts and lint, faults, wait, selftest: for looking at the mail your program sends.
+# 17  Reading mail.  Pure: the bytes of a message in, what people see out; knows no file, socket or site. Mail is hostile:
+#     everything is read once from front to back, within limits of section 2, and what is cut says so. Nothing here fails.
+# ======================================================================================================================
+
+# Charsets: those that mail uses, by the labels of https://encoding.spec.whatwg.org/ and some that older mail has.
+
+CHARSETS = {                                        # codecs of Python, tried in this order: labels without their punctuation
+    "utf-8": "utf8 unicode11utf8 xunicode20utf8 utf8mb4",
+    "cp1252": "latin1 l1 ibm819 iso88591 iso885911987 isoir100 csisolatin1 ascii8 ansi xansi",
+    "iso8859-2": "latin2 l2 csisolatin2", "iso8859-3": "latin3 l3 csisolatin3", "iso8859-4": "latin4 l4 csisolatin4",
+    "iso8859-5": "cyrillic csisolatincyrillic", "iso8859-6": "arabic asmo708 ecma114 csisolatinarabic",
+    "iso8859-7": "greek greek8 elot928 ecma118 suneugreek csisolatingreek", "cp1254": "latin5 l5 csisolatin5 iso88599",
+    "iso8859-8": "hebrew visual logical csisolatinhebrew csiso88598e csiso88598i", "iso8859-10": "latin6 l6 csisolatin6",
+    "iso8859-15": "latin9 latin0 l9 csisolatin9", "iso8859-16": "latin10", "cp874": "tis620 dos874 iso885911 thai",
+    "koi8_r": "koi8r koi koi8 cskoi8r", "koi8_u": "koi8u koi8ru", "cp866": "ibm866 csibm866", "kz1048": "kz1048 rk1048",
+    "mac_roman": "macintosh mac xmacroman macroman csmacintosh", "mac_cyrillic": "xmaccyrillic xmacukrainian maccyrillic",
+    "mac_latin2": "xmacce xmaccentraleurope", "mac_greek": "xmacgreek", "mac_turkish": "xmacturkish",
+    "gb18030": "gb2312 gb231280 gbk gb18030 xgbk chinese csgb2312 csiso58gb231280 isoir58 cp936 ms936 windows936 euccn xeuccn",
+    "hz": "hz hzgb2312", "cp950 big5hkscs": "big5 cnbig5 xxbig5 csbig5 cp950 windows950 big5eten",
+    "big5hkscs cp950": "big5hkscs",
+    "cp932 shift_jis_2004": "shiftjis sjis xsjis csshiftjis ms932 mskanji windows31j cswindows31j cp932 windows932",
+    "euc_jp euc_jis_2004": "eucjp xeucjp xeuc cseucpkdfmtjapanese ujis",
+    "iso2022_jp": "iso2022jp csiso2022jp iso2022jp1 iso2022jp2 iso2022jp3 iso2022jpext iso2022jpms cp50220 cp50221 jis",
+    "cp949": "euckr cseuckr korean ksc56011987 ksc56011989 ksc5601 csksc56011987 isoir149 cp949 uhc windows949 ms949",
+    "johab": "johab cp1361", "iso2022_kr": "iso2022kr csiso2022kr", "utf-7": "utf7 unicode11utf7 csunicode11utf7",
+    "utf-16-le": "utf16 utf16le ucs2 iso10646ucs2 unicode csunicode unicodefeff", "utf-16-be": "utf16be unicodefffe",
+    "utf-32-le": "utf32 utf32le ucs4", "utf-32-be": "utf32be",
+}
+CODECS = {label: tuple(codecs.split()) for codecs, labels in CHARSETS.items() for label in labels.split()}
+CODE_PAGES = {"437", "720", "737", "775", "850", "852", "855", "857", "858", "860", "861", "862", "863", "864", "865", "866",
+              "869", "874", "1125", "1250", "1251", "1252", "1253", "1254", "1255", "1256", "1257", "1258"}
+JIS_ESCAPE = re.compile(rb"(\x1b(?:\$[@B]|\$\(D|\([BJIH]))")
+
+
+@functools.lru_cache(maxsize=200)
+def find_codecs(charset: str) -> Tuple[str, ...]:
+    """Return the codecs for a charset, () for US-ASCII and what mail does not use: then nothing is known of the text."""
+    label = re.sub(r"[^a-z0-9]", "", charset[:60].lower())
+    page = re.fullmatch(r"x?(?:cp|ibm|windows|win|ms)0*([1-9]\d{2,3})", label)
+    part = re.fullmatch(r"iso8859([1-9]\d?)(?:e|i|19\d\d)?", label)
+    if label in CODECS:
+        return CODECS[label]
+    if page and page.group(1) in CODE_PAGES:
+        return ("cp" + page.group(1),)
+    if part and part.group(1) in {"2", "3", "4", "5", "6", "7", "8", "10", "13", "14", "15", "16"}:
+        return ("iso8859-" + part.group(1),)
+    return ("cp1252",) if part and part.group(1) == "1" else ("cp1254",) if part and part.group(1) == "9" else ()
+
+
+def decode_text(data: bytes, charset: str) -> str:
+    """Return bytes as text by the charset they claim or the larger one that is meant; what is wrong costs one character."""
+    codecs = find_codecs(charset)
+    if data.startswith((b"\xff\xfe", b"\xfe\xff")) and (not codecs or codecs[0].startswith("utf")):
+        codecs = ("utf-16",)
+    if not codecs or codecs[0] == "utf-8":
+        return decode_unknown(data)
+    for codec in codecs:
+        with contextlib.suppress(UnicodeError, LookupError):        # Python may have been built without some
+            return whole_characters(data.decode(codec))
+    if codecs[0] == "iso2022_jp":
+        return decode_japanese(data)
+    try:
+        return whole_characters(data.decode(codecs[0], "replace"))
+    except (UnicodeError, LookupError):
+        return decode_unknown(data)
+
+
+def decode_japanese(data: bytes) -> str:
+    """Return ISO-2022-JP as text, with what Windows and telephones put into its empty rows: as cp932 has them."""
+    charset, text = b"", []
+    for piece in JIS_ESCAPE.split(data):
+        if piece.startswith(b"\x1b") and JIS_ESCAPE.fullmatch(piece):
+            charset = piece
+        elif charset in (b"\x1b$@", b"\x1b$B"):
+            text.append(shift_jis(piece).decode("cp932", "replace"))
+        elif charset == b"\x1b$(D":
+            pairs = zip(piece[::2], piece[1::2])
+            text.append(b"".join(bytes((0x8f, row | 0x80, cell | 0x80)) for row, cell in pairs).decode("euc_jp", "replace"))
+        elif charset == b"\x1b(I":
+            text.append(bytes(byte | 0x80 for byte in piece).decode("cp932", "replace"))
+        else:
+            text.append(piece.decode("cp932", "replace"))
+    return "".join(text)
+
+
+def shift_jis(data: bytes) -> bytes:
+    """Return the 7-bit pairs of JIS X 0208 as Shift_JIS; the arithmetic is that of JIS X 0208 annex 1."""
+    found = bytearray()
+    cells = iter(data)
+    for row in cells:
+        if row < 0x21:                              # a line end: those are of one byte
+            found.append(row)
+            continue
+        cell = next(cells, 0)
+        lead = (row - 0x21) // 2 + 0x81
+        found.append(lead if lead < 0xa0 else lead + 0x40)
+        found.append(min(cell + (0x1f if cell < 0x60 else 0x20) if row % 2 else cell + 0x7e, 0xff))
+    return bytes(found)
+
+
+def whole_characters(text: str) -> str:
+    """Return text without lone surrogates, which some encodings can produce and no file or reply can hold."""
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
+# Header values: encoded words, parameters, dates.
+
+ENCODED_WORD = re.compile(r"=\?([^?\s*]{1,60})(?:\*[^?\s]{0,40})?\?([bq])\?((?:[^?]*(?<!=)\?(?!=)){0,8}[^?]*)\?=",
+                          re.IGNORECASE)
+PARAMETER = re.compile(r'([^\s=;"()]{1,80})\s{0,20}=\s{0,20}("[^"\\]*(?:\\.[^"\\]*)*"|[^;]*)', re.DOTALL)
+PARAMETER_BLANK = re.compile(r"[\s;]*")
+PARAMETER_VALUE = re.compile(r"\s(?=[\w*-]{1,40}=)")
+SECTION = re.compile(r"(.*?)(?:\*(\d{1,3}))?(\*?)", re.DOTALL | re.ASCII)
+DATE_LIMIT = 200                                    # characters
+
+
+def decode_words(value: Union[str, bytes]) -> str:
+    """Return a header's value with its encoded words decoded (RFC 2047); those of unknown charsets stay as they came."""
+    text = unfold(value) if isinstance(value, bytes) else value
+    if "=?" not in text:
+        return text
+    found: List[str] = []
+    run: List[bytes] = []                           # words that follow each other in one charset: characters may be cut in two
+    charset, end = "", 0
+    for match in ENCODED_WORD.finditer(text):
+        data = word_bytes(match.group(2), match.group(3))
+        if data is None or not known_charset(match.group(1)):
+            continue
+        between = text[end:match.start()]
+        if run and (between.strip(" ") or match.group(1).lower() != charset):
+            found.append(decode_text(b"".join(run), charset))
+            run = []
+        if between.strip(" ") or not end:
+            found.append(between)
+        run.append(data)
+        charset, end = match.group(1).lower(), match.end()
+    found += [decode_text(b"".join(run), charset), text[end:]]
+    return re.sub(r"[\r\n]+", " ", "".join(found))
+
+
+def word_bytes(encoding: str, text: str) -> Optional[bytes]:
+    """Return what an encoded word holds, None when it is none."""
+    if encoding in "bB":
+        return decode_base64(text.encode("ascii", "ignore")) if not re.search(r"[^A-Za-z0-9+/=\s]", text) else None
+    return binascii.a2b_qp(text.encode("utf-8"), header=True)
+
+
+def known_charset(charset: str) -> bool:
+    return bool(find_codecs(charset)) or charset.lower() in ("us-ascii", "ascii", "ansi_x3.4-1968", "iso-ir-6", "646")
+
+
+def read_parameters(text: str) -> Tuple[str, Dict[str, str]]:
+    """Return (value in lower case, parameters) of a Content-Type or the like (RFC 2045 section 5.1, RFC 2231); never fails.
+
+    Parameters may lack their semicolons and quotes. Of `name*` and `name`, the first is taken.
+    """
+    value = text[:MAX_ADDRESS].lstrip().partition(";")[0].partition("(")[0].partition(" ")[0]
+    position = text.find(value) + len(value)
+    pieces: Dict[str, Dict[int, Tuple[bool, str]]] = {}
+    for _ in range(MAX_PARAMETERS):
+        position = skip_comments(text, position)
+        match = PARAMETER.match(text, position)
+        if match:
+            key, number, encoded, given, position = parameter(match)
+            pieces.setdefault(key, {}).setdefault(number, (encoded, given))
+        else:                                       # nothing that we understand: on with the next one
+            position = text.find(";", position + 1)
+            if position < 0:
+                break
+    found = {name: decode_words(given[0][1]) for name, given in pieces.items() if not name.endswith("*")}
+    found.update((name[:-1], join_sections(given)) for name, given in pieces.items() if name.endswith("*"))
+    return value.strip("\"'").lower(), found
+
+
+def parameter(match: Any) -> Tuple[str, int, bool, str, int]:
+    """Return (name, with * when it is of RFC 2231; number of its section; whether it is encoded; value; where it ends)."""
+    given, end = match.group(2), match.end()
+    name, number, starred = SECTION.fullmatch(match.group(1).lower()).groups()      # type: ignore[union-attr]
+    if given.startswith('"') and len(given) > 1 and given.endswith('"'):
+        given = re.sub(r'\\(["\\])', r"\1", given[1:-1])
+    else:
+        more = PARAMETER_VALUE.search(given)        # the semicolon before the next parameter is missing
+        if more:
+            end, given = end - len(given) + more.start(), given[:more.start()]
+        if name not in ("name", "filename"):        # a comment; people call their files `a (2).txt` without quotes
+            given = given.partition("(")[0]
+        given = given.strip().strip('"')
+    return name + "*" if starred or number else name, int(number or 0), bool(starred), given, end
+
+
+def skip_comments(text: str, position: int) -> int:
+    """Return where the next parameter begins: after semicolons, blanks and comments."""
+    for _ in range(MAX_PARAMETERS):
+        position = PARAMETER_BLANK.match(text, position).end()      # type: ignore[union-attr]
+        end = comment_end(text, position) if text.startswith("(", position) else -1
+        if end < 0:
+            break
+        position = end
+    return position
+
+
+def join_sections(sections: Dict[int, Tuple[bool, str]]) -> str:
+    """Return the value of a parameter that came in sections, percent-encoded or not (RFC 2231 sections 3 and 4)."""
+    from urllib.parse import unquote_to_bytes
+    charset, data = "", []
+    for number, (encoded, text) in sorted(sections.items()):
+        if encoded and number == min(sections) and text.count("'") >= 2:
+            charset, _, text = text.split("'", 2)
+        data.append(unquote_to_bytes(text) if encoded else text.encode("utf-8"))
+    whole = b"".join(data)
+    return decode_text(whole, charset) if charset else decode_words(decode_unknown(whole))
+
+
+def parse_date(text: str) -> Any:
+    """Return a Date header as an aware datetime, None when it is none; without a zone, or with one unknown, it is UTC."""
+    import datetime
+    try:
+        given = email.utils.parsedate_tz(text[:DATE_LIMIT])
+        if given is None:
+            return None
+        zone = datetime.timezone(datetime.timedelta(seconds=given[9] or 0))
+        return datetime.datetime(*given[:6], tzinfo=zone)
+    except (ValueError, TypeError, IndexError, OverflowError):
+        return None
+
+
+def iso_time(seconds: float) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds)) + ".%03d+00:00" % (seconds % 1 * 1000)
+
+
+# Transfer encodings (RFC 2045 section 6). What can be decoded is.
+
+NOT_BASE64 = bytes(set(range(256)) - set(b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/="))
+
+
+def decode_base64(data: bytes) -> bytes:
+    """Return what base64 holds, whatever stands between its letters; padded pieces may follow each other (RFC 4648)."""
+    found = []
+    for piece in re.split(b"=+", data.translate(None, NOT_BASE64).rstrip(b"="), maxsplit=MAX_PIECES):
+        whole = piece[:-1] if len(piece) % 4 == 1 else piece        # one letter does not make a byte
+        with contextlib.suppress(binascii.Error):
+            found.append(binascii.a2b_base64(whole + b"=" * (-len(whole) % 4)))
+    return b"".join(found)
+
+
+def decode_uu(data: bytes) -> bytes:
+    """Return the lines between `begin` and `end`."""
+    start = re.search(rb"^begin [^\n]*\n", data, re.MULTILINE)
+    found = []
+    for line in io.BytesIO(data[start.end():] if start else b""):
+        if line.rstrip() == b"end":
+            break
+        with contextlib.suppress(binascii.Error):
+            length = ((line[0] - 32 & 63) * 4 + 5) // 3             # some encoders put more at the end than they announce
+            found.append(binascii.a2b_uu(line.rstrip(b"\r\n")[:length]))
+    return b"".join(found) if found else data
+
+
+def decode_transfer(data: bytes, encoding: str) -> bytes:
+    """Return a body decoded; what is of no known encoding as it stands."""
+    if encoding == "base64":
+        return decode_base64(data)
+    if encoding == "quoted-printable":
+        return binascii.a2b_qp(re.sub(rb"=[ \t]+(\r?\n|\Z)", rb"=\1", data))
+    return decode_uu(data) if encoding in ("x-uuencode", "uuencode", "x-uue", "uue") else data
+
+
+# HTML, as far as a glance needs it: one pass, no tree.
+
+TAG_NAME = re.compile(r"<(/?[a-zA-Z][^\s/>]{0,40})")
+TAG_MARK = re.compile(r"[>=]")
+ATTRIBUTE_BLANK = re.compile(r"[ \t\r\n\f]*")
+HIDDEN = {name: re.compile("</" + name, re.IGNORECASE) for name in (
+    "script", "style", "title", "template", "noembed", "noframes")}
+BREAKS = frozenset("br p div tr table ul ol li dl dt dd h1 h2 h3 h4 h5 h6 hr blockquote pre section article header footer "
+                   "address center form fieldset main nav aside figure figcaption".split())
+ENTITY = re.compile(r"&(?:#\d{1,7}|#[xX][0-9a-fA-F]{1,6}|[A-Za-z]\w{1,31});?", re.ASCII)
+HREF = re.compile(r"(?:^|[\s/\"'])href[ \t\r\n\f]*=[ \t\r\n\f]*(?:\"([^\"]*)\"|'([^']*)'|([^\s\"'>]+))", re.IGNORECASE)
+SENTENCE_MARKS = ".,;:!?'*_`}\u3001\u3002\uff0c\uff09\u300d\u201d\u2019"
+URL = re.compile(r"(?<![A-Za-z0-9])https?://[^\s<>\"\x00-\x1f\x7f]+", re.IGNORECASE)
+
+
+def unescape(text: str) -> str:
+    """Return text with its character references resolved; those of endless length are none."""
+    import html
+    return ENTITY.sub(lambda match: html.unescape(match.group()), text) if "&" in text else text
+
+
+def tag_end(html: str, position: int) -> int:
+    """Return where the `>` of a tag stands, outside of quoted values; the end of the HTML where there is none."""
+    while True:
+        mark = TAG_MARK.search(html, position)
+        if not mark or mark.group() == ">":
+            return mark.start() if mark else len(html)
+        position = ATTRIBUTE_BLANK.match(html, mark.end()).end()        # type: ignore[union-attr]
+        quote = html[position:position + 1]
+        if quote and quote in "\"'":
+            closed = html.find(quote, position + 1)
+            position = closed + 1 if closed > 0 else position + 1
+
+
+def html_tokens(html: str) -> Iterator[Tuple[str, str]]:
+    """Yield ("", text) and (name of a tag, its attributes); comments, scripts and what else is not shown are left out."""
+    position = 0
+    while position < len(html):
+        at = html.find("<", position)
+        at = at if at >= 0 else len(html)
+        if at > position:
+            yield "", html[position:at]
+        tag = TAG_NAME.match(html, at)
+        if tag:
+            end, name = tag_end(html, tag.end()), tag.group(1).lower()
+            yield name, html[tag.end():end]
+            position = end + 1
+            if name in HIDDEN:
+                closed = HIDDEN[name].search(html, position)
+                position = closed.start() if closed else len(html)
+        elif html.startswith("<!--", at):
+            end = html.find("-->", at + 2)
+            position = end + 3 if end >= 0 else len(html)
+        elif html.startswith(("<!", "<?", "</"), at):
+            end = html.find(">", at)
+            position = end + 1 if end >= 0 else len(html)
+        else:
+            if at < len(html):
+                yield "", "<"
+            position = at + 1
+
+
+def html_text(html: str) -> str:
+    """Return the text of some HTML, a line for a line, without entities."""
+    found: List[str] = []
+    for name, text in html_tokens(html[:MAX_RENDERED]):
+        if not name:
+            found.append(re.sub(r"[ \t\r\n\f]+", " ", unescape(text)))
+        elif name.lstrip("/") in BREAKS:
+            found.append("\n")
+        elif name in ("td", "th"):
+            found.append(" ")
+    text = re.sub(r" *\n *", "\n", re.sub(" {2,}", " ", "".join(found)))
+    return re.sub(r"\n{3,}", "\n\n", text).strip() + ("\n[cut here]" if len(html) > MAX_RENDERED else "")
+
+
+def html_links(html: str) -> Iterator[str]:
+    """Yield where the links of some HTML lead, as browsers take them: blanks around and line ends within do not count."""
+    for name, attributes in html_tokens(html):
+        match = HREF.search(attributes[:MAX_LINK * 2]) if name in ("a", "area") else None
+        if match:
+            link = re.sub(r"[\t\r\n]", "", unescape(next(filter(None, match.groups()), ""))).strip(" ")
+            if re.match(r"https?://", link, re.IGNORECASE):
+                yield link.replace(" ", "%20")
+
+
+def text_links(text: str) -> Iterator[str]:
+    """Yield the URLs that stand in text, without the punctuation of the sentence around them."""
+    for match in URL.finditer(text):
+        link = match.group()[:MAX_LINK]
+        opened = {")": link.count("(") - link.count(")"), "]": link.count("[") - link.count("]")}
+        end = len(link)
+        while end and (link[end - 1] in SENTENCE_MARKS or opened.get(link[end - 1], 0) < 0):
+            if link[end - 1] in opened:
+                opened[link[end - 1]] += 1
+            end -= 1
+        yield link[:end]
+
+
+def squeeze(text: str) -> str:
+    """Return text with every run of white space made one blank; in pieces, as a list of all its words would take much room."""
+    found: List[str] = []
+    for start in range(0, len(text), BLOCK):
+        piece = text[start:start + BLOCK]
+        words = " ".join(piece.split())
+        blank = found and not found[-1].endswith(" ") and piece[:1].isspace()
+        found.append((" " if blank else "") + words + (" " if words and piece[-1:].isspace() else ""))
+    return "".join(found).strip(" ")
+
+
+# A message and its parts.
+
+CID = re.compile(r"((?:[=(,]|url\()\s{0,20}(?:[\"']|&quot;|&apos;|&#0*3[49];|&#x0*2[27];)?\s{0,20})"
+                 r"cid(?::|&#0*58;|&#x0*3a;|&colon;)((?:[^\s\"'<>&]|&(?!quot|apos|#0*3[49]|#x0*2[27])){1,998})", re.IGNORECASE)
+ACTIVE = re.compile(r"<(?=/?(?:link|meta|base)[\s/>])(/?)", re.IGNORECASE)
+REMOTE = re.compile(r"(?:\b(?:src|srcset|background|poster)\s{0,20}=\s{0,20}(?:[\"']\s{0,20})?|"
+                    r"url\(\s{0,20}(?:[\"']|&quot;|&#3[49];)?)(?:https?:)?(?://|&#47;&#47;)", re.IGNORECASE)
+META_CHARSET = re.compile(rb"<meta\b[^>]{0,500}?charset\s{0,20}=\s{0,20}[\"']?\s{0,20}([\w.:-]{1,40})", re.IGNORECASE)
+DOCTYPE = re.compile(r"\s{0,100}<!doctype[^>]{0,500}>", re.IGNORECASE)
+IMAGES = {                                          # those that browsers show: how they begin
+    "image/png": b"\x89PNG", "image/jpeg": b"\xff\xd8\xff", "image/gif": b"GIF8", "image/bmp": b"BM", "image/webp": b"RIFF",
+    "image/svg+xml": b"<svg", "image/avif": b"\0\0\0", "image/x-icon": b"\0\0\1\0"}
+IMAGE_NAMES = {"image/jpg": "image/jpeg", "image/pjpeg": "image/jpeg", "image/jpe": "image/jpeg", "image/x-png": "image/png",
+               "image/x-citrix-jpeg": "image/jpeg", "image/x-citrix-png": "image/png", "image/svg": "image/svg+xml",
+               "image/apng": "image/png", "image/x-ms-bmp": "image/bmp", "image/vnd.microsoft.icon": "image/x-icon"}
+SUFFIXES = {".png": "image/png", ".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".gif": "image/gif", ".webp": "image/webp",
+            ".svg": "image/svg+xml", ".bmp": "image/bmp", ".avif": "image/avif"}
+
+
+class Part:
+    """A part of a message: what its header says, and where its body stands in the message."""
+
+    def __init__(self, raw: bytes, id: str, fields: List[Tuple[str, bytes]], start: int, default: str = "text/plain") -> None:
+        self.raw, self.id, self.fields, self.start, self.end = raw, id, fields, start, len(raw)
+        self.children: List["Part"] = []
+        kind, self.parameters = read_parameters(self.field("content-type"))
+        self.kind = kind if re.fullmatch(r"[!-.0-~]{1,100}/[!-.0-~]{1,100}", kind) else default
+        self.disposition, self._place = read_parameters(self.field("content-disposition"))
+        self.boundary = self.parameters.get("boundary", "").encode("utf-8") if self.kind.startswith("multipart/") else b""
+
+    def field(self, name: str) -> str:
+        return next((unfold(raw.partition(b":")[2][:MAX_FIELD]) for field, raw in self.fields if field == name), "")
+
+    @property
+    def name(self) -> str:
+        """The file name as it was sent, "" when there is none."""
+        name = self._place.get("filename") or self.parameters.get("name") or ""
+        return name if len(name) <= MAX_NAME_SHOWN else name[:MAX_NAME_SHOWN] + "... (cut)"
+
+    @property
+    def content_id(self) -> str:
+        return "".join(self.field("content-id").split())[:MAX_NAME_SHOWN].strip("<>")
+
+    @property
+    def encoding(self) -> str:
+        """The transfer encoding's name; what stands around it does not count."""
+        name = re.search(r"[\w-]{1,40}", self.field("content-transfer-encoding")[:MAX_ADDRESS])
+        return name.group().lower() if name else ""
+
+    @property
+    def is_text(self) -> bool:
+        """Whether it is shown among the texts, and no file."""
+        broken = self.kind.startswith("multipart/")         # and yet without parts: no usable boundary
+        named = "filename" in self._place or self.disposition == "attachment"
+        return broken or (self.kind in ("text/plain", "text/html") and self.disposition != "attachment" and (
+            not named or self.id == "1"))
+
+    @property
+    def is_inline(self) -> bool:
+        """Whether a file belongs into the text rather than beside it; so does one that only has an ID, or nothing at all."""
+        return self.disposition == "inline" or (self.disposition != "attachment" and bool(self.content_id or not self.name))
+
+    @property
+    def shown_name(self) -> str:
+        return self.name or self.content_id or ("message.eml" if self.kind == "message/rfc822" else "")
+
+    def data(self, limit: Optional[int] = None) -> bytes:
+        """Return the body decoded, or its first `limit` bytes; an attached message is the bytes that were sent."""
+        end = self.end if limit is None else min(self.end, self.start + limit * 3)
+        found = decode_transfer(self.raw[self.start:end], self.encoding)
+        return found if limit is None else found[:limit]
+
+    def text(self) -> str:
+        """Return the body as text; of a long one the beginning, and that it is cut."""
+        data = self.data(MAX_TEXT + 1)
+        charset = self.parameters.get("charset", "")
+        if self.kind == "text/html" and not known_charset(charset):
+            named = META_CHARSET.search(data[:4096])
+            charset = named.group(1).decode("ascii") if named else charset
+            charset = "utf-8" if charset.lower().startswith(("utf-16", "utf16")) else charset
+        if len(data) <= MAX_TEXT:
+            return decode_text(data, charset)
+        return decode_text(data[:MAX_TEXT], charset) + "\n[cut here: the part has %d bytes]\n" % (self.end - self.start)
+
+    def image_type(self) -> str:
+        """Return the type of an image that browsers show, "" when it is none."""
+        kind = IMAGE_NAMES.get(self.kind, self.kind)
+        if kind in IMAGES:
+            return kind
+        if kind not in ("application/octet-stream", "image/*"):
+            return ""
+        suffix, start = os.path.splitext(self.name.lower())[1], self.data(16)
+        return SUFFIXES.get(suffix) or next((kind for kind in ("image/png", "image/jpeg", "image/gif")
+                                             if start.startswith(IMAGES[kind])), "")
+
+    def entry(self) -> Dict[str, Any]:
+        """Return the part as an attachment in Mailpit's JSON."""
+        data = self.data()
+        sums = {}
+        for name in ("MD5", "SHA1", "SHA256"):
+            with contextlib.suppress(ValueError):   # a Python or a machine that lacks the older ones
+                sums[name] = hashlib.new(name.lower(), data).hexdigest()
+        return {"PartID": self.id, "FileName": self.shown_name, "ContentType": self.kind, "ContentID": self.content_id,
+                "Size": len(data), "Checksums": sums}
+
+    def tree(self) -> Dict[str, Any]:
+        return {"PartID": self.id, "ContentType": self.kind, "FileName": self.name, "Size": self.end - self.start,
+                "Children": [child.tree() for child in self.children]}
+
+
+FIELD_NAME = re.compile(rb"[!-9;-~]+[ \t]*:")
+
+
+def read_header(raw: bytes, start: int, stop: int, cut: List[str]) -> Tuple[List[Tuple[str, bytes]], int]:
+    """Return (fields, where the body begins) of a header that begins at start and ends at stop or at the first empty line.
+
+    Lines that are no fields are passed over when fields follow (some mailers leave one there), else the body begins with them.
+    """
+    if raw.startswith((b"\n", b"\r\n"), start):
+        return [], raw.index(b"\n", start) + 1
+    blank = BLANK_LINE.search(raw, start, stop)
+    head, body = (raw[start:blank.start() + 1], blank.end()) if blank else (raw[start:stop], stop)
+    if len(head) > MAX_HEAD:
+        cut.append("a header has %d bytes, the first %d are read" % (len(head), MAX_HEAD))
+    fields = split_headers(head[:MAX_HEAD])[0]
+    if len(head) <= MAX_HEAD:
+        stray = len(head)
+        while fields and not FIELD_NAME.match(fields[-1][1]):
+            stray -= len(fields.pop()[1])
+        body = body if stray == len(head) else start + stray
+    if len(fields) > MAX_FIELDS:
+        cut.append("a header has %d fields, the first %d are read" % (len(fields), MAX_FIELDS))
+    return [(name, field if len(field) <= MAX_FIELD else field[:MAX_FIELD] + b"... (cut)")
+            for name, field in fields[:MAX_FIELDS] if b":" in field], body
+
+
+class TreeReader:
+    """Reads the MIME tree of a message in one pass: each line that could end a part is looked at once (RFC 2046 section 5.1).
+
+    `open` holds the multiparts that are not yet ended, outermost first; `leaf` is the part that the text at hand belongs to.
+    """
+
+    def __init__(self, raw: bytes, cut: List[str]) -> None:
+        self.raw, self.cut = raw, cut
+        self.open: List[Part] = []
+        self.leaf: Optional[Part] = None
+        self.count = 0
+
+    def read(self) -> Part:
+        """Return the message as a part, its parts in it."""
+        fields, start = read_header(self.raw, 0, len(self.raw), self.cut)
+        root = Part(self.raw, "", fields, start)
+        self.enter(root)
+        at = self.raw.find(b"\n--", max(start - 1, 0))
+        for _ in range(MAX_DELIMITERS):
+            if at < 0 or not self.open:
+                break
+            at = self.raw.find(b"\n--", max(self.delimiter(at), at + 1))
+        if at >= 0 and self.open:
+            self.cut.append("the message has too many lines that begin with --")
+        root.id = root.id if root.children else "1"
+        return root
+
+    def enter(self, part: Part) -> None:
+        """Go on with a part: into it when it has parts, else through its text."""
+        self.leaf = part
+        if part.boundary and len(self.open) < MAX_DEPTH:
+            self.open.append(part)
+            self.leaf = None
+        elif part.boundary:
+            self.cut.append("parts are nested deeper than %d" % MAX_DEPTH)
+
+    def delimiter(self, at: int) -> int:
+        """Take the line after the line end at `at`, if it is a delimiter; return from where to look for the next."""
+        end = self.raw.find(b"\n", at + 1, at + 1 + MAX_COMMAND)
+        end = end if end >= 0 else min(len(self.raw), at + 1 + MAX_COMMAND)
+        line = self.raw[at + 3:end].rstrip(b" \t\r")
+        for depth in range(len(self.open) - 1, -1, -1):
+            boundary = self.open[depth].boundary
+            if line == boundary:
+                self.close(depth + 1, at)
+                return self.begin(self.open[-1], end + 1)
+            if line == boundary + b"--":
+                self.close(depth, at)
+                return end - 1
+        return at + 1
+
+    def close(self, depth: int, at: int) -> None:
+        """End all that is inside of the first `depth` multiparts."""
+        at = at - 1 if self.raw[at - 1:at] == b"\r" else at
+        for part in self.open[depth:] + ([self.leaf] if self.leaf else []):
+            part.end = max(part.start, at)
+        del self.open[depth:]
+        self.leaf = None
+
+    def begin(self, parent: Part, start: int) -> int:
+        """Begin a part; its header ends at an empty line, or where another delimiter could be."""
+        self.count += 1
+        if self.count > MAX_PARTS:
+            self.open.clear()
+            self.cut.append("the message has more than %d parts" % MAX_PARTS)
+            return start
+        following = self.raw.find(b"\n--", start - 1)
+        following = following if following >= 0 else len(self.raw)
+        fields, body = read_header(self.raw, start, min(following + 1, len(self.raw)), self.cut)
+        id = "%s.%d" % (parent.id, len(parent.children) + 1) if parent.id else str(len(parent.children) + 1)
+        part = Part(self.raw, id, fields, body, "message/rfc822" if parent.kind == "multipart/digest" else "text/plain")
+        parent.children.append(part)
+        self.enter(part)
+        return body - 1
+
+
+class View:
+    """A message as people see it: page, API, `mail`, `wait` and lint take it from here. What is computed is kept in it."""
+
+    def __init__(self, raw: bytes) -> None:
+        self.raw = raw
+        self.cut: List[str] = []                    # sentences that say what is not shown
+        self.root = TreeReader(raw, self.cut).read()
+        self.fields = self.root.fields
+        self.parts = list(leaves(self.root))
+
+    def header(self, name: str) -> str:
+        """Return the first header of a name, decoded; "" when there is none."""
+        return decode_words(self.root.field(name))
+
+    def headers(self) -> Dict[str, List[str]]:
+        """Return all headers by their names as API clients expect them, values as they stand."""
+        values: Dict[str, List[str]] = {}
+        for name, raw in self.fields:
+            key = "-".join(word.capitalize() for word in name.split("-"))
+            values.setdefault(key, []).append(unfold(raw.partition(b":")[2]))
+        return values
+
+    def addresses(self, name: str) -> List[Dict[str, str]]:
+        """Return who stands in the headers of a name. Names are decoded last, so that they do not look like addresses."""
+        text = ",".join(unfold(raw.partition(b":")[2]) for field, raw in self.fields if field == name)[:MAX_FIELD]
+        return first_people(({"Name": shorten(decode_words(who)), "Address": shorten(address)}
+                             for who, address in read_addresses(text)), MAX_ADDRESSES)
+
+    def date(self, default: str) -> str:
+        """Return the Date header in ISO 8601, always with a zone."""
+        found = parse_date(self.header("date"))
+        return str(found.isoformat()) if found else default
+
+    def part(self, id: str) -> Part:
+        """Return a part; KeyError."""
+        return {part.id: part for part in self.parts}[id]
+
+    @functools.cached_property
+    def bodies(self) -> List[Part]:
+        """The parts that are shown as text; of several with a name the first of its kind, the others are files."""
+        found: List[Part] = []
+        kinds = set()
+        for part in self.parts:
+            if part.is_text and not (part.name and part.kind in kinds):
+                found.append(part)
+                kinds.add(part.kind)
+        return found
+
+    @functools.cached_property
+    def plain(self) -> str:
+        return "\n".join(part.text() for part in self.bodies if part.kind != "text/html")
+
+    @functools.cached_property
+    def html(self) -> str:
+        """The message's HTML, as it was sent."""
+        return "\n".join(part.text() for part in self.bodies if part.kind == "text/html")
+
+    @functools.cached_property
+    def text(self) -> str:
+        """The message's text; made from its HTML when that is all there is."""
+        return self.plain if self.plain.strip() or not self.html else html_text(self.html)
+
+    @functools.cached_property
+    def others(self) -> List[Part]:
+        """The parts that are no texts."""
+        bodies = set(self.bodies)
+        return [part for part in self.parts if part not in bodies]
+
+    @property
+    def inlines(self) -> List[Part]:
+        return [part for part in self.others if part.is_inline]
+
+    @property
+    def attachments(self) -> List[Part]:
+        return [part for part in self.others if not part.is_inline]
+
+    def files(self) -> Tuple[List[Dict[str, Any]], List[Dict[str, Any]]]:
+        """Return (inline parts, attachments): together with the texts, all parts there are."""
+        return [part.entry() for part in self.inlines], [part.entry() for part in self.attachments]
+
+    def links(self) -> List[str]:
+        """Return the URLs in the message, in order, each once."""
+        found = itertools.chain(html_links(self.html[:MAX_RENDERED]), text_links(self.plain))
+        return list(dict.fromkeys(itertools.islice(found, MAX_LINKS)))
+
+    @functools.cached_property
+    def has_remote(self) -> bool:
+        """Whether the HTML would load something from elsewhere."""
+        return bool(REMOTE.search(self.html))
+
+    def framed(self) -> str:
+        """Return the HTML with the images that came along. Links open new windows; what would connect by itself is no tag.
+
+        All references together bring in at most twice the message, so that one image named a thousand times stays one message.
+        """
+        parts = {lower(part.content_id): part for part in reversed(self.parts) if part.content_id}
+        urls: Dict[str, str] = {}
+        room = 2 * len(self.raw) + BIG_BLOCK
+
+        def put(match: Any) -> str:
+            nonlocal room
+            from urllib.parse import unquote
+            whole = match.group(2)
+            for id in (whole, whole.partition(")")[0]):
+                name = lower(unquote(unescape(id)).strip("<>"))
+                part = parts.get(name)
+                kind = part.image_type() if part else ""
+                if part and kind:
+                    urls[name] = urls.get(name) or "data:%s;base64,%s" % (kind, base64.b64encode(part.data()).decode())
+                    room -= len(urls[name])
+                    return str(match.group(1) + urls[name] + whole[len(id):]) if room >= 0 else str(match.group())
+            return str(match.group())
+        html = CID.sub(put, ACTIVE.sub(r"<\1x-", self.html))
+        doctype = DOCTYPE.match(html)
+        start = doctype.end() if doctype else 0
+        return html[:start] + '<base target="_blank">' + html[start:]
+
+    def snippet(self) -> str:
+        """Return how the message begins, in one line."""
+        text = squeeze(self.plain[:8000]) or squeeze(html_text(self.html[:BLOCK]))
+        return text if len(text) <= MAX_SNIPPET else text[:MAX_SNIPPET] + "..."
+
+    def unsubscribe(self) -> Dict[str, Any]:
+        """Return what List-Unsubscribe offers (RFC 2369 section 3.2, RFC 8058), as Mailpit has it."""
+        header = self.header("list-unsubscribe")
+        links = [link.strip() for link in re.findall(r"<([^<>]*)>", header)[:MAX_PARAMETERS]]
+        good = [link for link in links if re.match(r"(?:https?://|mailto:)[^\s]+\Z", link, re.IGNORECASE)]
+        wrong = ["%s should be a link or address" % link for link in links if link not in good]
+        if header and not links:
+            wrong = ["no links in <> found"]
+        return {"Header": header, "Links": good, "Errors": ", ".join(wrong),
+                "HeaderPost": self.header("list-unsubscribe-post")}
+
+    def tree(self) -> Dict[str, Any]:
+        """Return all parts as they lie in one another."""
+        return self.root.tree()
+
+    def calendar(self) -> List[Dict[str, Any]]:
+        """Return the events of invitations that came along."""
+        kinds = ("text/calendar", "application/ics")
+        texts = [part.text() for part in self.parts if part.kind in kinds or part.name.lower().endswith(".ics")][:MAX_EVENTS]
+        return [found for text in dict.fromkeys(texts) for found in read_calendar(text[:MAX_RENDERED])][:MAX_EVENTS]
+
+
+def leaves(part: Part) -> Iterator[Part]:
+    """Yield the parts that have no parts; a multipart in which none was found is one."""
+    if not part.children:
+        yield part
+    for child in part.children:
+        yield from leaves(child)
+
+
+def first_people(people: Iterable[Dict[str, str]], limit: int) -> List[Dict[str, str]]:
+    """Return the first people, and as the last one how many more there are."""
+    rest = iter(people)
+    found = list(itertools.islice(rest, limit))
+    more = sum(1 for _ in rest)
+    return found + ([{"Name": "... and %d more" % more, "Address": ""}] if more else [])
+
+
+def shorten(text: str) -> str:
+    return text if len(text) <= MAX_ADDRESS else text[:MAX_ADDRESS] + "... (cut)"
+
+
+def download_name(name: str) -> str:
+    """Return a file name that does no harm where it is saved: no directory, no control character, not hidden, not long."""
+    name = re.sub(r"[\x00-\x1f\x7f-\x9f/\\:*?\"<>|\u200e\u200f\u202a-\u202e\u2066-\u2069]", "_", name).strip(". ")
+    while len(name.encode("utf-8", "replace")) > MAX_NAME - 15:
+        stem, suffix = os.path.splitext(name)
+        name = stem[:-max(1, (len(name.encode("utf-8", "replace")) - MAX_NAME + 15) // 4)] + suffix[:20]
+    return name
+
+
+# Invitations (RFC 5545).
+
+CALENDAR_LINE = re.compile(r'([A-Za-z-]{1,40})((?:;(?:[^":;]|"[^"]*"){0,400})*):(.*)', re.DOTALL)
+
+
+def calendar_time(value: str, parameters: Dict[str, str]) -> str:
+    """Return 20261126T100000Z as 2026-11-26T10:00:00Z, with the name of the zone where there is one."""
+    match = re.fullmatch(r"(\d{4})(\d\d)(\d\d)(?:T(\d\d)(\d\d)(\d\d)?(Z?))?", value.strip(), re.ASCII)
+    if not match:
+        return value[:100]
+    year, month, day, hour, minute, second, utc = match.groups()
+    zone = parameters.get("tzid", "")[:100]
+    return "-".join((year, month, day)) + ("T%s:%s:%s%s" % (hour, minute, second or "00", utc) if hour else "") + (
+        " " + zone if zone and hour and not utc else "")
+
+
+def calendar_person(value: str, parameters: Dict[str, str]) -> str:
+    address = value.strip()[7:] if value.strip()[:7].lower() == "mailto:" else value.strip()
+    return (("%s <%s>" % (parameters["cn"], address)) if parameters.get("cn", address) != address else address)[:MAX_ADDRESS]
+
+
+def read_calendar(text: str) -> Iterator[Dict[str, Any]]:
+    """Yield what, when, where and who of the events in a calendar."""
+    method = ""
+    event_found: Optional[Dict[str, Any]] = None
+    depth = 0                                       # of what stands inside of an event: alarms
+    for line in re.sub(r"\r?\n[ \t]", "", text).splitlines():
+        match = CALENDAR_LINE.match(line[:MAX_FIELD])
+        if not match:
+            continue
+        name, value = match.group(1).lower(), match.group(3)
+        parameters = read_parameters("x" + match.group(2))[1]
+        plain = re.sub(r"\\([\\;,])", r"\1", re.sub(r"\\[nN]", "\n", value)).strip()[:MAX_FIELD]
+        if name == "method":
+            method = plain[:40]
+        elif name == "begin" and plain.upper() == "VEVENT":
+            event_found = {"Method": method, "Summary": "", "Start": "", "End": "", "Location": "", "Organizer": "",
+                           "Attendees": [], "Description": ""}
+        elif event_found is None:
+            continue
+        elif name in ("begin", "end") and plain.upper() != "VEVENT":
+            depth += 1 if name == "begin" else -1
+        elif name == "end":
+            yield event_found
+            event_found, depth = None, 0
+        elif depth == 0 and name in ("summary", "location", "description"):
+            event_found[name.capitalize()] = plain
+        elif depth == 0 and name in ("dtstart", "dtend"):
+            event_found[name[2:].capitalize()] = calendar_time(value, parameters)
+        elif depth == 0 and name == "organizer":
+            event_found["Organizer"] = calendar_person(value, parameters)
+        elif depth == 0 and name == "attendee" and len(event_found["Attendees"]) <= MAX_ATTENDEES:
+            full = len(event_found["Attendees"]) == MAX_ATTENDEES
+            event_found["Attendees"].append("... (cut)" if full else calendar_person(value, parameters))
+
+
+# Searching.
+
+class Searched(NamedTuple):
+    """What a message is searched by, in lower case, white space made one blank; computed once for each message."""
+    people: Dict[str, str]                          # from, to, cc, bcc, reply-to: names and addresses
+    subject: str
+    message_id: str
+    words: str                                      # people, subject, names of files: where words are looked for besides the text
+    text: str
+    headers: str                                    # a line each, "name: value"
+    created: float                                  # seconds
+    size: int
+    attachments: int
+    inlines: int
+    cut: bool                                       # the text is not all there: what is not in it may yet be in the message
+
+    def cost(self) -> int:
+        """Return about how many bytes of memory it takes."""
+        texts = list(self.people.values()) + [self.subject, self.message_id, self.words, self.text, self.headers]
+        return 1000 + sum(len(text) if text.isascii() else 4 * len(text) for text in texts)
+
+
+def searched(view: View, summary: Dict[str, Any], created: float) -> Searched:
+    """Return what a message is searched by, from its view and its entry in the list."""
+    def names(people: Iterable[Dict[str, str]]) -> str:
+        return "\n".join("%(Name)s %(Address)s" % person for person in people).lower()
+    people = {name: names(view.addresses(name)) for name in ("from", "to", "cc", "reply-to")}
+    people["from"] = people["from"] or names([summary["From"]])
+    people["bcc"] = names(summary["Bcc"])
+    people["to"] += "\n" + people["bcc"]            # whom it is to, though no header says so
+    text = squeeze(view.plain.lower()) + "\n" + (squeeze(html_text(view.html).lower()) if view.html else "")
+    headers = "\n".join("%s: %s" % (name, decode_words(raw.partition(b":")[2])) for name, raw in view.fields).lower()
+    files = [squeeze(part.shown_name.lower()) for part in view.others]
+    subject = squeeze(view.header("subject").lower())
+    long = any(part.end - part.start > MAX_TEXT for part in view.bodies) or len(view.html) > MAX_RENDERED
+    return Searched(people, subject, view.header("message-id").lower(),
+                    "\n".join([subject, people["from"], people["to"], people["cc"], people["reply-to"]] + files),
+                    text, headers, created, summary["Size"], len(view.attachments), len(view.inlines), bool(view.cut or long))
+
+
+def summary_cost(summary: Dict[str, Any]) -> int:
+    """Return about how many bytes of memory an entry of the list takes."""
+    people = [person for name in ("To", "Cc", "Bcc", "ReplyTo") for person in summary[name]]
+    return 3000 + 500 * len(people) + 4 * len(summary["Subject"]) + sum(4 * len(person["Name"]) for person in people)
+
+
+class Query:
+    """A search as Mailpit has it: words and `"phrases"`, all of which must match, operators of OPERATORS, `-` or `!` before
+    what must not. `text:` (the body only) and `header:Name=text` are ours. ValueError when it is too long.
+
+    `unknown` lists the terms that look like operators and are none of ours, or have no value that they could mean: a search
+    takes them as words, but nobody should delete by them.
+    """
+
+    PEOPLE = ("from", "to", "cc", "bcc", "reply-to", "addressed")
+    OPERATORS = PEOPLE + ("subject", "message-id", "text", "header", "tag", "is", "has", "before", "after", "larger",
+                          "smaller")
+    STATES = {"is": ("read", "unread", "tagged"), "has": ("attachment", "attachments", "inline", "inlines")}
+
+    def __init__(self, text: str = "", **fields: str) -> None:
+        if len(text) > MAX_SEARCH:
+            raise ValueError("a search has at most %d characters" % MAX_SEARCH)
+        self.terms: List[Tuple[bool, str, str, float]] = []     # (negated, operator or "", value, number)
+        self.unknown: List[str] = []
+        for key, value in fields.items():
+            if value:
+                self.terms.append((False, key, squeeze(value.lower()), 0.0))
+        for negation, term in re.findall(r'([-!]?)((?:"[^"]*"?|[^\s"])+)', text):
+            self._add(bool(negation), term)
+        self.terms = list(dict.fromkeys(self.terms))
+        if len(self.terms) > MAX_TERMS:
+            raise ValueError("a search has at most %d terms" % MAX_TERMS)
+
+    def _add(self, negated: bool, term: str) -> None:
+        key, colon, value = term.replace('"', "").partition(":")
+        key, value = key.lower(), squeeze(value.lower())
+        number = self.number(key, value)
+        if colon and key in self.OPERATORS and value and number is not None:
+            self.terms.append((negated, key, value, number))
+            return
+        operator = key in self.OPERATORS or (not term.startswith('"') and re.fullmatch(r"[a-z][a-z_-]*", key))
+        if colon and operator and not value.startswith("//"):
+            self.unknown.append(term)
+        words = squeeze(term.replace('"', "").lower())
+        if words and not (colon and key in self.OPERATORS and not value):       # somebody is still writing it
+            self.terms.append((negated, "", words, 0.0))
+
+    @classmethod
+    def number(cls, key: str, value: str) -> Optional[float]:
+        """Return what the operator compares with, 0.0 where that is no number; None when the value says nothing to it."""
+        if key in ("before", "after"):
+            return parse_when(value)
+        if key in ("larger", "smaller"):
+            match = re.fullmatch(r"(\d{1,12}(?:\.\d{1,9})?) ?(?:(k|m|g)?b?)", value, re.ASCII)
+            return float(match.group(1)) * {"k": 1 << 10, "m": 1 << 20, "g": 1 << 30}.get(match.group(2), 1) if match else None
+        if key == "header":
+            return 0.0 if value.partition("=")[0] else None
+        return 0.0 if value in cls.STATES.get(key, (value,)) else None
+
+    def matches(self, letter: Any) -> bool:
+        """Return whether a message is meant; `letter` has searched(), read and tags."""
+        try:
+            found = letter.searched()
+            return all(self.fits(found, letter, term) for term in self.terms)
+        except FileNotFoundError:                   # removed while we looked
+            return False
+
+    @classmethod
+    def fits(cls, found: Searched, letter: Any, term: Tuple[bool, str, str, float]) -> bool:
+        """Return whether one term holds. Where the text is cut, nobody can say that something is not in it."""
+        negated, key, value, number = term
+        if cls.holds(found, letter, key, value, number):
+            return not negated
+        return negated and not (found.cut and key in ("", "text", "header"))
+
+    @staticmethod
+    def holds(found: Searched, letter: Any, key: str, value: str, number: float) -> bool:
+        if not key:
+            return value in found.words or value in found.text
+        if key == "addressed":
+            return any(value in people for people in found.people.values())
+        if key in found.people:
+            return value in found.people[key]
+        if key == "header":
+            name, equals, wanted = value.partition("=")
+            return any(line.startswith(name + ":") and wanted in line[len(name) + 1:] for line in found.headers.split("\n"))
+        if key == "tag":
+            return value in (tag.lower() for tag in letter.tags)
+        simple: Dict[str, Callable[[], bool]] = {
+            "subject": lambda: value in found.subject, "message-id": lambda: value in found.message_id,
+            "text": lambda: value in found.text,
+            "is": lambda: bool(letter.tags) if value == "tagged" else bool(letter.read) is (value == "read"),
+            "has": lambda: bool(found.inlines if value.startswith("inline") else found.attachments),
+            "before": lambda: found.created <= number, "after": lambda: found.created >= number,
+            "larger": lambda: found.size > number, "smaller": lambda: found.size < number}
+        return simple[key]()
+
+
+def parse_when(text: str) -> Optional[float]:
+    """Return the seconds of a moment as people write it into a search, in local time unless it has a zone; None."""
+    import datetime
+    match = re.fullmatch(r"(\d{4})(?:[-/.](\d{1,2}))?(?:[-/.](\d{1,2}))?"
+                         r"(?:[t ](\d{1,2}):(\d\d)(?::(\d\d))?(?:\.\d{1,9})?)?\s*(z|[+-]\d\d:?\d\d)?", text, re.ASCII)
+    other = re.fullmatch(r"(\d{1,2})/(\d{1,2})/(\d{4})", text, re.ASCII)
+    try:
+        if re.fullmatch(r"\d{9,13}", text, re.ASCII):
+            return int(text) / (1000.0 if len(text) > 11 else 1.0)
+        if match:
+            numbers = [int(number or least) for number, least in zip(match.groups(), (1, 1, 1, 0, 0, 0))]
+            zone, found = match.group(7), datetime.datetime(numbers[0], numbers[1], numbers[2], *numbers[3:])
+            if zone:
+                offset = 0 if zone == "z" else (-1 if zone[0] == "-" else 1) * (int(zone[1:3]) * 60 + int(zone[-2:]))
+                found = found.replace(tzinfo=datetime.timezone(datetime.timedelta(minutes=offset)))
+            return found.timestamp()
+        if other:
+            return datetime.datetime(int(other.group(3)), int(other.group(1)), int(other.group(2))).timestamp()
+        found = parse_date(text)
+        return float(found.timestamp()) if found else None
+    except (ValueError, OverflowError, OSError):
+        return None
+
+
+class Cache:
+    """What was computed about messages, bounded by the bytes it takes; the longest unused goes first."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit, self.size = limit, 0
+        self._kept: "collections.OrderedDict[str, Tuple[Any, int]]" = collections.OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, key: str) -> Any:
+        """Return the value, None when it is not there."""
+        with self._lock:
+            if key not in self._kept:
+                return None
+            self._kept.move_to_end(key)
+            return self._kept[key][0]
+
+    def put(self, key: str, value: Any, cost: int) -> None:
+        """Keep a value that takes `cost` bytes, unless it would push out half of the others."""
+        self.forget(key)
+        if cost > self.limit // 2:
+            return
+        with self._lock:
+            self._kept[key] = value, cost
+            self.size += cost
+            while self.size > self.limit:
+                self.size -= self._kept.popitem(last=False)[1][1]
+
+    def forget(self, key: str) -> None:
+        with self._lock:
+            self.size -= self._kept.pop(key, (None, 0))[1]
+
+    def forget_others(self, keys: Any) -> None:
+        """Forget all but `keys`."""
+        for key in [key for key in list(self._kept) if key not in keys]:
+            self.forget(key)
+
+
+# ======================================================================================================================
+# 18  Web inbox, JSON API, transcripts and lint, faults, wait, selftest: for looking at the mail your program sends.
 #     Optional. Mail is hostile: what comes out of a message is data, never markup. Knows sessions by their hooks only.
 # ======================================================================================================================
 
@@ -6961,234 +8148,6 @@ def gone(session: Session) -> bool:
         return not is_timeout(error)
 
 
-# What is in a message, for people and programs.
-
-def decode_words(value: bytes) -> str:
-    """Return a header's value as text: encoded words decoded (RFC 2047), raw 8-bit as UTF-8 or Latin-1; never fails."""
-    import codecs
-    import email.header
-    text = " ".join(value.decode("utf-8" if is_utf8(value) else "latin-1").split())
-    if "=?" not in text:
-        return text
-    try:
-        chunks = email.header.decode_header(re.sub(r"(=\?[\w-]+)\*\w+(?=\?)", r"\1", text))     # RFC 2231 has a language there
-        for _, charset in chunks:
-            codecs.lookup(charset or "ascii")       # a charset that is none: all stays as it came
-        return "".join(chunk if isinstance(chunk, str) else decode_text(chunk, charset or "ascii")
-                       for chunk, charset in chunks)
-    except Exception:                               # broken encodings raise nearly anything
-        return text
-
-
-def is_utf8(data: bytes) -> bool:
-    try:
-        data.decode("utf-8")
-        return True
-    except UnicodeDecodeError:
-        return False
-
-
-def address_list(value: str) -> List[Dict[str, str]]:
-    return [{"Name": name, "Address": found} for name, found in email.utils.getaddresses([value]) if name or found]
-
-
-def part_text(part: Any) -> str:
-    """Return a text part decoded, whatever its charset says."""
-    data = part_bytes(part)
-    try:
-        charset = part.get_content_charset() or "utf-8"
-    except ValueError:
-        charset = "utf-8"
-    return decode_text(data, charset)
-
-
-def decode_text(data: bytes, charset: str) -> str:
-    """Return bytes as text, by the charset they claim or the larger one that is meant by it; never fails."""
-    charset = charset.lower()
-    meant = {"gb2312": "gb18030", "gbk": "gb18030", "iso-2022-jp": "iso2022_jp_ext",
-             "shift_jis": "cp932"}.get(charset, charset)
-    for name in (meant, charset, "utf-8"):
-        try:
-            return whole_characters(str(data.decode(name)))
-        except (LookupError, ValueError):
-            continue
-    return data.decode("latin-1" if charset in ("us-ascii", "ascii", "utf-8") else "utf-8", "replace")
-
-
-def whole_characters(text: str) -> str:
-    """Return text without lone surrogates, which some encodings can produce and no file or reply can hold."""
-    return text.encode("utf-8", "replace").decode("utf-8")
-
-
-def strip_tags(html: str) -> str:
-    """Return about the text of some HTML, for a glance: in one pass, whatever it is."""
-    first, *pieces = html[:50_000].split("<")
-    found, skipped = [first], ""
-    for piece in pieces:
-        tag, _, text = piece.partition(">")
-        name = tag[:7].lower()
-        if skipped and not name.startswith("/" + skipped):
-            continue
-        skipped = next((element for element in ("style", "script") if name.startswith(element)), "")
-        if not skipped:
-            found.append(text)
-    return " ".join(found)
-
-
-class View:
-    """A message as the API shows it; what is broken in it is shown as far as it goes."""
-
-    def __init__(self, raw: bytes) -> None:
-        self.fields = split_headers(raw[:1 << 20])[0]
-        self.raw = raw
-
-    @functools.cached_property
-    def tree(self) -> Any:
-        import email
-        import email.policy
-        try:
-            return email.message_from_bytes(self.raw, policy=email.policy.compat32)
-        except Exception:                           # nested too deep, or otherwise made to break this: as text, then
-            return email.message_from_bytes(b"\r\n" + self.raw[:BIG_BLOCK], policy=email.policy.compat32)
-
-    def header(self, name: str) -> str:
-        return next((decode_words(value.partition(b":")[2]) for field, value in self.fields if field == name), "")
-
-    def addresses(self, name: str) -> List[Dict[str, str]]:
-        """Return the addresses of a header; names are decoded after parsing, so that they cannot look like addresses."""
-        raw = b" ".join(value.partition(b":")[2].strip() for field, value in self.fields if field == name)
-        text = " ".join(raw.decode("utf-8" if is_utf8(raw) else "latin-1").split())
-        return [{"Name": decode_words(found["Name"].encode("utf-8")), "Address": found["Address"]}
-                for found in address_list(text)]
-
-    @functools.cached_property
-    def parts(self) -> List[Tuple[str, Any]]:
-        """The leaves of the MIME tree as (PartID, part)."""
-        found: List[Tuple[str, Any]] = []
-
-        def walk(part: Any, id: str) -> None:
-            children = part.get_payload() if part.is_multipart() else None
-            if isinstance(children, list) and part.get_content_maintype() == "multipart" and id.count(".") < 50:
-                for number, child in enumerate(children, 1):
-                    walk(child, "%s.%d" % (id, number) if id else str(number))
-            else:
-                found.append((id or "1", part))
-        walk(self.tree, "")
-        return found[:1000]
-
-    def is_body(self, part: Any) -> bool:
-        broken = part.get_content_maintype() == "multipart"     # and yet a leaf: no usable boundary
-        return broken or (part.get_content_type() in ("text/plain", "text/html") and
-                          part.get_content_disposition() != "attachment" and not file_name(part))
-
-    def text(self, kind: str) -> str:
-        """Return the message's text/plain or text/html."""
-        texts = [part_text(part) for _, part in self.parts if self.is_body(part) and kind == (
-            "text/html" if part.get_content_type() == "text/html" else "text/plain")]
-        return "\n".join(texts)
-
-    def files(self) -> Tuple[List[Dict[str, Any]], List[Dict[str, Any]]]:
-        """Return (inline parts, attachments)."""
-        inline: List[Dict[str, Any]] = []
-        attached: List[Dict[str, Any]] = []
-        for id, part in self.parts:
-            content_id = str(part.get("Content-ID", "")).strip("<> \t")
-            name = file_name(part) or content_id or ("message.eml" if part.get_content_type() == "message/rfc822" else "")
-            if self.is_body(part) or not (name or part.get_content_disposition() == "attachment"):
-                continue
-            data = part_bytes(part)
-            entry = {"PartID": id, "FileName": name, "ContentType": part.get_content_type(), "ContentID": content_id,
-                     "Size": len(data), "Checksums": {"SHA256": hashlib.sha256(data).hexdigest()}}
-            to = inline if content_id and part.get_content_disposition() != "attachment" else attached
-            to.append(entry)
-        return inline, attached
-
-    def links(self) -> List[str]:
-        """Return the URLs in the message, in order, each once."""
-        import html
-        found = re.findall(r"""href\s*=\s*["']?(https?://[^\s"'<>]+)""", self.text("text/html"), re.IGNORECASE)
-        found = [html.unescape(link) for link in found]
-        found += re.findall(r"https?://[^\s<>\"']+", self.text("text/plain"))
-        return list(dict.fromkeys(link.rstrip(".,;:!?)") for link in found))
-
-
-def file_name(part: Any) -> str:
-    """Return a part's file name decoded (RFC 2231, RFC 2047), without directories or control characters."""
-    try:
-        raw = " ".join(str(value) for key, value in part.raw_items() if key.lower() == "content-disposition")
-        plain = re.search(r'filename\s*=\s*"([^"]*)"', raw, re.IGNORECASE)
-        if plain and not plain.group(1).isascii():  # against the RFCs, but common: the bytes as they stand
-            name = plain.group(1)
-        else:
-            found = part.get_param("filename", None, "content-disposition") or part.get_param("name") or ""
-            name = decode_text(bytes(found[2], "raw-unicode-escape"), found[0] or "us-ascii") \
-                if isinstance(found, tuple) else str(found)
-        data = name.encode("utf-8", "surrogateescape")
-        name = decode_words(data if is_utf8(data) else data.decode("latin-1").encode("utf-8"))
-    except Exception:                               # broken RFC 2231 encodings
-        name = "attachment"
-    return re.sub(r"[\x00-\x1f\x7f/\\:]", "_", name).strip(". ")[:200]
-
-
-def part_bytes(part: Any) -> bytes:
-    try:
-        if part.is_multipart():
-            return b"".join(child.as_bytes() for child in part.get_payload())
-        data = part.get_payload(decode=True)
-    except Exception:                               # a transfer encoding that is none
-        data = str(part.get_payload()).encode("utf-8", "surrogateescape")
-    return data if isinstance(data, bytes) else str(part.get_payload() or "").encode("utf-8", "replace")
-
-
-def iso_time(seconds: float) -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds)) + ".%03d+00:00" % (seconds % 1 * 1000)
-
-
-class Query:
-    """A search: `from: to: subject: addressed: is:read is:unread has:attachment` and words, all of which must match."""
-
-    KEYS = ("from", "to", "cc", "bcc", "reply-to", "addressed", "subject", "message-id", "is", "has", "text", "tag")
-
-    def __init__(self, text: str = "", **fields: str) -> None:
-        self.terms: List[Tuple[bool, str, str]] = [(False, key, value.lower()) for key, value in fields.items() if value]
-        for negation, term in re.findall(r'([-!]?)((?:"[^"]*"|\S)+)', text):
-            term = term.replace('"', "")
-            key, colon, value = term.partition(":")
-            if not colon or key.lower() not in self.KEYS:
-                key, value = "", term
-            if value:
-                self.terms.append((bool(negation), key.lower(), value.lower()))
-
-    def matches(self, letter: "Letter") -> bool:
-        try:
-            return all(bool(self.fits(letter, key, value)) is not negation for negation, key, value in self.terms)
-        except FileNotFoundError:                   # removed while we looked
-            return False
-
-    @staticmethod
-    def fits(letter: "Letter", key: str, value: str) -> bool:
-        summary = letter.summary()
-        people = {"from": [summary["From"]], "to": summary["To"], "cc": summary["Cc"], "bcc": summary["Bcc"],
-                  "reply-to": summary["ReplyTo"]}
-        people["addressed"] = [person for group in people.values() for person in group]
-        if key in people:
-            found = people[key] + (summary["Bcc"] if key == "to" else [])
-            return any(value in ("%(Name)s %(Address)s" % person).lower() for person in found)
-        if key in ("subject", "message-id"):
-            return value in summary["Subject" if key == "subject" else "MessageID"].lower()
-        if key == "is":
-            return bool(summary["Read"]) is (value == "read")
-        if key == "has":
-            return bool(summary["Attachments"])
-        if key == "tag":
-            return False
-        if not key and value in " ".join([summary["Subject"]] + ["%(Name)s %(Address)s" % person
-                                                                 for person in people["addressed"]]).lower():
-            return True
-        view = letter.view()
-        return value in (view.text("text/plain") + "\n" + view.text("text/html")).lower()
-
-
 class Letter:
     """An accepted message, however many mailboxes have it."""
 
@@ -7231,38 +8190,47 @@ class Letter:
                 known = {"ID": self.id, "MessageID": "", "From": nobody, "To": [], "Cc": [], "Bcc": [], "ReplyTo": [],
                          "Subject": "(cannot be shown)", "Created": iso_time(self.message().received_at.timestamp()),
                          "Username": "", "Tags": [], "Size": self.message().size, "Attachments": 0, "Snippet": ""}
-            self.inbox.remember(self.id, known)
+            self.inbox.summaries.put(self.id, known, summary_cost(known))
         return dict(known, Read=self.read)
+
+    @property
+    def tags(self) -> List[str]:
+        return []
+
+    def searched(self) -> Searched:
+        """Return what the message is searched by; computed once."""
+        found: Optional[Searched] = self.inbox.searched.get(self.id)
+        if found is None:
+            found = searched(self.view(), self.summary(), self.message().received_at.timestamp())
+            self.inbox.searched.put(self.id, found, found.cost())
+        return found
 
     def _summary(self) -> Dict[str, Any]:
         message = self.message()
-        view = View(message.read() if message.size < 1 << 20 else message.head(1 << 20))
+        view = View(message.read())
         recorder = self.inbox.site.recorder
         record = recorder.load(self.id) if recorder else None
         named = {name: view.addresses(name) for name in ("from", "to", "cc", "reply-to")}
-        shown = {lower(person["Address"]) for name in ("to", "cc") for person in named[name]}
+        shown = {same_address(person["Address"]) for name in ("to", "cc") for person in named[name]}
         recipients = record["recipients"] if record else [mailbox for mailbox, _ in self.copies]
-        hidden = [{"Name": "", "Address": recipient} for recipient in recipients if lower(recipient) not in shown]
-        text = view.text("text/plain") or strip_tags(view.text("text/html"))
-        return {"ID": self.id, "MessageID": view.header("message-id").strip("<>"),
-                "From": (named["from"] or [{"Name": view.header("from"), "Address": ""}])[0], "To": named["to"],
-                "Cc": named["cc"], "Bcc": hidden, "ReplyTo": named["reply-to"], "Subject": view.header("subject"),
-                "Created": iso_time(message.received_at.timestamp()), "Username": "", "Tags": [], "Size": message.size,
-                "Attachments": len(view.files()[1]), "Snippet": " ".join(text[:2000].split())[:250]}
+        named["bcc"] = [{"Name": "", "Address": shorten(who)} for who in recipients if same_address(who) not in shown]
+        listed = {name: first_people(people, MAX_LISTED) for name, people in named.items()}
+        return {"ID": self.id, "MessageID": shorten(view.header("message-id").strip("<>")),
+                "From": (named["from"] or [{"Name": shorten(view.header("from")), "Address": ""}])[0], "To": listed["to"],
+                "Cc": listed["cc"], "Bcc": listed["bcc"], "ReplyTo": listed["reply-to"],
+                "Subject": view.header("subject"), "Created": iso_time(message.received_at.timestamp()), "Username": "",
+                "Tags": [], "Size": message.size, "Attachments": len(view.attachments), "Snippet": view.snippet()}
 
     def whole(self) -> Dict[str, Any]:
-        """Return the message as GET /api/v1/message/ID gives it."""
+        """Return the message as GET /api/v1/message/ID gives it, and what more the page shows of it."""
         view, summary = self.view(), self.summary()
         inline, attached = view.files()
-        try:
-            date = email.utils.parsedate_to_datetime(view.header("date")).isoformat()
-        except (TypeError, ValueError, IndexError, OverflowError):
-            date = summary["Created"]
         shown = {key: summary[key] for key in ("ID", "MessageID", "Read", "From", "To", "Cc", "Bcc", "ReplyTo", "Subject",
                                                "Tags", "Username", "Size")}
-        return dict(shown, ReturnPath=self.message().sender, Date=date, Text=view.text("text/plain"),
-                    HTML=view.text("text/html"), Inline=inline, Attachments=attached,
-                    ListUnsubscribe={"Header": view.header("list-unsubscribe"), "Links": [], "Errors": "", "HeaderPost": ""})
+        people = {key: view.addresses(name) for key, name in (("To", "to"), ("Cc", "cc"), ("ReplyTo", "reply-to"))}
+        return dict(shown, **people, ReturnPath=self.message().sender, Date=view.date(summary["Created"]), Text=view.text,
+                    HTML=view.html, Inline=inline, Attachments=attached, ListUnsubscribe=view.unsubscribe(),
+                    Links=view.links(), Calendar=view.calendar(), Tree=view.tree(), RemoteImages=view.has_remote, Cut=view.cut)
 
 
 def matcher(site: Site, node: Node, text: str) -> Callable[[Message], bool]:
@@ -7298,7 +8266,7 @@ class Inbox:
     def __init__(self, site: Any, node: Any = None) -> None:
         self.site, self.node = site, node
         self.mailboxes = site.mailboxes
-        self.summaries: "collections.OrderedDict[str, Dict[str, Any]]" = collections.OrderedDict()
+        self.summaries, self.searched = Cache(MAX_SUMMARIES), Cache(MAX_SEARCHED)
         self.changed = threading.Condition()
         self.events: "collections.deque[Tuple[int, str]]" = collections.deque(maxlen=1000)
         self.serial = 0
@@ -7306,12 +8274,6 @@ class Inbox:
         self._letters: List[Letter] = []
         self._by_id: Dict[str, Letter] = {}
         self._stamp: Any = None
-
-    def remember(self, id: str, summary: Dict[str, Any]) -> Dict[str, Any]:
-        self.summaries[id] = summary
-        while len(self.summaries) > 20_000:
-            self.summaries.popitem(last=False)
-        return summary
 
     def tell(self, kind: str) -> None:
         """Tell the pages that are open."""
@@ -7334,6 +8296,8 @@ class Inbox:
                 self._letters = [Letter(id, found, self) for id, found in copies.items()]
                 self._letters.sort(key=lambda letter: letter.copies[0][1].name, reverse=True)
                 self._by_id = {letter.id: letter for letter in self._letters}
+                self.summaries.forget_others(self._by_id)
+                self.searched.forget_others(self._by_id)
                 self._stamp = stamp
             return self._letters
 
@@ -7418,10 +8382,7 @@ class Inbox:
         return json_answer(whole)
 
     def headers(self, id: str, query: Dict[str, str], **_: Any) -> Answered:
-        values: Dict[str, List[str]] = {}
-        for name, value in View(self.letter(id, query).message().read()).fields:
-            key = "-".join(word.capitalize() for word in name.split("-"))
-            values.setdefault(key, []).append(" ".join(value.partition(b":")[2].decode("utf-8", "replace").split()))
+        values = self.letter(id, query).view().headers()
         for name in ("Content-Type", "Date", "Delivered-To", "From", "Message-Id"):
             values.setdefault(name, [])             # client libraries look these up without asking whether they are there
         return json_answer(values)
@@ -7433,14 +8394,14 @@ class Inbox:
 
     def part(self, id: str, part: str, query: Dict[str, str], **_: Any) -> Answered:
         from urllib.parse import quote
-        found = dict(self.letter(id, query).view().parts)[part]
-        kind = found.get_content_type()
-        name = file_name(found) or "part-" + part
+        found = self.letter(id, query).view().part(part)
+        kind = found.kind
+        name = download_name(found.shown_name) or "part-" + part
         shown = kind in SAFE_TYPES
         ascii_name = re.sub(r'[^A-Za-z0-9._ -]', "_", name)
         place = "%s; filename=\"%s\"; filename*=UTF-8''%s" % (
             "inline" if shown else "attachment", ascii_name, quote(name, safe=""))
-        return Answered(200, kind if shown else "application/octet-stream", part_bytes(found), {
+        return Answered(200, kind if shown else "application/octet-stream", found.data(), {
             "Content-Disposition": place, "Content-Security-Policy": "default-src 'none'; sandbox"})
 
     def session(self, id: str, query: Dict[str, str], **_: Any) -> Answered:
@@ -7450,21 +8411,16 @@ class Inbox:
         """Serve a message's HTML so that it can do nothing: no script, no form, no load from elsewhere unless asked for."""
         letter = self.letter(id, query)
         view = letter.view()
-        text = view.text("text/html")
-        if not text:
+        if not view.html:
             return text_answer(404, "This message does not contain a HTML part")
-        parts = dict(view.parts)
-        for entry in view.files()[0]:               # images that come along, and only these: a link could do things here
-            if entry["ContentType"] in SAFE_TYPES[:4] and entry["ContentID"]:
-                data = base64.b64encode(part_bytes(parts[entry["PartID"]])).decode()
-                text = text.replace("cid:" + entry["ContentID"], "data:%s;base64,%s" % (entry["ContentType"], data))
+        text = view.framed()
         images = "img-src data: http: https:" if query.get("images") else "img-src data:"
         return Answered(200, "text/html; charset=utf-8", text.encode("utf-8", "replace"), {
             "Content-Security-Policy": "sandbox; default-src 'none'; style-src 'unsafe-inline'; font-src data:; %s; "
             "form-action 'none'; base-uri 'none'; frame-ancestors 'self'" % images})
 
     def view_text(self, id: str, query: Dict[str, str], **_: Any) -> Answered:
-        return text_answer(200, self.letter(id, query).view().text("text/plain"))
+        return text_answer(200, self.letter(id, query).view().text)
 
     def _chosen(self, body: bytes, type: str) -> Tuple[List[Letter], Dict[str, Any]]:
         """Return (messages a request means, its parameters): the IDs it names, the search, else all; ValueError."""
@@ -7866,9 +8822,9 @@ def show_letter(letter: Letter, kind: Optional[str]) -> None:
         sys.stdout.buffer.write(letter.message().read())
         sys.stdout.buffer.flush()
     elif kind == "text":
-        print(letter.view().text("text/plain") or letter.view().text("text/html"))
+        show(letter.view().text)
     elif kind == "links":
-        print("".join(link + "\n" for link in letter.view().links()), end="")
+        show("".join(link + "\n" for link in letter.view().links()), end="")
     elif kind == "json":
         print(json.dumps(letter.whole(), indent=1))
 
@@ -8451,7 +9407,7 @@ COMMANDS.update(wait=wait_command, selftest=selftest_command)
 
 
 # ======================================================================================================================
-# 18  Command line.  Options and environment to a Config, log lines, signals, processes, exit statuses.
+# 19  Command line.  Options and environment to a Config, log lines, signals, processes, exit statuses.
 # ======================================================================================================================
 
 class Lines(logging.Formatter):
@@ -9137,10 +10093,9 @@ def mail_command(config: Config, arguments: List[str]) -> int:
     key = mailbox_named("mail", given.address, config)
     for item in mailboxes.listing(key):
         message = Message(mailboxes, key, item)
-        fields = dict(reversed(split_headers(message.head(BLOCK))[0]))
-        subject = decode_words(unfold(fields.get("subject", b"").partition(b":")[2])).strip()
+        subject = View(message.head(BLOCK)).header("subject")
         when = message.received_at.astimezone().strftime("%Y-%m-%d %H:%M:%S")
-        print("%s %s %9d <%s> %s" % (item.uid, when, item.size, printable(message.sender), printable(subject)))
+        show("%s %s %9d <%s> %s" % (item.uid, when, item.size, printable(message.sender), printable(subject)))
     return 0
 
 
