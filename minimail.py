@@ -662,7 +662,8 @@ class Parser:
                     raise UsageError("%s: %s" % (self.prog.partition(" ")[2], show_word(rest[0])))
                 return given
         keywords.setdefault("formatter_class", functools.partial(argparse.HelpFormatter, width=HELP_WIDTH))
-        return OneLine(*arguments, allow_abbrev=False, **keywords)
+        keywords["allow_abbrev"] = False
+        return OneLine(*arguments, **keywords)
 
 
 def show_word(word: str) -> str:
@@ -790,11 +791,12 @@ class Server(NamedTuple):
     def __str__(self) -> str:
         return "%s://%s" % ("smtps" if self.tls else "smtp", show_endpoint((self.host, self.port)))
 
-    __repr__ = __str__                                  # a password never enters a text
+    def __repr__(self) -> str:                          # a password never enters a text
+        return str(self)
 
 
 def parse_url(text: Union[str, Server]) -> Server:
-    """Return the Server of an smtp:// or smtps:// URL; user and password may be %-encoded; ValueError, which shows no secret."""
+    """Return the Server of an smtp:// or smtps:// URL; user and password may be %-encoded; ValueError without a secret."""
     from urllib.parse import parse_qsl, unquote, urlsplit
     if isinstance(text, Server):
         return text
@@ -963,9 +965,11 @@ class Config:
                                                    "skip MX for DOMAIN (.DOMAIN: what lies under it; from:DOMAIN: by sender)",
                                                    many=True, secret=True)
     limit: Tuple[Limit, ...] = option(parse_limit, (), "[DOMAIN=]LIMITS", "outbound, per destination: connections=N,"
-                                      "messages=N,recipients=N,rate=N/SECONDS (default 10, 100, 100, none)", many=True, comma=LIMIT_COMMA)
+                                      "messages=N,recipients=N,rate=N/SECONDS (default 10, 100, 100, none)", many=True,
+                                      comma=LIMIT_COMMA)
     rewrite: Tuple[Tuple[str, str], ...] = option(parse_rewrite, (), "FROM=TO",
-                                                  "reverse-path and From of mail that leaves; FROM may be a pattern", many=True)
+                                                  "reverse-path and From of mail that leaves; FROM may be a pattern",
+                                                  many=True)
     dkim: Tuple[Tuple[str, str, str], ...] = option(parse_dkim, (), "[DOMAIN=]SELECTOR:FILE",
                                                     "sign mail of own domains that leaves with this key "
                                                     "(default: those under DATA)", many=True)
@@ -1064,8 +1068,8 @@ def split_values(text: str, meta: Any) -> Any:
 
 
 NEEDS = (                                           # option, what it needs, how that is written
-    ("tls_key", "tls_cert", "FILE"), ("smtps", "tls_cert", "FILE"), ("pop3s", "tls_cert", "FILE"), ("webs", "tls_cert", "FILE"),
-    ("catch_all", "domain", "NAME"), ("web_admin", "domain", "NAME"))
+    ("tls_key", "tls_cert", "FILE"), ("smtps", "tls_cert", "FILE"), ("pop3s", "tls_cert", "FILE"),
+    ("webs", "tls_cert", "FILE"), ("catch_all", "domain", "NAME"), ("web_admin", "domain", "NAME"))
 
 
 def check_together(config: Config, name: Callable[[str], str]) -> None:
@@ -1881,7 +1885,7 @@ class Reloaded:
 
 
 class OptionFile:
-    """An option's value in a file of its own, read again when it changes; while it is wrong or gone the last good one counts."""
+    """An option's value in a file of its own, read again when it changes; while that is wrong or gone the last good counts."""
 
     def __init__(self, name: str, path: str, meta: Any) -> None:
         self.name = name
@@ -2424,8 +2428,9 @@ ALIAS = re.compile(r'((?:"(?:[^"\\]|\\.)*"|[^":])+):(.*)')
 ALIAS_TARGET = re.compile(r'(?:"(?:[^"\\]|\\.)*"|[^",]|")+')
 
 
-def parse_aliases(lines: List[Tuple[int, str]], complain: Callable[[int, str], None], home: str = "") -> Dict[str, List[Address]]:
-    """Return {key: targets} of an aliases file, as in aliases(5); bare names belong to `home`, programs and files cannot be."""
+def parse_aliases(lines: List[Tuple[int, str]], complain: Callable[[int, str], None], home: str = "") \
+        -> Dict[str, List[Address]]:
+    """Return {key: targets} of an aliases file, as in aliases(5); bare names belong to `home`, no programs and files."""
     aliases: Dict[str, List[Address]] = {}
     for number, line in lines:
         match = ALIAS.match(line)
@@ -4683,8 +4688,8 @@ def explain_local(book: AddressBook, address: Address, whole: bool) -> int:
 
 
 # What sendmail(8) takes. sysexits(3), as those who call it check them:
-EX_USAGE, EX_DATAERR, EX_NOUSER, EX_NOHOST, EX_UNAVAILABLE, EX_SOFTWARE, EX_TEMPFAIL, EX_NOPERM = 64, 65, 67, 68, 69, 70, 75, 77
-FLAGS_WITH_VALUE = "ABCDFLMNOQRVXbefhopr"           # in the same word or the next; of the others -q and -d may have one attached
+EX_DATAERR, EX_NOUSER, EX_NOHOST, EX_UNAVAILABLE, EX_TEMPFAIL, EX_NOPERM = 65, 67, 68, 69, 75, 77
+FLAGS_WITH_VALUE = "ABCDFLMNOQRVXbefhopr"           # in the same word or the next; -q and -d may have one attached
 MBOX_LINE = re.compile(rb">?From ")
 FIELD_NAME = re.compile(rb"[!-9;-~]{1,200}[ \t]{0,20}:")
 ODD_LINE_END = re.compile(rb"(?<!\r)\r+\n|\r")      # CRLF, CR CR LF, or CR alone; the look-behind keeps long runs cheap
@@ -4716,17 +4721,17 @@ def sendmail_command(config: Config, arguments: List[str]) -> int:
     if "help" in given:
         print(SENDMAIL_HELP, end="")
         return 0
-    if mode == "s":
-        return int(optional_section("standard input")(config))
     if mode in ("p", "q"):
         return queue_command(config, ["list" if mode == "p" else "flush"])
     if mode == "i":                                 # newaliases: they are read when they change
         return 0
-    if mode not in ("m", "v"):
+    if mode not in ("m", "v", "s"):
         raise UsageError("sendmail -b%s: only -bm, -bs, -bp, -bi and -bv are possible" % printable(mode, 20))
     if not is_used(config.data):
         raise NotSent(EX_TEMPFAIL, "%s: no node was ever here, nobody would read the mail; start one there, or name its "
                       "directory with --data or MINIMAIL_DATA" % config.data)
+    if mode == "s":
+        return int(optional_section("standard input")(config))
     stores = open_stores(config)
     try:
         if mode == "v":
@@ -4849,7 +4854,7 @@ class Submission:
         return line
 
     def read_header(self) -> None:
-        """Read `fields`: as far as lines look like a header; what follows, after an empty line or not, is the body. NotSent."""
+        """Read `fields`: as far as lines look like a header; what follows, with an empty line or not, is the body. NotSent."""
         line = self._line()
         if MBOX_LINE.match(line):
             line = self._line()
@@ -4966,7 +4971,7 @@ def send_back(stores: Stores, id: str, sender: str, failed: List[Tuple[str, Repl
             event("bounce", id=envelope.id, about=id, sender=printable(sender), recipients=len(failed))
             return 0
         except Refused as refused:
-            log.warning("no bounce to %s: %s", printable(str(address)), refused)
+            event("undeliverable", id=envelope.id, about=id, sender=printable(str(address)), reason=str(refused))
     raise NotSent(status, first + "; the others were sent to")
 
 
@@ -6562,6 +6567,8 @@ class Node:
     taken an OSError naming it. `on_message(message)` is called once per accepted message, after the client has its 250.
     """
 
+    relays = True                                   # what is queued; not for `sendmail -bs`, whose caller waits for its end
+
     def __init__(self, *, data: Optional[str] = None, on_message: Optional[Callable[[Message], Any]] = None,
                  policy: Optional[Policy] = None, clock: Callable[[], float] = time.time, resolver: Any = None,
                  **options: Any) -> None:
@@ -6661,7 +6668,7 @@ class Node:
             section = REGISTRY.get("web")
             if section:
                 section["equip"](site, self)
-            if stores.post.queue:
+            if stores.post.queue and self.relays:
                 dns = [self._zone.address] if self._zone else list(config.dns)
                 own = [listener.endpoint for listener in self._listeners if listener.name == "smtp"]
                 self._relay = optional_section("relay")["Relay"](config, stores, dns, own, self._clock, self._resolver)
@@ -9529,22 +9536,22 @@ def split_words(argv: Sequence[str], command: str = "") -> Tuple[str, List[str],
 
     What a command has itself is not ours: the --timeout of `wait`, and every flag with one dash of `sendmail`.
     """
-    takes = {option_name(name): bool(meta["metavar"]) and meta["metavar"] != "on|off" for name, meta in option_fields().items()
+    takes = {option_name(name): meta["metavar"] for name, meta in option_fields().items()
              if (command, name) != ("wait", "timeout")}
-    takes.update({"--help": False, "--version": False})
+    takes.update({"--help": "", "--version": ""})
     ours: List[str] = []
     own: List[str] = []
-    left = iter(argv)
-    for word in left:
-        name = word.partition("=")[0]
+    left = collections.deque(argv)
+    while left:
+        word = left.popleft()
         if word == "--":
             own += [word, *left]
-        elif name in takes:
-            ours.append(word)
-            if takes[name] and name == word:
-                ours += itertools.islice(left, 1)
-        else:
-            own.append(word)
+            break
+        name, equals, _ = word.partition("=")
+        (ours if name in takes else own).append(word)
+        maybe = takes.get(name) == "on|off"         # its value may be left out
+        if takes.get(name) and not equals and left and not (maybe and (left[0][:1] == "-" or left[0] in COMMANDS)):
+            ours.append(left.popleft())
     first = next((word for word in own if not word.startswith("-")), "serve")
     if first == "wait" and not command:
         return split_words(argv, first)
@@ -10003,6 +10010,35 @@ class Workers:
         wait_for_signal()
         self.node.stop()
         return 0
+
+
+def smtp_on_standard_input(config: Config) -> int:
+    """Speak SMTP on standard input and output until the client ends, as `sendmail -bs` does; return the exit status.
+
+    A node of its own on loopback holds the conversation, so that it is the same as any other client's.
+    """
+    trust = config.trust + (parse_network("127.0.0.1"),)    # who can run this may send
+    config = dataclasses.replace(config, smtp=(("127.0.0.1", 0),), smtps=(), pop3=(), pop3s=(), web=(), webs=(), trust=trust,
+                                 tls_cert="", tls_key="", run_as="", workers=1)
+    node = node_for(config)                         # CORE: Node.from_config()
+    node.relays = False
+    with node, socket.create_connection(node.smtp_address or ("", 0)) as sock:
+        threading.Thread(target=copy_input, args=(sock,), daemon=True).start()
+        for block in iter(lambda: sock.recv(BLOCK), b""):
+            sys.stdout.buffer.write(block)
+            sys.stdout.buffer.flush()
+    return 0
+
+
+def copy_input(sock: socket.socket) -> None:
+    """Send standard input, past Python's buffer, which a thread may not hold when the process ends."""
+    with contextlib.suppress(OSError):
+        for block in iter(lambda: os.read(0, BLOCK), b""):
+            sock.sendall(block)
+        sock.shutdown(socket.SHUT_WR)
+
+
+REGISTRY["standard input"] = smtp_on_standard_input
 
 
 def command(name: str) -> Callable[[Callable[[Config, List[str]], int]], Callable[[Config, List[str]], int]]:

@@ -407,9 +407,17 @@ OPTIONS = {                                         # option: (as text, its valu
     "no_sync": ("on", True, "perhaps"), "workers": ("2", 2, "two"), "run_as": ("nobody", "nobody", ""),
     "relay_to": (".Example.com", (".example.com",), "."), "keep": ("3", 3, "0"), "transcripts": ("off", False, "perhaps"),
     "fault": ("rcpt=bob@* 451 x2", "rcpt=bob@* 451 x2", "sneeze"), "log": ("json", "json", "xml"), "quiet": ("on", True, "x"),
-    "verbose": ("on", True, "x"),
+    "verbose": ("on", True, "x"), "webs": ("127.0.0.1:8443", (("127.0.0.1", 8443),), "x"),
+    "web_allow": ("https://Mail.example:8080", ("https://mail.example:8080",), "a b"),
+    "web_admin": ("Boss@Example.org", ("boss@example.org",), "boss"),
+    "release": ("smtp://relay.example", minimail.Server("relay.example", 25), "relay.example"),
+    "webhook": ("http://hook.example/x", "http://hook.example/x", "hook.example"), "max_age": ("60", 60.0, "-1"),
+    "limit": ("a.example=connections=2,rate=5/60", (minimail.Limit("a.example", 2, None, None, (5, 60.0)),), "connections"),
+    "rewrite": ("*@*.Local=alerts@example.org", (("*@*.local", "alerts@example.org"),), "a=b"),
+    "dkim": ("example.org=s1:/key", (("example.org", "s1", "/key"),), "s1"), "warn": ("14400", 14400.0, "soon"),
 }
-NEEDED = {"smtps": "tls_cert", "pop3s": "tls_cert", "tls_key": "tls_cert", "catch_all": "domain"}
+NEEDED = {"smtps": "tls_cert", "pop3s": "tls_cert", "webs": "tls_cert", "tls_key": "tls_cert", "catch_all": "domain", "web_admin": "domain"}
+SECRET = ("smarthost", "route", "release", "webhook")
 FLAGS = ("no_sync", "quiet", "verbose")
 
 
@@ -426,7 +434,7 @@ class Options(Case):
         self.assertEqual(found[0].text if name == "fault" else found, value)
 
     def test_every_option_through_three_doors(self):
-        self.assertEqual(set(OPTIONS), {field.name for field in minimail.dataclasses.fields(Config)})
+        self.assertEqual(set(OPTIONS), set(minimail.option_fields()))
         for name, (text, value, _) in OPTIONS.items():
             needed = NEEDED.get(name)
             with self.subTest(name):
@@ -480,6 +488,96 @@ class Options(Case):
         status, out, err = run_main("--log", "json", "--max-size", "10\u2028X\n")
         self.assertEqual((status, out, err.count("\n")), (2, "", 1))
         self.assertIn("--max-size", json.loads(err)["event"])
+
+    def test_a_secret_never_enters_a_text(self):
+        url = "smtp://me:hunter2@h.example/inbox"
+        for name in SECRET:
+            value = "a.example=" + url if name == "route" else url
+            for argv, environ in (([flag(name), value], {}), ([flag(name) + "=" + value], {}), ([], {"MINIMAIL_" + name.upper(): value}),
+                                  ([], {"MINIMAIL_%s_FILE" % name.upper(): self.file("secret", value)})):
+                status, out, err = run_main(*argv, environ=environ)
+                self.assertEqual((status, out, err.count("\n"), "hunter2" in err), (2, "", 1, False), err)
+                self.assertIn(name.upper() if environ else flag(name), err)
+            with self.assertRaises(ValueError) as caught:
+                minimail.Node(**{name: value})
+            self.assertNotIn("hunter2", str(caught.exception))
+        for argv in ([url], ["--smarthots", url], ["--smarthots=" + url], ["--pasword", "hunter2"], ["user", "add", "b@x", "hunter2"],
+                     ["user", "add", "b@x", "--password=hunter2"], ["--dns", url], ["--trust", url], ["--mx-port", url]):
+            status, out, err = run_main(*argv)
+            self.assertEqual((status, out, err.count("\n"), "hunter2" in err), (2, "", 1, False), err)
+
+    def test_options_from_files(self):
+        path = self.file("smarthost", "# by the provider\nsmtp://a.example\n")
+        environ = {"MINIMAIL_SMARTHOST_FILE": path, "MINIMAIL_ROUTE_FILE": self.file("r", "a.example=smtp://b\nc.example=smtp://d\n"),
+                   "MINIMAIL_NO_SYNC_FILE": self.file("n", "on\n")}
+        config = self.config([], environ)
+        self.assertEqual((str(config.smarthost), len(config.route), config.no_sync), ("smtp://a.example:25", 2, True))
+        config = minimail.dataclasses.replace(config, quiet=True)
+        self.assertEqual(str(config.current("smarthost")), "smtp://a.example:25")
+        with open(path, "w") as file:
+            file.write("smtps://me:secret@new.example\n")
+        self.eventually(lambda: config.current("smarthost").host == "new.example")
+        with open(path, "w") as file:
+            file.write("nonsense with secret\n")
+        with self.assertLogs("minimail") as logs:
+            self.eventually(lambda: (config.current("smarthost"), logs.output)[1])
+        self.assertNotIn("secret", logs.output[0])
+        self.assertIn(path, logs.output[0])
+        os.unlink(path)
+        self.assertEqual(config.current("smarthost").host, "new.example", "the last that was good")
+        self.assertEqual(config.current("max_size"), config.max_size)
+        config = self.config(["--route", "x.example=smtp://y"], {"MINIMAIL_ROUTE_FILE": environ["MINIMAIL_ROUTE_FILE"]})
+        self.assertEqual([pattern for pattern, _ in config.current("route")], ["x.example"], "the command line wins")
+        for variables, status in (({"MINIMAIL_SMARTHOST_FILE": path}, 1), ({"MINIMAIL_SMARTHOST_FILE": self.file("e", "\n")}, 1),
+                                  ({"MINIMAIL_NO_SYNC_FILE": environ["MINIMAIL_NO_SYNC_FILE"], "MINIMAIL_NO_SYNC": "on"}, 2)):
+            got, out, err = run_main(environ=variables)
+            self.assertEqual((got, out, err.count("\n")), (status, "", 1), err)
+            self.assertIn(min(variables), err)
+
+    def test_limits_in_one_variable(self):
+        config = self.config([], {"MINIMAIL_LIMIT": "connections=5,messages=7, a.example=connections=1,rate=1/2,b.example=recipients=3"})
+        self.assertEqual([(limit.domain, limit.connections, limit.messages, limit.recipients) for limit in config.limit],
+                         [("", 5, 7, None), ("a.example", 1, None, None), ("b.example", None, None, 3)])
+
+    def test_strange_variables(self):
+        environ = {"MINIMAIL_SMARTHOTS": "x", "MINIMAIL_MX_PORT": "tcp://10.0.0.1:25", "MINIMAIL_PORT_25_TCP": "tcp://10.0.0.1:25",
+                   "MINIMAIL_DATA": "/d", "MINIMAIL_USERS_FILE": "/x", "OTHER": "x", "MINIMAIL": "x"}
+        said = minimail.strange_variables(environ)
+        for word in ("MINIMAIL_SMARTHOTS is no option", "MINIMAIL_SMARTHOST ", "MINIMAIL_MX_PORT"):
+            self.assertIn(word, said)
+        for word in ("10.0.0.1", "OTHER", "USERS", "PORT_25"):
+            self.assertNotIn(word, said)
+        self.assertEqual(minimail.strange_variables({"MINIMAIL_DATA": "x"}), "")
+        self.assertLess(len(minimail.strange_variables({"MINIMAIL_X%d" % i: "x" for i in range(1000)})), 1000)
+        self.assertEqual(self.config([], {"MINIMAIL_MX_PORT": "tcp://10.0.0.1:25"}).mx_port, 25)
+        status, out, err = run_main("mail", "--data", self.directory(), environ={"MINIMAIL_SMARTHOTS": "x"})
+        self.assertEqual((status, out, err.count("\n")), (0, "", 1), err)
+
+    def test_the_library_checks_what_the_command_line_checks(self):
+        for given in ({"tls_key": "k"}, {"catch_all": "a@b.example"}, {"smtps": "x:1"}, {"release": "smtp://x", "domain": "b.example"}):
+            config = Config(**minimail.read_options(given, str))
+            with self.assertRaises(minimail.UsageError) as caught:
+                minimail.check_together(config, str)
+            self.assertIn(min(set(given) - {"domain"}), str(caught.exception))
+        for given in ({"policy": object()}, {"policy": minimail.Policy}, {"clock": 5}, {"on_message": "print"}):
+            with self.assertRaises(TypeError) as caught:
+                minimail.check_library(given)
+            self.assertIn(min(given), str(caught.exception))
+        minimail.check_library({"policy": minimail.Policy(), "clock": time.time, "on_message": None})
+
+    def test_help_is_narrow(self):
+        pages = [run_main("--help")[1]] + [run_main(command, "--help")[1] for command in minimail.COMMANDS]
+        self.assertEqual([line for page in pages for line in page.splitlines() if len(line) > 100], [])
+        for default in ("127.0.0.1:1025", "127.0.0.1:1110", "127.0.0.1:8025", "minimail-data", "127.0.0.0/8", "60,300,900,3600", "432000",
+                        "default may", "52428800", "500", "default 50)", "300", "default 1)", "default text"):
+            self.assertIn(default, " ".join(pages[0].split()))
+
+    def test_a_machine_name_that_is_not_ascii(self):
+        for name, wanted in (("b\xfcro", "xn--bro-hoa"), ("B\xfcro.example", "xn--bro-hoa.example"), ("a b", "localhost"), ("", "localhost"),
+                             ("x" * 64, "localhost"), ("\udcff", "localhost")):
+            with mock.patch.object(minimail.socket, "gethostname", return_value=name):
+                self.assertEqual(minimail.machine_name(), wanted)
+        self.assertEqual(self.config(["--hostname", "b\xfcro.example"]).hostname, "xn--bro-hoa.example")
 
     def test_version_and_help(self):
         self.assertEqual(run_main("--version"), (0, "minimail %s\n" % minimail.__version__, ""))
@@ -3781,6 +3879,36 @@ class SendmailTest(ScriptedCase):
         status, out, err = scripted_command("sendmail", "-bv", "bob@far.test", "no@here.test", "--domain", "here.test", "--data", self.data)
         self.assertEqual((status, err), (67, ""))
         self.assertRegex(out, r"bob@far.test: deliverable\nno@here.test: 550 5.1.1 .*\n\Z")
+
+    def test_smtp_on_standard_input(self):
+        """What Symfony, Laravel and nmh start unasked; nothing is sent by this process, and input may end without QUIT."""
+        for end in b"QUIT\r\n", b"":
+            ran = subprocess.run([sys.executable, SOURCE, "sendmail", "-bs", "--data", self.data, "--domain", "here.test", "--trust", "192.0.2.1"],
+                                 input=b"EHLO x\r\nMAIL FROM:<me@here.test>\r\nRCPT TO:<bob@far.test>\r\nDATA\r\nSubject: x\r\n\r\n.x\r\n.\r\n" + end,
+                                 stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=PATIENCE)
+            self.assertEqual((ran.returncode, ran.stderr), (0, b""))
+            self.assertRegex(ran.stdout, rb"(?s)\A220 .*\r\n354 .*\r\n250 2.0.0 .*")
+        queue = minimail.Queue(minimail.Storage(self.data), minimail.Config())
+        self.assertEqual([entry.attempts for entry in map(queue.read, queue.places())], [0, 0])
+
+    @unittest.skipUnless(os.path.exists("/proc/self/status"), "no /proc here")
+    def test_memory_does_not_grow_with_the_message(self):
+        code = ("import minimail, sys; minimail.main(sys.argv[1:]); "
+                "print(next(line for line in open('/proc/self/status') if line.startswith('VmHWM')).split()[1])")
+        used = []
+        for size in 1, 24 << 20:
+            with tempfile.TemporaryFile() as file:
+                file.write(b"Subject: x\n\n" + b"line\n" * (size // 5))
+                file.seek(0)
+                ran = subprocess.run([sys.executable, "-c", code, "sendmail", "bob@far.test", "--data", self.data, "--domain", "here.test"],
+                                     stdin=file, stdout=subprocess.PIPE, cwd=HERE, timeout=PATIENCE)
+            used.append(int(ran.stdout))
+        self.assertLess(used[1], used[0] + 4096, "kB")
+
+    def test_standard_input_closed(self):
+        ran = subprocess.run(["sh", "-c", '"$@" <&-', "sh", sys.executable, SOURCE, "sendmail", "bob@far.test", "--data", self.data,
+                              "--domain", "here.test"], stderr=subprocess.PIPE, timeout=PATIENCE)
+        self.assertEqual((ran.returncode, ran.stderr), (0, b""))
 
     def test_work_is_linear(self):
         """Header, body and addresses made to be hard: four times as much costs at most some eight times as much."""
