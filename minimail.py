@@ -45,6 +45,7 @@ import email.utils
 import errno
 import functools
 import hashlib
+import heapq
 import hmac
 import io
 import ipaddress
@@ -54,7 +55,7 @@ import logging
 import os
 import re
 import secrets
-import select
+import selectors
 import shutil
 import socket
 import socketserver
@@ -65,8 +66,8 @@ import tempfile
 import threading
 import time
 import types
-from typing import (TYPE_CHECKING, Any, Callable, Deque, Dict, Iterable, Iterator, List, NamedTuple, NoReturn, Optional,
-                    Sequence, Set, Tuple, Type, Union)
+from typing import (TYPE_CHECKING, Any, Callable, Coroutine, Deque, Dict, Generator, Iterable, Iterator, List, NamedTuple,
+                    NoReturn, Optional, Sequence, Set, Tuple, Type, Union)
 
 try:
     import fcntl
@@ -114,13 +115,20 @@ MAX_PASSWORD = 4096                 # bytes read from standard input
 MIN_RATE = 1024                     # bytes/s below which a message transfer runs into the command's deadline
 BLOCK = 1 << 16                     # bytes read from a socket at once, and ...
 BIG_BLOCK = 1 << 18                 # ... while content flows
-TURN = 100                          # commands a session may have answered before others have their turn
-EVENTS = 64                         # taken from the poller at once
-LINGER = 0.01                       # seconds the only session's next command is waited for before looking elsewhere
-SPARE_THREADS = 8                   # that are kept for when the one that carries the sessions has to wait
+MAX_TURN = 50                       # commands a session may have answered before others have their turn
+MAX_HELPERS = 32                    # threads for what conversations wait for and the loop does not do itself
+MAX_TRANSCRIPT = 1 << 16            # bytes of a conversation that are kept with a message, and ...
+MAX_INTRODUCTION = 20               # ... lines of what was said before the first one
+MAX_LISTED = 1000                   # messages POP3 lists before others have their turn
+MAX_REMOVED = 50                    # messages a POP3 QUIT removes without a thread of its own
+MAX_STRANGE = 3                     # wrong commands before any right one, then the end: that is no mail client
+MAX_IDLE_COMMANDS = 1000            # commands in a row that lead nowhere (NOOP, RSET, VRFY), then 421
+HEAVY_MESSAGE = 1 << 20             # bytes, and ...
+HEAVY_DELIVERY = 16                 # ... mailboxes of one message from which on others do not wait for its commit
 STALE_DRAFT = 36 * 3600             # seconds after which a foreign file in tmp/ is rubbish (maildir(5))
 LOGIN_FAILURES = 10                 # wrong passwords from one address within ...
-LOGIN_WINDOW = 600                  # ... these seconds cut it off for as long
+LOGIN_WINDOW = 600                  # ... these seconds cut it off, and ...
+ACCOUNT_FAILURES = 100              # ... so many for one account, from wherever: its owner may be known already
 SHUTDOWN_GRACE = 9.0                # seconds a message in flight has when the node stops
 MAX_HEAD = 1 << 19                  # bytes of a header that are shown and searched; the longest real one had ...
 MAX_FIELD = 1 << 18                 # bytes of one field that are read: some 8,000 recipients
@@ -184,15 +192,49 @@ class CannotRun(OSError):
     status = 0
 
 
-REGISTRY: Dict[str, Any] = {}       # the optional sections enter themselves here: "relay", "pop3", "web"
-COMMANDS: Dict[str, Callable[["Config", List[str]], int]] = {}      # and their commands here
+class Extension:
+    """What an optional section adds to the node: it overrides what it has and enters itself into EXTENSIONS."""
+
+    name = ""
+    commands: Dict[str, Callable[["Config", List[str]], int]] = {}
+
+    def queue(self, storage: "Storage", config: "Config", clock: Callable[[], float]) -> Any:
+        """Return the queue for mail that goes elsewhere, None without one."""
+
+    def listeners(self, config: "Config") -> List[Any]:
+        """Return the listeners that the options ask for, their ports taken; OSError."""
+        return []
+
+    def equip(self, node: "Node") -> None:
+        """Give the site what this section has for its sessions, before the first of them."""
+
+    def start(self, node: "Node") -> None:
+        """Begin to work: the node takes connections."""
+
+    def stop(self, node: "Node") -> None:
+        """Begin nothing new; also called where start() was not."""
+
+    def join(self, node: "Node", seconds: float) -> None:
+        """Return when what was begun has come to its end, or after so many seconds."""
+
+    def matcher(self, node: "Node", search: str) -> Callable[["Message"], bool]:
+        """Return a function that tells whether a message matches a search."""
+        raise NotImplementedError
+
+    def parse_fault(self, text: str) -> Any:
+        """Return the rule of --fault; ValueError."""
+        raise NotImplementedError
 
 
-def optional_section(name: str) -> Any:
-    """Return what section `name` put into the registry; CannotRun when this copy of the file lacks the section."""
-    if name not in REGISTRY:
-        raise CannotRun("this copy of minimail has no %s section" % name)
-    return REGISTRY[name]
+EXTENSIONS: List[Extension] = []
+
+
+def extension(name: str) -> Extension:
+    """Return the section of that name; CannotRun when this copy of the file lacks it."""
+    for section in EXTENSIONS:
+        if section.name == name:
+            return section
+    raise CannotRun("this copy of minimail has no %s section" % name)
 
 
 def event(_name: str, **fields: Any) -> None:
@@ -407,6 +449,15 @@ def clients_address(host: str) -> str:
     """Return a client's IP address in one spelling: without IPv6 scope, IPv4-mapped addresses as IPv4."""
     host = host.partition("%")[0]
     return host[7:] if host.lower().startswith("::ffff:") and "." in host else host
+
+
+def client_network(host: str) -> str:
+    """Return what stands for one client when connections and tries are counted: the address, for IPv6 its /64."""
+    try:
+        address = ipaddress.ip_address(clients_address(host))
+        return str(ipaddress.ip_network((int(address) >> 64 << 64, 64))) if address.version == 6 else str(address)
+    except ValueError:
+        return host
 
 
 def is_loopback(host: str) -> bool:
@@ -915,7 +966,7 @@ def parse_text(text: Union[str, "os.PathLike[str]"]) -> str:
 
 
 def parse_rule(text: str) -> Any:
-    return optional_section("web")["parse_fault"](text)
+    return extension("web").parse_fault(text)
 
 
 def option(parse: Callable[[Any], Any], default: Any, metavar: str, help: str, many: bool = False, secret: bool = False,
@@ -1098,30 +1149,334 @@ def check_library(given: Dict[str, Any]) -> None:
 
 
 # ======================================================================================================================
-# 4  Wire: bounded lines, deadlines, dot transparency, TLS switch.  Knows bytes and sockets, no protocol, no file.
+# 4  How it waits, and the wire.  One loop, conversations that are coroutines, sockets that never block: what has to be
+#    waited for is awaited with wait(), and nothing else ever waits. Knows bytes, sockets and threads; no protocol, no file.
+#
+#    await wait(READ), wait(WRITE)    until the task's socket can be read or written; TimedOut when its deadline passes
+#    await wait(TURN), wait(seconds)  until others have had their turn, for so many seconds
+#    await wait(parcel)               until a message is on disk, committed together with others'; gives its refusal or None
+#    await wait(function)             until another thread has done function(); gives its result
 # ======================================================================================================================
+
+READ, WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
+TURN = 0.0
+
 
 class Disconnected(Exception):
     """The other side is gone."""
 
 
-class Silent(Exception):
-    """Nothing to read now; the session is parked until there is."""
-
-
-class Suspended(Exception):
-    """Another thread goes on with this session: touch nothing of it any more."""
-
-
 class TimedOut(Exception):
-    """The deadline passed before what was asked for was there."""
+    """The deadline passed before what was asked for was there, or the node stops."""
 
 
 class LineTooLong(Exception):
     """A line is longer than allowed; it was thrown away up to its end."""
 
 
-EPOLL = hasattr(select, "epoll")                            # elsewhere each session has its thread
+@types.coroutine
+def wait(what: Any) -> Generator[Any, Any, Any]:
+    """Let others go on until `what` has come; return what came of it, or raise its error."""
+    return (yield what)
+
+
+class Task:
+    """What the loop carries: a coroutine, the socket it may wait for, and until when."""
+
+    coroutine: Coroutine[Any, Any, None]
+    waiting: Any = None                             # what it awaits
+    armed = 0                                       # what the poller watches its socket for
+    talks = True                                    # it is a conversation: a message may come from it
+
+    @property
+    def sock(self) -> socket.socket:
+        raise NotImplementedError
+
+    @property
+    def deadline(self) -> float:
+        return float("inf")
+
+    def in_flight(self) -> bool:
+        """True while it is to be let alone although the node stops."""
+        return False
+
+
+class Crew:
+    """At most `size` threads that do what takes long, one thing after another; one with nothing to do ends after a while."""
+
+    IDLE = 5.0                                      # seconds
+
+    def __init__(self, size: int, name: str = "minimail-helper") -> None:
+        self.size, self.name = size, name
+        self._jobs: Deque[Callable[[], None]] = collections.deque()
+        self._threads: Set[threading.Thread] = set()
+        self._idle = 0
+        self._changed = threading.Condition()
+
+    def do(self, job: Callable[[], None]) -> None:
+        """Let a thread run job(), which does not raise; RuntimeError when there is no thread and none can be had."""
+        with self._changed:
+            self._jobs.append(job)
+            if self._idle < len(self._jobs) and len(self._threads) < self.size:
+                thread = threading.Thread(target=self._work, name=self.name, daemon=True)
+                try:
+                    thread.start()
+                    self._threads.add(thread)
+                except RuntimeError:
+                    if not self._threads:
+                        self._jobs.pop()
+                        raise
+            self._changed.notify()
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                self._idle += 1
+                while not self._jobs:
+                    if not self._changed.wait(self.IDLE) and not self._jobs:
+                        self._threads.discard(threading.current_thread())
+                        self._idle -= 1
+                        return
+                self._idle -= 1
+                job = self._jobs.popleft()
+            try:
+                job()
+            except BaseException:                   # nobody is above this: the thread must go on
+                log.exception("a helper stumbled")
+
+    def close(self) -> None:
+        """Drop what has not begun; what has is not waited for."""
+        with self._changed:
+            self._jobs.clear()
+
+
+class Work(NamedTuple):
+    """A function for a crew of its own, not done when nobody wants its result any more."""
+    function: Callable[[], Any]
+    crew: Crew
+    wanted: Callable[[], bool]
+
+
+class Loop:
+    """Carries all tasks in one thread, and commits what came together when nobody has anything to say.
+
+    `commit(parcels)` puts messages on disk and returns for each its refusal or None; `is_heavy(parcel)` says that this
+    takes long. A batch that does, or follows one that the disk took long for, is committed in another thread.
+    """
+
+    BATCH = 100                                     # messages committed together at most
+    PATIENCE = 0.05                                 # seconds a message waits while others talk
+    SLOW = 0.02                                     # seconds for a batch: from there on others do not wait for the disk
+    TICK = 0.5                                      # seconds between looks at the deadlines
+
+    def __init__(self, commit: Callable[[List[Any]], List[Optional[Exception]]], is_heavy: Callable[[Any], bool],
+                 clock: Callable[[], float] = time.monotonic, selector: Callable[[], Any] = selectors.DefaultSelector) -> None:
+        self.commit, self.is_heavy, self.clock = commit, is_heavy, clock
+        self.selector = selector()
+        self.crew = Crew(MAX_HELPERS)
+        self.tasks: Set[Task] = set()
+        self.talking = 0                            # of them, those that are conversations
+        self._parcels: List[Tuple[Task, Any]] = []  # to commit, ...
+        self._since = 0.0                           # ... and when the first of them came
+        self._committing = self._slow = False
+        self._soon: Deque[Tuple[Task, Any, Optional[BaseException]]] = collections.deque()  # to go on with; threads append
+        self._paused: List[Tuple[float, int, Task]] = []    # a heap: when, serial number, task
+        self._serial = itertools.count()
+        self._swept = 0.0
+        self._ends: Optional[float] = None          # when a stopping loop gives up waiting for messages in flight
+        self._thread: Optional[threading.Thread] = None
+        self._ear, self._mouth = socket.socketpair()    # a byte wakes the loop
+        self._ear.setblocking(False)
+        self._mouth.setblocking(False)
+        self.selector.register(self._ear, READ, None)
+
+    def start(self) -> None:
+        """Carry the tasks in a thread of its own; RuntimeError when there is none to be had."""
+        self._thread = threading.Thread(target=self._run, name="minimail-loop", daemon=True)
+        self._thread.start()
+
+    def stop(self, grace: float) -> None:
+        """End all tasks, each once it is not in flight, or after `grace` seconds; return when they have ended."""
+        self._ends = self.clock() + grace
+        self._wake()
+        if self._thread:
+            self._thread.join(grace + 2 * self.TICK + 1.0)
+        else:
+            self._end_all()
+        self.crew.close()
+        self.selector.close()
+        self._ear.close()
+        self._mouth.close()
+
+    def _wake(self) -> None:
+        with contextlib.suppress(OSError):          # full: it is awake. Closed: nobody is there
+            self._mouth.send(b"\n")
+
+    def _run(self) -> None:
+        while self._ends is None or (self.tasks and self.clock() < self._ends + 2 * self.TICK):
+            try:
+                self._pass()
+            except Exception:                       # nobody is above this
+                log.exception("the loop stumbled")
+        self._end_all()
+
+    def _end_all(self) -> None:
+        for task in list(self.tasks):
+            self._go_on(task, error=Disconnected())
+
+    def _pass(self) -> None:
+        """Run the tasks whose time has come; commit and look at deadlines when those are due."""
+        ready = self._parcels and not self._committing
+        events = self.selector.select(0 if ready or self._soon else self._time_left())
+        for key, _ in events:
+            task = key.data
+            if task is None:
+                with contextlib.suppress(OSError):
+                    self._ear.recv(4096)
+            elif task.waiting is key.events:
+                self._go_on(task)
+            else:                                   # it waits for something else: to be told no more of this
+                self._arm(task, 0)
+        now = self.clock()
+        if self._parcels and not self._committing and (not events or now > self._since + self.PATIENCE
+                                                       or len(self._parcels) >= min(self.BATCH, self.talking)):
+            self._commit(now)
+        while self._paused and self._paused[0][0] <= now:
+            self._soon.append((heapq.heappop(self._paused)[2], None, None))
+        for _ in range(len(self._soon)):
+            task, value, error = self._soon.popleft()
+            if task.waiting is not None:
+                self._go_on(task, value, error)
+        if now >= self._swept + self.TICK or self._ends is not None:
+            self._sweep(now)
+
+    def _time_left(self) -> float:
+        """Return for how long nothing is due."""
+        return max(0.0, min(self.TICK, self._paused[0][0] - self.clock())) if self._paused else \
+            self.TICK if self._ends is None else 0.02
+
+    def _sweep(self, now: float) -> None:
+        """Tell the tasks whose deadline has passed, and when the node stops, those that are not in flight."""
+        self._swept = now
+        stopping = self._ends is not None
+        for task in list(self.tasks):
+            waits = task.waiting is READ or task.waiting is WRITE or type(task.waiting) is float
+            if waits and (task.deadline <= now or (stopping and not (task.in_flight() and now < self._ends))):  # type: ignore
+                self._go_on(task, error=TimedOut())
+
+    def spawn(self, task: Task) -> None:
+        """Begin to carry a task: it runs at once, until it waits. For the loop's own thread, or before start()."""
+        self.tasks.add(task)
+        self.talking += task.talks
+        self._go_on(task)
+
+    def _go_on(self, task: Task, value: Any = None, error: Optional[BaseException] = None) -> None:
+        """Run a task until it waits again."""
+        try:
+            what = task.coroutine.send(value) if error is None else task.coroutine.throw(error)
+        except BaseException as end:
+            self._end(task)
+            if not isinstance(end, StopIteration):
+                log.exception("a task failed")
+            return
+        task.waiting = what
+        if what is READ or what is WRITE:
+            if task.armed is not what:
+                self._arm(task, what)
+        elif type(what) is float:
+            if what <= 0:
+                self._soon.append((task, None, None))
+            else:
+                heapq.heappush(self._paused, (self.clock() + what, next(self._serial), task))
+        elif callable(what) or isinstance(what, Work):
+            self._do(task, what)
+        else:
+            self._since = self._since if self._parcels else self.clock()
+            self._parcels.append((task, what))
+
+    def _end(self, task: Task) -> None:
+        task.waiting = None
+        if task in self.tasks:
+            self.tasks.discard(task)
+            self.talking -= task.talks
+
+    def _arm(self, task: Task, events: int) -> None:
+        """Let the poller watch a task's socket for READ, WRITE or, with 0, nothing."""
+        if not task.armed:
+            self.selector.register(task.sock, events, task)
+        elif events:
+            self.selector.modify(task.sock, events, task)
+        else:
+            self.selector.unregister(task.sock)
+        task.armed = events
+
+    def forget(self, task: Task) -> None:
+        """Be told that a task is about to close its socket, or to put another one in its place."""
+        if task.armed:
+            self._arm(task, 0)
+
+    def _commit(self, now: float) -> None:
+        batch, self._parcels = self._parcels[:self.BATCH], self._parcels[self.BATCH:]
+        self._committing = True
+
+        def run() -> None:
+            parcels = [parcel for _, parcel in batch]
+            try:
+                results = self.commit(parcels)
+            except Exception as error:
+                log.exception("%d messages not stored, or nobody knows", len(batch))
+                results = [error] * len(batch)
+            self._slow = self.clock() - now > self.SLOW * max(1.0, len(batch) / 20)
+            self._soon.extend((task, refused, None) for (task, _), refused in zip(batch, results))
+            self._committing = False
+            if threading.current_thread() is not self._thread:
+                self._wake()
+        if not (self._slow or any(self.is_heavy(parcel) for _, parcel in batch)):
+            return run()
+        try:
+            self.crew.do(run)
+        except RuntimeError:                        # without threads the disk is waited for
+            run()
+
+    def _do(self, task: Task, what: Any) -> None:
+        """Let another thread do what a task waits for."""
+        work = what if isinstance(what, Work) else Work(what, self.crew, lambda: True)
+
+        def run() -> None:
+            value, error = None, None
+            try:
+                if self._ends is not None and self.clock() > self._ends or not work.wanted():
+                    raise Disconnected
+                value = work.function()
+            except BaseException as what:
+                error = what
+            self._soon.append((task, value, error))
+            self._wake()
+        try:
+            work.crew.do(run)
+        except RuntimeError as error:
+            self._soon.append((task, None, error))
+
+
+def run_blocking(wire: "Wire", coroutine: Coroutine[Any, Any, Any]) -> Any:
+    """Drive a coroutine that talks over one wire in this thread, and return its result: for workers, which may wait."""
+    error: Optional[BaseException] = None
+    while True:
+        try:
+            what = coroutine.send(None) if error is None else coroutine.throw(error)
+        except StopIteration as end:
+            return end.value
+        left = wire.deadline - wire.clock()
+        error = None if left > 0 and is_ready(wire.sock, what, left) else TimedOut()
+
+
+def is_ready(sock: socket.socket, events: int, seconds: float) -> bool:
+    """Wait until a socket can be read or written, at most so many seconds; return whether it can. ValueError when closed."""
+    with getattr(selectors, "PollSelector", selectors.SelectSelector)() as selector:
+        selector.register(sock, events)
+        return bool(selector.select(seconds))
+
+
 END_OF_DATA = b"\r\n.\r\n"
 UNDECIDED = (b"\r\n.\r", b"\r\n.", b"\r\n", b"\r", b"\n.", b"\n")     # what a block may end with and say nothing yet
 LEADING_DOT = re.compile(rb"\n(?=\.)")                      # memchr finds the newlines: twice as fast as find(b"\n.")
@@ -1184,6 +1539,33 @@ class Content:
         return b"\r\n" if held else b""
 
 
+class Stuffed:
+    """A message of whatever line ends as it goes over the wire, in blocks (RFC 1939 section 3, RFC 5321 section 4.5.2)."""
+
+    def __init__(self) -> None:
+        self._held = b""                            # a CR whose LF may be in the next block
+        self._line_start = True
+        self._ended = True                          # the last line has its end, or there is none
+
+    def lines(self, block: bytes) -> bytes:
+        """Return the block with CRLF line ends."""
+        data = self._held + block if self._held else block
+        self._held = b"\r" if data.endswith(b"\r") else b""
+        data = data[:-1] if self._held else data
+        self._ended = data.endswith(b"\n") if data else self._ended
+        return re.sub(rb"(?<!\r)\n", b"\r\n", data)
+
+    def last_end(self) -> bytes:
+        """Return what the last line lacks."""
+        return b"\r\n" if self._held or not self._ended else b""
+
+    def stuff(self, data: bytes) -> bytes:
+        """Return what lines() gave with its leading dots doubled."""
+        stuffed = stuff_dots(data, self._line_start)
+        self._line_start = data.endswith(b"\n") if data else self._line_start
+        return stuffed
+
+
 def stuff_dots(block: bytes, at_line_start: bool) -> bytes:
     """Return block with leading dots doubled (RFC 5321 section 4.5.2, RFC 1939 section 3)."""
     if b"." in block and LEADING_DOT.search(block):
@@ -1191,46 +1573,31 @@ def stuff_dots(block: bytes, at_line_start: bool) -> bytes:
     return b"." + block if at_line_start and block.startswith(b".") else block
 
 
-def never() -> bool:
-    return False
-
-
 class Wire:
-    """A socket with a bounded line reader, batched output and a deadline that no dripping client can move.
+    """A socket that never blocks: bounded lines, batched output, a deadline that no dripping client can move.
 
-    Output is sent when it is large or before input is waited for, and never later: so pipelined commands are answered
-    in one piece (RFC 2920) and nobody waits for a reply that we hold. `clock` gives the seconds deadlines count in.
+    Output is sent before input is waited for, and never later: so pipelined commands are answered in one piece (RFC 2920)
+    and nobody waits for a reply that we hold. `clock` gives the seconds deadlines count in.
     """
 
-    def __init__(self, sock: socket.socket, timeout: float, clock: Callable[[], float] = time.monotonic,
-                 tuned: bool = False) -> None:
+    def __init__(self, sock: socket.socket, timeout: float, clock: Callable[[], float] = time.monotonic) -> None:
         self.sock = sock
         self.timeout = timeout
         self.clock = clock
         self.deadline = clock() + timeout
         self.input = bytearray()
-        self.output: List[bytes] = []
+        self.output: List[Union[bytes, memoryview]] = []
         self.pending = 0                            # bytes in `output`
         self.skipping = False                       # inside a line that was too long
         self.tls = False
-        self.ready = False                          # the poller has seen input: look before parking
-        self.may_linger: Callable[[], bool] = never
-        self.blocked: Callable[[], Any] = contextlib.nullcontext
-        self.seen: Optional[Callable[[str, bytes], None]] = None
-        if sock.gettimeout() is not None:           # socket.setdefaulttimeout() is the program's, not ours
-            sock.settimeout(None)
-        if not tuned:
-            tune(sock)
+        sock.setblocking(False)
 
     def renew(self, extra: float = 0.0) -> None:
         """Give the next step its full time."""
         self.deadline = self.clock() + self.timeout + extra
 
-    def line(self, limit: int, park: bool = False) -> bytes:
-        """Return the next line without its end (CRLF, or a bare LF); LineTooLong above `limit` bytes.
-
-        With `park`, Silent is raised rather than waited when there is nothing to read; call again later.
-        """
+    async def line(self, limit: int) -> bytes:
+        """Return the next line without its end (CRLF, or a bare LF); LineTooLong (more than `limit` bytes), Disconnected, TimedOut."""
         start = 0
         while True:
             end = self.input.find(b"\n", start)
@@ -1244,190 +1611,105 @@ class Wire:
             if len(self.input) > limit:
                 self.skipping = True
                 self.input.clear()
-                if self.clock() >= self.deadline:
-                    raise TimedOut
-                if park:
-                    self.flush()
-                    raise Silent                    # there may be more of it, but others are waiting
             start = len(self.input)
-            self.input += self.receive(BLOCK, park)
+            self.input += await self.fill()
 
-    def receive(self, size: int, park: bool = False) -> bytes:
-        """Return up to `size` bytes from the socket, unsent output sent first; Disconnected, Silent, TimedOut."""
+    async def take(self, size: int) -> bytes:
+        """Return up to `size` bytes, of what has been read already or is read now; Disconnected, TimedOut."""
+        if not self.input:
+            return await self.fill(size)
+        data = bytes(self.input[:size])
+        del self.input[:size]
+        return data
+
+    async def fill(self, size: int = BLOCK) -> bytes:
+        """Return input from the socket, unsent output sent first; Disconnected, TimedOut."""
         if self.output:
-            self.flush()
-        if park and not self.ready and not self.may_linger() and not self.unread():
-            raise Silent
+            await self.flush()
+        event = 0 if self.tls and self.sock.pending() else READ     # type: ignore[attr-defined]
         while True:
+            if event:
+                await wait(event)
             try:
-                if self.tls or not EPOLL:
-                    data = self._receive_with_timeout(size, park)
-                else:
-                    data = self.sock.recv(size)
-            except (BlockingIOError, InterruptedError):
-                if park:
-                    raise Silent from None
-                self._wait_readable()
-                continue
+                data = self.sock.recv(size)
             except (OSError, ValueError) as error:
-                raise Disconnected from error
+                event = blocked_on(error)
+                continue
             if not data:
                 raise Disconnected
-            self.ready = False
             return data
-
-    def unread(self) -> int:
-        """Return how many bytes the TLS layer holds decrypted: the poller would not see them."""
-        return self.sock.pending() if self.tls else 0   # type: ignore[attr-defined]
-
-    def has_line(self) -> bool:
-        """Return whether a whole line is there already, without waiting."""
-        if not self.tls and EPOLL:
-            with contextlib.suppress(OSError):
-                self.input += self.sock.recv(BLOCK, socket.MSG_DONTWAIT)
-        return b"\n" in self.input
-
-    def _receive_with_timeout(self, size: int, park: bool) -> bytes:
-        try:
-            if park:
-                self.sock.settimeout(LINGER if self.may_linger() else 0)
-                return self.sock.recv(size)
-            self.sock.settimeout(max(0.001, self.deadline - self.clock()))
-            with self.blocked():
-                return self.sock.recv(size)
-        except OSError as error:
-            if not is_timeout(error):
-                raise
-            if not park and self.clock() >= self.deadline:
-                raise TimedOut from None
-            raise BlockingIOError from None
-
-    def _wait_readable(self) -> None:
-        left = self.deadline - self.clock()
-        if left <= 0:
-            raise TimedOut
-        if self.tls or not EPOLL:
-            return
-        with self.blocked():
-            poll = select.poll()
-            poll.register(self.sock, select.POLLIN)
-            poll.poll(left * 1000)
 
     def send(self, data: bytes) -> None:
         """Queue bytes for the other side."""
         self.output.append(data)
         self.pending += len(data)
+
+    async def drain(self) -> None:
+        """Send queued output when it is much, so that it does not pile up; Disconnected, TimedOut."""
         if self.pending >= BLOCK:
-            self.flush()
+            await self.flush()
 
-    def flush(self) -> None:
-        """Send all queued output now; Disconnected, TimedOut."""
-        data: Union[bytes, memoryview] = b"".join(self.output)
-        self.output.clear()
-        self.pending = 0
-        while data:
-            try:
-                if self.tls or not EPOLL:
-                    sent = self._send_with_timeout(data)
-                else:
-                    sent = self.sock.send(data, socket.MSG_DONTWAIT)
-            except (BlockingIOError, InterruptedError):
-                self.wait_writable()
-                continue
-            except OSError as error:
-                if is_timeout(error):
-                    raise TimedOut from None
-                raise Disconnected from error
-            if sent == len(data):
-                return
-            data = memoryview(data)[sent:]
+    async def flush(self) -> None:
+        """Send all queued output; Disconnected, TimedOut."""
+        while self.output:
+            event = self.send_some()
+            if event:
+                await wait(event)
 
-    def _send_with_timeout(self, data: Union[bytes, memoryview]) -> int:
-        if EPOLL:
-            self.sock.settimeout(0)
-            try:
-                return self.sock.send(data)
-            except OSError as error:
-                if not is_timeout(error):
-                    raise
-        with self.blocked():
-            self.sock.settimeout(max(0.001, self.deadline - self.clock()))
-            return self.sock.send(data)
-
-    def send_some(self) -> bool:
-        """Send queued output as far as that needs no waiting; return whether all of it went."""
-        if self.tls or not self.output:
-            return not self.output
-        data = b"".join(self.output)
+    def send_some(self) -> int:
+        """Send queued output as far as that needs no waiting; return what the rest waits for, else 0. Disconnected."""
+        data = self.output[0] if len(self.output) == 1 else b"".join(self.output)
         try:
-            sent = self.sock.send(data, socket.MSG_DONTWAIT)
-        except OSError:
-            sent = 0
-        self.output = [data[sent:]] if sent < len(data) else []
-        self.pending = len(data) - sent
-        return not self.output
+            sent = self.sock.send(data)
+        except (OSError, ValueError) as error:
+            self.output = [data]
+            return blocked_on(error)
+        self.pending -= sent
+        self.output = [memoryview(data)[sent:]] if self.pending else []
+        return WRITE if self.pending else 0
 
-    def wait_writable(self) -> None:
-        """Return when the socket takes more output; TimedOut."""
-        left = self.deadline - self.clock()
-        if left <= 0:
-            raise TimedOut
-        with self.blocked():
-            poll = select.poll()
-            poll.register(self.sock, select.POLLOUT)
-            poll.poll(left * 1000)
-
-    def send_file(self, fd: int, offset: int, count: int) -> None:
-        """Send `count` bytes of a file from `offset`, in the kernel where it can."""
-        if self.tls or not hasattr(os, "sendfile") or not EPOLL:
+    async def send_file(self, fd: int, offset: int, count: int) -> None:
+        """Send `count` bytes of a file from `offset`, in the kernel where it can; Disconnected, TimedOut."""
+        if self.tls or not hasattr(os, "sendfile"):
             self.send(pread(fd, count, offset))
-            return
-        self.flush()
-        set_kernel_timeout(self.sock, socket.SO_SNDTIMEO, LINGER)
+            return await self.flush()
+        await self.flush()
         while count:
             try:
                 sent = os.sendfile(self.sock.fileno(), fd, offset, count)
-            except (BlockingIOError, InterruptedError):
-                self.wait_writable()
-                continue
             except OSError as error:
-                raise Disconnected from error
+                await wait(blocked_on(error) and WRITE)
+                continue
             if not sent:
                 raise Disconnected                  # the file became shorter: the length we promised cannot be kept
             offset, count = offset + sent, count - sent
 
-    def take(self, size: int, park: bool = False) -> bytes:
-        """Return up to `size` bytes, of what has been read already or is read now."""
-        if not self.input:
-            return self.receive(size, park)
-        data = bytes(self.input[:size])
-        del self.input[:size]
-        return data
-
-    def start_tls(self, context: "ssl.SSLContext", server_side: bool, hostname: Optional[str] = None) -> None:
-        """Switch to TLS. Whatever was buffered before the handshake is thrown away (RFC 3207 section 4.2).
+    async def start_tls(self, context: "ssl.SSLContext", **how: Any) -> None:
+        """Switch to TLS (`how` as for wrap_socket). What came before the handshake is thrown away (RFC 3207 section 4.2).
 
         Disconnected when the handshake fails, its text saying why; TimedOut.
         """
-        self.flush()
+        await self.flush()
         self.input.clear()
         self.skipping = False
-        self.sock.settimeout(max(0.001, self.deadline - self.clock()))
         try:
-            with self.blocked():
-                self.sock = context.wrap_socket(self.sock, server_side=server_side, server_hostname=hostname)
-        except OSError as error:
-            if is_timeout(error):
-                raise TimedOut from None
-            raise Disconnected("TLS: %s" % error) from error
-        except ValueError as error:
+            self.sock = context.wrap_socket(self.sock, do_handshake_on_connect=False, **how)
+        except (OSError, ValueError) as error:
             raise Disconnected("TLS: %s" % error) from error
         self.tls = True
+        while True:
+            try:
+                return self.sock.do_handshake()
+            except (OSError, ValueError) as error:
+                try:
+                    event = blocked_on(error)
+                except Disconnected:
+                    raise Disconnected("TLS: %s" % error) from error
+            await wait(event)
 
     def close(self) -> None:
         """Close so that the last reply still arrives: what the client went on sending would make the kernel reset it."""
         try:
-            self.sock.settimeout(0)
             if self.tls:
                 with contextlib.suppress(OSError, ValueError):
                     self.sock.unwrap()              # type: ignore[attr-defined]
@@ -1437,23 +1719,18 @@ class Wire:
         self.sock.close()
 
 
+def blocked_on(error: Exception) -> int:
+    """Return what an operation that would have had to wait is to wait for; Disconnected when the error is a real one."""
+    if isinstance(error, (BlockingIOError, InterruptedError)) or type(error).__name__ == "SSLWantReadError":
+        return READ
+    if type(error).__name__ == "SSLWantWriteError":
+        return WRITE
+    raise Disconnected(str(error)) from error
+
+
 def is_timeout(error: OSError) -> bool:
-    """True when an operation was not done in its time; with a timeout of 0, because it would have had to wait."""
-    return isinstance(error, (socket.timeout, BlockingIOError)) or "timed out" in str(error) or \
-        type(error).__name__ in ("SSLWantReadError", "SSLWantWriteError")
-
-
-def tune(sock: socket.socket) -> None:
-    """Let replies leave at once and reads end after LINGER. On Linux connections have it from their listener."""
-    with contextlib.suppress(OSError):
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    if EPOLL:
-        set_kernel_timeout(sock, socket.SO_RCVTIMEO, LINGER)
-
-
-def set_kernel_timeout(sock: socket.socket, option: int, seconds: float) -> None:
-    """Let a blocking socket give up after `seconds`: one system call where a Python timeout takes two."""
-    sock.setsockopt(socket.SOL_SOCKET, option, struct.pack("@ll", int(seconds), int(seconds % 1 * 1e6)))
+    """True when a blocking operation was not done in its time."""
+    return isinstance(error, (socket.timeout, BlockingIOError))
 
 
 def pread(fd: int, count: int, offset: int) -> bytes:
@@ -1468,8 +1745,12 @@ def pread(fd: int, count: int, offset: int) -> bytes:
 # 5  Durable files.  Writes that survive a crash, locks that end with their process; knows no mail and no protocol.
 # ======================================================================================================================
 
+O_EXTRA = getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
+O_PLAIN = O_EXTRA | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+
+
 def lock_file(fd: int, wait: bool = False) -> bool:
-    """Lock an open file until it is closed or the process ends; False when somebody else has it."""
+    """Lock an open file until it is closed or the process ends; False when somebody else has it. OSError: no locks here."""
     try:
         if fcntl:
             fcntl.flock(fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
@@ -1503,102 +1784,142 @@ def write_all(fd: int, data: Union[bytes, memoryview]) -> None:
         data = memoryview(data)[os.write(fd, data):]
 
 
-class Flush:
-    """One directory's flushes to disk, shared: who comes while one runs waits for the next, which serves them all."""
+def open_regular(path: str, flags: int = os.O_RDONLY) -> int:
+    """Open a file that others may have put there and return its fd: no link is followed, no FIFO waited for. OSError."""
+    fd = os.open(path, flags | O_PLAIN)
+    if stat.S_ISREG(os.fstat(fd).st_mode):
+        return fd
+    os.close(fd)
+    raise OSError(errno.EINVAL, "not a regular file", path)
 
-    def __init__(self) -> None:
-        self.turn = threading.Lock()
-        self.tickets = itertools.count(1)
-        self.begun = 0                              # the ticket of the last one that is done
+
+def list_directory(path: str) -> List[str]:
+    """Return the names in a directory; none when it is not there."""
+    try:
+        return os.listdir(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
 
 
 class Storage:
-    """The data directory: durable writes, who is alive in it, and how processes wake each other.
+    """The data directory: durable writes, drafts whose writer is known to live, and how processes tell each other.
 
-    Each process holds a lock on run/TOKEN.lock while it lives and puts TOKEN into the names of its drafts, so that any
-    other process can tell what a dead one left behind (also on a shared file system, if that has locks).
+    Whoever writes a draft holds a lock on it from its first byte until it is in place, so that any other process (on a
+    shared file system, too, if that has locks) can tell what a dead one left behind. Who did something that others wait
+    for puts the time on a file in run/; who waits looks at that, at most a tenth of a second apart.
     """
+
+    LOOK = 0.1                                      # seconds between looks at a stamp
 
     def __init__(self, root: str, sync: bool = True) -> None:
         self.root = os.path.abspath(root)
         self.run = os.path.join(self.root, "run")
         self.sync = sync
-        self.token = ""
-        self._lock = -1
-        self._flushes: Dict[str, Flush] = {}
+        self.token = secrets.token_hex(4)           # of this process, in the ids of its messages
         self._sequence = itertools.count(1)
-        self._wakers: Tuple[int, List[str]] = (0, [])
+        self._complained: Set[str] = set()
 
     def open(self) -> None:
-        """Make the directory and enter this process in it; OSError."""
-        while self._lock < 0:
-            self.token = secrets.token_hex(4)
-            self._enter()
-
-    def _enter(self) -> None:
+        """Make the directory; OSError, also when nothing can be written there or others than its owner may."""
         self.make_directory(self.run)
-        path = os.path.join(self.run, self.token + ".lock")
-        fd = os.open(path, os.O_CREAT | os.O_RDWR | O_EXTRA, 0o600)
-        if lock_file(fd) and is_same_file(fd, path):
-            self._lock = fd
-        else:                                       # a sweeping process came between the two, and removes it
+        if os.name != "nt" and os.stat(self.root).st_mode & 0o022:
+            raise OSError(errno.EPERM, "others may write to it: chmod go-w, or choose another", self.root)
+        path = os.path.join(self.run, self.token + ".try")
+        try:
+            fd = self.create(path)
             os.close(fd)
-
-    def stay(self) -> None:
-        """Enter again if somebody removed the directory underneath us; OSError."""
-        if self._lock >= 0 and not is_same_file(self._lock, os.path.join(self.run, self.token + ".lock")):
-            os.close(self._lock)
-            self._lock = -1
-            self._enter()
-
-    def close(self) -> None:
-        if self._lock >= 0:
+        finally:
             with contextlib.suppress(OSError):
-                os.unlink(os.path.join(self.run, self.token + ".lock"))
-            os.close(self._lock)
-            self._lock = -1
+                os.unlink(path)
 
     def new_id(self, now: float) -> str:
         """Return a new message id: time, token of this process, serial number."""
         return "%08x-%05x-%s%x" % (int(now), int(now % 1 * 1e6), self.token, next(self._sequence))
 
-    def is_alive(self, token: str) -> bool:
-        """True when the process that had `token` still lives."""
-        if token == self.token:
-            return True
+    # Drafts.
+
+    def create(self, path: str) -> int:
+        """Make a file, locked while its writer lives, and return its fd; OSError."""
+        while True:
+            fd = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | O_EXTRA, 0o600)
+            try:
+                if lock_file(fd) and os.fstat(fd).st_nlink:
+                    return fd
+            except OSError as error:
+                self.complain("locks", "no locks on this file system, what a crash leaves is not cleaned up: %s" % error)
+                return fd
+            os.close(fd)                            # who sweeps came between the two, and has removed it
+
+    @staticmethod
+    def is_abandoned(path: str) -> bool:
+        """Return whether a draft's writer is dead; False also when that cannot be known."""
         try:
-            fd = os.open(os.path.join(self.run, token + ".lock"), os.O_RDWR | O_EXTRA)
-        except FileNotFoundError:
-            return False
+            fd = open_regular(path, os.O_RDWR)
         except OSError:
-            return True
+            return False
         try:
-            if not lock_file(fd):
-                return True
-            with contextlib.suppress(OSError):
-                os.unlink(os.path.join(self.run, token + ".lock"))
+            return lock_file(fd) and is_same_file(fd, path)
+        except OSError:
             return False
         finally:
             os.close(fd)
 
-    def sweep(self) -> None:
-        """Remove what dead processes left in run/."""
-        for name in list_directory(self.run):
-            token, _, kind = name.partition(".")
-            if not self.is_alive(token) and kind != "lock":
-                with contextlib.suppress(OSError):
-                    os.unlink(os.path.join(self.run, name))
+    def remove_abandoned(self, path: str) -> None:
+        """Remove a draft whose writer is dead, while nobody else can begin to write it."""
+        with contextlib.suppress(OSError):
+            fd = open_regular(path, os.O_RDWR)
+            try:
+                if lock_file(fd) and is_same_file(fd, path):
+                    os.unlink(path)
+            finally:
+                os.close(fd)
+
+    # Who waits for what.
+
+    def wake(self, kind: str) -> None:
+        """Tell all processes on this directory that wait for `kind`: a hint, after the fact, that never fails."""
+        path, now = os.path.join(self.run, kind), time.time_ns()
+        try:
+            os.utime(path, ns=(now, now))
+        except OSError:                             # the first one, or somebody removed the directory underneath us
+            with contextlib.suppress(OSError):
+                self.make_directory(self.run)
+                os.close(os.open(path, os.O_CREAT | os.O_WRONLY | O_EXTRA, 0o600))
+
+    def stamp(self, kind: str) -> int:
+        """Return a number that changes when somebody calls wake(kind)."""
+        try:
+            return os.stat(os.path.join(self.run, kind)).st_mtime_ns
+        except OSError:
+            return 0
+
+    # Durable writes.
+
+    def complain(self, what: str, text: str) -> None:
+        """Log a warning about this file system, once."""
+        if what not in self._complained:
+            self._complained.add(what)
+            log.warning("%s: %s", self.root, text)
 
     def make_directory(self, path: str) -> None:
         """Make a directory (0700) and what is missing above it, durably; OSError."""
-        missing = []
-        while not os.path.isdir(path):
-            missing.append(path)
-            path = os.path.dirname(path)
-        for path in reversed(missing):
-            with contextlib.suppress(FileExistsError):
-                os.mkdir(path, 0o700)
-            self.sync_directory(os.path.dirname(path))
+        for above in self.make_directories([path]):
+            self.sync_directory(above)
+
+    @staticmethod
+    def make_directories(paths: Sequence[str]) -> List[str]:
+        """Make directories (0700) and what is missing above them; return those that must be flushed for it. OSError."""
+        changed: Dict[str, None] = {}
+        for path in paths:
+            missing = []
+            while not os.path.isdir(path):
+                missing.append(path)
+                path = os.path.dirname(path)
+            for path in reversed(missing):
+                with contextlib.suppress(FileExistsError):
+                    os.mkdir(path, 0o700)
+                changed[os.path.dirname(path)] = None
+        return list(changed)
 
     def sync_file(self, fd: int) -> None:
         if self.sync:
@@ -1608,22 +1929,15 @@ class Storage:
         """Return when all that happened in the directory before this call is on disk; OSError."""
         if not self.sync or os.name == "nt":        # NTFS journals names itself, and Windows opens no directories
             return
-        flush = self._flushes.get(path)
-        if flush is None:
-            if len(self._flushes) > 5000:
-                self._flushes = {}                  # only a memory of who is flushing what: losing it costs a flush
-            flush = self._flushes.setdefault(path, Flush())
-        ticket = next(flush.tickets)
-        with flush.turn:
-            if flush.begun > ticket:                # one that began after us is done
-                return
-            begun = next(flush.tickets)
-            fd = os.open(path, os.O_RDONLY | O_EXTRA)
-            try:
-                os.fsync(fd)
-            finally:
-                os.close(fd)
-            flush.begun = begun
+        fd = os.open(path, os.O_RDONLY | O_EXTRA)
+        try:
+            os.fsync(fd)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS):
+                raise
+            self.complain("sync", "this file system flushes no directories (%s): a power cut may lose what was taken" % error)
+        finally:
+            os.close(fd)
 
     def flush(self, things: Iterable[Union[int, str]]) -> Dict[Union[int, str], OSError]:
         """Return when files (fd) and directories (path) are on disk, with the errors of those that are not.
@@ -1650,100 +1964,32 @@ class Storage:
                 errors[thing] = error
         return errors
 
-    def write(self, path: str, data: bytes, sync: bool = True) -> None:
-        """Put a file in place with all of `data` or not at all, an older one replaced at once; OSError."""
-        draft = "%s.%s%x.tmp" % (path, self.token or secrets.token_hex(4), next(self._sequence))
-        fd = os.open(draft, os.O_CREAT | os.O_EXCL | os.O_WRONLY | O_EXTRA, 0o600)
+    def write(self, path: str, data: bytes) -> None:
+        """Put a file in place with all of `data` or not at all, an older one replaced at once, durably; OSError."""
+        draft = "%s.%s%x.tmp" % (path, self.token, next(self._sequence))
+        fd = self.create(draft)
         try:
             try:
                 write_all(fd, data)
-                if sync:
-                    self.sync_file(fd)
+                self.sync_file(fd)
+                os.replace(draft, path)             # while it is locked: nobody takes it for abandoned
             finally:
                 os.close(fd)
-            os.replace(draft, path)
         except BaseException:
             with contextlib.suppress(OSError):
                 os.unlink(draft)
             raise
-        if sync:
-            self.sync_directory(os.path.dirname(path))
-
-    @contextlib.contextmanager
-    def waker(self, kind: str) -> Iterator[Optional[socket.socket]]:
-        """Yield a socket that gets a datagram when another process calls wake(kind); None where there is no such thing."""
-        path = os.path.join(self.run, "%s.%s%d" % (self.token, kind, next(self._sequence)))
-        sock = None
-        try:
-            if hasattr(socket, "AF_UNIX"):
-                try:
-                    sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-                    sock.settimeout(None)
-                    with short_path(path) as name:
-                        sock.bind(name)
-                except OSError as error:
-                    log.warning("cannot listen for other processes at %s: %s", path, error)
-                    sock.close() if sock else None
-                    sock = None
-            yield sock
-        finally:
-            if sock:
-                sock.close()
-                with contextlib.suppress(OSError):
-                    os.unlink(path)
-
-    def wake(self, kind: str, own: bool = False) -> None:
-        """Tell all (other) processes on this directory that wait for `kind`; costs one stat() when there are none.
-
-        A hint, after the fact: never fails, and who misses it looks by itself in time.
-        """
-        try:
-            stamp = os.stat(self.run).st_mtime_ns
-            if self._wakers[0] != stamp or time.time_ns() - stamp < 2_000_000_000:  # a clock tick may hide a change
-                self._wakers = stamp, [name for name in list_directory(self.run) if not name.endswith(".lock")]
-        except OSError:                             # no descriptor, or somebody removed the directory underneath us
-            with contextlib.suppress(OSError):
-                self.stay()
-            return
-        for name in self._wakers[1]:
-            token, _, rest = name.partition(".")
-            if not rest.startswith(kind) or (token == self.token and not own):
-                continue
-            with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
-                sock.setblocking(False)
-                with short_path(os.path.join(self.run, name)) as path:
-                    sock.sendto(b"\n", path)
-
-
-O_EXTRA = getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
-
-
-@contextlib.contextmanager
-def short_path(path: str) -> Iterator[str]:
-    """Yield a name for `path` that fits into a socket address (108 bytes)."""
-    if len(os.fsencode(path)) < 100 or not os.path.isdir("/proc/self/fd"):
-        yield path
-        return
-    fd = os.open(os.path.dirname(path), os.O_RDONLY | O_EXTRA)
-    try:
-        yield "/proc/self/fd/%d/%s" % (fd, os.path.basename(path))
-    finally:
-        os.close(fd)
-
-
-def list_directory(path: str) -> List[str]:
-    """Return the names in a directory; none when it is not there."""
-    try:
-        return os.listdir(path)
-    except (FileNotFoundError, NotADirectoryError):
-        return []
+        self.sync_directory(os.path.dirname(path))
 
 
 class Draft:
-    """A message file while its content comes in; `open_file(name)` makes it on the first write and returns (fd, path).
+    """A message file while its content comes in; `open_file()` makes it on the first write and returns (fd, path).
 
-    An error of the disk is kept and raised by finish(), so that the rest of the content can be read past it.
+    An error of the disk is kept and raised by complete(), so that the rest of the content can be read past it.
     """
+
+    __slots__ = ("id", "limit", "size", "path", "head", "keep_head", "eightbit", "error", "ends_with_newline", "header",
+                 "written", "fd", "_open_file", "_buffer", "_buffered")
 
     def __init__(self, id: str, header: bytes, limit: int, open_file: Callable[[], Tuple[int, str]]) -> None:
         self.id = id
@@ -1757,8 +2003,8 @@ class Draft:
         self.ends_with_newline = True
         self.header = header
         self.written = 0                            # bytes in the file: header and content
-        self._open_file = open_file
         self.fd = -1
+        self._open_file = open_file
         self._buffer = [header]
         self._buffered = len(header)
 
@@ -1767,7 +2013,7 @@ class Draft:
         return self.size > self.limit
 
     def write(self, block: bytes) -> None:
-        """Append content; errors wait for finish()."""
+        """Append content; errors wait for complete()."""
         if not block:
             return
         self.size += len(block)
@@ -1824,47 +2070,81 @@ class Draft:
             self.path = ""
 
 
-class Reloaded:
+class Watched:
+    """A value made from files, and made anew when one of them changed: users, aliases, certificates.
+
+    `load()` returns it, or raises OSError or ValueError: then the last good one serves on.
+    """
+
+    PAUSE = 0.02                                    # seconds for which a look at the files is good enough
+
+    def __init__(self, paths: Sequence[str], load: Callable[[], Any]) -> None:
+        self.paths = [path for path in paths if path]
+        self.load = load
+        self.value: Any = None
+        self._stamp: Any = None                     # None: never loaded
+        self._checked = 0.0
+        self._complaint = ""                        # the last one: said once
+        self._lock = threading.Lock()
+
+    def is_stale(self) -> bool:
+        """Return whether get() would have to load; cheap enough for the loop."""
+        now = time.monotonic()
+        if self._stamp is not None and now - self._checked < self.PAUSE:
+            return False
+        self._checked = now
+        return bool(self._stamp is None or self._look() != self._stamp)
+
+    def _look(self) -> Any:
+        stamps = []
+        for path in self.paths:
+            try:
+                found = os.stat(path)
+                stamps.append((found.st_mtime_ns, found.st_size, found.st_ino))
+            except FileNotFoundError:
+                stamps.append((0, 0, 0))
+            except OSError as error:
+                self._complain(error)
+                return self._stamp
+        return stamps
+
+    def get(self, fresh: bool = False) -> Any:
+        """Return the value, loaded first if a file changed; who comes while somebody loads waits for that.
+
+        OSError or ValueError when there is none yet and none can be made.
+        """
+        if not fresh and not self.is_stale():
+            return self.value
+        with self._lock:
+            stamp = self._look()
+            if stamp != self._stamp or stamp is None:
+                try:
+                    self.value = self.load()
+                    self._stamp, self._complaint = stamp or [], ""
+                except (OSError, ValueError) as error:
+                    if self._stamp is None:         # nothing known: better say "later" than "no such user"
+                        raise
+                    self._complain(error)
+        return self.value
+
+    def _complain(self, error: Exception) -> None:
+        if self._complaint != str(error):
+            self._complaint = str(error)
+            log.warning("cannot use %s, going on with what was there: %s", " and ".join(self.paths), error)
+
+
+class Reloaded(Watched):
     """A small text file, parsed when it is first needed and again whenever it changed.
 
     `parse` gets the lines as [(number, text)] and a function to complain with; a line it cannot use locks nobody out.
     """
 
-    PAUSE = 0.02                                    # seconds for which a look at the file is good enough
-
     def __init__(self, path: str, parse: Callable[[List[Tuple[int, str]], Callable[[int, str], None]], Any]) -> None:
         self.path = path
-        self._parse = parse
-        self._checked = 0.0
-        self._stamp: Any = ()
-        self._value: Any = parse([], self._complain)
+        super().__init__([path], lambda: parse(self.lines(), self._complain_about))
 
-    def _complain(self, number: int, reason: str) -> None:
+    def _complain_about(self, number: int, reason: str) -> None:
         log.warning("%s line %d: %s", self.path, number, reason)
-
-    def get(self, fresh: bool = False) -> Any:
-        """Return the parsed value; the last good one when the file cannot be read."""
-        now = time.monotonic()
-        if now - self._checked < self.PAUSE and not fresh:
-            return self._value
-        self._checked = now
-        try:
-            info: Any = os.stat(self.path)
-            stamp = (info.st_mtime_ns, info.st_size, info.st_ino)
-        except FileNotFoundError:
-            stamp = (0, 0, 0)
-        except OSError as error:
-            log.warning("cannot read %s: %s", self.path, error)
-            return self._value
-        if stamp != self._stamp:
-            try:
-                self._value = self._parse(self.lines(), self._complain)
-                self._stamp = stamp
-            except OSError as error:
-                log.warning("cannot read %s: %s", self.path, error)
-                if self._stamp == ():               # nothing known: better say "later" than "no such user"
-                    raise
-        return self._value
 
     def lines(self) -> List[Tuple[int, str]]:
         """Return the file as numbered lines without comments; one that begins with a space continues the line above."""
@@ -1873,54 +2153,34 @@ class Reloaded:
                 raw = file.read().splitlines()
         except FileNotFoundError:
             return []
-        lines: List[Tuple[int, str]] = []
+        lines: List[Tuple[int, List[str]]] = []
         for number, line in enumerate(raw, 1):
             if not line.strip() or line.lstrip().startswith("#"):
                 continue
             if line[0] in " \t" and lines:
-                lines[-1] = (lines[-1][0], lines[-1][1] + " " + line.strip())
+                lines[-1][1].append(line.strip())
             else:
-                lines.append((number, line.strip()))
-        return lines
+                lines.append((number, [line.strip()]))
+        return [(number, " ".join(pieces)) for number, pieces in lines]
 
 
-class OptionFile:
+class OptionFile(Reloaded):
     """An option's value in a file of its own, read again when it changes; while that is wrong or gone the last good counts."""
 
     def __init__(self, name: str, path: str, meta: Any) -> None:
+        super().__init__(path, lambda lines, complain: read_option(self.texts(), meta, name))
         self.name = name
-        self.path = path
         self.meta = meta
-        self.text: Any = None
-        self.value: Any = None
-        self._file = Reloaded(path, self._parse)
 
-    def read(self) -> Any:
-        """Read it for the first time; return its text, or list of texts. UsageError, CannotRun."""
+    def texts(self) -> Any:
+        """Return its text, or the list of texts where the option may be given several times; CannotRun."""
         try:
-            lines = self._file.lines()
+            texts = [split_values(line, self.meta) for _, line in self.lines()]
         except OSError as error:
             raise CannotRun("%s: %s: %s" % (self.name, self.path, error.strerror or error)) from None
-        if not lines:
+        if not texts:
             raise CannotRun("%s: %s is not there, or empty" % (self.name, self.path))
-        self.text = self._texts(lines)
-        self.value = read_option(self.text, self.meta, self.name)
-        return self.text
-
-    def _texts(self, lines: List[Tuple[int, str]]) -> Any:
-        texts = [split_values(line, self.meta) for _, line in lines]
         return list(itertools.chain(*texts)) if self.meta["many"] else "\n".join(texts)
-
-    def _parse(self, lines: List[Tuple[int, str]], complain: Callable[[int, str], None]) -> Any:
-        if lines:
-            try:
-                self.value = read_option(self._texts(lines), self.meta, self.name)
-            except UsageError as error:
-                complain(lines[0][0], str(error))
-        return self.value
-
-    def current(self) -> Any:
-        return self._file.get()
 
 
 def refuse_shared(path: str) -> None:
@@ -1948,7 +2208,7 @@ def read_regular(path: str, limit: int = 1 << 20) -> bytes:
 # ======================================================================================================================
 # 6  Mailboxes and accounts.  A Maildir per address, who may open it, what an address stands for; knows no protocol.
 #
-#    tmp/NAME            being written by the process whose token is in NAME; rubbish when that is dead
+#    tmp/NAME            being written by whoever holds a lock on it; rubbish when nobody does
 #    new/NAME, cur/NAME  a whole message, on disk; mutt, Dovecot and others move it from new/ to cur/ and add flags
 #    NAME                SECONDS.ID.HOST,S=SIZE,W=SIZE: the UID is what stands before the comma. W is the size with CRLF
 #                        line ends (Maildir++), which is what POP3 counts; ours have no others, so S and W are the same.
@@ -1956,7 +2216,7 @@ def read_regular(path: str, limit: int = 1 << 20) -> bytes:
 
 SAFE = re.compile(r"[a-z0-9._+=-]*")
 DEVICE = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\.|$)")
-OWN_NAME = re.compile(r"\d+\.([0-9a-f]{8}-[0-9a-f]{5}-([0-9a-f]{8})[0-9a-f]+)\.")
+OWN_NAME = re.compile(r"\d+\.([0-9a-f]{8}-[0-9a-f]{5}-[0-9a-f]{9,})\.")
 SIZED_NAME = re.compile(r"([!-+\--9<-~]{1,70}),(?:[^:]*,)?W=(\d+)(?=$|[:;,])")
 FLAGS = ";2," if os.name == "nt" else ":2,"         # no colons in Windows file names
 
@@ -2029,38 +2289,37 @@ class Mailboxes:
                     if self.exists(mailbox):
                         yield mailbox
 
-    def _make(self, mailbox: str) -> None:
-        path = self.path(mailbox)
-        for place in ("tmp", "cur", "new"):         # new last: a mailbox exists once it has that
-            self.storage.make_directory(os.path.join(path, place))
-
-    def _retry_made(self, mailbox: str, action: Callable[[], Any]) -> Any:
-        """Do what needs the mailbox's directories; make them when they turn out to be missing."""
+    def _retry_made(self, mailbox: str, made: List[str], action: Callable[[], Any]) -> Any:
+        """Do what needs the mailbox's directories, made when missing; those to be flushed for it go into `made`."""
         try:
             return action()
         except FileNotFoundError:
-            self._make(mailbox)
+            path = self.path(mailbox)               # new/ last: a mailbox exists once it has that
+            made += self.storage.make_directories([os.path.join(path, place) for place in ("tmp", "cur", "new")])
             return action()
 
     def file_name(self, id: str) -> str:
         return "%d.%s.%s" % (int(id[:8], 16), id, self.host)
 
-    def open_draft(self, mailbox: str, id: str) -> Tuple[int, str]:
-        """Make a file in the mailbox's tmp/ and return (fd, path); OSError."""
+    def open_draft(self, mailbox: str, id: str, made: List[str]) -> Tuple[int, str]:
+        """Make a file in the mailbox's tmp/ and return (fd, path); OSError. See _retry_made() for `made`."""
         path = os.path.join(self.path(mailbox), "tmp", self.file_name(id))
-        flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | O_EXTRA
-        return self._retry_made(mailbox, lambda: os.open(path, flags, 0o600)), path
+        return self._retry_made(mailbox, made, lambda: self.storage.create(path)), path
 
-    def place(self, draft: Draft, mailboxes: Sequence[str], placed: List[str]) -> None:
+    def place(self, draft: Draft, mailboxes: Sequence[str], placed: List[str], made: List[str]) -> None:
         """Put a completed draft into all mailboxes, the paths into `placed`; OSError, with some of it done.
 
         The first mailbox's tmp/ has the draft; the others get a link to the same file.
         """
         name = "%s,S=%d,W=%d" % (self.file_name(draft.id), draft.written, draft.written)
         for mailbox in reversed(mailboxes):
-            target = os.path.join(self.path(mailbox), "new", name)
-            put = os.rename if mailbox == mailboxes[0] else link_or_copy
-            self._retry_made(mailbox, functools.partial(put, draft.path, target))
+            path = self.path(mailbox)
+            target = os.path.join(path, "new", name)
+            if mailbox == mailboxes[0]:
+                put = functools.partial(os.rename, draft.path, target)
+            else:
+                put = functools.partial(link_or_copy, draft.path, target, os.path.join(path, "tmp", name))
+            self._retry_made(mailbox, made, put)
             placed.append(target)
         draft.path = ""
 
@@ -2068,15 +2327,12 @@ class Mailboxes:
         """Return a mailbox's messages, oldest first, from the file names alone; empty when there is no such mailbox."""
         try:
             path = self.path(mailbox)
-            stats = [os.stat(os.path.join(path, place)) for place in ("new", "cur")]
-            stamp = [(stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino) for stat in stats]
+            stamp = self._stamp(path)
         except (OSError, Refused):
             return []
-        with self._listing_lock:
-            cached = self._listings.get(path)
-            if cached and cached[0] == stamp:
-                self._listings.move_to_end(path)
-                return cached[1]
+        cached = self._recall(path, stamp)
+        if cached is not None:
+            return cached
         items: Dict[str, Item] = {}
         for place in ("new", "cur"):                # in this order: what is moved meanwhile is seen twice, not never
             for name in list_directory(os.path.join(path, place)):
@@ -2096,6 +2352,28 @@ class Mailboxes:
                     self._listings.popitem(last=False)
         return listing
 
+    @staticmethod
+    def _stamp(path: str) -> List[Tuple[int, int, int]]:
+        """Return what changes when a message comes, goes or is renamed; OSError."""
+        found = [os.stat(os.path.join(path, place)) for place in ("new", "cur")]
+        return [(place.st_mtime_ns, place.st_ctime_ns, place.st_ino) for place in found]
+
+    def _recall(self, path: str, stamp: List[Tuple[int, int, int]]) -> Optional[List[Item]]:
+        with self._listing_lock:
+            cached = self._listings.get(path)
+            if not cached or cached[0] != stamp:
+                return None
+            self._listings.move_to_end(path)
+            return cached[1]
+
+    def remembered(self, mailbox: str) -> Optional[List[Item]]:
+        """Return what listing() would, if that takes no time; None when it does."""
+        try:
+            path = self.path(mailbox)
+            return self._recall(path, self._stamp(path))
+        except (OSError, Refused):
+            return []
+
     def _foreign_item(self, path: str, place: str, name: str) -> Optional[Item]:
         """Return the Item of a file that another program delivered: its size has to be counted."""
         base = name.partition(FLAGS)[0].partition(",")[0]
@@ -2103,20 +2381,21 @@ class Mailboxes:
             base = hashlib.sha256(os.fsencode(base)).hexdigest()
         size, last = 0, b""
         try:
-            with open(os.path.join(path, place, name), "rb") as file:
+            with open(open_regular(os.path.join(path, place, name)), "rb", buffering=0) as file:
                 for block in iter(lambda: file.read(BIG_BLOCK), b""):
                     crlf = block.count(b"\r\n") + (last + block[:1] == b"\r\n")
                     size += len(block) + block.count(b"\n") - crlf
                     last = block[-1:]
-        except OSError:                             # a directory, or gone
+        except OSError:                             # a directory, a link, or gone
             return None
-        return Item(base, size + (2 if last not in (b"", b"\n") else 0), place, name)
+        lacks = {b"": 0, b"\n": 0, b"\r": 1}.get(last, 2)     # of the last line's end
+        return Item(base, size + lacks, place, name)
 
     def find(self, mailbox: str, item: Item) -> str:
         """Return where an item's file is now, if another program moved it or changed its flags; FileNotFoundError."""
         path = self.path(mailbox)
         file = os.path.join(path, item.place, item.name)
-        if os.path.exists(file):
+        if os.path.lexists(file):
             return file
         base = item.name.partition(FLAGS)[0]
         for place in ("new", "cur"):
@@ -2128,15 +2407,15 @@ class Mailboxes:
     def open(self, mailbox: str, item: Item) -> int:
         """Open an item's file for reading and return its fd; OSError."""
         try:
-            return os.open(os.path.join(self.path(mailbox), item.place, item.name), os.O_RDONLY | O_EXTRA)
+            return open_regular(os.path.join(self.path(mailbox), item.place, item.name))
         except FileNotFoundError:
-            return os.open(self.find(mailbox, item), os.O_RDONLY | O_EXTRA)
+            return open_regular(self.find(mailbox, item))
 
     def delete(self, mailbox: str, item: Item) -> None:
         """Remove an item; one that is gone already is no error. OSError."""
         with contextlib.suppress(FileNotFoundError):
             file = self.find(mailbox, item)
-            last = self.forget and os.stat(file).st_nlink == 1
+            last = self.forget and os.lstat(file).st_nlink == 1
             os.unlink(file)
             if self.forget and last:
                 self.forget(message_id(item))
@@ -2157,7 +2436,7 @@ class Mailboxes:
             return -1
         path = os.path.join(self.path(mailbox), "minimail.lock")
         try:
-            fd = os.open(path, os.O_CREAT | os.O_RDWR | O_EXTRA, 0o600)
+            fd = os.open(path, os.O_CREAT | os.O_RDWR | O_PLAIN, 0o600)
         except OSError:                             # disk full or read-only: mail can be read all the same
             fd = os.open(self.path(mailbox), os.O_RDONLY | O_EXTRA)
         if lock_file(fd):
@@ -2165,22 +2444,33 @@ class Mailboxes:
         os.close(fd)
         raise BlockingIOError(errno.EAGAIN, "mailbox is in use", path)
 
-    def prune(self, mailbox: str, keep: int) -> None:
-        """Delete all but the newest `keep` messages, logging each."""
-        for item in self.listing(mailbox)[:-keep]:
-            self.delete(mailbox, item)
-            event("pruned", mailbox=mailbox, uid=item.uid, size=item.size)
+    def prune(self, mailbox: str, keep: Optional[int], max_age: Optional[float] = None) -> None:
+        """Delete all but the newest `keep` messages, and those older than `max_age` seconds, logging each; OSError."""
+        items = self.listing(mailbox)
+        oldest = time.time() - max_age if max_age else 0.0
+        for index, item in enumerate(items):
+            if (keep and index < len(items) - keep) or item_time(item) < oldest:
+                self.delete(mailbox, item)
+                event("pruned", mailbox=mailbox, uid=item.uid, size=item.size)
 
     def sweep(self) -> None:
         """Remove what dead processes and, after 36 hours, other programs left in tmp/."""
         for mailbox in self.names():
             tmp = os.path.join(self.path(mailbox), "tmp")
             for name in list_directory(tmp):
-                own = OWN_NAME.match(name)
+                path = os.path.join(tmp, name)
+                if OWN_NAME.match(name):
+                    self.storage.remove_abandoned(path)
+                    continue
                 with contextlib.suppress(OSError):
-                    stale = time.time() - os.stat(os.path.join(tmp, name)).st_mtime > STALE_DRAFT
-                    if stale or (own and not self.storage.is_alive(own.group(2))):
-                        os.unlink(os.path.join(tmp, name))
+                    if time.time() - os.lstat(path).st_mtime > STALE_DRAFT:
+                        os.unlink(path)
+
+
+def item_time(item: Item) -> float:
+    """Return when a message came, in seconds, as its file name tells; that of an odd name is not known: infinity."""
+    seconds = item.name.partition(".")[0]
+    return float(seconds) if seconds.isascii() and seconds.isdecimal() and len(seconds) < 12 else float("inf")
 
 
 def message_id(item: Item) -> str:
@@ -2189,21 +2479,23 @@ def message_id(item: Item) -> str:
     return match.group(1) if match else item.uid
 
 
-def link_or_copy(source: str, target: str) -> None:
-    """Give a file a second name; where the file system has no links, make a durable copy. OSError."""
+NO_LINKS = {getattr(errno, name, -1) for name in ("EPERM", "EACCES", "EOPNOTSUPP", "ENOTSUP", "ENOSYS", "EMLINK", "EXDEV",
+                                                  "EINVAL")}    # from os.link() where a file cannot have another name
+
+
+def link_or_copy(source: str, target: str, draft: str) -> None:
+    """Give a file a second name; where the file system has no links, make a durable copy by way of `draft`. OSError."""
     try:
         os.link(source, target)
-    except FileNotFoundError:
-        raise
+        return
     except OSError as error:
-        if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV, errno.EINVAL):
+        if error.errno not in NO_LINKS:
             raise
-        draft = os.path.join(os.path.dirname(os.path.dirname(target)), "tmp", os.path.basename(source))
-        with open(source, "rb") as old, open(draft, "xb", opener=lambda p, f: os.open(p, f, 0o600)) as new:
-            shutil.copyfileobj(old, new)
-            new.flush()
-            os.fsync(new.fileno())
-        os.rename(draft, target)
+    with open(source, "rb") as old, open(draft, "xb", opener=lambda p, f: os.open(p, f, 0o600)) as new:
+        shutil.copyfileobj(old, new, BIG_BLOCK)
+        new.flush()
+        os.fsync(new.fileno())
+    os.rename(draft, target)
 
 
 class Message:
@@ -2261,7 +2553,7 @@ class Message:
 
     def read(self) -> bytes:
         """Return the message as stored; OSError."""
-        with open(self._mailboxes.open(self.recipient, self._item), "rb") as file:
+        with open(self._mailboxes.open(self.recipient, self._item), "rb", buffering=0) as file:
             return file.read()
 
     def email(self) -> "EmailMessage":
@@ -2350,7 +2642,9 @@ class Accounts:
 
     def __init__(self, path: str) -> None:
         self.file = Reloaded(path, parse_users)
-        self._threads: Any = None                   # few, so never all cores at once, nor 16 MiB for each thread there is
+        threads = max(1, (os.cpu_count() or 2) // 2)    # so never all cores at once, nor 16 MiB for each thread there is
+        self.hashing = Crew(threads, "minimail-password")
+        self._turn = threading.Semaphore(threads)
         self._dummy = ""
         self._known: Dict[bytes, str] = {}          # passwords that fitted, as keyed hashes, so that polling is cheap
         self._secret = secrets.token_bytes(32)
@@ -2359,36 +2653,36 @@ class Accounts:
         users: Dict[str, str] = self.file.get(fresh)
         return users
 
-    def verify(self, name: str, password: str) -> Optional[str]:
-        """Return the key of the account, None when name and password do not fit; an unknown name takes as long."""
+    def recall(self, name: str, password: str) -> Optional[str]:
+        """Return the key of the account if these fitted before and still do; takes next to no time."""
+        key, proof = self._proof(name, password)
+        record = self._known.get(proof)
+        return key if record is not None and self.names().get(key) == record else None
+
+    def _proof(self, name: str, password: str) -> Tuple[str, bytes]:
         try:
             key = parse_address(name).key
         except Refused:
             key = ""
+        text = ("%s\0%s" % (key, password)).encode("utf-8", "surrogateescape")
+        return key, hmac.new(self._secret, text, "sha256").digest()
+
+    def verify(self, name: str, password: str) -> Optional[str]:
+        """Return the key of the account, None when name and password do not fit; an unknown name takes as long: some 50 ms."""
+        key, proof = self._proof(name, password)
         record = self.names().get(key)
-        proof = hmac.new(self._secret, ("%s\0%s" % (key, password)).encode("utf-8", "surrogateescape"), "sha256").digest()
-        if record and self._known.get(proof) == record:
-            return key
-        if self._threads is None:
-            from concurrent.futures import ThreadPoolExecutor
-            self._threads = ThreadPoolExecutor(max(1, (os.cpu_count() or 2) // 2), "minimail-password")
-        try:
-            if not self._dummy:
-                self._dummy = self._threads.submit(hash_password, "").result()
-            if not self._threads.submit(check_password, password, record or self._dummy).result() or not record:
+        with self._turn:
+            try:
+                self._dummy = self._dummy or hash_password("")
+                if not check_password(password, record or self._dummy) or not record:
+                    return None
+            except ValueError as error:
+                log.warning("account %s: %s", printable(key), error)
                 return None
-        except ValueError as error:
-            log.warning("account %s: %s", printable(key), error)
-            return None
         if len(self._known) > 1000:
             self._known.clear()
         self._known[proof] = record
         return key
-
-    def close(self) -> None:
-        if self._threads:
-            self._threads.shutdown()
-            self._threads = None
 
     def change(self, storage: Storage, edit: Callable[[Dict[str, str]], None]) -> None:
         """Let `edit` change {key: record} and write the file anew; lines it does not name stay as they are. OSError."""
@@ -2524,6 +2818,16 @@ class AddressBook:
         self.own_names = {"localhost", "localhost.localdomain", ascii_domain(hostname), machine_name()}
         self._remembered = Remembered({}, {})
 
+    def is_stale(self) -> bool:
+        """Return whether files have to be read before the next answer: better not on the loop."""
+        return not self.capture and (self.accounts.file.is_stale() or self.aliases.is_stale())
+
+    def refresh(self) -> None:
+        """Read what changed; OSError."""
+        if not self.capture:
+            self.accounts.file.get()
+            self.aliases.get()
+
     def is_local(self, address: Address) -> bool:
         return self.capture or not address.domain or ascii_domain(lower(address.domain)) in self.domains
 
@@ -2554,6 +2858,8 @@ class AddressBook:
 
         What came of an alias is remembered, refusals too: a client may name the same list a thousand times.
         """
+        if self.capture:
+            return Destinations([self._captured(address)], [])
         aliases: Dict[str, List[Address]] = self.aliases.get()
         users = self.accounts.names()
         memory = self._remembered
@@ -2585,13 +2891,15 @@ class AddressBook:
         found.check()
         if not self.is_local(address):
             found.remote.setdefault(address.key, address)
-        elif self.capture:
-            key = self.key(address)
-            for part in key.rpartition("@")[::2]:
-                encode_name(part)                   # Refused when too long
-            found.mailboxes[key] = None
         else:
             self._expand_local(self.key(address), found, files)
+
+    def _captured(self, address: Address) -> str:
+        """Return the mailbox of an address in capture mode; Refused when its name is too long for a file."""
+        key = self.key(address)
+        for part in key.rpartition("@")[::2]:
+            encode_name(part)
+        return key
 
     def _expand_local(self, key: str, found: Expansion, files: Remembered) -> None:
         local, _, domain = key.rpartition("@")
@@ -2637,29 +2945,53 @@ class AddressBook:
 
 
 # ======================================================================================================================
-# 7  Delivery.  One message to all its recipients, or to none: mailboxes here, the queue for elsewhere if there is one.
+# 7  Delivery.  Whether a message may go and where; then to all its recipients, or to none: mailboxes here, the queue for
+#    elsewhere if there is one. Knows no protocol and no socket.
 # ======================================================================================================================
 
-class Parcel(NamedTuple):
-    """A message on its way to disk: the draft, its envelope, and where it goes."""
-    draft: Draft
-    envelope: Envelope
-    mailboxes: List[str]
-    remote: List[Address]
-    own: int                                        # bytes at the file's start that are not for other hosts
+class Policy:
+    """A hook for your own rules: override what you need. Each returns nothing, or raises Refused(code, enhanced, text).
+
+    Any other exception refuses with 451 and is logged. Called in threads, possibly several at once.
+    """
+
+    def on_connect(self, client: str) -> None:
+        """`client` is the IP address."""
+
+    def on_mail(self, client: str, sender: str, user: Optional[str]) -> None:
+        """`sender` is the reverse-path, "" for the null one; `user` who logged in."""
+
+    def on_rcpt(self, envelope: Envelope, recipient: str) -> None:
+        """`envelope` has the sender and the recipients accepted before this one."""
+
+    def on_message(self, envelope: Envelope, path: str) -> None:
+        """The whole message, trace headers first, is in the file `path`, and nowhere else yet."""
+
+
+class Parcel:
+    """A message on its way to disk: the draft, its envelope, where it goes, and what of that has been done."""
+
+    __slots__ = ("draft", "envelope", "mailboxes", "remote", "own", "entry", "placed", "made")
+
+    def __init__(self, draft: Draft, envelope: Envelope, mailboxes: List[str], remote: List[Address], own: int,
+                 made: List[str]) -> None:
+        self.draft, self.envelope, self.mailboxes, self.remote = draft, envelope, mailboxes, remote
+        self.own = own                              # bytes at the file's start that are not for other hosts
+        self.entry: Any = None                      # in the queue, not published yet
+        self.placed: List[str] = []                 # paths in mailboxes
+        self.made = made                            # directories that have new ones in them, to be flushed
 
 
 class Post:
     """Takes messages over: what commit() returned for is on disk, whatever happens next."""
 
-    def __init__(self, mailboxes: Mailboxes, hostname: str, max_size: int, queue: Any = None, keep: Optional[int] = None,
+    def __init__(self, mailboxes: Mailboxes, hostname: str, max_size: int, queue: Any = None,
                  clock: Callable[[], float] = time.time) -> None:
         self.mailboxes = mailboxes
         self.storage = mailboxes.storage
         self.hostname = hostname
         self.max_size = max_size
         self.queue = queue                          # section 9; None in capture mode: nothing leaves the machine
-        self.keep = keep
         self.clock = clock
 
     def begin(self, envelope: Envelope, destinations: Iterable[Destinations]) -> Parcel:
@@ -2668,84 +3000,97 @@ class Post:
         remote: Dict[str, Address] = {}
         for destination in destinations:
             boxes.update(dict.fromkeys(destination.mailboxes))
-            remote.update((address.key, address) for address in destination.remote)
+            if destination.remote:
+                remote.update((address.key, address) for address in destination.remote)
         now = self.clock()
         envelope.id = id = self.storage.new_id(now)
-        mailboxes = list(boxes)
+        mailboxes, made = list(boxes), []           # type: List[str], List[str]
         header, own = trace_headers(envelope, mailboxes, self.hostname, now)
 
         def open_file() -> Tuple[int, str]:
             if mailboxes:
-                return self.mailboxes.open_draft(mailboxes[0], id)
+                return self.mailboxes.open_draft(mailboxes[0], id, made)
             fd_and_path: Tuple[int, str] = self.queue.open_draft(id)
             return fd_and_path
         draft = Draft(id, header, self.max_size, open_file)
         draft.keep_head = BLOCK if self.queue else 0
-        return Parcel(draft, envelope, mailboxes, list(remote.values()), own)
+        return Parcel(draft, envelope, mailboxes, list(remote.values()), own, made)
 
-    def committing(self, parcel: Parcel) -> Iterator[List[Union[int, str]]]:
-        """Commit one message step by step: yields the files (fd) and directories (path) that must be on disk before
-        it goes on, and ends when the promise can be given. Refused, OSError: then nothing of it is left.
+    @staticmethod
+    def is_heavy(parcel: Parcel) -> bool:
+        """Return whether its commit takes long enough for others not to wait for it."""
+        return parcel.draft.size > HEAVY_MESSAGE or len(parcel.mailboxes) > HEAVY_DELIVERY
+
+    def commit_all(self, parcels: Sequence[Parcel]) -> List[Optional[Exception]]:
+        """Commit several messages together, in two steps that share the disk's flushes: all is written, then put in place.
+
+        Returns for each its refusal, and then nothing of it is left, or None.
         """
-        draft, entry = parcel.draft, None
-        placed: List[str] = []
-        try:
-            if draft.too_large:
-                raise Refused(552, "5.3.4", "message larger than %d bytes" % self.max_size)
-            if sum(name == "received" for name, _ in split_headers(draft.head)[0]) > MAX_RECEIVED:
-                raise Refused(554, "5.4.6", "mail loop: more than %d Received headers" % MAX_RECEIVED)
-            files: List[Union[int, str]] = [draft.complete()]
-            if parcel.remote:
-                entry = self.queue.add(parcel)
-                files.append(entry.draft)
-            yield files
-            directories: List[Union[int, str]] = []
-            if entry:
-                directories += self.queue.publish(entry)
-            if parcel.mailboxes:
-                self.mailboxes.place(draft, parcel.mailboxes, placed)
-                directories += [os.path.dirname(target) for target in placed]
-            draft.path = ""
-            yield directories
-        except BaseException:
-            for path in placed:
-                with contextlib.suppress(OSError):
-                    os.unlink(path)
-            if entry:
-                self.queue.withdraw(entry)
-            draft.discard()
-            raise
-        draft.close()
-        if entry:
-            self.queue.submit(entry)
-
-    def commit_all(self, parcels: Sequence[Parcel]) -> List[Optional[Refused]]:
-        """Commit several messages together, sharing the disk's flushes; return for each its refusal, or None."""
-        results: List[Optional[Refused]] = [None] * len(parcels)
-        running = {index: self.committing(parcel) for index, parcel in enumerate(parcels)}
-        wanted: Dict[int, List[Union[int, str]]] = {}
-        errors: Dict[int, OSError] = {}
-        while running:
-            for index, steps in list(running.items()):
+        results: List[Optional[Exception]] = [None] * len(parcels)
+        for step in self._write, self._place:
+            wanted: List[List[Union[int, str]]] = []
+            for index, parcel in enumerate(parcels):
+                things: List[Union[int, str]] = []
                 try:
-                    wanted[index] = steps.throw(errors[index]) if index in errors else next(steps)  # type: ignore[attr-defined]
-                    continue
-                except StopIteration:
-                    pass
-                except Refused as refused:
-                    results[index] = refused
-                except OSError as error:
-                    results[index] = self.disk_refusal(parcels[index], error)
-                except Exception:
-                    log.exception("message %s not stored", parcels[index].draft.id)
-                    results[index] = Refused(451, "4.3.0", "cannot store the message, try again later")
-                del running[index]
-                wanted.pop(index, None)
-            failed = self.storage.flush([thing for things in wanted.values() for thing in things])
-            errors = {index: failed[thing] for index, things in wanted.items() for thing in things if thing in failed}
+                    if results[index] is None:
+                        things = step(parcel)
+                except Exception as error:
+                    results[index] = self._undo(parcel, error)
+                wanted.append(things)
+            failed = self.storage.flush(thing for things in wanted for thing in things)
+            if failed:
+                for index, things in enumerate(wanted):
+                    for thing in things:
+                        if thing in failed and results[index] is None:
+                            results[index] = self._undo(parcels[index], failed[thing])
+        for parcel, refused in zip(parcels, results):
+            if refused is None:
+                parcel.draft.close()
+                if parcel.entry:
+                    self.queue.submit(parcel.entry)
         if any(parcel.mailboxes and not refused for parcel, refused in zip(parcels, results)):
             self.storage.wake("mail")
         return results
+
+    def _write(self, parcel: Parcel) -> List[Union[int, str]]:
+        """Write a message and its queue entry; return the files to flush. Refused, OSError."""
+        draft = parcel.draft
+        if draft.too_large:
+            raise Refused(552, "5.3.4", "message larger than %d bytes" % self.max_size)
+        if draft.head and draft.head.lower().count(b"received:") > MAX_RECEIVED and \
+                sum(name == "received" for name, _ in split_headers(draft.head)[0]) > MAX_RECEIVED:
+            raise Refused(554, "5.4.6", "mail loop: more than %d Received headers" % MAX_RECEIVED)
+        files: List[Union[int, str]] = [draft.complete()]
+        if parcel.remote:
+            parcel.entry = self.queue.add(parcel)
+            files.append(parcel.entry.draft)
+        return files
+
+    def _place(self, parcel: Parcel) -> List[Union[int, str]]:
+        """Put what is on disk where it belongs; return the directories to flush. OSError."""
+        directories: List[Union[int, str]] = []
+        if parcel.entry:
+            directories += self.queue.publish(parcel.entry)
+        if parcel.mailboxes:
+            self.mailboxes.place(parcel.draft, parcel.mailboxes, parcel.placed, parcel.made)
+            directories += map(os.path.dirname, parcel.placed)
+        parcel.draft.path = ""
+        return directories + parcel.made
+
+    def _undo(self, parcel: Parcel, error: Exception) -> Refused:
+        """Leave nothing of a message, and return its refusal."""
+        for path in parcel.placed:
+            with contextlib.suppress(OSError):
+                os.unlink(path)
+        if parcel.entry:
+            self.queue.withdraw(parcel.entry)
+        parcel.draft.discard()
+        if isinstance(error, Refused):
+            return error
+        if isinstance(error, OSError):
+            return self.disk_refusal(parcel, error)
+        log.error("message %s not stored", parcel.draft.id, exc_info=error)
+        return Refused(451, "4.3.0", "cannot store the message, try again later")
 
     def commit(self, parcel: Parcel) -> None:
         """Return when the message is on disk for every destination; Refused, and then for none of them."""
@@ -2763,94 +3108,93 @@ class Post:
             return Refused(452, "4.2.2", "quota exceeded, try again later")
         return Refused(451, "4.3.0", "cannot store the message, try again later")
 
-    def send(self, envelope: Envelope, destinations: Iterable[Destinations], content: bytes) -> str:
-        """Deliver a message of our own and return its id; Refused."""
-        parcel = self.begin(envelope, destinations)
-        parcel.draft.write(content)
-        self.commit(parcel)
-        self.delivered(parcel)
-        self.storage.wake("mail", own=True)
-        return parcel.draft.id
-
-    def delivered(self, parcel: Parcel) -> None:
-        """Do what follows a delivery and need not be waited for."""
-        if self.keep:
-            for mailbox in parcel.mailboxes:
-                self.mailboxes.prune(mailbox, self.keep)
-
-
-class Committer:
-    """Commits the messages of many sessions together, so that they share the disk's flushes.
-
-    add() only notes a message. The thread that carries sessions calls run() when nobody has anything to say, or many
-    wait, or one for long: then all that has come together is committed. `done(refused)` of each is called in that
-    thread; it must not wait for anything. A disk that is slow is waited for within `blocked`: others go on meanwhile.
-    """
-
-    BATCH = 100
-    PATIENCE = 0.05                                 # seconds a message waits while others talk
-    SLOW = 0.02                                     # seconds for a batch
-
-    def __init__(self, post: Post, blocked: Callable[[], Any] = contextlib.nullcontext) -> None:
-        self.post = post
-        self.blocked = blocked
-        self._lock = threading.Lock()
-        self.waiting: List[Tuple[Parcel, Callable[[Optional[Refused]], None]]] = []
-        self._since = 0.0                           # when the first of them came
-        self._running = False
-        self._slow = False
-
-    def ready(self) -> bool:
-        """True when something waits and no thread is at it."""
-        return bool(self.waiting) and not self._running
-
-    def is_overdue(self) -> bool:
-        return time.monotonic() > self._since + self.PATIENCE
-
-    def add(self, parcel: Parcel, done: Callable[[Optional[Refused]], None]) -> None:
-        """Commit a message together with others."""
-        with self._lock:
-            self._since = self._since if self.waiting else time.monotonic()
-            self.waiting.append((parcel, done))
-            full = len(self.waiting) >= self.BATCH
-        if full:
-            self.run()
-
-    def run(self) -> None:
-        """Commit what waits, unless another thread is at it; what comes meanwhile, too."""
-        while self._run_batch():
-            pass
-
-    def _run_batch(self) -> bool:
-        with self._lock:
-            if self._running or not self.waiting:
-                return False
-            self._running = True
-            batch, self.waiting = self.waiting, []
-        started = time.monotonic()
-        large = any(parcel.draft.written > 1 << 20 for parcel, _ in batch)
-        try:
-            with self.blocked() if self._slow or large else contextlib.nullcontext():
-                results = self.post.commit_all([parcel for parcel, _ in batch])
-        except Exception:
-            log.exception("%d messages not stored, or nobody knows", len(batch))
-            results = [Refused(451, "4.3.0", "cannot store the message, try again later")] * len(batch)
-        finally:
-            self._slow = time.monotonic() - started > self.SLOW * max(1.0, len(batch) / 20)
-            self._running = False
-        for (_, done), refused in zip(batch, results):
-            try:
-                done(refused)
-            except Exception:
-                log.exception("a session could not be told of its message")
-        return True
-
 
 def may_go(config: Config, address: Address) -> bool:
     """Return whether --relay-to lets mail out to this address; there, `.example.org` is that domain and all below it."""
     domain = lower(address.domain)
     return not config.relay_to or any(
         covers(name, domain) or covers(name.lstrip("."), domain) for name in config.relay_to)
+
+
+class Door:
+    """The one door for mail: SMTP, `sendmail`, the API, bounces and forwards ask here whether it may go, and where.
+
+    `trusted` is said of who may have mail passed on: who logged in, connects from --trust, or sits on this machine.
+    """
+
+    def __init__(self, config: Config, book: AddressBook, post: Post, policy: Optional[Policy] = None) -> None:
+        self.config, self.book, self.post = config, book, post
+        self.policy = policy or Policy()
+        self.asks_policy = type(self.policy) is not Policy      # it may take as long as it likes: in a thread
+
+    def ask(self, hook: str, *arguments: Any) -> None:
+        """Call a hook of the policy; Refused, also when it fails."""
+        if not self.asks_policy:
+            return
+        try:
+            getattr(self.policy, hook)(*arguments)
+        except Refused:
+            raise
+        except Exception:
+            log.exception("policy %s failed", hook)
+            raise Refused(451, "4.3.0", "cannot decide now, try again later") from None
+
+    def check_sender(self, envelope: Envelope, sender: Optional[Address], user: Optional[str]) -> None:
+        """Refused when `user`, if one logged in, may not send as `sender` (None: the null reverse-path)."""
+        if sender and user is not None and not self.config.capture and not self.book.owns(user, sender):
+            raise Refused(553, "5.7.1", "you may not send as this address")
+
+    def destinations(self, envelope: Envelope, address: Address, trusted: bool) -> Destinations:
+        """Return where mail for one more recipient goes; Refused when nobody lives there, or it is not ours to pass on."""
+        if len(envelope.recipients) >= MAX_RECIPIENTS:
+            raise Refused(452, "4.5.3", "more than %d recipients" % MAX_RECIPIENTS)
+        if not trusted and not self.book.is_local(address):
+            raise Refused(550, "5.7.1", "relaying denied: log in first")
+        found = self.book.resolve(address)
+        if found.remote:
+            self._check_remote(found.remote)
+        return found
+
+    def _check_remote(self, remote: List[Address]) -> None:
+        """Refused when something goes elsewhere that may not, or not now."""
+        if not self.post.queue:
+            raise Refused(550, "5.7.1", "this node passes no mail on")
+        if self.post.queue.is_full():
+            raise Refused(452, "4.3.1", "the queue is full, try again later")
+        for address in remote:
+            if not may_go(self.config, address):
+                raise Refused(550, "5.7.1", "relaying to this domain is not allowed here")
+
+    def recipient(self, envelope: Envelope, address: Address, trusted: bool) -> Destinations:
+        """Enter a recipient into the envelope and return its destinations; Refused."""
+        found = self.destinations(envelope, address, trusted)
+        self.ask("on_rcpt", envelope, str(address))
+        envelope.recipients.append(address)
+        return found
+
+    def send(self, envelope: Envelope, recipients: Iterable[Address], content: bytes, user: Optional[str] = None) -> Parcel:
+        """Take a whole message over from somebody trusted, and return the parcel that is on disk; Refused."""
+        self.check_sender(envelope, parse_address(envelope.sender) if envelope.sender else None, user)
+        self.ask("on_mail", envelope.client, envelope.sender, user)
+        parcel = self.post.begin(envelope, [self.recipient(envelope, address, True) for address in recipients])
+        parcel.draft.write(content)
+        self.finish(parcel)
+        self.post.commit(parcel)
+        return parcel
+
+    def finish(self, parcel: Parcel) -> None:
+        """Ask the policy about a message that is there as a whole; Refused, and then nothing of it is left."""
+        parcel.envelope.eightbit = parcel.draft.eightbit
+        if self.asks_policy:
+            try:
+                parcel.draft.complete()
+                self.ask("on_message", parcel.envelope, parcel.draft.path)
+            except OSError as error:
+                parcel.draft.discard()
+                raise self.post.disk_refusal(parcel, error) from error
+            except BaseException:
+                parcel.draft.discard()
+                raise
 
 
 class Stores(NamedTuple):
@@ -2861,10 +3205,11 @@ class Stores(NamedTuple):
     accounts: Accounts
     book: AddressBook
     post: Post
+    door: Door
 
 
-def open_stores(config: Config, clock: Callable[[], float] = time.time) -> Stores:
-    """Open the data directory, made where it is missing, and enter this process in it; OSError."""
+def open_stores(config: Config, clock: Callable[[], float] = time.time, policy: Optional[Policy] = None) -> Stores:
+    """Open the data directory, made where it is missing; OSError."""
     hostname = config.hostname
     if not hostname:
         hostname = machine_name()
@@ -2874,10 +3219,42 @@ def open_stores(config: Config, clock: Callable[[], float] = time.time) -> Store
     mailboxes = Mailboxes(storage, hostname)
     accounts = Accounts(config.file("users"))
     book = AddressBook(config.domain, accounts, config.file("aliases"), config.catch_all, hostname)
-    relay = REGISTRY.get("relay")
-    queue = relay["Queue"](storage, config, clock) if relay and not config.capture else None
-    return Stores(hostname, storage, mailboxes, accounts, book,
-                  Post(mailboxes, hostname, config.max_size, queue, config.keep, clock))
+    queue = None if config.capture else next(filter(None, (e.queue(storage, config, clock) for e in EXTENSIONS)), None)
+    post = Post(mailboxes, hostname, config.max_size, queue, clock)
+    return Stores(hostname, storage, mailboxes, accounts, book, post, Door(config, book, post, policy))
+
+
+def await_mail(storage: Storage, look: Callable[[], Any], until: float, sleep: Callable[[float], Any] = time.sleep) -> Any:
+    """Return the first true value that look() gives, tried again whenever mail came in; None after `until` (monotonic).
+
+    `sleep(seconds)` may end early: the library's does when its own node takes mail, or stops, and then it returns False.
+    """
+    while True:
+        stamp, looked = storage.stamp("mail"), time.monotonic()
+        found = look()
+        if found:
+            return found
+        while storage.stamp("mail") == stamp and time.monotonic() < looked + 2.0:   # a stamp may be coarse, or be missed
+            left = until - time.monotonic()
+            if left <= 0:
+                return None
+            woken = sleep(min(left, storage.LOOK))
+            if woken is False:
+                return None
+            if woken:
+                break
+
+
+EX_TEMPFAIL = 75                                    # sysexits(3): the caller may try again
+
+
+def refuse_unused(data: str) -> None:
+    """Raise CannotRun where no node was ever at work in the directory: nobody would read the mail."""
+    if not any(os.path.lexists(os.path.join(data, name)) for name in ("options.json", "mail", "queue", "run")):
+        error = CannotRun("sendmail: %s: no node was ever here, nobody would read the mail; start one there, or name its "
+                          "directory with --data or MINIMAIL_DATA" % data)
+        error.status = EX_TEMPFAIL
+        raise error
 
 
 def mailbox_named(command: str, text: str, config: Config) -> str:
@@ -3407,12 +3784,11 @@ class Queue:
 
     def open_draft(self, id: str) -> Tuple[int, str]:
         """Make a message file that has no envelope yet and return (fd, path); OSError."""
-        flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | O_EXTRA
         try:
-            return os.open(self.message(id), flags, 0o600), self.message(id)
+            return self.storage.create(self.message(id)), self.message(id)
         except FileNotFoundError:
             self.storage.make_directory(self.root)
-            return os.open(self.message(id), flags, 0o600), self.message(id)
+            return self.storage.create(self.message(id)), self.message(id)
 
     def add(self, parcel: Parcel) -> Entry:
         """Put a finished draft into the queue, and return its entry, not published yet; OSError."""
@@ -3421,7 +3797,7 @@ class Queue:
         path = self.message(draft.id)
         if draft.path != path:
             self.storage.make_directory(self.root)
-            link_or_copy(draft.path, path)
+            link_or_copy(draft.path, path, path[:-4] + ".tmp")
         entry = Entry(draft.id, envelope.sender, draft.written - parcel.own, parcel.own, now, now,
                       [{"address": str(address), "state": "waiting", "last_reply": ""} for address in parcel.remote],
                       eightbit=draft.eightbit, place=os.path.join(self.new, draft.id),
@@ -3436,12 +3812,11 @@ class Queue:
         return entry
 
     def _open_envelope(self, path: str) -> int:
-        flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | O_EXTRA
         try:
-            return os.open(path, flags, 0o600)
+            return self.storage.create(path)
         except FileNotFoundError:
             self.storage.make_directory(self.new)
-            return os.open(path, flags, 0o600)
+            return self.storage.create(path)
 
     def publish(self, entry: Entry) -> List[Union[int, str]]:
         """Put the envelope in place, now that it and the message are on disk; return the directories to flush. OSError."""
@@ -3575,17 +3950,13 @@ class Queue:
         ids = {os.path.basename(place) for place in self.places()}
         for name in list_directory(self.root):
             id = name[:-4]
-            match = re.fullmatch(r"[0-9a-f]+-[0-9a-f]+-([0-9a-f]{8})[0-9a-f]+", id)
-            if name.endswith(".msg") and match and id not in ids and not self.storage.is_alive(match.group(1)):
+            if name.endswith(".msg") and id not in ids and self.storage.is_abandoned(os.path.join(self.root, name)):
                 if self.find(id) is None:           # not one that was moved while we looked
-                    with contextlib.suppress(OSError):
-                        os.unlink(os.path.join(self.root, name))
+                    self.storage.remove_abandoned(os.path.join(self.root, name))
         for directory in self.directories():
             for name in list_directory(directory):
-                match = re.search(r"[-.]([0-9a-f]{8})[0-9a-f]+\.tmp$", name)     # ID.tmp, ID.TOKEN-and-number.tmp
-                if match and not self.storage.is_alive(match.group(1)):
-                    with contextlib.suppress(OSError):
-                        os.unlink(os.path.join(directory, name))
+                if name.endswith(".tmp"):
+                    self.storage.remove_abandoned(os.path.join(directory, name))
 
 
 # ======================================================================================================================
@@ -3688,7 +4059,7 @@ class Peer:
         with self.step(what):
             while True:
                 try:
-                    raw = self.wire.line(MAX_REPLY_LINE)
+                    raw = run_blocking(self.wire, self.wire.line(MAX_REPLY_LINE))
                 except LineTooLong:
                     raise PeerFailed(Reply(451, "4.5.0", "%s: reply line too long" % self.name)) from None
                 match = re.fullmatch(rb"([2-5]\d\d)([ -]?)(.*)", raw, re.DOTALL)
@@ -3749,7 +4120,7 @@ class Peer:
 
     def handshake(self, context: "ssl.SSLContext", hostname: str) -> None:
         with self.step("TLS handshake"):
-            self.wire.start_tls(context, server_side=False, hostname=hostname)
+            run_blocking(self.wire, self.wire.start_tls(context, server_hostname=hostname))
 
     def log_in(self, user: str, password: str) -> None:
         """AUTH PLAIN, or LOGIN where that is all there is (RFC 4954); PeerFailed."""
@@ -3894,6 +4265,7 @@ class Peer:
                 if block.endswith(b"\r") and len(block) > 1:
                     block, offset = block[:-1], offset - 1      # never cut a CRLF in two
                 self.wire.send(stuff_dots(block, line_start))
+                run_blocking(self.wire, self.wire.drain())
                 line_start = block.endswith(b"\n")
         with self.step("end of content"):
             self.wire.send((b"" if line_start else b"\r\n") + b".\r\n")
@@ -4092,6 +4464,7 @@ class Relay:
         self.queue: Queue = stores.post.queue
         self.post = stores.post
         self.book = stores.book
+        self.door = stores.door
         self.hostname = stores.hostname
         self.routes = Routes(config, stores.hostname, resolver or Resolver(dns), own)
         self.clock = clock
@@ -4113,7 +4486,6 @@ class Relay:
     def start(self) -> None:
         self.queue.submitted = self.submitted
         self._start_thread(self._run)
-        self._start_thread(self._listen)
 
     def _start_thread(self, target: Callable[..., None], *arguments: Any) -> None:
         def run() -> None:
@@ -4132,7 +4504,6 @@ class Relay:
         self._stopping = True
         self.queue.submitted = lambda entry: None
         self.wake()
-        self.queue.storage.wake("queue", own=True)  # the thread that listens for other processes
 
     def join(self, seconds: float) -> None:
         deadline = time.monotonic() + seconds
@@ -4143,26 +4514,6 @@ class Relay:
         with self._wakeup:
             self._rescan = True
             self._wakeup.notify_all()
-
-    def _listen(self) -> None:
-        """Look into the queue when another process put something there."""
-        while not self._stopping:
-            with self.queue.storage.waker("queue") as sock:
-                if not sock:
-                    return
-                sock.settimeout(5.0)
-                path = sock.getsockname()
-                self.wake()                         # what came before anybody could tell us
-                while not self._stopping and os.path.exists(path):      # not if somebody removed the directory underneath us
-                    try:
-                        sock.recv(64)
-                    except OSError as error:
-                        if is_timeout(error):
-                            continue
-                        return
-                    for destination in list(self._destinations.values()):
-                        destination.dead_until = 0.0    # `queue flush` means now
-                    self.wake()
 
     def submitted(self, entry: Entry) -> None:
         """Take up an entry that this process has just put into the queue."""
@@ -4180,14 +4531,18 @@ class Relay:
                 self._wakeup.notify_all()
 
     def _run(self) -> None:
+        storage = self.queue.storage
         self.queue.sweep()
         while not self._stopping:
+            stamp = storage.stamp("queue")
             self.scan()
-            with self._wakeup:
-                if not self._rescan and not self._stopping:
-                    self._wakeup.wait(max(0.01, min(self._next - self.clock(), 60.0)))
-            with contextlib.suppress(OSError):
-                self.queue.storage.stay()
+            while not self._stopping and not self._rescan and self._next > self.clock():
+                with self._wakeup:
+                    self._wakeup.wait(max(0.01, min(self._next - self.clock(), storage.LOOK)))
+                if storage.stamp("queue") != stamp:
+                    for destination in list(self._destinations.values()):
+                        destination.dead_until = 0.0    # `queue flush` means now
+                    break
 
     def scan(self) -> None:
         """Take due entries into memory, as many as there is room for."""
@@ -4564,12 +4919,10 @@ class Relay:
                                  entry.queued_at, self.clock())
         try:
             sender = parse_address(entry.sender)
-            envelope = Envelope(sender="", recipients=[sender], protocol="bounce",
+            envelope = Envelope(sender="", protocol="bounce",
                                 smtputf8=entry.smtputf8 or not entry.sender.isascii() or not all(
                                     recipient["address"].isascii() for recipient in failed))
-            if not self.book.is_local(sender) and not may_go(self.config, sender):
-                raise Refused(550, "5.7.1", "relaying to this domain is not allowed here")
-            id = self.post.send(envelope, [self.book.resolve(sender)], content)
+            id = self.door.send(envelope, [sender], content).draft.id
         except Refused as refused:
             if refused.reply.code < 500:
                 raise OSError(errno.EIO, "bounce not stored: %s" % refused) from None
@@ -4688,7 +5041,7 @@ def explain_local(book: AddressBook, address: Address, whole: bool) -> int:
 
 
 # What sendmail(8) takes. sysexits(3), as those who call it check them:
-EX_DATAERR, EX_NOUSER, EX_NOHOST, EX_UNAVAILABLE, EX_TEMPFAIL, EX_NOPERM = 65, 67, 68, 69, 75, 77
+EX_DATAERR, EX_NOUSER, EX_NOHOST, EX_UNAVAILABLE, EX_NOPERM = 65, 67, 68, 69, 77
 FLAGS_WITH_VALUE = "ABCDFLMNOQRVXbefhopr"           # in the same word or the next; -q and -d may have one attached
 MBOX_LINE = re.compile(rb">?From ")
 FIELD_NAME = re.compile(rb"[!-9;-~]{1,200}[ \t]{0,20}:")
@@ -4725,20 +5078,16 @@ def sendmail_command(config: Config, arguments: List[str]) -> int:
         return queue_command(config, ["list" if mode == "p" else "flush"])
     if mode == "i":                                 # newaliases: they are read when they change
         return 0
-    if mode not in ("m", "v", "s"):
+    if mode not in ("m", "v"):
         raise UsageError("sendmail -b%s: only -bm, -bs, -bp, -bi and -bv are possible" % printable(mode, 20))
-    if not is_used(config.data):
-        raise NotSent(EX_TEMPFAIL, "%s: no node was ever here, nobody would read the mail; start one there, or name its "
-                      "directory with --data or MINIMAIL_DATA" % config.data)
-    if mode == "s":
-        return int(optional_section("standard input")(config))
+    refuse_unused(config.data)
     stores = open_stores(config)
     try:
         if mode == "v":
-            return verify(stores, config, words)
-        return submit(stores, config, flags, words)
+            return verify(stores, words)
+        return submit(stores, flags, words)
     finally:
-        stores.storage.close()
+        stores.accounts.hashing.close()
 
 
 SENDMAIL_HELP = """\
@@ -4754,11 +5103,6 @@ Takes a message on standard input, as /usr/sbin/sendmail does, and queues it dur
 All other flags of sendmail(8) are taken and mean nothing here; the exit status is one of
 sysexits(3).
 """
-
-
-def is_used(data: str) -> bool:
-    """Return whether a node was ever at work in this directory."""
-    return any(os.path.lexists(os.path.join(data, name)) for name in ("options.json", "mail", "queue", "run"))
 
 
 def sendmail_flags(words: Sequence[str]) -> Tuple[List[Tuple[str, str]], List[str]]:
@@ -4894,7 +5238,7 @@ class Submission:
             yield block.replace(b"\n", b"\r\n")
 
 
-def submit(stores: Stores, config: Config, flags: List[Tuple[str, str]], words: Sequence[str]) -> int:
+def submit(stores: Stores, flags: List[Tuple[str, str]], words: Sequence[str]) -> int:
     """Queue the message on standard input for whom it can go to; what else is named comes back to the sender. NotSent."""
     given = dict(flags)
     dots = "i" in given or ("o", "i") in flags
@@ -4905,7 +5249,7 @@ def submit(stores: Stores, config: Config, flags: List[Tuple[str, str]], words: 
         raise UsageError("sendmail: no recipients: name them, or use -t with To, Cc or Bcc headers")
     sender = local_sender(stores.book, given.get("f", given.get("r")))
     envelope = Envelope(sender=sender, protocol="local")
-    destinations, failed = sort_recipients(stores, config, envelope, list(dict.fromkeys(names)))
+    destinations, failed = sort_recipients(stores, envelope, list(dict.fromkeys(names)))
     head = submission_headers(message, sender or "mailer-daemon@" + stores.book.home, given.get("F", ""), stores)
     if not destinations:
         raise NotSent(exit_status(failed[0][1]), "%s: %s; nothing was sent" % (printable(failed[0][0], 200), failed[0][1]))
@@ -4915,7 +5259,7 @@ def submit(stores: Stores, config: Config, flags: List[Tuple[str, str]], words: 
     return send_back(stores, id, sender, failed, head)
 
 
-def sort_recipients(stores: Stores, config: Config, envelope: Envelope, names: Sequence[str]) \
+def sort_recipients(stores: Stores, envelope: Envelope, names: Sequence[str]) \
         -> Tuple[List[Destinations], List[Tuple[str, Reply]]]:
     """Put those that can be reached into the envelope; return their destinations, and the others with what is wrong."""
     destinations: List[Destinations] = []
@@ -4923,11 +5267,7 @@ def sort_recipients(stores: Stores, config: Config, envelope: Envelope, names: S
     for name in names:
         try:
             address = stores.book.qualified(parse_address(name, lenient=True))
-            found = stores.book.resolve(address)    # CORE: Door.recipient(envelope, address, trusted=True)
-            if not all(may_go(config, remote) for remote in found.remote):
-                raise Refused(550, "5.7.1", "relaying to this domain is not allowed here")
-            destinations.append(found)
-            envelope.recipients.append(address)
+            destinations.append(stores.door.recipient(envelope, address, trusted=True))
         except Refused as refused:
             failed.append((name, refused.reply))
     envelope.smtputf8 = not all(map(str.isascii, [envelope.sender] + list(map(str, envelope.recipients))))
@@ -4936,21 +5276,20 @@ def sort_recipients(stores: Stores, config: Config, envelope: Envelope, names: S
 
 def store(stores: Stores, envelope: Envelope, destinations: List[Destinations], head: bytes, message: Submission) -> str:
     """Write the message to disk as it comes in and return its id; NotSent."""
-    parcel = stores.post.begin(envelope, destinations)      # CORE
+    parcel = stores.post.begin(envelope, destinations)
     try:
         parcel.draft.write(head + b"\r\n")
         for block in message.body():
             parcel.draft.write(block)
             if parcel.draft.too_large:
                 break
+        stores.door.finish(parcel)
         stores.post.commit(parcel)
     except Refused as refused:
         raise NotSent(exit_status(refused.reply), "not accepted: " + str(refused.reply)) from None
     except BaseException:
         parcel.draft.discard()
         raise
-    stores.post.delivered(parcel)
-    stores.storage.wake("mail", own=True)
     event("message", id=envelope.id, client="local", sender=printable(envelope.sender), recipients=len(envelope.recipients),
           size=parcel.draft.size)
     return envelope.id
@@ -4965,9 +5304,9 @@ def send_back(stores: Stores, id: str, sender: str, failed: List[Tuple[str, Repl
     now = time.time()
     content = bounce_message(stores.hostname, sender, failures, head[:BLOCK], id, now, now)
     for address in (parse_address(sender, lenient=True), Address("postmaster", "")):
-        envelope = Envelope(recipients=[address], protocol="bounce", smtputf8=not content.isascii())
+        envelope = Envelope(protocol="bounce", smtputf8=not content.isascii())
         try:
-            stores.post.send(envelope, [stores.book.resolve(address)], content)     # CORE: Door.send()
+            stores.door.send(envelope, [address], content)
             event("bounce", id=envelope.id, about=id, sender=printable(sender), recipients=len(failed))
             return 0
         except Refused as refused:
@@ -4975,11 +5314,11 @@ def send_back(stores: Stores, id: str, sender: str, failed: List[Tuple[str, Repl
     raise NotSent(status, first + "; the others were sent to")
 
 
-def verify(stores: Stores, config: Config, words: Sequence[str]) -> int:
+def verify(stores: Stores, words: Sequence[str]) -> int:
     """Say of each recipient whether mail for it would be taken."""
     status = 0
     for word in words:
-        _, failed = sort_recipients(stores, config, Envelope(), [address for _, address in read_addresses(word)] or [word])
+        _, failed = sort_recipients(stores, Envelope(), [address for _, address in read_addresses(word)] or [word])
         print("%s: %s" % (printable(word, 200), str(failed[0][1]) if failed else "deliverable"))
         status = status or (exit_status(failed[0][1]) if failed else 0)
     return status
@@ -5081,280 +5420,151 @@ def show_mailbox(name: str, address: str) -> str:
     return "%s <%s>" % (email.header.Header(name, "utf-8", maxlinelen=70).encode(linesep="\r\n"), address)
 
 
-REGISTRY["relay"] = {"Queue": Queue, "Relay": Relay, "Zone": Zone}
-COMMANDS.update(queue=queue_command, mx=mx_command, sendmail=sendmail_command)
+class RelayExtension(Extension):
+    """The queue and the relay."""
+
+    name = "relay"
+    commands = {"queue": queue_command, "mx": mx_command, "sendmail": sendmail_command}
+
+    def queue(self, storage: Storage, config: Config, clock: Callable[[], float]) -> Queue:
+        return Queue(storage, config, clock)
+
+    def equip(self, node: Any) -> None:
+        node.relay = node.zone_server = None
+        if node.stores.post.queue and node.relays:
+            if node.zone is not None:
+                node.zone_server = Zone(node.zone)
+                node.zone_server.start()
+            dns = [node.zone_server.address] if node.zone_server else list(node.config.dns)
+            own = [endpoint for name, endpoint in node.endpoints() if name == "smtp"]
+            node.relay = Relay(node.config, node.stores, dns, own, node.clock, node.resolver)
+
+    def start(self, node: Any) -> None:
+        if node.relay:
+            node.relay.start()
+
+    def stop(self, node: Any) -> None:
+        if getattr(node, "relay", None):
+            node.relay.stop()
+
+    def join(self, node: Any, seconds: float) -> None:
+        if getattr(node, "relay", None):
+            node.relay.join(seconds)
+        if getattr(node, "zone_server", None):
+            node.zone_server.stop()
+
+
+EXTENSIONS.append(RelayExtension())
 
 
 # ======================================================================================================================
-# 13  Sessions, policy, listeners.  Threads take over a connection when its client has something to say; what all
-#     sessions share; limits. Knows sockets and threads, but not what is spoken.
+# 13  Sessions, limits, listeners.  The conversation as such: a coroutine that the loop carries; what all sessions share.
+#     Knows sockets, but not what is spoken.
 # ======================================================================================================================
-
-class Policy:
-    """A hook for your own rules: override what you need. Each returns nothing, or raises Refused(code, enhanced, text).
-
-    Any other exception refuses with 451 and is logged. Called in the session's thread, possibly several at once.
-    """
-
-    def on_connect(self, client: str) -> None:
-        """`client` is the IP address."""
-
-    def on_mail(self, client: str, sender: str, user: Optional[str]) -> None:
-        """`sender` is the reverse-path, "" for the null one; `user` who logged in."""
-
-    def on_rcpt(self, envelope: Envelope, recipient: str) -> None:
-        """`envelope` has the sender and the recipients accepted before this one."""
-
-    def on_message(self, envelope: Envelope, path: str) -> None:
-        """The whole message, trace headers first, is in the file `path`, and nowhere else yet."""
-
-
-class Pool:
-    """Carries the connections that have something to say: one thread leads, others follow when it has to wait.
-
-    Idle connections cost no thread: they wait in the kernel's poller, armed for one event. The leader takes the events
-    and runs their tasks one after the other, since Python runs one thread at a time anyway. When it has to wait in the
-    middle of something (a slow client, a handshake, the disk) it says so by blocked(), and another thread takes the
-    lead. Where there is no epoll, each connection has a thread of its own and blocks in it.
-    """
-
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self.clock = clock
-        self.committer: Optional[Committer] = None  # has its turn when nobody has anything to say
-        self.closing = False
-        self._closed = False
-        self._lock = threading.Lock()
-        self._threads: Set[threading.Thread] = set()    # that carry sessions, and ...
-        self._own: Set[threading.Thread] = set()    # ... those of own_thread()
-        self._lead = threading.Lock()               # held by the thread that leads, ...
-        self._leader = 0                            # ... which is this one
-        self._followers = 0                         # threads that wait for the lead
-        self._swept = 0.0                           # when the deadlines were last looked at
-        self._waiting: Dict[int, Tuple[float, Callable[[bool], None], int]] = {}    # by fd: deadline, task, events
-        self._known: Set[int] = set()               # fds that the poller was told of
-        self._ready: Deque[int] = collections.deque()   # fds that have something to say
-        if EPOLL:
-            self._poller = select.epoll()
-            self._pipe = os.pipe()
-            self._poller.register(self._pipe[0], select.EPOLLIN)
-
-    def start(self) -> None:
-        if EPOLL:
-            with self._lock:
-                self._spawn()
-
-    def _spawn(self) -> None:
-        """Start a follower; RuntimeError when the system has no more threads. The caller holds the lock."""
-        thread = threading.Thread(target=self._work, name="minimail", daemon=True)
-        thread.start()
-        self._threads.add(thread)
-        self._followers += 1
-
-    def watch(self, fd: int, task: Callable[[bool], None], deadline: float = float("inf"), now: bool = False,
-              patient: bool = False) -> None:
-        """Call task(False) once when fd is readable, or task(True) when the deadline has passed or the pool closes.
-
-        With `now`, do not wait for input: a socket can nearly always be written to, so it has its turn at once.
-        With `patient`, wait for input also when the pool closes.
-        """
-        events = select.EPOLLIN | select.EPOLLONESHOT | (select.EPOLLOUT if now else 0)
-        self._waiting[fd] = (deadline, task, events)
-        self._arm(fd, events)
-        if self.closing and not patient:
-            self._expire(fd)
-
-    def _arm(self, fd: int, events: int) -> None:
-        try:
-            if fd in self._known:
-                return self._poller.modify(fd, events)
-        except FileNotFoundError:                   # closed meanwhile, and the number given away again
-            pass
-        self._known.add(fd)
-        self._poller.register(fd, events)
-
-    def forget(self, fd: int) -> None:
-        """Be told that fd is about to be closed."""
-        self._known.discard(fd)
-
-    def later(self, fd: int, task: Callable[[bool], None], seconds: float) -> None:
-        """Call task(True) after about `seconds`, whatever fd does."""
-        self._waiting[fd] = (self.clock() + seconds, task, 0)
-
-    def _expire(self, fd: int) -> None:
-        waiting = self._waiting.pop(fd, None)
-        if waiting:
-            waiting[1](True)
-
-    @contextlib.contextmanager
-    def blocked(self) -> Iterator[None]:
-        """Mark a wait in the middle of something: whoever leads gives up the lead, if somebody can take it."""
-        if self._leader == threading.get_ident() and self._has_follower():
-            while self._ready:                      # the poller tells the next leader again
-                fd = self._ready.popleft()
-                waiting = self._waiting.get(fd)
-                if waiting:
-                    with contextlib.suppress(OSError, ValueError):  # closed meanwhile
-                        self._arm(fd, waiting[2])
-            self._leader = 0
-            self._lead.release()
-        yield
-
-    def _has_follower(self) -> bool:
-        with self._lock:
-            try:
-                if not self._followers and not self._closed:
-                    self._spawn()
-            except RuntimeError as error:
-                log.warning("all wait for one slow client or disk: %s", error)
-            return self._followers > 0
-
-    def _work(self) -> None:
-        me = threading.get_ident()
-        while True:
-            self._lead.acquire()
-            with self._lock:
-                self._followers -= 1
-            self._leader = me
-            while self._leader == me and not self._closed:
-                self._step(me)
-            if self._leader == me:                  # the end, for the others too
-                self._leader = 0
-                self._lead.release()
-                break
-            if self.committer:                      # who leads now may sleep: what this one added is its own affair
-                self._run(self.committer.run)
-            with self._lock:
-                if self._closed or self._followers >= SPARE_THREADS:
-                    break
-                self._followers += 1
-        with self._lock:
-            self._threads.discard(threading.current_thread())
-
-    def _step(self, me: int) -> None:
-        """Wait for events and run their tasks, as long as this thread leads; commit when there are none."""
-        committer = self.committer if self.committer and self.committer.ready() else None
-        try:
-            events = self._poller.poll(0 if committer else 0.5, EVENTS)
-        except (OSError, ValueError):               # closed
-            events = []
-        self._ready.extend(fd for fd, _ in events)
-        if self.clock() >= self._swept + 0.5:
-            self._swept = self.clock()
-            self._run(self._sweep, self._swept)
-        if committer and (not events or committer.is_overdue()):
-            self._run(committer.run)
-        while self._leader == me and self._ready:
-            waiting = self._waiting.pop(self._ready.popleft(), None)
-            if waiting:
-                self._run(waiting[1], False)
-
-    def _sweep(self, now: float) -> None:
-        for fd, (deadline, _, _) in list(self._waiting.items()):
-            if deadline <= now:
-                self._run(self._expire, fd)
-
-    @staticmethod
-    def _run(task: Callable[..., None], *arguments: Any) -> None:
-        try:
-            task(*arguments)
-        except BaseException:                       # nobody is above this: the thread must go on
-            log.exception("a task failed")
-
-    def own_thread(self, task: Callable[[bool], None]) -> None:
-        """Run task(False) in a thread of its own; RuntimeError when the system has no more."""
-        def run() -> None:
-            self._run(task, False)
-            with self._lock:
-                self._own.discard(thread)
-        thread = threading.Thread(target=run, name="minimail-own", daemon=True)
-        with self._lock:
-            thread.start()
-            self._own.add(thread)
-
-    def expire_all(self) -> None:
-        """Run every waiting task with True; those that come later at once."""
-        self.closing = True
-        for fd in list(self._waiting):
-            self._run(self._expire, fd)
-
-    def close(self, seconds: float = 5.0) -> None:
-        """End all threads; those that still run something are waited for up to `seconds`."""
-        if self._closed:
-            return
-        self.closing = self._closed = True
-        if EPOLL:
-            os.write(self._pipe[1], b"\n")          # level-triggered and never read: wakes whoever leads
-        deadline = self.clock() + seconds
-        with self._lock:
-            threads = list(self._threads | self._own)
-        for thread in threads:
-            if thread is not threading.current_thread():
-                thread.join(max(0.01, deadline - self.clock()))
-        if EPOLL:
-            self._poller.close()
-            for fd in self._pipe:
-                os.close(fd)
-
 
 class Connections:
-    """Counts connections, in all and by client, for --max-connections and --max-per-client."""
+    """Counts connections, in all and by client, for --max-connections and --max-per-client, in a table that processes share.
 
-    def __init__(self, limit: int, per_client: int) -> None:
-        self.limit = limit
-        self.per_client = per_client
-        self.total = 0
-        self.served = 0                             # since the start
-        self._clients: Dict[str, int] = {}
+    Each process (`owner`, from 0) writes into its own part of the table only and reads all of it, so no lock is needed.
+    """
+
+    def __init__(self, limit: int, per_client: int, processes: int = 1) -> None:
+        import mmap
+        self.limit, self.per_client = limit, per_client
+        self.owner = 0
+        self.served = 0                             # by this process, since the start
+        self._slots = mmap.mmap(-1, 16 * limit * processes)     # a digest of the client's address each, else zeros
+        self._key = secrets.token_bytes(16)
+        self._free = list(range(limit))             # slots of this process's part
+        self._clients: Dict[str, List[int]] = {}    # who has which of them
         self._lock = threading.Lock()
 
     def enter(self, client: str) -> str:
         """Count a connection; return why it is refused, "" when it is not."""
+        digest = hashlib.blake2b(client_network(client).encode(), digest_size=16, key=self._key).digest()
         with self._lock:
-            count = self._clients.get(client, 0)
-            if self.total >= self.limit:
+            table = self._slots[:]
+            if not self._free or len(table) // 16 - table.count(bytes(16)) >= self.limit:
                 return "too many connections, try again later"
-            if count >= self.per_client and not is_loopback(client):
+            if table.count(digest) >= self.per_client and not is_loopback(client):
                 return "too many connections from your address, try again later"
-            self._clients[client] = count + 1
-            self.total += 1
+            slot = self._free.pop()
+            self._clients.setdefault(client, []).append(slot)
+            self._put(self.owner, slot, digest)
             self.served += 1
-            return ""
+        return ""
 
     def leave(self, client: str) -> None:
         with self._lock:
-            self.total -= 1
-            count = self._clients.pop(client) - 1
-            if count:
-                self._clients[client] = count
+            slot = self._clients[client].pop()
+            if not self._clients[client]:
+                del self._clients[client]
+            self._put(self.owner, slot, bytes(16))
+            self._free.append(slot)
+
+    def _put(self, owner: int, slot: int, digest: bytes) -> None:
+        start = 16 * (owner * self.limit + slot)
+        self._slots[start:start + 16] = digest
+
+    def free_all(self, owner: int) -> None:
+        """Free what a dead process had."""
+        for slot in range(self.limit):
+            self._put(owner, slot, bytes(16))
 
 
 class Throttle:
-    """Counts failed log-ins by client address; too many cut it off for a while, and each one is answered more slowly."""
+    """Counts passwords tried, before they are verified, by client and by account, in a table that processes share.
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic, sleep: Callable[[float], None] = time.sleep) -> None:
-        self.clock, self.sleep = clock, sleep
-        self._failures: "collections.OrderedDict[str, Tuple[int, float]]" = collections.OrderedDict()
+    Each count forgets slowly: LOGIN_FAILURES in LOGIN_WINDOW seconds. It stands in two of many buckets, of which the
+    lower one counts: so memory is bounded, and a stranger is hardly ever taken for somebody else.
+    """
+
+    BUCKETS = 1 << 15                               # of 16 bytes: count, and when it was
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        import mmap
+        self.clock = clock
+        self._table = mmap.mmap(-1, 16 * self.BUCKETS)
+        self._key = secrets.token_bytes(16)
         self._lock = threading.Lock()
+
+    def _places(self, kind: str, name: str) -> List[int]:
+        digest = hashlib.blake2b(("%s %s" % (kind, name)).encode("utf-8", "replace"), digest_size=8, key=self._key).digest()
+        return [number % self.BUCKETS * 16 for number in struct.unpack("II", digest)]
+
+    def _count(self, kind: str, name: str, more: float = 0.0) -> float:
+        """Return how many tries are remembered, `more` added."""
+        counts, now = [], self.clock()
+        for place in self._places(kind, name):
+            count, since = struct.unpack_from("dd", self._table, place)
+            count = max(0.0, count - (now - since) * LOGIN_FAILURES / LOGIN_WINDOW)
+            if more:
+                struct.pack_into("dd", self._table, place, max(0.0, count + more), now)
+            counts.append(float(count + more))
+        return max(0.0, min(counts))
 
     def shut_out(self, client: str) -> bool:
         """True while the client has had too many wrong passwords."""
-        count, since = self._failures.get(client, (0, 0.0))
-        return count >= LOGIN_FAILURES and self.clock() - since < LOGIN_WINDOW
+        return self._count("client", client_network(client)) > LOGIN_FAILURES - 1
 
-    def failed(self, client: str) -> None:
-        """Count a wrong password and let the client wait for the answer."""
+    def charge(self, client: str, account: str) -> bool:
+        """Count a try; False when it is one too many, and then it is not to be verified."""
         with self._lock:
-            count, since = self._failures.pop(client, (0, 0.0))
-            if self.clock() - since >= LOGIN_WINDOW:
-                count = 0
-            self._failures[client] = (count + 1, self.clock())
-            while len(self._failures) > 10_000:
-                self._failures.popitem(last=False)
-        self.sleep(min(0.25 * (count + 1), 3.0))
+            if self.shut_out(client) or self._count("account", account) > ACCOUNT_FAILURES - 1:
+                return False
+            self._count("client", client_network(client), 1.0)
+            self._count("account", account, 1.0)
+            return True
 
-    def succeeded(self, client: str) -> None:
+    def refund(self, client: str, account: str) -> None:
+        """The password was right: take back its own try, but no other."""
         with self._lock:
-            self._failures.pop(client, None)
+            self._count("client", client_network(client), -1.0)
+            self._count("account", account, -1.0)
+
+    def delay(self, client: str) -> float:
+        """Return for how many seconds the answer to a wrong password is kept back."""
+        return min(0.25 * (1 + int(self._count("client", client_network(client)))), 3.0)
 
 
 class Certificates:
@@ -5362,34 +5572,27 @@ class Certificates:
 
     def __init__(self, cert: str, key: str) -> None:
         self.cert, self.key = cert, key
-        self._stamp: Any = None
-        self._complaint = ""                        # the last one: said once
-        self._context: Optional["ssl.SSLContext"] = None
-        self.context()
+        self._file = Watched([cert, key], self._load)
+        try:
+            self._file.get()
+        except (OSError, ValueError) as error:
+            raise CannotRun("--tls-cert %s: cannot use it%s: %s" % (
+                cert, " with --tls-key " + key if key else "", error)) from None
 
-    def context(self) -> "ssl.SSLContext":
-        """Return the server's context; the last good one when new files cannot be used. CannotRun when there was none."""
+    def _load(self) -> "ssl.SSLContext":
         try:
             import ssl
         except ImportError:
-            raise CannotRun("--tls-cert: this Python has no ssl module; leave the option out or use another Python") from None
-        files = [self.cert] + ([self.key] if self.key else [])
-        try:
-            stamp = [(os.stat(file).st_mtime_ns, os.stat(file).st_size, os.stat(file).st_ino) for file in files]
-            if self._context and stamp == self._stamp:
-                return self._context
-            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-            context.minimum_version = ssl.TLSVersion.TLSv1_2
-            context.load_cert_chain(self.cert, self.key or None, password=lambda: b"")
-            self._stamp, self._context, self._complaint = stamp, context, ""
-        except (OSError, ValueError) as error:
-            if not self._context:
-                raise CannotRun("--tls-cert %s: cannot use it%s: %s" % (
-                    self.cert, " with --tls-key " + self.key if self.key else "", error)) from None
-            if self._complaint != str(error):
-                self._complaint = str(error)
-                log.warning("keeping the old certificate: %s", error)
-        return self._context
+            raise ValueError("this Python has no ssl module; leave the option out or use another Python") from None
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+        context.load_cert_chain(self.cert, self.key or None, password=lambda: b"")
+        return context
+
+    def context(self) -> "ssl.SSLContext":
+        """Return the server's context; the last good one when new files cannot be used."""
+        context: "ssl.SSLContext" = self._file.get()
+        return context
 
 
 @dataclasses.dataclass
@@ -5401,179 +5604,163 @@ class Site:
     accounts: Accounts
     book: AddressBook
     post: Post
-    committer: Committer
-    pool: Pool
+    door: Door
+    loop: Loop
     connections: Connections
     throttle: Throttle
-    policy: Policy
     certificates: Optional[Certificates] = None
     recorder: Any = None                            # section 17: transcripts
     faults: Any = None                              # section 17: misbehaviour on purpose
     inbox: Any = None                               # section 17: web inbox and API
     accepted: Callable[[Parcel], None] = lambda parcel: None    # called once the client has its 250
-    prompt: bool = True                             # that takes no time worth mentioning
+    follow_up: Optional[Callable[[Parcel], None]] = None        # what comes then and may take long: in a thread
     stopping: bool = False
     sessions: Set["Session"] = dataclasses.field(default_factory=set)
 
-    def is_quiet(self) -> bool:
-        """True when the session that asks is the only one: its next command can be waited for."""
-        return len(self.sessions) == 1 and not self.committer.waiting
-
-    def ask_policy(self, hook: str, *arguments: Any) -> None:
-        """Call a policy hook; Refused, also when it fails."""
-        if type(self.policy) is Policy:
-            return
-        try:
-            with self.pool.blocked():
-                getattr(self.policy, hook)(*arguments)
-        except Refused:
-            raise
-        except Exception:
-            log.exception("policy %s failed", hook)
-            raise Refused(451, "4.3.0", "cannot decide now, try again later") from None
-
-    def check_remote(self, destinations: Destinations) -> None:
-        """Refused when some of it goes elsewhere and may not, or not now."""
-        if destinations.remote and not self.post.queue:
-            raise Refused(550, "5.7.1", "this node passes no mail on")
-        if destinations.remote and self.post.queue.is_full():
-            raise Refused(452, "4.3.1", "the queue is full, try again later")
-        for remote in destinations.remote:
-            if not may_go(self.config, remote):
-                raise Refused(550, "5.7.1", "relaying to this domain is not allowed here")
-
     def log_in(self, client: str, name: str, password: str) -> Optional[str]:
-        """Return the account's key, None when name and password do not fit. Any fit in capture mode."""
+        """Return the account's key, None when name and password do not fit. Any fit in capture mode. Takes 50 ms."""
         if self.config.capture:
             try:
                 return self.book.key(parse_address(name))
             except Refused:
                 return lower(name)
-        if self.throttle.shut_out(client):
+        if not self.throttle.charge(client, lower(name)):
             return None
-        with self.pool.blocked():
-            key = self.accounts.verify(name, password)
-            if key is None:
-                event("login-failed", client=client, user=printable(name, 100))
-                self.throttle.failed(client)
-                return None
-        self.throttle.succeeded(client)
+        key = self.accounts.verify(name, password)
+        if key is None:
+            event("login-failed", client=client, user=printable(name, 100))
+        else:
+            self.throttle.refund(client, lower(name))
         return key
 
 
-class Session(socketserver.BaseRequestHandler):
-    """One client's conversation. handle() is one turn of it: it returns when the client is silent or gone.
+class Stalled(Exception):
+    """A fault rule says that nothing more is said here."""
 
-    The verbs are the methods do_VERB(argument) of the subclass: each returns a reply or raises Refused.
+
+class Session(socketserver.BaseRequestHandler, Task):
+    """One client's conversation, a coroutine that the loop carries.
+
+    The verbs are the methods do_VERB(argument) of the subclass: each returns its answer, is a coroutine that does (where it
+    touches the wire or takes long), or raises Refused. Only tell() writes.
     """
 
     protocol = ""
-    transfer: Any = None                            # content that is coming in
     line_limit = MAX_COMMAND
-    timeout = 300.0
+    timeout = 300.0                                 # seconds
+    ASKS_BOOK: Sequence[str] = ()                   # verbs that look into the files of users and aliases
 
     def __init__(self, request: Any, client_address: Any, server: "Listener") -> None:
-        # BaseRequestHandler would run the whole conversation here; ours comes in turns, in whatever thread is free.
+        # BaseRequestHandler would run the whole conversation here; ours is the loop's.
         self.request, self.client_address, self.server = request, client_address, server
         self.site, self.tls_from_start = server.site, server.tls
         self.client = clients_address(client_address[0])
         self.user: Optional[str] = None
-        self.errors = 0
+        self.commands = self.errors = self.idle = 0     # given; wrong; in a row that led nowhere
+        self.understood = False                     # one of them was right
         self.over = False
-        self.again = False                          # the turn ended though there may be more to read
-        self.greeted = False
+        self.pause = 0.0                            # seconds that a fault rule keeps the next answer back
         self.tape: Any = None
-        self.setup()
-
-    def setup(self) -> None:
-        self.wire = Wire(self.request, self.site.config.seconds(self.timeout), tuned=EPOLL)
-        self.wire.may_linger, self.wire.blocked = self.site.is_quiet, self.site.pool.blocked
+        self.wire = Wire(request, self.site.config.seconds(self.timeout))
         self.site.sessions.add(self)
+        self.coroutine = self.converse()
 
-    def turn(self, expired: bool) -> None:
-        """Go on with the conversation, and wait for its next turn in the pool."""
-        if expired and self.site.stopping and self.in_flight() and self.wire.clock() < self.wire.deadline:
-            expired = False                         # its message is taken to the end
-        if expired and not self.site.stopping and (
-                self.wire.clock() < self.wire.deadline or (not self.in_flight() and self.wire.has_line())):
-            expired = False                         # it is we who are late
-        try:
-            if self.converse(expired):
-                again, self.again = self.again, False
-                self.wire.ready = not again
-                self.site.pool.watch(self.wire.sock.fileno(), self.turn, self.wire.deadline, again, self.in_flight())
-            else:
-                self.finish()
-        except Suspended:
-            pass
+    @property
+    def sock(self) -> socket.socket:
+        return self.wire.sock
 
-    def converse(self, expired: bool) -> bool:
-        """Take commands until the client is silent (True) or the session is over (False); Suspended."""
+    @property
+    def deadline(self) -> float:
+        return self.wire.deadline
+
+    async def converse(self) -> None:
+        """Take commands and answer them until the session is over."""
         try:
             try:
-                self.resume()
-                if not self.greeted:
-                    self.greeted = True
-                    self.open_session()
-                if expired:
-                    raise TimedOut
-                self.handle()
+                await self.open_session()
+                while not self.over:
+                    await self.next_command()
+            except Stalled:
+                self.wire.output.clear()
+                while True:
+                    await self.wire.fill()          # until the client is gone
             except TimedOut:
-                self.wire.renew(-self.wire.timeout + 1)
+                self.wire.deadline = self.wire.clock() + 1.0
                 self.over = True
-                self.farewell("timeout" if not self.site.stopping else "stop")
-            self.wire.flush()
-        except Silent:
-            return True
+                self.farewell("stop" if self.site.stopping else "timeout")
+            await self.wire.flush()
         except (Disconnected, TimedOut) as error:
-            if self.site.stopping and not self.over and not EPOLL:
-                with contextlib.suppress(Disconnected, TimedOut):
-                    self.farewell("stop")
-                    self.wire.flush()
             if str(error):
                 event("lost", protocol=self.protocol, client=self.client, reason=printable(str(error)))
-        except Suspended:
-            raise
         except Exception:
             log.exception("session with %s failed", self.client)
-        return False
+        finally:
+            self.site.loop.forget(self)
+            self.wire.close()
+            self.site.sessions.discard(self)
+            self.site.connections.leave(self.client)
+            self.ended()
 
-    def resume(self) -> None:
-        """Do what the last turn left to this one."""
-
-    def handle(self) -> None:
-        for _ in range(TURN) if EPOLL else itertools.count():
-            if self.over:
-                return
-            if self.transfer:
-                self.take_content()
-                continue
-            try:
-                line = self.wire.line(self.line_limit, park=EPOLL)
-            except LineTooLong:
-                self.too_long()
-                continue
-            self.wire.renew()
-            self.command(line)
-            if self.site.stopping and not self.over and not self.in_flight():
-                raise TimedOut
-        self.wire.flush()                           # enough for one turn: who sends commands without end is not alone here
-        if not self.over:
-            self.again = True
-            raise Silent
-
-    def open_session(self) -> None:
-        """Greet; or with TLS from the first byte, make the handshake first."""
+    async def open_session(self) -> None:
+        """Greet; with TLS from the first byte, make the handshake first."""
         if self.tls_from_start:
-            self.start_tls()
-        self.greet()
+            await self.start_tls()
+        if self.site.door.asks_policy:
+            try:
+                await wait(lambda: self.site.door.ask("on_connect", self.client))
+            except Refused as refused:
+                event("refused", protocol=self.protocol, client=self.client, reason=printable(str(refused.reply)))
+                self.over = True
+                return self.wire.send(self.server.refusal(refused.reply.text))  # type: ignore[attr-defined]
+        await self.tell(self.greeting())
 
-    def start_tls(self) -> None:
+    async def next_command(self) -> None:
+        try:
+            line = await self.wire.line(self.line_limit)
+        except LineTooLong:
+            self.commands += 1
+            self.wire.renew()
+            return await self.tell(self.refuse("", Refused(500, "5.5.2", "line longer than %d bytes" % self.line_limit,
+                                                           close=self.commands == 1)))
+        self.commands += 1
+        self.wire.renew()
+        if self.commands % MAX_TURN == 0:
+            await wait(TURN)
+        await self.command(line)
+        if self.site.stopping and not self.over:
+            raise TimedOut
+
+    async def command(self, line: bytes) -> None:
+        """Answer one command. Whatever goes wrong in it is answered, too, and the conversation goes on."""
+        verb, _, argument = line.partition(b" ")
+        name = verb.decode("ascii", "replace").upper()
+        method = getattr(self, "do_" + name, None) if name.isalnum() else None
+        self.heard(line, name, method is not None)
+        try:
+            if method is None:
+                self.not_a_command(line, name)
+            if name in self.ASKS_BOOK and self.site.book.is_stale():
+                await wait(self.site.book.refresh)
+            answer = self.ask(method, name, argument)
+            if isinstance(answer, types.CoroutineType):
+                answer = await answer
+            self.understood = True
+        except Refused as refused:
+            answer = self.refuse(name, refused)
+        except (Disconnected, TimedOut, Stalled):
+            raise
+        except OSError as error:
+            log.warning("%s from %s: %s", printable(name, 20), self.client, error)
+            answer = self.trouble(error)
+        except Exception as error:
+            log.exception("%s from %s failed", printable(name, 20), self.client)
+            answer = self.trouble(error)
+        await self.tell(answer)
+
+    async def start_tls(self) -> None:
         assert self.site.certificates
-        self.wire.start_tls(self.site.certificates.context(), server_side=True)
+        await self.wire.start_tls(self.site.certificates.context(), server_side=True)
         self.request = self.wire.sock
-
-    blocking = False                                # carried by a thread of its own, not by the pool's
 
     @property
     def private(self) -> bool:
@@ -5584,44 +5771,96 @@ class Session(socketserver.BaseRequestHandler):
     def may_log_in(self) -> bool:
         return self.private or self.site.config.capture
 
-    def hurry(self) -> None:
-        """The node stops: come to an end without more input, if the pool cannot see to that."""
-        if not EPOLL and not self.in_flight():
-            with contextlib.suppress(OSError):
-                self.wire.sock.shutdown(socket.SHUT_RD)
+    async def log_in(self, name: str, password: str) -> Optional[str]:
+        """Return the account's key, None when name and password do not fit: that is answered more and more slowly."""
+        site = self.site
+        if site.config.capture:
+            return site.log_in(self.client, name, password)
+        key: Optional[str] = None if site.throttle.shut_out(self.client) else site.accounts.recall(name, password)
+        if key is None:
+            key = await wait(Work(lambda: site.log_in(self.client, name, password), site.accounts.hashing, self.is_wanted))
+            if key is None:
+                await wait(site.throttle.delay(self.client))
+        return key
 
-    def in_flight(self) -> bool:
-        """True while a message is coming in."""
-        return False
+    def is_wanted(self) -> bool:
+        """Return whether the client is still there, and the node goes on: asked before a long calculation."""
+        try:
+            return not self.site.stopping and socket.socket.recv(self.wire.sock, 1, socket.MSG_PEEK) != b""
+        except OSError as error:
+            return is_timeout(error)
 
-    def take_content(self) -> None:
-        """Take input that is no command: called while there is a transfer."""
+    def is_no_client(self, line: bytes) -> bool:
+        """Return whether a wrong command shows that no mail client speaks: the first with no letter, or the third of three."""
+        first = self.commands == 1 and not line[:1].isalpha()
+        return not self.understood and (first or self.errors + 1 >= MAX_STRANGE)
 
-    def finish(self) -> None:
-        self.site.pool.forget(self.wire.sock.fileno())
-        self.wire.close()
-        self.site.sessions.discard(self)
-        self.site.connections.leave(self.client)
-        self.ended()
+    @staticmethod
+    async def aside(function: Callable[[], Any]) -> Any:
+        """Do something in another thread and return its result."""
+        return await wait(function)
+
+    # Misbehaviour on purpose.
 
     def fault(self, stage: str, subject: str = "") -> Optional[str]:
-        """Misbehave if a rule says so: return the reply to give instead of the right one."""
-        if not self.site.faults:
+        """Return the answer that a fault rule gives instead of the right one; Disconnected, Stalled when it gives none."""
+        action: Optional[str] = self.site.faults.take(stage, subject) if self.site.faults else None
+        if action is None:
             return None
-        text: Optional[str] = self.site.faults.apply(self, stage, subject)
-        return text
+        event("fault", client=self.client, stage=stage, subject=printable(subject, 100), action=action)
+        if action.startswith("delay "):
+            self.pause += float(action[6:])
+            return None
+        if action == "stall":
+            raise Stalled
+        if action == "drop":
+            self.wire.output.clear()
+            raise Disconnected
+        return action
 
-    def cut(self) -> NoReturn:
-        """End the session without a word."""
-        raise Disconnected
+    async def keep_back(self) -> None:
+        """Wait as long as a fault rule wants the next answer to take."""
+        if self.pause:
+            seconds, self.pause = self.pause, 0.0
+            self.wire.renew(seconds)
+            await self.wire.flush()
+            await wait(seconds)
+            self.wire.renew()
 
-    def greet(self) -> None:
+    # What the protocol adds.
+
+    def greeting(self) -> Any:
         raise NotImplementedError
 
-    def command(self, line: bytes) -> None:
+    def ask(self, method: Any, name: str, argument: bytes) -> Any:
+        """Call a verb, and return its answer or a coroutine that gives it; Refused."""
         raise NotImplementedError
 
-    def too_long(self) -> None:
+    def heard(self, line: bytes, name: str, known: bool) -> None:
+        """Note a command. Only what a known one that has no secret says may be kept."""
+        if log.isEnabledFor(logging.DEBUG):
+            log.debug("%s > %s", self.client, printable(self.public(line, name, known)))
+
+    @staticmethod
+    def public(line: bytes, name: str, known: bool) -> bytes:
+        """Return a command as others may see it: what is not understood may be a password."""
+        if not known:
+            return b"(%d bytes that are no command)" % len(line)
+        return name.encode() + b" ***" if name in ("AUTH", "PASS") else line
+
+    def not_a_command(self, line: bytes, name: str) -> NoReturn:
+        raise NotImplementedError
+
+    def refuse(self, name: str, refused: Refused) -> Any:
+        """Return the answer to a command that was refused, and count it."""
+        raise NotImplementedError
+
+    def trouble(self, error: Exception) -> Any:
+        """Return the answer to a command that failed for a reason of ours."""
+        raise NotImplementedError
+
+    async def tell(self, answer: Any) -> None:
+        """Send an answer; the only place that does."""
         raise NotImplementedError
 
     def farewell(self, why: str) -> None:
@@ -5631,9 +5870,11 @@ class Session(socketserver.BaseRequestHandler):
         """Do what is due when the connection is closed."""
 
 
-def sasl_plain(response: bytes) -> Tuple[str, str]:
-    """Return (name, password) of an AUTH PLAIN response, still base64 (RFC 4616); ValueError."""
+def sasl_plain(response: bytes, lenient: bool = False) -> Tuple[str, str]:
+    """Return (name, password) of an AUTH PLAIN response, still base64 (RFC 4616); ValueError. `lenient`: whatever they are."""
     parts = base64.b64decode(response, validate=True).split(b"\0")
+    if lenient:
+        return sasl_text(parts[1 if len(parts) > 1 else 0], True), sasl_text(parts[-1], True)
     if len(parts) != 3 or not parts[1]:
         raise ValueError("expected authzid NUL name NUL password")
     authzid, name, password = (part.decode("utf-8") for part in parts)
@@ -5642,14 +5883,26 @@ def sasl_plain(response: bytes) -> Tuple[str, str]:
     return name, password
 
 
-class Listener(socketserver.TCPServer):
-    """A listening socket, its sessions carried by the pool; OSError when the port is taken."""
+def sasl_text(data: bytes, lenient: bool = False) -> str:
+    """Return a name or password as text; ValueError for what is not UTF-8, unless `lenient`."""
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError:
+        if not lenient:
+            raise ValueError("not UTF-8") from None
+        return data.decode("latin-1")
+
+
+class Listener(socketserver.TCPServer, Task):
+    """A listening socket, a task of the loop as its sessions are; OSError when the port is taken."""
 
     request_queue_size = 512
     allow_reuse_address = os.name != "nt"
+    talks = False
 
-    def __init__(self, site: Site, name: str, endpoint: Endpoint, session: Type[Session], tls: bool = False) -> None:
-        self.site, self.name, self.session, self.tls = site, name, session, tls
+    def __init__(self, name: str, endpoint: Endpoint, session: Type[Session], tls: bool = False) -> None:
+        self.name, self.session, self.tls = name, session, tls
+        self.site: Any = None                       # listen() is told: after a fork, and as the user that runs
         try:
             found = socket.getaddrinfo(*endpoint, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
             self.address_family = found[0]
@@ -5659,7 +5912,7 @@ class Listener(socketserver.TCPServer):
             raise CannotRun(error.errno or errno.EINVAL, "--%s %s: cannot listen: %s; choose another address or port" % (
                 name, show_endpoint(endpoint), reason)) from None
         self.socket.setblocking(False)              # several processes may be woken for one connection
-        tune(self.socket)
+        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)   # its connections inherit it
 
     def server_bind(self) -> None:
         if self.address_family == socket.AF_INET6:
@@ -5667,62 +5920,54 @@ class Listener(socketserver.TCPServer):
         super().server_bind()
 
     @property
+    def sock(self) -> socket.socket:
+        return self.socket
+
+    @property
     def endpoint(self) -> Endpoint:
         address = self.socket.getsockname()
         return address[0], address[1]
 
-    def listen(self) -> None:
-        """Begin to take connections, in the pool's threads or, where it has no poller, in one of its own."""
-        if EPOLL:
-            with contextlib.suppress(OSError, ValueError) if self.site.stopping else contextlib.nullcontext():
-                self.site.pool.watch(self.fileno(), self.turn)
-        else:
-            self.site.pool.own_thread(lambda expired: self.serve_forever(poll_interval=0.1))
+    def listen(self, site: Site) -> None:
+        """Begin to take connections; for the loop's own thread, or before it starts."""
+        self.site = site
+        self.coroutine = self.accept()
+        site.loop.spawn(self)
 
-    def turn(self, expired: bool) -> None:
-        """Take one connection and its first turn."""
-        if self.site.stopping:
-            return
+    async def accept(self) -> None:
         try:
-            request, client = self.get_request()
-        except (BlockingIOError, InterruptedError, ConnectionAbortedError):
-            return self.listen()
-        except OSError as error:                    # no descriptors left: look again when some may have been freed
-            log.warning("cannot take a connection: %s", error)
-            return self.site.pool.later(self.fileno(), self.turn, 0.25)
-        self.listen()
-        self.process_request(request, client)
+            while not self.site.stopping:
+                await wait(READ)
+                try:
+                    request, client = self.get_request()
+                except (BlockingIOError, InterruptedError, ConnectionAbortedError):
+                    continue
+                except OSError as error:            # no descriptors left: look again when some may have been freed
+                    log.warning("cannot take a connection: %s", error)
+                    await wait(0.25)
+                    continue
+                self.process_request(request, client)
+        except (TimedOut, Disconnected):            # the node stops
+            pass
+        finally:
+            self.site.loop.forget(self)
+            self.server_close()
 
     def process_request(self, request: Any, client_address: Any) -> None:
         client = clients_address(client_address[0])
         refusal = self.site.connections.enter(client)
-        if not refusal:
-            try:
-                self.site.ask_policy("on_connect", client)
-            except Refused as refused:
-                self.site.connections.leave(client)
-                refusal = refused.reply.text
         if refusal:
             event("refused", protocol=self.name, client=client, reason=refusal)
             with contextlib.suppress(OSError):
                 if not self.tls:
-                    request.settimeout(0)
+                    request.setblocking(False)
                     request.send(self.refusal(refusal))
-            self.shutdown_request(request)
-            return
+            return self.shutdown_request(request)
         event("connect", protocol=self.name, client=show_endpoint(client_address[:2]))
-        session = self.session(request, client_address, self)
-        if EPOLL and not session.blocking:
-            session.turn(False)
-            return
-        try:
-            self.site.pool.own_thread(session.turn)
-        except RuntimeError as error:
-            log.warning("cannot take a connection: %s", error)
-            session.finish()
+        self.site.loop.spawn(self.session(request, client_address, self))
 
     def refusal(self, reason: str) -> bytes:
-        """Return the words for a connection that is one too many."""
+        """Return the words for a connection that is not wanted."""
         if self.name.startswith("pop3"):
             return b"-ERR [SYS/TEMP] %s\r\n" % reason.encode()
         return Reply(421, "4.3.2", reason).encode()
@@ -5730,15 +5975,10 @@ class Listener(socketserver.TCPServer):
     def handle_error(self, request: Any, client_address: Any) -> None:
         log.exception("connection from %s failed", client_address)
 
-    def stop(self) -> None:
-        if not EPOLL:
-            self.shutdown()
-        self.server_close()
-
 
 # ======================================================================================================================
 # 14  SMTP.  RFC 5321 with PIPELINING, SIZE, 8BITMIME, SMTPUTF8, ENHANCEDSTATUSCODES, CHUNKING, STARTTLS, AUTH.
-#     Only DATA, BDAT, AUTH and STARTTLS touch the wire; the other verbs turn (state, argument) into a reply.
+#     Verbs that wait say so in their first line, async def; the others turn (state, argument) into a reply.
 # ======================================================================================================================
 
 OK = Reply(250, "2.0.0", "ok")
@@ -5755,15 +5995,6 @@ class Transaction:
         self.content: Content                       # ... its decoder
 
 
-class Transfer:
-    """Content that is coming in: where it goes (None: nowhere), how much is left (None: up to its end), what comes then."""
-
-    def __init__(self, parcel: Optional[Parcel], content: Content, left: Optional[int], done: Callable[[], Reply],
-                 started: float) -> None:
-        self.parcel, self.content, self.left, self.done, self.started = parcel, content, left, done, started
-        self.total = 0
-
-
 class SMTPSession(Session):
     """An SMTP server's side of a conversation."""
 
@@ -5772,63 +6003,64 @@ class SMTPSession(Session):
     esmtp = False
     refusals = 0
     transaction: Optional[Transaction] = None
-    transfer: Optional[Transfer] = None
-    delivered: Optional[Parcel] = None              # a message just accepted, its 250 not sent yet
-    commands = 0
+    busy = False                                    # a message is coming in, or on its way to disk
     started = 0.0
+    ASKS_BOOK = ("MAIL", "RCPT", "AUTH")
     SYNCHRONOUS = ("EHLO", "HELO", "DATA", "STARTTLS", "AUTH", "VRFY", "QUIT", "NOOP")  # end a pipeline (RFC 2920)
+    LEADING_ON = ("MAIL", "RCPT", "DATA", "BDAT")   # to a message; the others do not, and have an end some time
 
-    # The loop: the only place that writes replies.
+    # What every conversation has.
 
-    def greet(self) -> None:
+    def greeting(self) -> Reply:
         if self.site.recorder:
             self.tape = self.site.recorder.tape(self)
-        self.say(self.faulty("connect", self.client) or Reply(220, "", self.site.hostname + " ESMTP minimail"))
+        return self.faulty("connect", self.client) or Reply(220, "", self.site.hostname + " ESMTP minimail")
 
-    def command(self, line: bytes) -> None:
-        self.commands += 1
-        verb, _, argument = line.partition(b" ")
-        name = verb.decode("ascii", "replace").upper()
-        method = getattr(self, "do_" + name, None) if name.isalpha() else None
+    def ask(self, method: Any, name: str, argument: bytes) -> Any:
+        if name not in self.LEADING_ON:
+            self.idle += 1
+            if self.idle > MAX_IDLE_COMMANDS:
+                raise Refused(421, "4.7.0", "so many commands and no message", close=True)
+        text = decode_argument(argument, self.lenient)
+        if self.site.door.asks_policy and name in ("MAIL", "RCPT"):
+            return self.aside(lambda: method(text))     # its hooks take as long as they like
+        return method(text)
+
+    def heard(self, line: bytes, name: str, known: bool) -> None:
+        super().heard(line, name, known)
         if self.tape:
-            self.tape.heard(b"AUTH ***" if name == "AUTH" else line, name in self.SYNCHRONOUS and bool(self.wire.input))
-        if log.isEnabledFor(logging.DEBUG):
-            log.debug("%s > %s", self.client, "AUTH ***" if name == "AUTH" else printable(line))
-        if method is None:
-            reply = self.not_a_command(line, name)
-            self.respond(name, lambda: reply)
-        else:
-            self.respond(name, lambda: method(decode_argument(argument)))
+            self.tape.heard(self.public(line, name, known), name in self.SYNCHRONOUS and bool(self.wire.input))
 
-    def respond(self, name: str, action: Callable[[], Optional[Reply]]) -> None:
-        """Give the reply that `action` returns or raises."""
-        try:
-            reply = action()
-        except Refused as refused:
-            self.delivered = None
-            reply = refused.reply
-        except (Disconnected, Silent, Suspended, TimedOut):
-            raise
-        except OSError as error:
-            log.warning("%s from %s: %s", name, self.client, error)
-            reply = Reply(451, "4.3.0", "something went wrong here, try again later")
-        except Exception:
-            log.exception("%s from %s failed", name, self.client)
-            reply = Reply(451, "4.3.0", "something went wrong here, try again later")
-        if reply:
-            self.say(self.count_errors(reply))
-        if self.delivered:
-            self.follow_up()
+    def not_a_command(self, line: bytes, name: str) -> NoReturn:
+        if self.commands == 1 and line.startswith(HTTP_VERBS):
+            web = self.site.config.web or ()
+            hint = "; the web inbox is at http://" + show_endpoint(web[0]) if web else ""
+            raise Refused(421, "4.7.0", "this is a mail server and speaks SMTP, not HTTP" + hint, close=True)
+        if self.is_no_client(line):
+            raise Refused(421, "4.7.0", "this is a mail server and speaks SMTP", close=True)
+        if name in ("EXPN", "TURN", "ETRN", "SEND", "SOML", "SAML"):
+            raise Refused(502, "5.5.1", "%s is not implemented here" % name)
+        raise Refused(500, "5.5.2", "no such command; HELP lists them")
 
-    def follow_up(self) -> None:
-        """Tell those who wait for mail, once the client has its 250."""
-        parcel, self.delivered = self.delivered, None
-        with contextlib.suppress(Disconnected, TimedOut):
-            self.wire.flush()
-        if self.tape:
-            self.tape.restart()
-        if parcel:
-            self.site.accepted(parcel)
+    def refuse(self, name: str, refused: Refused) -> Reply:
+        """Return the reply, or a 421 when patience is at its end (RFC 5321 section 4.3.2, RFC 4954 section 4)."""
+        reply = refused.reply
+        if reply.code in (500, 501, 502, 503, 504, 535, 538, 555):
+            self.errors += 1
+        elif reply.code in (550, 553):
+            self.refusals += 1
+        if self.errors >= MAX_ERRORS or self.refusals >= MAX_REFUSALS:
+            return Reply(421, "4.7.0", "too many errors (the last: %s)" % reply.text.partition("\n")[0], close=True)
+        return reply
+
+    def trouble(self, error: Exception) -> Reply:
+        return Reply(451, "4.3.0", "something went wrong here, try again later")
+
+    async def tell(self, answer: Optional[Reply]) -> None:
+        await self.keep_back()
+        if answer:
+            self.say(answer)
+            await self.wire.drain()
 
     def say(self, reply: Reply) -> None:
         if reply.code >= 400:
@@ -5841,36 +6073,17 @@ class SMTPSession(Session):
         self.wire.send(data)
         self.over = self.over or reply.close
 
-    def count_errors(self, reply: Reply) -> Reply:
-        """Return the reply, or a 421 when patience is at its end (RFC 5321 section 4.3.2, RFC 4954 section 4)."""
-        if reply.code < 400:
-            return reply
-        if reply.code in (500, 501, 502, 503, 504, 535, 538, 555):
-            self.errors += 1
-        elif reply.code in (550, 553):
-            self.refusals += 1
-        if self.errors >= MAX_ERRORS or self.refusals >= MAX_REFUSALS:
-            return Reply(421, "4.7.0", "too many errors (the last: %s)" % reply.text.partition("\n")[0], close=True)
-        return reply
-
-    def not_a_command(self, line: bytes, name: str) -> Reply:
-        if self.commands == 1 and line.startswith(HTTP_VERBS):
-            web = self.site.config.web or ()
-            hint = "; the web inbox is at http://" + show_endpoint(web[0]) if web else ""
-            return Reply(421, "4.7.0", "this is a mail server and speaks SMTP, not HTTP" + hint, close=True)
-        if name in ("EXPN", "TURN", "ETRN", "SEND", "SOML", "SAML"):
-            return Reply(502, "5.5.1", "%s is not implemented here" % name)
-        return Reply(500, "5.5.2", "no such command; HELP lists them")
-
-    def too_long(self) -> None:
-        self.wire.renew()
-        self.say(self.count_errors(Reply(500, "5.5.2", "line longer than %d bytes" % self.line_limit)))
-
     def farewell(self, why: str) -> None:
         if why == "stop":
             self.say(Reply(421, "4.3.2", self.site.hostname + " is shutting down, try again later"))
         else:
             self.say(Reply(421, "4.4.2", self.site.hostname + " waited too long for you, closing"))
+
+    def in_flight(self) -> bool:
+        return self.busy
+
+    def ended(self) -> None:
+        self.drop_transaction()
 
     def faulty(self, stage: str, subject: str = "") -> Optional[Reply]:
         """Return the reply that a fault rule wants here."""
@@ -5896,6 +6109,19 @@ class SMTPSession(Session):
 
     # Who are you?
 
+    @property
+    def trusted(self) -> bool:
+        """True for who may have mail passed on."""
+        if self.user is not None:
+            return True
+        client = ipaddress.ip_address(self.client)
+        return any(client.version == network.version and client in network for network in self.site.config.trust)
+
+    @property
+    def lenient(self) -> bool:
+        """True for who may say things as other servers take them; strangers speak as RFC 5321 has it."""
+        return self.site.config.capture or self.trusted
+
     def do_HELO(self, argument: str) -> Reply:
         self.introduce(argument, esmtp=False)
         return Reply(250, "", self.site.hostname)
@@ -5916,61 +6142,63 @@ class SMTPSession(Session):
 
     def introduce(self, argument: str, esmtp: bool) -> None:
         name = argument.strip()
-        if not name or not name.isprintable() or not name.isascii() or " " in name or len(name) > 255:
+        if not name or (not self.lenient and (not name.isprintable() or not name.isascii() or " " in name or len(name) > 255)):
             raise Refused(501, "5.5.4", "say your host name: EHLO host.example")
         self.raise_fault("helo", name)
         self.drop_transaction()
-        self.helo, self.esmtp = re.sub(r"[^A-Za-z0-9.:_\[\]-]", "?", name), esmtp
+        self.helo, self.esmtp = re.sub(r"[^A-Za-z0-9.:_\[\]-]", "?", name[:255]), esmtp
 
-    def do_STARTTLS(self, argument: str) -> Optional[Reply]:
-        """RFC 3207."""
+    async def do_STARTTLS(self, argument: str) -> None:
+        """RFC 3207. The next word is the client's."""
         if argument:
             raise Refused(501, "5.5.4", "STARTTLS takes no argument")
         if self.wire.tls or not self.site.certificates:
             raise Refused(503, "5.5.1", "TLS is on already" if self.wire.tls else "no TLS here")
         self.wire.send(Reply(220, "2.0.0", "go ahead").encode())
-        self.start_tls()
+        await self.start_tls()
         self.drop_transaction()
         self.helo, self.esmtp, self.user = "", False, None      # section 4.2: forget everything
         if self.tape:
             self.tape.restart()
-        return None                                 # the next word is the client's
 
-    def do_AUTH(self, argument: str) -> Reply:
+    async def do_AUTH(self, argument: str) -> Reply:
         """RFC 4954, PLAIN and LOGIN."""
         mechanism, _, initial = argument.partition(" ")
+        capture = self.site.config.capture
+        if not mechanism:
+            raise Refused(501, "5.5.4", "AUTH PLAIN or LOGIN")
         if self.user is not None or self.transaction:
             raise Refused(503, "5.5.1", "you are logged in" if self.user is not None else "not during a transaction")
-        if not self.esmtp:
+        if not self.esmtp and not capture:
             raise Refused(503, "5.5.1", "say EHLO first")
         if not self.may_log_in:
             raise Refused(538, "5.7.11", "log in over TLS only")
-        if self.site.throttle.shut_out(self.client):
+        if not capture and self.site.throttle.shut_out(self.client):
             raise Refused(421, "4.7.0", "too many wrong passwords, come back later", close=True)
         try:
             if mechanism.upper() == "PLAIN":
-                response = initial.encode() if initial else self.challenge(b"")
-                name, password = sasl_plain(b"" if response == b"=" else response)
+                response = initial.encode() if initial else await self.challenge(b"")
+                name, password = sasl_plain(b"" if response == b"=" else response, capture)
             elif mechanism.upper() == "LOGIN":
-                response = initial.encode() if initial else self.challenge(b"Username:")
-                name = base64.b64decode(response, validate=True).decode("utf-8")
-                password = base64.b64decode(self.challenge(b"Password:"), validate=True).decode("utf-8")
+                response = initial.encode() if initial else await self.challenge(b"Username:")
+                name = sasl_text(base64.b64decode(response, validate=True), capture)
+                password = sasl_text(base64.b64decode(await self.challenge(b"Password:"), validate=True), capture)
             else:
                 raise Refused(504, "5.5.4", "AUTH PLAIN or LOGIN")
-        except ValueError as error:                 # binascii.Error and UnicodeDecodeError are such
-            raise Refused(501, "5.5.2", "bad AUTH response: " + printable(str(error))) from None
+        except ValueError:                          # binascii.Error is one; its text could show what was sent
+            raise Refused(501, "5.5.2", "bad AUTH response: not base64 of what %s takes" % printable(mechanism, 20)) from None
         self.raise_fault("auth", name)
-        self.user = self.site.log_in(self.client, name, password)
+        self.user = await self.log_in(name, password)
         if self.user is None:
             raise Refused(535, "5.7.8", "name and password do not fit")
         event("login", protocol="smtp", client=self.client, user=printable(self.user))
         return Reply(235, "2.7.0", "welcome")
 
-    def challenge(self, text: bytes) -> bytes:
+    async def challenge(self, text: bytes) -> bytes:
         """Return the client's answer to a SASL challenge; Refused when it cancels."""
         self.wire.send(b"334 " + base64.b64encode(text) + b"\r\n")
         try:
-            answer = self.wire.line(MAX_AUTH_LINE)
+            answer = await self.wire.line(MAX_AUTH_LINE)
         except LineTooLong:
             raise Refused(500, "5.5.6", "response too long") from None
         if answer == b"*":
@@ -5980,23 +6208,21 @@ class SMTPSession(Session):
     # The envelope.
 
     def do_MAIL(self, argument: str) -> Reply:
-        if not self.helo:
+        if not self.helo and not self.lenient:
             raise Refused(503, "5.5.1", "say EHLO first")
         if self.transaction:
             raise Refused(503, "5.5.1", "one transaction at a time; RSET ends it")
         keyword, colon, path = argument.partition(":")
         if keyword.strip().upper() != "FROM" or not colon:
             raise Refused(501, "5.5.4", "MAIL FROM:<address>")
-        sender, rest = parse_path(path)
+        sender, rest = parse_path(path, self.lenient)
         envelope = Envelope(sender=str(sender) if sender else "", helo=self.helo, client=self.client)
         self.take_parameters(envelope, parse_parameters(rest) if rest else {})
         if sender and not str(sender).isascii() and not envelope.smtputf8:
             raise Refused(553, "5.6.7", "this address needs SMTPUTF8")
-        if self.user is not None and not self.site.config.capture:
-            if sender and not self.site.book.owns(self.user, sender):
-                raise Refused(553, "5.7.1", "you may not send as this address")
+        self.site.door.check_sender(envelope, sender, self.user)
         self.raise_fault("mail", envelope.sender)
-        self.site.ask_policy("on_mail", self.client, envelope.sender, self.user)
+        self.site.door.ask("on_mail", self.client, envelope.sender, self.user)
         envelope.protocol = with_keyword(self.esmtp, self.wire.tls, self.user is not None, envelope.smtputf8)
         self.transaction = Transaction(envelope)
         self.started = time.monotonic()
@@ -6023,13 +6249,13 @@ class SMTPSession(Session):
                 raise Refused(555, "5.5.4", "unknown parameter " + printable(keyword, 60))
 
     def do_RCPT(self, argument: str) -> Reply:
-        transaction = self.transaction
+        transaction, door = self.transaction, self.site.door
         if not transaction or transaction.parcel:
             raise Refused(503, "5.5.1", "MAIL comes first" if not transaction else "the content has begun")
         keyword, colon, path = argument.partition(":")
         if keyword.strip().upper() != "TO" or not colon:
             raise Refused(501, "5.5.4", "RCPT TO:<address>")
-        address, rest = parse_path(path)
+        address, rest = parse_path(path, self.lenient)
         if address is None:
             raise Refused(501, "5.1.3", "the null path cannot receive mail")
         for parameter in parse_parameters(rest) if rest else ():
@@ -6037,47 +6263,37 @@ class SMTPSession(Session):
         envelope = transaction.envelope
         if not str(address).isascii() and not envelope.smtputf8:
             raise Refused(553, "5.6.7", "this address needs SMTPUTF8")
-        if len(envelope.recipients) >= MAX_RECIPIENTS:
-            raise Refused(452, "4.5.3", "more than %d recipients" % MAX_RECIPIENTS)
-        destinations = self.may_deliver(address)
+        trusted = self.trusted
+        destinations = door.destinations(envelope, self.of_ours(address), trusted)
         self.raise_fault("rcpt", address.key)
-        self.site.ask_policy("on_rcpt", envelope, str(address))
+        door.ask("on_rcpt", envelope, str(address))
         envelope.recipients.append(address)
         transaction.destinations.append(destinations)
         return Reply(250, "2.1.5", "recipient ok")
 
-    def may_deliver(self, address: Address) -> Destinations:
-        """Return where mail for `address` goes; Refused when nobody lives there or it is not ours to pass on."""
-        book = self.site.book
-        literal = domain_literal(address.domain)
-        if literal and literal == clients_address(self.request.getsockname()[0]):
-            address = Address(address.local, book.home)
-        if not book.is_local(address) and not self.may_relay():
-            raise Refused(550, "5.7.1", "relaying denied: log in first")
-        destinations = book.resolve(address)
-        self.site.check_remote(destinations)
-        return destinations
-
-    def may_relay(self) -> bool:
-        if self.user is not None:
-            return True
-        client = ipaddress.ip_address(self.client)
-        return any(client.version == network.version and client in network for network in self.site.config.trust)
+    def of_ours(self, address: Address) -> Address:
+        """Return the address, the first domain for the literal of the address that the client reached us at."""
+        if not address.domain.startswith("[") or self.site.config.capture:
+            return address
+        own = domain_literal(address.domain) == clients_address(self.request.getsockname()[0])
+        return Address(address.local, self.site.book.home) if own else address
 
     # The content.
 
-    def do_DATA(self, argument: str) -> Reply:
+    async def do_DATA(self, argument: str) -> None:
+        """The 250 is a promise: the message is on disk for every recipient."""
         if argument:
             raise Refused(501, "5.5.4", "DATA takes no argument")
         transaction = self.begin_content()
         if transaction.parcel:
             raise Refused(503, "5.5.1", "BDAT has begun, DATA cannot follow")
-        self.begin_parcel(transaction, dots=True)
-        self.transfer = Transfer(transaction.parcel, transaction.content, None, lambda: self.end_content(transaction),
-                                 self.wire.clock())
-        return Reply(354, "", "go ahead, end with CRLF.CRLF")
+        parcel = self.begin_parcel(transaction, dots=True)
+        await self.keep_back()
+        self.say(Reply(354, "", "go ahead, end with CRLF.CRLF"))
+        await self.receive(parcel, transaction.content, None)
+        await self.deliver(transaction, parcel)
 
-    def do_BDAT(self, argument: str) -> Optional[Reply]:
+    async def do_BDAT(self, argument: str) -> Optional[Reply]:
         """RFC 3030: a chunk is read to its end whatever is wrong, so that the conversation stays in step."""
         match = re.fullmatch(r"(\d{1,15})( +LAST)?", argument.strip(), re.ASCII | re.IGNORECASE)
         if not match:
@@ -6085,29 +6301,16 @@ class SMTPSession(Session):
         count, last = int(match.group(1)), bool(match.group(2))
         try:
             transaction = self.begin_content()
-            if not transaction.parcel:
-                self.begin_parcel(transaction, dots=False)
-        except Refused as refused:
-            reply = refused.reply
-            self.transfer = Transfer(None, Content(dots=False), count, lambda: reply, self.wire.clock())
-        else:
-            self.transfer = Transfer(transaction.parcel, transaction.content, count,
-                                     lambda: self.end_chunk(transaction, count, last), self.wire.clock())
-        return None
-
-    def end_chunk(self, transaction: Transaction, count: int, last: bool) -> Reply:
-        assert transaction.parcel
-        if not last and not transaction.parcel.draft.too_large:
+            parcel = transaction.parcel or self.begin_parcel(transaction, dots=False)
+        except Refused:
+            await self.receive(None, Content(dots=False), count)
+            raise
+        await self.receive(parcel, transaction.content, count)
+        if not last and not parcel.draft.too_large:
             return Reply(250, "2.0.0", "%d bytes" % count)
-        self.write_content(transaction.parcel, transaction.content.end())
-        return self.end_content(transaction)
-
-    def begin_parcel(self, transaction: Transaction, dots: bool) -> None:
-        self.raise_content_fault("data", transaction.envelope)
-        if self.tape:
-            self.tape.begin()
-        transaction.parcel = self.site.post.begin(transaction.envelope, transaction.destinations)
-        transaction.content = Content(dots)
+        self.write_content(parcel, transaction.content.end())
+        await self.deliver(transaction, parcel)
+        return None
 
     def begin_content(self) -> Transaction:
         if not self.transaction:
@@ -6116,68 +6319,83 @@ class SMTPSession(Session):
             raise Refused(554, "5.5.1", "no valid recipients")
         return self.transaction
 
-    def take_content(self) -> None:
-        """Take a block of content.
+    def begin_parcel(self, transaction: Transaction, dots: bool) -> Parcel:
+        self.raise_content_fault("data", transaction.envelope)
+        if self.tape:
+            self.tape.begin()
+        transaction.parcel = self.site.post.begin(transaction.envelope, transaction.destinations)
+        transaction.content = Content(dots)
+        return transaction.parcel
+
+    async def receive(self, parcel: Optional[Parcel], content: Content, left: Optional[int]) -> None:
+        """Read `left` bytes of content, None: up to its end, into the parcel, None: nowhere.
 
         What is too large is read and forgotten, but not for ever. The deadline moves with what arrives, at MIN_RATE: a
-        client that drips runs into it.
+        client that drips runs into it, and so does one that is silent for --timeout, whatever came before.
         """
-        transfer, wire = self.transfer, self.wire
-        assert transfer
-        if wire.clock() >= wire.deadline:
-            raise TimedOut
-        size = BIG_BLOCK if transfer.left is None else min(BIG_BLOCK, transfer.left)
-        data = wire.take(size, park=EPOLL) if size else b""
-        block = transfer.content.feed(data)
-        transfer.total += len(data)
-        if transfer.parcel:
-            self.write_content(transfer.parcel, block)
-        if transfer.left is not None:
-            transfer.left -= len(data)
-        if transfer.content.finished or transfer.left == 0:
-            wire.input[:0] = transfer.content.rest
-            wire.renew()
-            self.transfer = None
-            self.respond("content", transfer.done)
-        elif transfer.total > 2 * self.site.config.max_size + (1 << 26):
-            self.say(Reply(552, "5.3.4", "message larger than %d bytes" % self.site.config.max_size, close=True))
-        else:
-            wire.deadline = transfer.started + wire.timeout + transfer.total / MIN_RATE
+        wire, total = self.wire, 0
+        started, much = wire.clock(), 2 * self.site.config.max_size + (1 << 26)
+        self.busy = True
+        try:
+            while left != 0 and not content.finished:
+                data = await wire.take(BIG_BLOCK if left is None else min(BIG_BLOCK, left))
+                block = content.feed(data)
+                total += len(data)
+                if parcel:
+                    self.write_content(parcel, block)
+                if left is not None:
+                    left -= len(data)
+                if total > much:
+                    raise Refused(552, "5.3.4", "message larger than %d bytes" % self.site.config.max_size, close=True)
+                wire.deadline = min(wire.clock(), started + total / MIN_RATE) + wire.timeout
+        finally:
+            self.busy = False
+        wire.input[:0] = content.rest
+        wire.renew()
 
     def write_content(self, parcel: Parcel, block: bytes) -> None:
         parcel.draft.write(block)
         if self.tape:
             self.tape.block(block)
 
-    def end_content(self, transaction: Transaction) -> Reply:
-        """Deliver, and answer for the message; the 250 is a promise."""
+    async def deliver(self, transaction: Transaction, parcel: Parcel) -> None:
+        """Put a message on disk and answer for it; then tell those who wait for mail. Refused."""
         self.transaction = None
-        parcel, envelope = transaction.parcel, transaction.envelope
-        assert parcel
-        envelope.eightbit = parcel.draft.eightbit
+        self.busy = True
+        try:
+            await self.ask_all(transaction, parcel)
+            refused = await wait(parcel)
+            if refused:
+                if self.site.recorder:
+                    self.site.recorder.forget(parcel.draft.id)
+                raise refused
+        finally:
+            self.busy = False
+        self.idle = 0
+        self.say(self.answer(parcel))
+        await self.wire.flush()                     # the client has its 250 before anybody else hears of the message
+        if self.tape:
+            self.tape.restart()
+        self.site.accepted(parcel)
+        if self.site.follow_up:
+            follow_up = self.site.follow_up
+            await wait(lambda: follow_up(parcel))
+
+    async def ask_all(self, transaction: Transaction, parcel: Parcel) -> None:
+        """Ask who has a say in a message that is there as a whole; Refused, and then nothing of it is left."""
+        door, envelope = self.site.door, transaction.envelope
         try:
             self.raise_content_fault("end", envelope)
-            if type(self.site.policy) is not Policy:
-                parcel.draft.complete()
-                self.site.ask_policy("on_message", envelope, parcel.draft.path)
+            await self.keep_back()
+            if door.asks_policy:
+                await wait(lambda: door.finish(parcel))
+            else:
+                door.finish(parcel)
             if self.tape:
                 self.tape.save(envelope, transaction.content, parcel)
-        except BaseException as error:
+        except BaseException:
             parcel.draft.discard()
-            if isinstance(error, OSError):
-                raise self.site.post.disk_refusal(parcel, error) from error
             raise
-        self.delivered = parcel
-        if EPOLL:
-            self.site.committer.add(parcel, self.committed)
-            raise Suspended
-        try:
-            self.site.post.commit(parcel)
-        except Refused:
-            if self.site.recorder:
-                self.site.recorder.forget(parcel.draft.id)
-            raise
-        return self.answer(parcel)
 
     def answer(self, parcel: Parcel) -> Reply:
         envelope = parcel.envelope
@@ -6186,30 +6404,7 @@ class SMTPSession(Session):
               size=parcel.draft.size, seconds=round(time.monotonic() - self.started, 4))
         return Reply(250, "2.0.0", "accepted as " + envelope.id)
 
-    def committed(self, refused: Optional[Refused]) -> None:
-        """Answer for a message that another session's thread committed. Must not wait, so nothing but the reply here."""
-        parcel = self.delivered
-        assert parcel
-        if refused and self.site.recorder:
-            self.site.recorder.forget(parcel.draft.id)
-        self.say(self.count_errors(refused.reply if refused else self.answer(parcel)))
-        sent = self.wire.send_some()
-        if refused:
-            self.delivered = None
-        elif sent and self.site.prompt:
-            self.follow_up()
-        more = bool(self.delivered or self.wire.output or self.wire.input or self.over)
-        self.wire.ready = not more
-        self.site.pool.watch(self.wire.sock.fileno(), self.turn, self.wire.deadline, now=more)
-
-    def resume(self) -> None:
-        if self.delivered:
-            self.follow_up()
-
     # The rest.
-
-    def in_flight(self) -> bool:
-        return bool(self.delivered or self.transfer)
 
     def do_RSET(self, argument: str) -> Reply:
         if argument:
@@ -6240,26 +6435,28 @@ class SMTPSession(Session):
             raise Refused(501, "5.5.4", "QUIT takes no argument")
         return Reply(221, "2.0.0", self.site.hostname + " says goodbye", close=True)
 
-    def ended(self) -> None:
-        self.drop_transaction()
-
 
 CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
 
-def decode_argument(argument: bytes) -> str:
-    """Return a command's argument as text; Refused 501 for what is not UTF-8 or has control characters (RFC 6531)."""
+def decode_argument(argument: bytes, lenient: bool = False) -> str:
+    """Return a command's argument as text; Refused 501 for what is not UTF-8 or has control characters (RFC 6531).
+
+    With `lenient`, what is not UTF-8 is Latin-1.
+    """
     try:
         text = argument.decode("utf-8").rstrip(" \t")
     except UnicodeDecodeError:
-        raise Refused(501, "5.5.2", "not UTF-8") from None
+        if not lenient:
+            raise Refused(501, "5.5.2", "not UTF-8") from None
+        text = argument.decode("latin-1").rstrip(" \t")
     if CONTROL.search(text):
         raise Refused(501, "5.5.2", "control characters")
     return text
 
 
 # ======================================================================================================================
-# 15  POP3.  RFC 1939 with TOP, UIDL, CAPA (RFC 2449), AUTH PLAIN (RFC 5034), STLS (RFC 2595).  Optional.
+# 15  POP3.  RFC 1939 with TOP, UIDL, CAPA (RFC 2449), AUTH PLAIN (RFC 5034), STLS (RFC 2595), UTF8 (RFC 6856).  Optional.
 # ======================================================================================================================
 
 class POP3Session(Session):
@@ -6270,52 +6467,48 @@ class POP3Session(Session):
     timeout = 600.0
     name = ""
     lock = -1
+    ASKS_BOOK = ("PASS", "AUTH")
+    BEFORE = ("USER", "PASS", "AUTH", "CAPA", "STLS", "QUIT", "NOOP", "UTF8")   # the AUTHORIZATION state (RFC 1939 section 4)
+    ONLY_BEFORE = ("USER", "PASS", "AUTH", "STLS")
+    IDLE = ("NOOP", "CAPA", "UTF8", "RSET", "USER")     # lead nowhere, and have an end some time
 
-    def greet(self) -> None:
-        text = self.fault("connect", self.client)
+    def greeting(self) -> bytes:
         self.items: List[Item] = []
         self.deleted: Set[int] = set()
+        self.total = 0                              # bytes in the messages that are not deleted
         self.fetched = self.bytes = self.removed = 0
-        self.wire.send(b"+OK minimail POP3 server ready\r\n" if text is None else self.faulty(text))
+        text = self.fault("connect", self.client)
+        return b"+OK minimail POP3 server ready\r\n" if text is None else \
+            b"-ERR %s\r\n" % (text.partition(" ")[2] or "because a fault rule says so").encode()
 
-    @staticmethod
-    def faulty(text: str) -> bytes:
-        return b"-ERR %s\r\n" % (text.partition(" ")[2] or "because a fault rule says so").encode()
+    def ask(self, method: Any, name: str, argument: bytes) -> Any:
+        if self.user is None and name not in self.BEFORE:
+            raise Refused(500, "", "log in first")
+        if self.user is not None and name in self.ONLY_BEFORE:
+            raise Refused(500, "", "you are logged in")
+        self.idle = self.idle + 1 if name in self.IDLE else 0
+        if self.idle > MAX_IDLE_COMMANDS:
+            raise Refused(500, "", "so many commands that lead nowhere", close=True)
+        return method(argument)
 
-    def command(self, line: bytes) -> None:
-        verb, _, argument = line.partition(b" ")
-        name = verb.decode("ascii", "replace").upper()
-        method = getattr(self, "do_" + name, None) if name.isalpha() else None
-        if log.isEnabledFor(logging.DEBUG):
-            log.debug("%s > %s", self.client, printable(line) if name not in ("PASS", "AUTH") else name + " ***")
-        try:
-            if method is None:
-                raise Refused(500, "", "no such command")
-            if self.user is None and name not in ("USER", "PASS", "AUTH", "CAPA", "STLS", "QUIT", "NOOP"):
-                raise Refused(500, "", "log in first")
-            if self.user is not None and name in ("USER", "PASS", "AUTH", "STLS"):
-                raise Refused(500, "", "you are logged in")
-            answer = method(argument)
-        except Refused as refused:
-            answer = b"-ERR %s\r\n" % printable(refused.reply.text).encode("utf-8", "replace")
-            event("refused", protocol="pop3", client=self.client, verb=printable(name, 20), reason=refused.reply.text)
-            self.errors += name not in ("RETR", "TOP", "DELE", "LIST", "UIDL")
-            self.over = self.over or refused.reply.close or self.errors >= MAX_ERRORS
-        except (Disconnected, Silent, Suspended, TimedOut):
-            raise
-        except OSError as error:
-            log.warning("%s from %s: %s", name, self.client, error)
-            answer = b"-ERR [SYS/TEMP] %s\r\n" % (error.strerror or "error").encode()
-        except Exception:
-            log.exception("%s from %s failed", name, self.client)
-            answer = b"-ERR [SYS/TEMP] something went wrong here\r\n"
+    def not_a_command(self, line: bytes, name: str) -> NoReturn:
+        raise Refused(500, "", "no such command", close=self.is_no_client(line))
+
+    def refuse(self, name: str, refused: Refused) -> bytes:
+        event("refused", protocol="pop3", client=self.client, verb=printable(name, 20) if hasattr(self, "do_" + name) else "",
+              reason=refused.reply.text)
+        self.errors += name not in ("RETR", "TOP", "DELE", "LIST", "UIDL")
+        self.over = self.over or refused.reply.close or self.errors >= MAX_ERRORS
+        return b"-ERR %s\r\n" % printable(refused.reply.text).encode("utf-8", "replace")
+
+    def trouble(self, error: Exception) -> bytes:
+        reason = error.strerror or "error" if isinstance(error, OSError) else "something went wrong here"
+        return b"-ERR [SYS/TEMP] %s\r\n" % reason.encode()
+
+    async def tell(self, answer: bytes) -> None:
+        await self.keep_back()
         self.wire.send(answer)
-
-    def too_long(self) -> None:
-        self.errors += 1
-        self.over = self.errors >= MAX_ERRORS
-        self.wire.renew()
-        self.wire.send(b"-ERR line too long\r\n")
+        await self.wire.drain()
 
     def raise_fault(self, stage: str, subject: str = "") -> None:
         text = self.fault(stage, subject)
@@ -6339,18 +6532,18 @@ class POP3Session(Session):
         """RFC 6856: what we send has always been raw."""
         return b"+OK\r\n"
 
-    def do_STLS(self, argument: bytes) -> bytes:
+    async def do_STLS(self, argument: bytes) -> bytes:
         if self.wire.tls or not self.site.certificates:
             raise Refused(500, "", "TLS is on already" if self.wire.tls else "no TLS here")
         self.wire.send(b"+OK go ahead\r\n")
-        self.start_tls()
+        await self.start_tls()
         self.name = ""
         return b""
 
     def check_privacy(self) -> None:
         if not self.may_log_in:
             raise Refused(500, "", "[AUTH] log in over TLS only")
-        if self.site.throttle.shut_out(self.client):
+        if not self.site.config.capture and self.site.throttle.shut_out(self.client):
             raise Refused(500, "", "[AUTH] too many wrong passwords, come back later", close=True)
 
     def do_USER(self, argument: bytes) -> bytes:
@@ -6360,14 +6553,14 @@ class POP3Session(Session):
             raise Refused(500, "", "USER address")
         return b"+OK now PASS\r\n"
 
-    def do_PASS(self, argument: bytes) -> bytes:
+    async def do_PASS(self, argument: bytes) -> bytes:
         self.check_privacy()
         if not self.name:
             raise Refused(500, "", "USER comes first")
         name, self.name = self.name, ""
-        return self.log_in(name, argument.decode("utf-8", "surrogateescape"))
+        return await self.open_mailbox(name, argument.decode("utf-8", "surrogateescape"))
 
-    def do_AUTH(self, argument: bytes) -> bytes:
+    async def do_AUTH(self, argument: bytes) -> bytes:
         """RFC 5034."""
         mechanism, _, response = argument.strip().partition(b" ")
         if not mechanism:
@@ -6378,28 +6571,29 @@ class POP3Session(Session):
         if not response:
             self.wire.send(b"+ \r\n")
             try:
-                response = self.wire.line(MAX_AUTH_LINE)
+                response = await self.wire.line(MAX_AUTH_LINE)
             except LineTooLong:
                 raise Refused(500, "", "response too long") from None
             if response == b"*":
                 raise Refused(500, "", "cancelled")
         try:
-            name, password = sasl_plain(b"" if response == b"=" else response)
+            name, password = sasl_plain(b"" if response == b"=" else response, self.site.config.capture)
         except ValueError:
             raise Refused(500, "", "bad AUTH response") from None
-        return self.log_in(name, password)
+        return await self.open_mailbox(name, password)
 
-    def log_in(self, name: str, password: str) -> bytes:
+    async def open_mailbox(self, name: str, password: str) -> bytes:
         self.raise_fault("pop3-login", lower(name))
-        user = self.site.log_in(self.client, name, password)
+        user, mailboxes = await self.log_in(name, password), self.site.mailboxes
         if user is None:
             raise Refused(500, "", "[AUTH] name and password do not fit")
         try:
-            self.lock = self.site.mailboxes.lock(user)
+            self.lock = mailboxes.lock(user)
         except BlockingIOError:
             raise Refused(500, "", "[IN-USE] another session has this mailbox") from None
-        with self.wire.blocked():
-            self.items = self.site.mailboxes.listing(user)
+        items = mailboxes.remembered(user)
+        self.items = await wait(lambda: mailboxes.listing(user)) if items is None else items
+        self.total = sum([item.size for item in self.items])
         self.user = user
         event("login", protocol="pop3", client=self.client, user=printable(user), messages=len(self.items))
         return b"+OK %d messages\r\n" % len(self.items)
@@ -6413,44 +6607,48 @@ class POP3Session(Session):
             raise Refused(500, "", "no such message")
         return index, self.items[index]
 
-    def present(self) -> Iterator[Tuple[int, Item]]:
-        return ((i + 1, item) for i, item in enumerate(self.items) if i not in self.deleted)
-
     def do_STAT(self, argument: bytes) -> bytes:
-        return b"+OK %d %d\r\n" % (len(self.items) - len(self.deleted), sum(item.size for _, item in self.present()))
+        return b"+OK %d %d\r\n" % (len(self.items) - len(self.deleted), self.total)
 
-    def do_LIST(self, argument: bytes) -> bytes:
+    async def do_LIST(self, argument: bytes) -> bytes:
+        return await self.list(argument, lambda item: item.size)
+
+    async def do_UIDL(self, argument: bytes) -> bytes:
+        return await self.list(argument, lambda item: item.uid)
+
+    async def list(self, argument: bytes, about: Callable[[Item], Union[int, str]]) -> bytes:
+        """Say something about one message or, some at a time, about all."""
         if argument.strip():
             index, item = self.item(argument)
-            return b"+OK %d %d\r\n" % (index + 1, item.size)
-        return ("+OK\r\n%s.\r\n" % "".join(["%d %d\r\n" % (n, item.size) for n, item in self.present()])).encode()
+            return ("+OK %d %s\r\n" % (index + 1, about(item))).encode()
+        self.wire.send(b"+OK\r\n")
+        for start in range(0, len(self.items), MAX_LISTED):
+            lines = ["%d %s\r\n" % (number, about(item)) for number, item in enumerate(
+                self.items[start:start + MAX_LISTED], start + 1) if number - 1 not in self.deleted]
+            self.wire.send("".join(lines).encode())
+            if start:
+                await self.wire.drain()
+                await wait(TURN)
+        return b".\r\n"
 
-    def do_UIDL(self, argument: bytes) -> bytes:
-        if argument.strip():
-            index, item = self.item(argument)
-            return b"+OK %d %s\r\n" % (index + 1, item.uid.encode())
-        return ("+OK\r\n%s.\r\n" % "".join(["%d %s\r\n" % (n, item.uid) for n, item in self.present()])).encode()
-
-    def do_RETR(self, argument: bytes) -> bytes:
-        index, item = self.item(argument)
+    async def do_RETR(self, argument: bytes) -> bytes:
+        item = self.item(argument)[1]
         self.raise_fault("pop3-retr", self.user or "")
         fd = self.open(item)
         try:
-            content = pread(fd, item.size + 1, 0) if item.size <= BIG_BLOCK else b""
+            content = pread(fd, item.size + 1, 0) if item.size <= BLOCK else b""
             if len(content) == item.size:
-                self.wire.send(b"+OK %d octets\r\n%s.\r\n" % (item.size, stuff_dots(content, True)))
-            elif os.fstat(fd).st_size != item.size:
-                self.send_converted(fd, item.size)
-            elif content:
-                raise Refused(500, "", "[SYS/TEMP] the message is changing")
+                answer = b"+OK %d octets\r\n%s.\r\n" % (item.size, stuff_dots(content, True))
             else:
-                with self.wire.blocked():
-                    self.send_blocks(fd, item.size)
+                native = os.fstat(fd).st_size == item.size
+                self.wire.send(b"+OK %d octets\r\n" % item.size)
+                await (self.send_blocks(fd, item.size) if native else self.send_converted(fd, None))
+                answer = b".\r\n"
         finally:
             os.close(fd)
         self.fetched += 1
         self.bytes += item.size
-        return b""
+        return answer
 
     def open(self, item: Item) -> int:
         try:
@@ -6458,87 +6656,89 @@ class POP3Session(Session):
         except FileNotFoundError:
             raise Refused(500, "", "[SYS/TEMP] the message is gone: another program removed it") from None
 
-    def send_blocks(self, fd: int, size: int) -> None:
-        """Send a large message: what has no leading dots goes from file to socket in the kernel."""
-        self.wire.send(b"+OK %d octets\r\n" % size)
+    async def send_blocks(self, fd: int, size: int) -> None:
+        """Send a large message of ours: what has no leading dots goes from file to socket in the kernel."""
         offset, line_start = 0, True
         while offset < size:
             self.wire.renew()
             block = pread(fd, BIG_BLOCK, offset)
             if not block:
-                self.cut()                          # truncated meanwhile: the promised length cannot be kept
-            while block.endswith(b"\r") and len(block) > 1:
+                raise Disconnected                  # truncated meanwhile: the promised length cannot be kept
+            if block.endswith(b"\r") and len(block) > 1:
                 block = block[:-1]                  # never cut a CRLF in two
             if b"." in block and (LEADING_DOT.search(block) or (line_start and block.startswith(b"."))):
                 self.wire.send(stuff_dots(block, line_start))
+                await self.wire.flush()
             else:
-                self.wire.send_file(fd, offset, len(block))
+                await self.wire.send_file(fd, offset, len(block))
             line_start = block.endswith(b"\n")
             offset += len(block)
-        self.wire.send(b".\r\n")
+            await wait(TURN)
 
-    def send_converted(self, fd: int, size: int) -> None:
-        """Send a message that another program stored with other line ends."""
-        self.wire.send(b"+OK %d octets\r\n" % size)
-        line_start, tail = True, b""
-        with open(os.dup(fd), "rb") as file:
-            for block in iter(lambda: file.read(BIG_BLOCK), b""):
-                self.wire.renew()
-                block = tail + block
-                tail = b"\r" if block.endswith(b"\r") else b""
-                block = re.sub(rb"(?<!\r)\n", b"\r\n", block[:-1] if tail else block)
-                if block:
-                    self.wire.send(stuff_dots(block, line_start))
-                    line_start = block.endswith(b"\n")
-        self.wire.send(tail + (b"" if line_start and not tail else b"\r\n") + b".\r\n")
+    async def send_converted(self, fd: int, lines: Optional[int]) -> None:
+        """Send a message with CRLF line ends, whoever stored it; with `lines`, its header and so many lines of the body."""
+        text, offset = Stuffed(), 0
+        top = Top(lines) if lines is not None else None
+        while not (top and top.is_done):
+            self.wire.renew()
+            block = pread(fd, BLOCK, offset)
+            data = text.lines(block) if block else text.last_end()
+            self.wire.send(text.stuff(top.cut(data) if top else data))
+            if not block:
+                break
+            offset += len(block)
+            await self.wire.drain()
+            await wait(TURN)
 
-    def do_TOP(self, argument: bytes) -> bytes:
+    async def do_TOP(self, argument: bytes) -> bytes:
         words = argument.split()
         if len(words) != 2 or not words[1].isdigit() or len(words[1]) > 9:
             raise Refused(500, "", "TOP message lines")
-        _, item = self.item(words[0])
-        fd = self.open(item)
-        with open(fd, "rb") as file:
+        fd = self.open(self.item(words[0])[1])
+        try:
             self.wire.send(b"+OK\r\n")
-            body, left = False, int(words[1])
-            for line in file:
-                if body and left <= 0:
-                    break
-                left -= body
-                body = body or line in (b"\r\n", b"\n")
-                line = line.rstrip(b"\r\n") if len(line) < 1000 else line[:-2] if line.endswith(b"\r\n") else line[:-1]
-                self.wire.send(b".%s\r\n" % line if line.startswith(b".") else line + b"\r\n")
+            await self.send_converted(fd, int(words[1]))
+        finally:
+            os.close(fd)
         return b".\r\n"
 
     def do_DELE(self, argument: bytes) -> bytes:
-        self.deleted.add(self.item(argument)[0])
+        index, item = self.item(argument)
+        self.deleted.add(index)
+        self.total -= item.size
         return b"+OK gone at QUIT\r\n"
 
     def do_RSET(self, argument: bytes) -> bytes:
+        self.total += sum([self.items[index].size for index in self.deleted])
         self.deleted.clear()
         return b"+OK\r\n"
 
     def do_NOOP(self, argument: bytes) -> bytes:
         return b"+OK\r\n"
 
-    def do_QUIT(self, argument: bytes) -> bytes:
+    async def do_QUIT(self, argument: bytes) -> bytes:
         """RFC 1939 section 6: only here is anything removed."""
         self.over = True
         if self.user is None:
             return b"+OK\r\n"
         self.raise_fault("pop3-quit", self.user)
-        failed = 0
-        for index in sorted(self.deleted):
-            try:
-                self.site.mailboxes.delete(self.user, self.items[index])
-            except OSError as error:
-                log.warning("cannot remove %s: %s", self.items[index].name, error)
-                failed += 1
+        failed: int = await wait(self.remove) if len(self.deleted) > MAX_REMOVED else self.remove()
         self.removed = len(self.deleted) - failed
         self.release()
         if failed:
             return b"-ERR [SYS/PERM] %d deleted messages not removed\r\n" % failed
         return b"+OK\r\n"
+
+    def remove(self) -> int:
+        """Remove what is marked as deleted; return how much of it could not be."""
+        failed = 0
+        for index in sorted(self.deleted):
+            try:
+                self.site.mailboxes.delete(self.user or "", self.items[index])
+            except OSError as error:
+                log.warning("cannot remove %s: %s", self.items[index].name, error)
+                failed += 1
+        return failed
 
     def release(self) -> None:
         if self.lock >= 0:
@@ -6552,7 +6752,57 @@ class POP3Session(Session):
                   deleted=self.removed)
 
 
-REGISTRY["pop3"] = POP3Session
+class Top:
+    """The beginning of a message: its header and so many lines of the body (RFC 1939 section 7); blocks have CRLF ends."""
+
+    def __init__(self, lines: int) -> None:
+        self.left = lines
+        self.is_done = False
+        self._in_body = False
+        self._tail = b"\r\n"                        # what came last: an empty line may begin in it
+
+    def cut(self, data: bytes) -> bytes:
+        """Return as much of a block as belongs to it."""
+        start = 0
+        if not self._in_body:
+            found = (self._tail + data).find(b"\r\n\r\n")
+            if found < 0:
+                self._tail = (self._tail + data)[-3:]
+                return data
+            self._in_body = True
+            start = max(0, found + 4 - len(self._tail))
+        count = data.count(b"\n", start)
+        if count < self.left:
+            self.left -= count
+            return data
+        self.is_done = True
+        return data[:nth_line_end(data, start, self.left)]
+
+
+def nth_line_end(data: bytes, start: int, count: int) -> int:
+    """Return where the first `count` lines from `start` end; there are as many. Halves what is searched, for long blocks."""
+    low, high = start, len(data)
+    while count and high - low > 1:
+        middle = (low + high) // 2
+        found = data.count(b"\n", low, middle)
+        if found >= count:
+            high = middle
+        else:
+            low, count = middle, count - found
+    return high if count else start
+
+
+class POP3Extension(Extension):
+    """The POP3 listeners."""
+
+    name = "pop3"
+
+    def listeners(self, config: Config) -> List[Any]:
+        return [Listener("pop3", endpoint, POP3Session) for endpoint in config.pop3] + [
+            Listener("pop3s", endpoint, POP3Session, tls=True) for endpoint in config.pop3s]
+
+
+EXTENSIONS.append(POP3Extension())
 
 
 # ======================================================================================================================
@@ -6585,29 +6835,39 @@ class Node:
             given.setdefault("pop3", "off")
         if data is not None:
             given["data"] = data
-        self.config = Config(**read_options(given, lambda name: name))
-        if self.config.workers != 1:
+        config = Config(**read_options(given, lambda name: name))
+        check_together(config, lambda name: name)
+        check_library({"on_message": on_message, "policy": policy, "clock": clock})
+        if config.workers != 1:
             raise ValueError("workers: only the command line forks; start several nodes on one data directory instead")
-        self._temporary = data is None
+        self._set_up(config, data is None, on_message, policy, clock, resolver, zone)
+
+    @classmethod
+    def from_config(cls, config: Config) -> "Node":
+        """Return the node of a command line."""
+        node = cls.__new__(cls)
+        node._set_up(config, False, None, None, time.time, None, None)
+        return node
+
+    def _set_up(self, config: Config, temporary: bool, on_message: Optional[Callable[[Message], Any]],
+                policy: Optional[Policy], clock: Callable[[], float], resolver: Any, zone: Any) -> None:
+        self.config = config
+        self.clock, self.resolver, self.zone = clock, resolver, zone
+        self._temporary = temporary
         self._on_message = on_message
-        self._policy = policy or Policy()
-        self._clock = clock
-        self._resolver = resolver
-        self._zone = optional_section("relay")["Zone"](zone) if zone is not None else None
-        self._listeners: List[Listener] = []
+        self._policy = policy
+        self._listeners: List[Any] = []
         self._certificates: Optional[Certificates] = None
-        self._connections = Connections(self.config.max_connections, self.config.max_per_client)
+        self.connections = Connections(config.max_connections, config.max_per_client, config.workers)
+        self.throttle = Throttle()
         self._arrived = threading.Condition()
         self._arrivals = 0
-        self._hearing: Optional[threading.Event] = None     # set once other processes are heard ...
-        self._ear: Optional[socket.socket] = None           # ... here
-        self._relay: Any = None
         self._running = False
         self.started_at = 0.0
         self.accepted = self.accepted_bytes = 0     # messages, since the start
         self.stores: Optional[Stores] = None
         self.site: Optional[Site] = None
-        self.data = "" if self._temporary else os.path.abspath(self.config.data)
+        self.data = "" if temporary else os.path.abspath(config.data)
 
     # Coming and going.
 
@@ -6629,19 +6889,15 @@ class Node:
         config = self.config
         if config.tls_cert:
             self._certificates = Certificates(config.tls_cert, config.tls_key)
-        elif config.smtps or config.pop3s:
-            raise CannotRun("--smtps and --pop3s need --tls-cert FILE")
-        pop3 = REGISTRY.get("pop3")
-        web = config.web if config.web is not None else ()
-        kinds: List[Tuple[str, Any, Sequence[Endpoint], bool]] = [
-            ("smtp", SMTPSession, config.smtp, False), ("smtps", SMTPSession, config.smtps, True),
-            ("pop3", pop3, config.pop3 if pop3 else (), False), ("pop3s", pop3, config.pop3s if pop3 else (), True),
-            ("web", optional_section("web")["Session"] if web else None, web, False)]
-        site: Any = None                            # serve() makes it: after a fork, and as the user that runs
+        elif config.smtps or config.pop3s or config.webs:
+            raise CannotRun("--smtps, --pop3s and --webs need --tls-cert FILE")
         try:
-            for name, session, endpoints, tls in kinds:
-                for endpoint in endpoints:
-                    self._listeners.append(Listener(site, name, endpoint, session, tls))
+            for endpoint in config.smtp:
+                self._listeners.append(Listener("smtp", endpoint, SMTPSession))
+            for endpoint in config.smtps:
+                self._listeners.append(Listener("smtps", endpoint, SMTPSession, tls=True))
+            for section in EXTENSIONS:
+                self._listeners += section.listeners(config)
         except BaseException:
             self._close_listeners()
             raise
@@ -6653,66 +6909,51 @@ class Node:
 
     def serve(self) -> None:
         """Begin to take connections on the bound ports."""
-        config = self.config
         try:
             if self._temporary:
                 self.data = tempfile.mkdtemp(prefix="minimail-")
-            if self._zone:
-                self._zone.start()
-            self.stores = stores = open_stores(dataclasses.replace(config, data=self.data), self._clock)
-            site = Site(config, stores.hostname, stores.mailboxes, stores.accounts, stores.book, stores.post,
-                        Committer(stores.post), Pool(),
-                        self._connections, Throttle(), self._policy, self._certificates, accepted=self._accepted,
-                        prompt=self._on_message is None and not config.keep)
-            self.site = site
-            section = REGISTRY.get("web")
-            if section:
-                section["equip"](site, self)
-            if stores.post.queue and self.relays:
-                dns = [self._zone.address] if self._zone else list(config.dns)
-                own = [listener.endpoint for listener in self._listeners if listener.name == "smtp"]
-                self._relay = optional_section("relay")["Relay"](config, stores, dns, own, self._clock, self._resolver)
+            self.stores = stores = open_stores(dataclasses.replace(self.config, data=self.data), self.clock, self._policy)
+            stores.book.refresh()
+            loop = Loop(stores.post.commit_all, stores.post.is_heavy)
+            follow_up = self._follow_up if self._on_message or self.config.keep or self.config.max_age else None
+            self.site = site = Site(
+                self.config, stores.hostname, stores.mailboxes, stores.accounts, stores.book, stores.post, stores.door, loop,
+                self.connections, self.throttle, self._certificates, accepted=self._accepted, follow_up=follow_up)
+            self._running = True
+            for section in EXTENSIONS:
+                section.equip(self)
+            for listener in self._listeners:
+                listener.listen(site)
+            loop.start()
+            self.started_at = time.time()
+            for section in EXTENSIONS:
+                section.start(self)
+            loop.crew.do(self._sweep)
         except OSError as error:
+            self.stop()
             self._undo_start()
             raise CannotRun(error.errno or errno.EIO, "cannot use the data directory %s: %s" % (
-                self.data, error.strerror or error)) from None
+                self.data or self.config.data, error.strerror or error)) from None
         except BaseException:
+            self.stop()
             self._undo_start()
             raise
-        site.pool.committer = site.committer
-        site.committer.blocked = site.pool.blocked
-        site.pool.start()
-        for listener in self._listeners:
-            listener.site = site
-            listener.listen()
-        if self._relay:
-            self._relay.start()
-        self._running = True
-        self.started_at = time.time()
-        site.pool.own_thread(lambda expired: self._sweep(stores))
-        if site.inbox:
-            self._hear_others()
 
-    def _sweep(self, stores: "Stores") -> None:
+    def _sweep(self) -> None:
         """Clean up what dead processes left behind."""
-        stores.storage.sweep()
-        stores.mailboxes.sweep()
+        if self.stores:
+            self.stores.mailboxes.sweep()
         if self.site and self.site.recorder:
             self.site.recorder.sweep()
 
     def _undo_start(self) -> None:
         self._close_listeners()
-        if self._zone:
-            self._zone.stop()
         if self.stores:
-            self.stores.accounts.close()
-            self.stores.storage.close()
-        if self.site:
-            self.site.pool.close()
+            self.stores.accounts.hashing.close()
         if self._temporary and self.data:
             shutil.rmtree(self.data, ignore_errors=True)
             self.data = ""
-        self.stores = self.site = self._relay = self._hearing = None
+        self.stores = self.site = None
 
     def stop(self) -> None:
         """End all sessions, each once its message in flight is done, all within 10 seconds; nothing when stopped."""
@@ -6721,32 +6962,13 @@ class Node:
         self._running = False
         site, deadline = self.site, time.monotonic() + SHUTDOWN_GRACE
         site.stopping = True
-        for listener in self._listeners:
-            listener.stop()
-        self._listeners = []
-        if self._relay:
-            self._relay.stop()
-        site.pool.expire_all()
-        for session in list(site.sessions):
-            session.hurry()
         with self._arrived:
             self._arrived.notify_all()              # who waits for mail
-        if site.inbox:
-            site.inbox.tell("stop")
-        if self._ear:
-            with contextlib.suppress(OSError):
-                self._ear.shutdown(socket.SHUT_RDWR)    # not everywhere, but that works without the directory
-        self.stores.storage.wake("mail", own=True) if self.stores else None
-        while site.sessions and time.monotonic() < deadline:
-            site.committer.run()                    # what this thread's turns of the sessions brought in
-            with self._arrived:
-                self._arrived.wait(0.02)
-        for session in list(site.sessions):
-            with contextlib.suppress(OSError):
-                session.wire.sock.shutdown(socket.SHUT_RDWR)
-        site.pool.close()
-        if self._relay:
-            self._relay.join(max(0.1, deadline - time.monotonic()))
+        for section in EXTENSIONS:
+            section.stop(self)
+        site.loop.stop(SHUTDOWN_GRACE)
+        for section in EXTENSIONS:
+            section.join(self, max(0.1, deadline - time.monotonic()))
         self._undo_start()
 
     # Where it is.
@@ -6782,62 +7004,36 @@ class Node:
     # The mail in it.
 
     def _accepted(self, parcel: Parcel) -> None:
-        """The client has its 250: wake who waits, tell who asked."""
-        assert self.stores
+        """The client has its 250: wake who waits."""
         self.accepted += 1
         self.accepted_bytes += parcel.draft.size
-        self.stores.post.delivered(parcel)
-        self._wake()
-        if self._on_message:
-            try:
-                message = self._message(parcel)
-                if message and self.site:
-                    with self.site.pool.blocked():
-                        self._on_message(message)
-            except Exception:
-                log.exception("on_message failed; the message %s is stored", parcel.draft.id)
-
-    def _wake(self) -> None:
         with self._arrived:
             self._arrivals += 1
             self._arrived.notify_all()
         if self.site and self.site.inbox:
             self.site.inbox.tell("new")
 
-    def _hear_others(self) -> None:
-        """From now on wake who waits also for mail that other processes deliver, and bounces."""
-        assert self.stores and self.site
-        with self._arrived:
-            first = self._hearing is None
-            begun = self._hearing = self._hearing or threading.Event()
-        if first:
-            stores = self.stores
+    def _follow_up(self, parcel: Parcel) -> None:
+        """Do what follows a delivery and may take long; in a thread."""
+        stores, site = self.stores, self.site
+        if not stores or not site:
+            return
+        for mailbox in parcel.mailboxes if self.config.keep or self.config.max_age else ():
+            stores.mailboxes.prune(mailbox, self.config.keep, self.config.max_age)
+        if self._on_message and parcel.mailboxes:
             try:
-                self.site.pool.own_thread(lambda expired: self._hear(stores, begun))
-            except RuntimeError:
-                self._hearing = None
-                raise
-        begun.wait()
+                self._on_message(self._message(stores, parcel))
+            except Exception:
+                log.exception("on_message failed; the message %s is stored", parcel.draft.id)
 
-    def _hear(self, stores: Stores, begun: threading.Event) -> None:
-        with stores.storage.waker("mail") as sock:
-            self._ear = sock
-            begun.set()
-            while sock and self._running:
-                sock.recv(64)                       # stop() ends it
-                if self._running:
-                    self._wake()
-
-    def _message(self, parcel: Parcel) -> Optional[Message]:
-        """Return the message just delivered, in the first of its mailboxes; None when all of it went elsewhere."""
-        assert self.stores
-        for mailbox in parcel.mailboxes[:1]:
-            name = "%s,S=%d,W=%d" % (self.stores.mailboxes.file_name(parcel.draft.id), parcel.draft.written,
-                                     parcel.draft.written)
-            item = Item(name.partition(",")[0], parcel.draft.written, "new", name)
-            return Message(self.stores.mailboxes, mailbox, item, lambda _: {
-                "sender": parcel.envelope.sender, "recipients": list(map(str, parcel.envelope.recipients))})
-        return None
+    @staticmethod
+    def _message(stores: Stores, parcel: Parcel) -> Message:
+        """Return the message just delivered, in the first of its mailboxes."""
+        size = parcel.draft.written
+        name = "%s,S=%d,W=%d" % (stores.mailboxes.file_name(parcel.draft.id), size, size)
+        item = Item(name.partition(",")[0], size, "new", name)
+        return Message(stores.mailboxes, parcel.mailboxes[0], item, lambda _: {
+            "sender": parcel.envelope.sender, "recipients": list(map(str, parcel.envelope.recipients))})
 
     def _envelope(self, item: Item) -> Optional[Dict[str, Any]]:
         recorder = self.site.recorder if self.site else None
@@ -6856,8 +7052,8 @@ class Node:
 
     def send_due(self) -> None:
         """Look into the queue at once: for tests that give the node a `clock` of their own and have moved it."""
-        if self._relay:
-            self._relay.wake()
+        if self.stores:
+            self.stores.storage.wake("queue")
 
     def _mailbox(self, address: str) -> str:
         assert self.stores
@@ -6882,31 +7078,40 @@ class Node:
         """
         if not self.stores or not self.site:
             raise RuntimeError("the node is not running")
-        deadline = time.monotonic() + timeout
-        if isinstance(match, str):
-            match = optional_section("web")["matcher"](self.site, self, match)
+        fits = extension("web").matcher(self, match) if isinstance(match, str) else match
         verdicts: Dict[Tuple[str, str], bool] = {}
-        self._hear_others()
-        while True:
-            arrivals = self._arrivals
-            found = self.messages(address)
-            for message in found:
+        matching: List[Message] = []
+
+        def look() -> List[Message]:
+            matching.clear()
+            for message in self.messages(address):
                 key = (message.recipient, message.uid)
                 if key not in verdicts:
-                    verdicts[key] = match is None or bool(match(message))  # type: ignore[operator]
-            found = [message for message in found if verdicts[message.recipient, message.uid]]
-            if len(found) >= (count or 1):
-                return found[0] if count is None else found[:count]
+                    verdicts[key] = fits is None or bool(fits(message))
+                if verdicts[key]:
+                    matching.append(message)
+            return matching if len(matching) >= (count or 1) else []
+        found: Optional[List[Message]] = await_mail(self.stores.storage, look, time.monotonic() + timeout, self._pause())
+        if not found:
+            raise TimeoutError("%d of %d messages for %s within %g seconds" % (
+                len(matching), count or 1, address or "anybody", timeout))
+        return found[0] if count is None else found[:count]
+
+    def _pause(self) -> Callable[[float], Optional[bool]]:
+        """Return a sleep for await_mail() that ends when this node takes mail, or stops."""
+        seen = self._arrivals
+
+        def sleep(seconds: float) -> Optional[bool]:
+            nonlocal seen
             with self._arrived:
-                left = deadline - time.monotonic()
-                if left <= 0 or not self._running:
-                    raise TimeoutError("%d of %d messages for %s within %g seconds" % (
-                        len(found), count or 1, address or "anybody", timeout))
-                if self._arrivals == arrivals:
-                    self._arrived.wait(min(left, 3600.0))
+                if self._arrivals == seen and self._running:
+                    self._arrived.wait(seconds)
+                changed, seen = self._arrivals != seen, self._arrivals
+                return (changed or None) if self._running else False
+        return sleep
 
 
-LISTENERS = ("smtp", "smtps", "pop3", "pop3s", "web")
+LISTENERS = ("smtp", "smtps", "pop3", "pop3s", "web", "webs")
 
 
 # ======================================================================================================================
@@ -7935,18 +8140,17 @@ class Cache:
 class Tape:
     """What one SMTP session said and did, as far as it belongs to the message that comes next."""
 
-    MAX_LINES = 4000
-
     def __init__(self, recorder: "Recorder", session: SMTPSession) -> None:
         self.recorder = recorder
         self.session = session
         self.introduction: List[Tuple[str, str]] = []       # what came before the first MAIL: kept for every message
         self.lines: List[Tuple[str, str]] = []
+        self.room = MAX_TRANSCRIPT                  # bytes left
         self.habits: Set[str] = set()               # lint rules that the session as such broke
         self.head = b""
         self.longest = self.column = 0
         with contextlib.suppress(OSError):
-            if not session.wire.tls and session.wire.sock.recv(1, socket.MSG_PEEK | getattr(socket, "MSG_DONTWAIT", 0)):
+            if not session.wire.tls and session.wire.sock.recv(1, socket.MSG_PEEK):
                 self.habits.add("early-talker")
 
     def heard(self, line: bytes, more: bool) -> None:
@@ -7954,7 +8158,7 @@ class Tape:
         if more:
             self.habits.add("pipelining")
         if line[:4].upper() == b"MAIL" and not self.introduction:
-            self.introduction, self.lines = self.lines, []
+            self.introduction, self.lines = self.lines[-MAX_INTRODUCTION:], []
         self.add("C", line)
 
     def said(self, data: bytes) -> None:
@@ -7962,8 +8166,10 @@ class Tape:
             self.add("S", line)
 
     def add(self, side: str, line: bytes) -> None:
-        if len(self.lines) < self.MAX_LINES:
-            self.lines.append((side, printable(line, 2000)))
+        if self.room <= 0:
+            return
+        self.room -= len(line) + 50                 # what a line costs in the file, about
+        self.lines.append((side, printable(line, 2000)) if self.room > 0 else ("S", "(the rest was not kept)"))
 
     def begin(self) -> None:
         """Content begins."""
@@ -7993,6 +8199,7 @@ class Tape:
     def restart(self) -> None:
         """Begin with the next message."""
         self.lines = []
+        self.room = MAX_TRANSCRIPT
         self.habits.discard("pipelining")
 
 
@@ -8051,8 +8258,9 @@ class Recorder:
         record = {"id": envelope.id, "sender": envelope.sender, "recipients": [str(r) for r in envelope.recipients],
                   "helo": envelope.helo, "client": envelope.client, "protocol": envelope.protocol, "tls": tls,
                   "transcript": lines, "lint": list(rules)}
-        try:
-            self.storage.write(self.path(envelope.id), json.dumps(record).encode(), sync=False)
+        try:                                        # torn by a crash, it is not read: nothing is promised about it
+            with open(self.path(envelope.id), "xb", buffering=0) as file:
+                file.write(json.dumps(record).encode())
         except OSError as error:
             log.warning("transcript of %s not kept: %s", envelope.id, error)
 
@@ -8125,34 +8333,6 @@ class Faults:
                         rule.left -= 1
                     return rule.action
         return None
-
-    def apply(self, session: Session, stage: str, subject: str) -> Optional[str]:
-        """Do what is due; return the reply to give, None to go on as if nothing was."""
-        action = self.take(stage, subject)
-        if action is None:
-            return None
-        event("fault", client=session.client, stage=stage, subject=printable(subject, 100), action=action)
-        if action.startswith("delay "):
-            with session.wire.blocked():
-                time.sleep(float(action[6:]))       # what the rule asks for
-            return None
-        if action == "stall":
-            with session.wire.blocked():
-                while not session.site.stopping and session.wire.clock() < session.wire.deadline and not gone(session):
-                    time.sleep(0.05)                # a fixture that does nothing: nobody is kept waiting by the pause
-        if action in ("drop", "stall"):
-            session.wire.output.clear()
-            session.cut()
-        return action
-
-
-def gone(session: Session) -> bool:
-    """Return whether the client hung up; what it says is thrown away."""
-    try:
-        session.wire.sock.settimeout(0)
-        return not session.wire.sock.recv(BLOCK)
-    except OSError as error:
-        return not is_timeout(error)
 
 
 class Letter:
@@ -8238,12 +8418,6 @@ class Letter:
         return dict(shown, **people, ReturnPath=self.message().sender, Date=view.date(summary["Created"]), Text=view.text,
                     HTML=view.html, Inline=inline, Attachments=attached, ListUnsubscribe=view.unsubscribe(),
                     Links=view.links(), Calendar=view.calendar(), Tree=view.tree(), RemoteImages=view.has_remote, Cut=view.cut)
-
-
-def matcher(site: Site, node: Node, text: str) -> Callable[[Message], bool]:
-    """Return a function that tells whether a message matches a search."""
-    inbox, wanted = Inbox(site, node), Query(text)
-    return lambda message: inbox.matches(message, wanted)
 
 
 class Answered(NamedTuple):
@@ -8489,21 +8663,12 @@ class Inbox:
             if not self.site.config.capture and user is None:
                 raise ValueError("sending needs a log-in in node mode")
             envelope, content = compose(json.loads(body))
-            site = self.site
-            if not site.config.capture and not (envelope.sender and user and site.book.owns(
-                    user, parse_address(envelope.sender))):
+            recipients, envelope.recipients = envelope.recipients, []
+            if not self.site.config.capture and not envelope.sender:
                 raise ValueError("you may not send as this address")
-            site.ask_policy("on_mail", "", envelope.sender, user)
-            destinations = [site.book.resolve(address) for address in envelope.recipients]
-            for address in envelope.recipients:
-                site.ask_policy("on_rcpt", envelope, str(address))
-            for destination in destinations:
-                site.check_remote(destination)
-            parcel = self.site.post.begin(envelope, destinations)
-            parcel.draft.write(content)
+            parcel = self.site.door.send(envelope, recipients, content, user)
             if self.site.recorder:
                 self.site.recorder.save(envelope, [], [], False)
-            self.site.post.commit(parcel)
             self.site.accepted(parcel)
         except (ValueError, TypeError, KeyError, AttributeError, Refused) as error:
             return json_answer({"Error": printable(str(error))}, 400)
@@ -8637,17 +8802,20 @@ class WebSession(Session):
     """An HTTP connection; the standard library's server reads the requests, in a thread of its own."""
 
     protocol = "web"
-    blocking = True
 
-    def turn(self, expired: bool) -> None:
-        self.wire.sock.settimeout(self.site.config.seconds(self.timeout))
-        with contextlib.suppress(OSError):
-            web_handler()(self)
-        self.finish()
-
-    def hurry(self) -> None:
-        with contextlib.suppress(OSError):
-            self.wire.sock.shutdown(socket.SHUT_RDWR)
+    async def converse(self) -> None:
+        def serve() -> None:
+            self.request.settimeout(self.site.config.seconds(self.timeout))
+            with contextlib.suppress(OSError):
+                web_handler()(self)
+        try:
+            await wait(serve)
+        except (Disconnected, TimedOut):
+            pass
+        finally:
+            self.wire.close()
+            self.site.sessions.discard(self)
+            self.site.connections.leave(self.client)
 
 
 @functools.lru_cache(maxsize=1)
@@ -8725,10 +8893,7 @@ def web_handler() -> Any:
                 name, _, password = base64.b64decode(secret, validate=True).decode("utf-8").partition(":")
             except ValueError:
                 return None
-            user = site.accounts.verify(name, password)
-            if user is None:
-                site.throttle.failed(self.session.client)
-            return user
+            return site.accounts.verify(name, password)
 
         def give(self, answer: Answered) -> None:
             self.send_response(answer.status)
@@ -8763,15 +8928,33 @@ def web_handler() -> Any:
     return Handler
 
 
-def equip(site: Site, node: Node) -> None:
-    """Give a site what this section has to offer, as far as its options ask for it."""
-    config = site.config
-    if config.transcripts or (config.transcripts is None and config.capture):
-        site.recorder = Recorder(site.mailboxes)
-        site.mailboxes.forget = site.recorder.forget
-    site.faults = Faults(Fault(rule.text) for rule in config.fault)
-    if config.web:
-        site.inbox = Inbox(site, node)
+class WebExtension(Extension):
+    """Transcripts, faults, the web inbox."""
+
+    name = "web"
+
+    def listeners(self, config: Config) -> List[Any]:
+        return [Listener("web", endpoint, WebSession) for endpoint in config.web or ()]
+
+    def equip(self, node: Any) -> None:
+        site, config = node.site, node.config
+        if config.transcripts or (config.transcripts is None and config.capture):
+            site.recorder = Recorder(site.mailboxes)
+            site.mailboxes.forget = site.recorder.forget
+        site.faults = Faults(Fault(rule.text) for rule in config.fault)
+        if config.web:
+            site.inbox = Inbox(site, node)
+
+    def stop(self, node: Any) -> None:
+        if node.site.inbox:
+            node.site.inbox.tell("stop")
+
+    def matcher(self, node: Any, search: str) -> Callable[[Message], bool]:
+        inbox, wanted = node.site.inbox or Inbox(node.site, node), Query(search)
+        return lambda message: bool(inbox.matches(message, wanted))
+
+    def parse_fault(self, text: str) -> "Fault":
+        return Fault(text)
 
 
 def wait_command(config: Config, arguments: List[str]) -> int:
@@ -8790,29 +8973,21 @@ def wait_command(config: Config, arguments: List[str]) -> int:
     stores = open_stores(config)
     inbox = Inbox(types.SimpleNamespace(recorder=Recorder(stores.mailboxes), mailboxes=stores.mailboxes))
     seen: Set[Tuple[str, str]] = set()
-    try:
-        with stores.storage.waker("mail") as sock:
-            while True:
-                for name in [address] if address else list(stores.mailboxes.names()):
-                    for item in stores.mailboxes.listing(name):
-                        if (name, item.uid) in seen:
-                            continue
-                        letter = Letter(message_id(item), [(name, item)], inbox)
-                        if query.matches(letter):
-                            show_letter(letter, given.show)
-                            return 0
-                        seen.add((name, item.uid))
-                left = deadline - time.monotonic()
-                if left <= 0:
-                    raise CannotRun("no such message within %s seconds" % given.timeout)
-                if sock:
-                    sock.settimeout(left)
-                    with contextlib.suppress(socket.timeout):
-                        sock.recv(64)
-                else:
-                    time.sleep(min(left, 0.2))      # no such sockets here (Windows)
-    finally:
-        stores.storage.close()
+
+    def look() -> Optional[Letter]:
+        for name in [address] if address else list(stores.mailboxes.names()):
+            for item in stores.mailboxes.listing(name):
+                if (name, item.uid) not in seen:
+                    letter = Letter(message_id(item), [(name, item)], inbox)
+                    if query.matches(letter):
+                        return letter
+                    seen.add((name, item.uid))
+        return None
+    found = await_mail(stores.storage, look, deadline)
+    if found is None:
+        raise CannotRun("no such message within %s seconds" % given.timeout)
+    show_letter(found, given.show)
+    return 0
 
 
 def wait_seconds(text: str) -> float:
@@ -8846,7 +9021,7 @@ class Selftest:
         self.far = Node(smtp="127.0.0.1:0", pop3="127.0.0.1:0", data=os.path.join(directory, "far"), faults=["rcpt 451 x1"])
         self.far.start()
         relay: Dict[str, Any] = {"domain": "near.test", "catch_all": "all@near.test", "dns": zone, "retry": "0.2",
-                                 "mx_port": self.far.smtp_address[1]} if "relay" in REGISTRY else {}
+                                 "mx_port": self.far.smtp_address[1]} if any(section.name == "relay" for section in EXTENSIONS) else {}
         self.near = Node(smtp="127.0.0.1:0", pop3="127.0.0.1:0", data=os.path.join(directory, "near"), **relay)
         self.near.start()
 
@@ -8860,7 +9035,7 @@ class Selftest:
             client.sendmail("me@near.test", recipient, self.text)
 
     def check_1_queue_dns_retry(self) -> str:
-        if "relay" not in REGISTRY:
+        if not any(section.name == "relay" for section in EXTENSIONS):
             return "skipped: no relay section"
         self.send(self.near, "bob@far.test")        # refused once, for a while, by the fault rule
         message = self.far.wait_for("bob@far.test", timeout=10)
@@ -8868,7 +9043,7 @@ class Selftest:
         return "queued, found by MX record, refused once, sent again"
 
     def check_2_bounce(self) -> str:
-        if "relay" not in REGISTRY:
+        if not any(section.name == "relay" for section in EXTENSIONS):
             return "skipped: no relay section"
         self.send(self.near, "nobody@null.test")
         report = self.near.wait_for("all@near.test", timeout=10).email()
@@ -8909,7 +9084,6 @@ class Selftest:
         storage.open()
         storage.write(os.path.join(storage.root, "file"), b"x")
         errors = storage.flush([storage.root])
-        storage.close()
         assert not errors, errors
         return "files and directories can be flushed to disk" + ("" if os.name != "nt" else " (files only)")
 
@@ -8937,7 +9111,7 @@ class Selftest:
         return "odd addresses get a place of their own, hard links work"
 
     def check_8_dns_packets(self) -> str:
-        if "relay" not in REGISTRY:
+        if not any(section.name == "relay" for section in EXTENSIONS):
             return "skipped: no relay section"
         query = encode_query(7, "far.test", MX)
         packet = encode_answer(query, [Record("far.test", MX, 60, (10, "mx.far.test"))])
@@ -9409,13 +9583,16 @@ get("api/v1/info").then(({smtp: [address], capture}) => {
 </script>
 """
 
-REGISTRY["web"] = {"parse_fault": Fault, "equip": equip, "Session": WebSession, "matcher": matcher}
-COMMANDS.update(wait=wait_command, selftest=selftest_command)
+WebExtension.commands = {"wait": wait_command, "selftest": selftest_command}
+EXTENSIONS.append(WebExtension())
 
 
 # ======================================================================================================================
 # 19  Command line.  Options and environment to a Config, log lines, signals, processes, exit statuses.
 # ======================================================================================================================
+
+COMMANDS = {name: function for section in EXTENSIONS for name, function in section.commands.items()}
+
 
 class Lines(logging.Formatter):
     """One line per event, as text or as a JSON object; tracebacks are folded into the line."""
@@ -9492,7 +9669,7 @@ OFFERED = re.compile(r"(?:tcp|udp|sctp)://\S*")     # what Kubernetes sets for a
 
 def environment_options(environ: Any) -> Dict[str, Any]:
     """Return {field: text} of the MINIMAIL_ variables that are set, and of the files they name; UsageError, CannotRun."""
-    given = {name: file.read() for name, file in option_files(environ).items()}
+    given = {name: file.texts() for name, file in option_files(environ).items()}
     for name, meta in option_fields().items():
         text = environ.get(variable(name))
         if text is None or OFFERED.fullmatch(text.strip()) or not text.strip() and meta["metavar"]:
@@ -9596,7 +9773,7 @@ def read_config(given: Dict[str, Any], environ: Any, remember: bool = False) -> 
         refuse_shared(data)
         if "domain" not in values:
             values = dict(remembered_options(os.path.join(data, "options.json")), **values)
-    sources = {name: file.current for name, file in option_files(environ).items() if name not in given}
+    sources = {name: file.get for name, file in option_files(environ).items() if name not in given}
     config = Config(**values, sources=sources)
     check_together(config, option_name)
     return config
@@ -9733,18 +9910,18 @@ def leave_options(node: Node, given: Dict[str, Any]) -> None:
         kept["route"] = ["%s=%s" % (pattern, server) for pattern, server in config.route]
     text = json.dumps(dict(kept, domain=list(config.domain)), indent=1) + "\n"
     assert node.stores
-    node.stores.storage.write(os.path.join(node.data, "options.json"), text.encode("utf-8"), sync=False)
+    node.stores.storage.write(os.path.join(node.data, "options.json"), text.encode("utf-8"))
 
 
 def serve_command(config: Config, given: Dict[str, Any]) -> int:
     """Run a node until SIGINT or SIGTERM. `given` are the options as texts."""
     if config.workers > 1 and not hasattr(os, "fork"):
         raise CannotRun("--workers: this platform cannot fork; leave the option out")
-    if config.web is None and "web" in REGISTRY:
+    if config.web is None and any(section.name == "web" for section in EXTENSIONS):
         config = dataclasses.replace(config, web=(("127.0.0.1", 8025),) if config.capture else ())
     if config.workers == 1:
         hold_signals()
-    node = node_for(config)
+    node = Node.from_config(config)
     node.bind()
     public = ["%s %s" % (name, show_endpoint(endpoint)) for name, endpoint in node.endpoints() if not is_loopback(endpoint[0])]
     if config.capture and public:
@@ -9756,34 +9933,35 @@ def serve_command(config: Config, given: Dict[str, Any]) -> int:
     node.serve()
     leave_options(node, given)
     announce(node)
-    wait_for_signal()
+    wait_for_signal(node)
     event("stopping")
     node.stop()
     return 0
 
 
-def node_for(config: Config) -> Node:
-    node = Node(data=config.data, smtp="off", pop3="off")
-    node.config = config
-    node._connections = Connections(config.max_connections, config.max_per_client)
-    return node
+def held_signals() -> Set[Any]:
+    import signal
+    return {getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)}
 
 
 def hold_signals() -> None:
-    """Let SIGINT and SIGTERM wait for wait_for_signal(): a handler would run only when the main thread next wakes up.
+    """Let signals wait for wait_for_signal(): a handler would run only when the main thread next wakes up.
 
     Before any thread starts, as threads inherit this.
     """
     import signal
     if hasattr(signal, "pthread_sigmask"):
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+        signal.pthread_sigmask(signal.SIG_BLOCK, held_signals())
 
 
-def wait_for_signal() -> None:
-    """Return at SIGINT or SIGTERM."""
+def wait_for_signal(node: Node) -> None:
+    """Return at SIGINT or SIGTERM; SIGHUP reads the files anew that have changed."""
     import signal
     if hasattr(signal, "sigwait"):
-        signal.sigwait({signal.SIGINT, signal.SIGTERM})
+        while signal.sigwait(held_signals()) == getattr(signal, "SIGHUP", None):
+            event("hangup")
+            if node.stores:
+                node.stores.book.refresh()
         return
     stop = threading.Event()                        # Windows
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -9835,8 +10013,7 @@ def drop_privileges(user: str, data: str) -> None:
         raise CannotRun("--run-as %s: no such user on this machine" % user) from None
     if os.getuid() == account.pw_uid != 0:
         return
-    import concurrent.futures.thread                # noqa: F401  what is imported later may not be readable any more
-    import email.policy                             # noqa: F401
+    import email.policy                             # noqa: F401  what is imported later may not be readable any more
     import http.server                              # noqa: F401
     try:
         if not os.path.exists(data):
@@ -9854,66 +10031,6 @@ def drop_privileges(user: str, data: str) -> None:
             raise CannotRun("--run-as %s: root came back" % user)
 
 
-class SharedConnections(Connections):
-    """Counts connections of several processes in a table that they share: a slot per connection, freed with its owner."""
-
-    def __init__(self, limit: int, per_client: int) -> None:
-        import mmap
-        super().__init__(limit, per_client)
-        self.owner = 0                              # number of this process, from 1
-        self._owners = mmap.mmap(-1, limit)         # who has the slot, 0: nobody
-        self._slots = mmap.mmap(-1, limit * 16)     # whose connection: a digest of the address
-        self._file = tempfile.TemporaryFile()
-        self._key = secrets.token_bytes(16)
-
-    @contextlib.contextmanager
-    def _alone(self) -> Iterator[None]:
-        with self._lock:
-            fcntl.lockf(self._file.fileno(), fcntl.LOCK_EX)
-            try:
-                yield
-            finally:
-                fcntl.lockf(self._file.fileno(), fcntl.LOCK_UN)
-
-    def _digest(self, client: str) -> bytes:
-        return hashlib.blake2b(client.encode(), digest_size=16, key=self._key).digest()
-
-    def enter(self, client: str) -> str:
-        digest = self._digest(client)
-        with self._alone():
-            free = self._owners.find(b"\0", 0)
-            if free < 0:
-                return "too many connections, try again later"
-            if self._slots[:].count(digest) >= self.per_client and not is_loopback(client):
-                return "too many connections from your address, try again later"
-            self._owners[free] = self.owner
-            self._slots[free * 16:free * 16 + 16] = digest
-            self.total += 1
-            self.served += 1
-            return ""
-
-    def leave(self, client: str) -> None:
-        digest = self._digest(client)
-        with self._alone():
-            self.total -= 1
-            at = self._slots.find(digest, 0)
-            while at >= 0 and (at % 16 or self._owners[at // 16] != self.owner):
-                at = self._slots.find(digest, at + 1)
-            if at >= 0:
-                self._free(at // 16)
-
-    def _free(self, slot: int) -> None:
-        self._owners[slot] = 0
-        self._slots[slot * 16:slot * 16 + 16] = bytes(16)
-
-    def free_all(self, owner: int) -> None:
-        """Free what a dead process had."""
-        with self._alone():
-            for slot in range(self.limit):
-                if self._owners[slot] == owner:
-                    self._free(slot)
-
-
 class Workers:
     """Processes that share a node's listeners: each serves on its own, one that dies is replaced, all end with the parent."""
 
@@ -9923,7 +10040,6 @@ class Workers:
         self.given = given
         self.alive, self.leash = os.pipe()          # children read, only the parent can write: its end is its death
         self.ready_read, self.ready_write = os.pipe()
-        self.connections = SharedConnections(node.config.max_connections, node.config.max_per_client)
         self.children: Dict[int, Tuple[int, float]] = {}        # pid: (number, when it began)
 
     def run(self) -> int:
@@ -9932,7 +10048,8 @@ class Workers:
         stop = threading.Event()
         for signum in (signal.SIGINT, signal.SIGTERM):
             signal.signal(signum, lambda *_: stop.set())
-        for number in range(1, self.count + 1):
+        signal.signal(signal.SIGHUP, lambda *_: self.tell(signal.SIGHUP))
+        for number in range(self.count):
             self.fork(number)
         ready = 0
         while ready < self.count:
@@ -9949,7 +10066,7 @@ class Workers:
             pid = self.reap()
             if pid:
                 number, began = self.children.pop(pid)
-                self.connections.free_all(number)
+                self.node.connections.free_all(number)
                 wait = 0.1 if time.monotonic() - began > 5 else 2.0
                 log.warning("worker %d ended, another one starts in %g seconds", pid, wait)
                 due.append((time.monotonic() + wait, number))
@@ -9958,14 +10075,18 @@ class Workers:
                 due.remove((when, number))
                 self.fork(number)
             stop.wait(0.1 if due else 0.5)
-        for pid in self.children:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGTERM)
+        self.tell(signal.SIGTERM)
         deadline = time.monotonic() + 10
         while self.children and time.monotonic() < deadline:
             pid = self.reap()
             self.children.pop(pid, None) if pid else time.sleep(0.02)
         return 0
+
+    def tell(self, signum: int) -> None:
+        """Send a signal to all workers."""
+        for pid in list(self.children):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signum)
 
     @staticmethod
     def reap() -> int:
@@ -10000,14 +10121,16 @@ class Workers:
         """Be a worker: serve until told to stop, or the parent is gone."""
         import signal
         os.close(self.leash)
-        self.connections.owner = number
-        self.node._connections = self.connections
+        self.node.connections.owner = number
         self.node.serve()
         leave_options(self.node, self.given)
-        assert self.node.site
-        self.node.site.pool.watch(self.alive, lambda expired: os.kill(os.getpid(), signal.SIGTERM))
+
+        def follow() -> None:
+            os.read(self.alive, 1)                  # returns when nobody can write any more
+            os.kill(os.getpid(), signal.SIGTERM)
+        threading.Thread(target=follow, name="minimail-leash", daemon=True).start()
         os.write(self.ready_write, b"\n")
-        wait_for_signal()
+        wait_for_signal(self.node)
         self.node.stop()
         return 0
 
@@ -10020,7 +10143,8 @@ def smtp_on_standard_input(config: Config) -> int:
     trust = config.trust + (parse_network("127.0.0.1"),)    # who can run this may send
     config = dataclasses.replace(config, smtp=(("127.0.0.1", 0),), smtps=(), pop3=(), pop3s=(), web=(), webs=(), trust=trust,
                                  tls_cert="", tls_key="", run_as="", workers=1)
-    node = node_for(config)                         # CORE: Node.from_config()
+    refuse_unused(config.data)
+    node = Node.from_config(config)
     node.relays = False
     with node, socket.create_connection(node.smtp_address or ("", 0)) as sock:
         threading.Thread(target=copy_input, args=(sock,), daemon=True).start()
@@ -10036,9 +10160,6 @@ def copy_input(sock: socket.socket) -> None:
         for block in iter(lambda: os.read(0, BLOCK), b""):
             sock.sendall(block)
         sock.shutdown(socket.SHUT_WR)
-
-
-REGISTRY["standard input"] = smtp_on_standard_input
 
 
 def command(name: str) -> Callable[[Callable[[Config, List[str]], int]], Callable[[Config, List[str]], int]]:
