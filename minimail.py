@@ -1059,7 +1059,7 @@ class Config:
     verbose: bool = option(parse_flag, False, "", "log every command")
 
     # Not an option: where those stand that a file of their own holds, see current().
-    sources: Dict[str, Callable[[], Any]] = dataclasses.field(default_factory=dict, repr=False, compare=False)
+    sources: Dict[str, Callable[..., Any]] = dataclasses.field(default_factory=dict, repr=False, compare=False)
 
     def current(self, name: str) -> Any:
         """Return an option's value as it is now: one that stands in a file of its own may have changed since the start."""
@@ -9851,6 +9851,8 @@ def run_command(words: Sequence[str]) -> int:
         log.warning("%s", strange)
     if command == "serve":
         return serve_command(config, dict(environment_options(os.environ), **given))
+    if command == "sendmail" and ("-bs" in own or ("-b", "s") in zip(own, own[1:])):
+        return smtp_on_standard_input(config)       # that takes a whole node, which sendmail_command() knows nothing of
     return COMMANDS[command](config, own)
 
 

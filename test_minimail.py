@@ -444,7 +444,7 @@ class Options(Case):
                 environ = {"MINIMAIL_" + key.upper(): OPTIONS[key][0] for key in (name, needed) if key}
                 self.check(self.config([], environ), name, value)
                 if name != "workers":
-                    self.check(minimail.Node(**{name: text}).config, name, value)
+                    self.check(minimail.Node(**{key: OPTIONS[key][0] for key in (name, needed) if key}).config, name, value)
 
     def test_wrong_values_are_named(self):
         for name, (_, _, bad) in OPTIONS.items():
@@ -559,10 +559,12 @@ class Options(Case):
             with self.assertRaises(minimail.UsageError) as caught:
                 minimail.check_together(config, str)
             self.assertIn(min(set(given) - {"domain"}), str(caught.exception))
+            self.assertRaises(ValueError, minimail.Node, **given)
         for given in ({"policy": object()}, {"policy": minimail.Policy}, {"clock": 5}, {"on_message": "print"}):
             with self.assertRaises(TypeError) as caught:
                 minimail.check_library(given)
             self.assertIn(min(given), str(caught.exception))
+            self.assertRaises(TypeError, minimail.Node, **given)
         minimail.check_library({"policy": minimail.Policy(), "clock": time.time, "on_message": None})
 
     def test_help_is_narrow(self):
