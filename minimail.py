@@ -2753,11 +2753,14 @@ def parse_aliases(lines: List[Tuple[int, str]], complain: Callable[[int, str], N
             complain(number, "ignored: %s" % error)
             continue
         targets = aliases.setdefault(name.key, [])
-        for text in ALIAS_TARGET.findall(match.group(2)):
+        for text in map(str.strip, ALIAS_TARGET.findall(match.group(2))):
             try:
-                targets.append(at_home(parse_address(text.strip().lstrip("\\"), lenient=True), home))
-            except Refused:
-                complain(number, "target ignored, it is no address: " + printable(text.strip(), 70))
+                if text.lstrip('"')[:1] in ("|", "/", ":"):
+                    raise ValueError("programs and files are not possible")
+                if text:
+                    targets.append(at_home(parse_address(text.lstrip("\\"), lenient=True), home))
+            except (Refused, ValueError) as error:
+                complain(number, "target %s ignored: %s" % (printable(text, 70), error))
         if not targets:
             complain(number, "ignored: it has no target")
             del aliases[name.key]
@@ -5448,8 +5451,10 @@ def submit(stores: Stores, flags: List[Tuple[str, str]], words: Sequence[str]) -
     sender = local_sender(stores.book, given.get("f", given.get("r")))
     envelope = Envelope(sender=sender, protocol="local")
     destinations, failed = sort_recipients(stores, envelope, list(dict.fromkeys(names)))
+    later = [pair for pair in failed if pair[1].code < 500 and pair[1].enhanced != "4.5.3"]
+    failed = later or failed                        # then nothing is sent, and the caller tries all of it again
     head = submission_headers(message, sender or "mailer-daemon@" + stores.book.home, given.get("F", ""), stores)
-    if not destinations:
+    if later or not destinations:
         raise NotSent(exit_status(failed[0][1]), "%s: %s; nothing was sent" % (printable(failed[0][0], 200), failed[0][1]))
     id = store(stores, envelope, destinations, head, message)
     if not failed:

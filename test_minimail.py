@@ -306,6 +306,13 @@ def run_main(*argv, environ=None, stdin=""):
     return status, out.getvalue(), err.getvalue()
 
 
+def run_main_forked(*argv):
+    """Return (status, standard output, standard error) of the program in a process of its own."""
+    ran = subprocess.run([sys.executable, SOURCE, *argv], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                         timeout=PATIENCE)
+    return ran.returncode, ran.stdout.decode(), ran.stderr.decode()
+
+
 def run_python(*arguments, timeout=120, **keywords):
     """Return the ended process of another Python."""
     return subprocess.run([sys.executable, *arguments], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
@@ -642,6 +649,25 @@ class Addresses(Case):
             with self.subTest(text):
                 self.refused("501 5.1.3", minimail.parse_path, text)
         self.refused("553 5.1.3", minimail.parse_path, "<bob>")
+
+    def test_lenient_paths(self):
+        """What devices and old programs say; see the table of modes in the README."""
+        for text, address, rest in (
+                ("me@x SIZE=1", "me@x", "SIZE=1"), ("  me@x", "me@x", ""), ("< me@x > A=b", "me@x", "A=b"), ("Joe B <joe@x>", "joe@x", ""),
+                ("<root>", "root", ""), ("root BODY=7BIT", "root", "BODY=7BIT"), ("<a..b.@docomo.example>", '"a..b."@docomo.example', ""),
+                (".a@x", '".a"@x', ""), ('"a <b"@x Y', '"a <b"@x', "Y"), ("<u@[127.0.0.1]>", "u@[127.0.0.1]", ""), ("<b@x>", "b@x", ""),
+                ('<"a>b"@x>', '"a>b"@x', ""), ("<@a.example:b@x>", "b@x", "")):
+            with self.subTest(text):
+                found, after = minimail.parse_path(text, lenient=True)
+                self.assertEqual((str(found), after), (address, rest))
+                if "@" in address:
+                    self.assertEqual(minimail.parse_address(str(found)), found, "strict readers know what is printed")
+        self.assertEqual(minimail.parse_path("<> X=1", lenient=True), (None, "X=1"))
+        for text in ("", "<b@x", "b@x>", "a@b@c", "<a b@x>", "<a\nb@x>", "<\udcff@x>", "@x", "<b@>", "<b@x..y>", '"a@x', "a\0b", "<a<b@x>>"):
+            with self.subTest(text):
+                self.refused("501 5.1.3", minimail.parse_path, text, True)
+        for text in ("me@x", "Joe <joe@x>", "<a..b@x>", "<.a@x>"):
+            self.refused("501 5.1.3", minimail.parse_path, text)
 
     def test_parameters(self):
         self.assertEqual(minimail.parse_parameters("size=1 SMTPUTF8"), {"SIZE": "1", "SMTPUTF8": ""})
@@ -1354,6 +1380,64 @@ class AddressBooks(Case):
     def test_too_many_targets(self):
         targets = ", ".join("u%d@elsewhere.example" % i for i in range(minimail.MAX_EXPANSION + 1))
         self.refused("550 5.4.6", self.book("all@example.org: " + targets).resolve, Address("all", "example.org"))
+
+    def test_lists_in_lists_cost_what_they_weigh(self):
+        """Twenty levels that each name the next one twice, or all others: each is looked at once."""
+        levels = "".join("l%d@example.org: l%d@example.org, l%d@example.org\n" % (i, i + 1, i + 1) for i in range(20))
+        self.check(self.book(levels + "l20@example.org: bob@example.org\n"), "l0@example.org", ["bob@example.org"])
+        names = ["n%d@example.org" % i for i in range(40)]
+        book = self.book("".join("%s: %s\n" % (name, ", ".join(names[i + 1:] + ["bob@example.org"])) for i, name in enumerate(names)))
+        self.check(book, names[0], ["bob@example.org"])
+        deep = "".join("d%d: d%d\n" % (i, i + 1) for i in range(minimail.MAX_ALIAS_DEPTH + 5)) + "d%d: bob\n" % (minimail.MAX_ALIAS_DEPTH + 5)
+        self.refused("550 5.4.6", self.book(deep).resolve, Address("d0", "example.org"))
+        wide = "".join("w%d: %s\n" % (i, ", ".join("w%d" % j for j in range(i + 1, 160))) for i in range(159)) + "w159: bob\n"
+        self.refused("550 5.4.6", self.book(wide).resolve, Address("w0", "example.org"))
+
+    def test_what_an_alias_became_is_remembered_until_the_files_change(self):
+        book = self.book("all: a@x.example, b@x.example\nloop: loop2\nloop2: loop\nlist: nobody-here, bob\n")
+        first = book.resolve(Address("all", "example.org"))
+        self.assertIs(book.resolve(Address("ALL", "Example.org")), first)
+        for _ in range(2):
+            self.refused("550 5.4.6", book.resolve, Address("loop", "example.org"))
+        with self.assertLogs("minimail") as logs:
+            for _ in range(3):
+                self.check(book, "list@example.org", ["bob@example.org"])
+        self.assertEqual(len(logs.output), 1, "said once")
+        with open(book.aliases.path, "a") as file:
+            file.write("all: c@x.example\n")
+        self.eventually(lambda: len(book.resolve(Address("all", "example.org")).remote) == 3)
+        with mock.patch.object(minimail, "MAX_REMEMBERED", 10):
+            book = self.book("".join("l%d: a@x.example, b@x.example\n" % i for i in range(50)))
+            for i in range(50):
+                book.resolve(Address("l%d" % i, "example.org"))
+            self.assertLess(len(book._remembered.found), 10)
+
+    def test_own_names(self):
+        book = self.book("root: admin@elsewhere.example\nabuse: \\eve\npostmaster: bob@example.org\n")
+        for name, wanted in (("root", "root@example.org"), ("Bob@LocalHost", "Bob@example.org"), ("x@localhost.localdomain", "x@example.org"),
+                             ("x@127.0.0.1", "x@127.0.0.1"), ("x@[127.0.0.1]", "x@example.org"), ("x@[192.0.2.1]", "x@[192.0.2.1]"),
+                             ("x@[IPv6:::1]", "x@example.org"), ("x@[0.0.0.0]", "x@example.org"), ("x@second.example", "x@second.example"),
+                             ("x@elsewhere.example", "x@elsewhere.example"), ("x@" + minimail.machine_name(), "x@example.org")):
+            self.assertEqual(str(book.qualified(minimail.parse_address(name, lenient=True))), wanted)
+        self.check(book, "root@example.org", [], ["admin@elsewhere.example"])
+        self.check(book, "abuse@example.org", ["eve@example.org"])
+        for name in ("hostmaster@example.org", "mailer-daemon@example.org", "root@second.example", "Abuse@second.example"):
+            self.check(book, name, ["bob@example.org"])
+        self.check(self.book(), "root@second.example", ["postmaster@example.org"])
+        self.check(self.book(catch_all="box@example.org"), "root@example.org", ["box@example.org"])
+        self.refused("550 5.1.1", self.book().resolve, Address("webmaster", "example.org"))
+        book = self.book(domains=())
+        for name in ("x@localhost", "x@[127.0.0.1]", "x@" + minimail.machine_name()):
+            self.assertEqual(str(book.qualified(minimail.parse_address(name))), name, "in capture mode each name is its own")
+        self.assertEqual(str(book.qualified(Address("root", ""))), "root@localhost")
+
+    def test_aliases_as_in_etc_aliases(self):
+        with self.assertLogs("minimail") as logs:
+            book = self.book('root: bob, "|/bin/vacation bob", /dev/null, :include:/x, eve\nbin:root\nnone: |x\n"a, b": "c d"@x.example, "e,f"@x.example\n')
+            self.check(book, "bin@example.org", ["bob@example.org", "eve@example.org"])
+        self.assertEqual(len(logs.output), 5)
+        self.check(book, '"a, b"@example.org', [], ['"c d"@x.example', '"e,f"@x.example'])
+        self.refused("550 5.1.1", book.resolve, Address("none", "example.org"))
 
     def test_catch_all_and_postmaster(self):
         book = self.book(catch_all="box@example.org")
@@ -4089,6 +4173,13 @@ class SendmailTest(ScriptedCase):
         status, err = self.sendmail("-f", "<>", "no@here.test", "bob@far.test", options=("--domain", "here.test"))
         self.assertEqual((status, err.count("\n")), (67, 1), err)
         self.assertIn("no@here.test", err)
+
+    def test_what_may_go_later_is_left_to_the_caller(self):
+        """A queue that is full refuses for now: nothing is sent, not even to those who are here, or they would get it twice."""
+        with mock.patch.object(minimail, "MAX_QUEUE", 0):
+            status, err = self.sendmail("all@here.test", "no@here.test", "bob@far.test")
+        self.assertEqual((status, err.count("\n"), "bob@far.test" in err), (75, 1, True), err)
+        self.assertEqual(list(minimail.Mailboxes(minimail.Storage(self.data)).names()), [])
 
     def test_own_names(self):
         """What cron and daemons write to."""
@@ -7573,6 +7664,92 @@ class CommandLine(Case):
         self.assertEqual(user("remove", "bob@example.org"), (0, "", ""))
         self.assertEqual(user("list"), (0, "eve@example.org\n", ""))
         self.assertEqual(sorted(name for name in os.listdir(data) if "lock" in name or "tmp" in name), [])
+
+    def test_ctrl_d_at_the_password_prompt(self):
+        terminal = mock.Mock(isatty=lambda: True)
+        for answers in ([EOFError], ["x", EOFError], ["x", "y"]):
+            with mock.patch("getpass.getpass", side_effect=answers), mock.patch.object(minimail.sys, "stdin", terminal), \
+                    contextlib.redirect_stderr(io.StringIO()):
+                self.assertRaises(minimail.CannotRun, minimail.ask_password, False)
+        for stdin in (None, io.TextIOWrapper(io.BytesIO(b"x" * 5000 + b"\n")), io.TextIOWrapper(io.BytesIO(b""))):
+            with mock.patch.object(minimail.sys, "stdin", stdin):
+                self.assertRaises(minimail.CannotRun, minimail.ask_password, True)
+        with mock.patch.object(minimail.sys, "stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9\r\n"), encoding="ascii")):
+            password = minimail.ask_password(True)
+        self.assertTrue(minimail.check_password(password, minimail.hash_password(password)))
+
+    def test_errors_of_commands_are_one_line(self):
+        data = self.directory()
+        for argv, status, word in ((["wait", "--timeout", "soon"], 2, "soon"), (["wait", "a b@x"], 2, "a b@x"), (["mail", "a@b@c"], 2, "a@b@c"),
+                                   (["wait", "--timeout", "0"], 1, "0 seconds"), (["user", "add", "a@b@c"], 2, "a@b@c")):
+            got, out, err = run_main(*argv, "--data", data)
+            self.assertEqual((got, out, err.count("\n")), (status, "", 1), err)
+            self.assertIn(word, err)
+            self.assertNotRegex(err, r"\b[45]\d\d \d\.\d")
+            got, out, err = run_main(*argv, "--data", data, "--log", "json")
+            self.assertEqual((got, out), (status, ""))
+            self.assertIn(word, json.loads(err)["event"])
+
+    def test_output_never_fails_for_want_of_utf8(self):
+        node = self.node()
+        self.deliver(node, "Subject: gr\xfc\xdfe \u4f60\r\n\r\n\u4f60\r\n".encode(), "b\xfcro@x")
+        for encoding in "ascii", "latin-1", "cp1252", "utf-8":
+            for argv in (["mail"], ["mail", "b\xfcro@x"], ["wait", "b\xfcro@x", "--print", "text"], ["wait", "--print", "json"]):
+                ran = run_python(SOURCE, "--data", node.data, *argv, env=dict(os.environ, PYTHONIOENCODING=encoding, PYTHONUTF8="1"))
+                self.assertEqual((ran.returncode, b"Traceback" in ran.stdout), (0, False), ran.stdout)
+
+    def test_a_directory_that_others_can_write_to(self):
+        data = self.directory()
+        os.chmod(data, 0o777)
+        for argv in (["--smtp", "off", "--pop3", "off", "--web", "off"], ["mail"], ["queue"], ["user", "list"], ["wait", "--timeout", "0"]):
+            status, out, err = run_main(*argv, "--data", data)
+            self.assertEqual((status, out, err.count("\n"), data in err), (1, "", 1, True), err)
+        self.assertEqual(run_main("sendmail", "b@x", "--data", data)[0], 75)
+        with self.assertRaises(OSError):
+            minimail.Node(data=data, smtp="127.0.0.1:0").start()
+        self.assertEqual(os.listdir(data), [])
+        if os.geteuid() == 0:
+            os.chmod(data, 0o770)
+            os.chown(data, 0, 65534)
+            self.assertEqual(run_main("mail", "--data", data)[0], 1, "a group of others")
+        os.chmod(data, 0o755)
+        os.chown(data, os.geteuid(), os.getegid())
+        self.assertEqual(run_main("mail", "--data", data)[0], 0)
+        new = os.path.join(data, "new")
+        node = self.node(data=new)
+        self.assertEqual(stat.S_IMODE(os.stat(node.data).st_mode), 0o700)
+
+    @unittest.skipUnless(hasattr(os, "geteuid") and os.geteuid() == 0, "needs root")
+    def test_root_becomes_the_owner_first(self):
+        """And opens nothing in the directory before: not even what the node left for commands."""
+        data = self.directory()
+        os.chown(data, 65534, 65534)
+        secret = self.file("secret", b'{"domain": ["x.example"]}')
+        os.symlink(secret, os.path.join(data, "options.json"))
+        status, out, err = run_main_forked("mail", "--data", data)
+        self.assertEqual((status, out, err.count("\n")), (1, "", 1), err)
+        self.assertNotIn("x.example", err)
+        os.unlink(os.path.join(data, "options.json"))
+        os.mkfifo(os.path.join(data, "options.json"))
+        status, out, err = run_main_forked("mail", "--data", data)
+        self.assertEqual((status, out, err.count("\n")), (1, "", 1), err)
+        code = ("import minimail, os, sys; minimail.become_owner(sys.argv[1]); "
+                "print(os.getuid(), os.getgroups(), os.environ['HOME'] != '/root', os.environ['USER'] != 'root')")
+        ran = run_python("-c", code, data, cwd=HERE, env=dict(os.environ, HOME="/root", USER="root", XDG_RUNTIME_DIR="/run/root"))
+        self.assertEqual(ran.stdout, b"65534 [] True True\n")
+
+    def test_what_is_left_for_commands_has_no_password(self):
+        program = self.start("--smtp", "127.0.0.1:0", "--domain", "x.example", "--smarthost", "smtp://me:hunter2@127.0.0.1:1",
+                             "--route", "a.example=smtp://me:hunter2@127.0.0.1:1", "--relay-to", "a.example")
+        with open(os.path.join(self.data, "options.json"), "rb") as file:
+            text = file.read()
+        self.assertNotIn(b"hunter2", text)
+        for word in b"relay_to", b"smtp://127.0.0.1:1", b"x.example":
+            self.assertIn(word, text)
+        status, out, err = run_main("mx", "b@a.example", "--data", self.data)
+        self.assertEqual((status, err), (0, ""), out)
+        self.assertEqual(run_main("sendmail", "b@elsewhere.example", "--data", self.data)[0], 77, "--relay-to counts here, too")
+        program.end()
 
     def test_mail_creates_nothing(self):
         data = os.path.join(self.directory(), "none")
