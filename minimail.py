@@ -111,6 +111,7 @@ MAX_WAITING = 500                   # of them for one destination, so that a slo
 MAX_HTTP_BODY = 1 << 26             # bytes in a request to the JSON API
 MAX_WORKERS = 64                    # processes sharing a data directory
 MAX_SUBMITTED_HEADER = 1 << 20      # bytes of header that `sendmail` takes; it is held in memory, the body is not
+MAX_SUBMITTED_NAMES = 10_000         # recipients named to it; past MAX_RECIPIENTS of them come back
 MAX_PASSWORD = 4096                 # bytes read from standard input
 MIN_RATE = 1024                     # bytes/s below which a message transfer runs into the command's deadline
 BLOCK = 1 << 16                     # bytes read from a socket at once, and ...
@@ -5243,7 +5244,7 @@ def explain_local(book: AddressBook, address: Address, whole: bool) -> int:
 
 # What sendmail(8) takes. sysexits(3), as those who call it check them:
 EX_DATAERR, EX_NOUSER, EX_NOHOST, EX_UNAVAILABLE, EX_NOPERM = 65, 67, 68, 69, 77
-FLAGS_WITH_VALUE = "ABCDFLMNOQRVXbefhopr"           # in the same word or the next; -q and -d may have one attached
+FLAGS_WITH_VALUE = "ABCDFLMNORVXbefhopr"            # in the same word or the next; others may have one attached
 MBOX_LINE = re.compile(rb">?From ")
 FIELD_NAME = re.compile(rb"[!-9;-~]{1,200}[ \t]{0,20}:")
 ODD_LINE_END = re.compile(rb"(?<!\r)\r+\n|\r")      # CRLF, CR CR LF, or CR alone; the look-behind keeps long runs cheap
@@ -5336,7 +5337,7 @@ def word_flags(letters: str, left: Iterator[str]) -> Iterator[Tuple[str, str]]:
             yield letter, value
             return
         yield letter, rest
-        if letter in "qd":
+        if letter in "qdQ":
             return
 
 
@@ -5448,6 +5449,8 @@ def submit(stores: Stores, flags: List[Tuple[str, str]], words: Sequence[str]) -
     names += message.recipients() if "t" in given else []
     if not names:
         raise UsageError("sendmail: no recipients: name them, or use -t with To, Cc or Bcc headers")
+    if len(names) > MAX_SUBMITTED_NAMES:
+        raise NotSent(EX_DATAERR, "more than %d recipients" % MAX_SUBMITTED_NAMES)
     sender = local_sender(stores.book, given.get("f", given.get("r")))
     envelope = Envelope(sender=sender, protocol="local")
     destinations, failed = sort_recipients(stores, envelope, list(dict.fromkeys(names)))
