@@ -5822,7 +5822,7 @@ class Site:
         """Return the account's key, None when name and password do not fit. Any fit in capture mode. Takes 50 ms."""
         if self.config.capture:
             try:
-                return self.book.key(parse_address(name))
+                return self.book.key(parse_address(name, lenient=self.book.capture))
             except Refused:
                 return lower(name)
         if not self.throttle.charge(client, lower(name)):
@@ -7267,7 +7267,7 @@ class Node:
     def _mailbox(self, address: str) -> str:
         assert self.stores
         try:
-            return self.stores.book.key(parse_address(address))
+            return self.stores.book.key(parse_address(address, lenient=self.stores.book.capture))
         except Refused as refused:
             raise ValueError("address %r: %s" % (address, refused.reply.text)) from None
 

@@ -5370,6 +5370,27 @@ class EveryByte(Case):
         self.assertEqual(len(node.messages()), len(SMUGGLING))
 
 
+class OwnNames(Case):
+    """What clients write that we serve; strangers get RFC 5321."""
+
+    def test_capture_mode(self):
+        node = self.node()
+        for path, box in (("a..b.@docomo.example", "a..b.@docomo.example"), ("<x@[127.0.0.1]>", "x@[127.0.0.1]"), ("root", "root@mail.test"),
+                          ("<root@localhost>", "root@localhost"), ("Joe <joe@x>", "joe@x")):
+            self.dialog(self.talk(node.smtp_address), "C: MAIL FROM: root\nC: RCPT TO: %s\nC: DATA\nC: .\nS: 250\nS: 250\nS: 354\nS: 250" % path)
+            message = node.wait_for(box, timeout=PATIENCE)
+            self.assertEqual((message.recipient, message.sender), (box, "root@mail.test"))
+            self.assertEqual(len(self.fetch(node, box)), 1)
+            self.assertEqual(run_main("mail", box, "--data", node.data)[1].count("\n"), 1)
+
+    def test_node_mode(self):
+        for trust, rcpt in ("127.0.0.0/8", "250"), ("192.0.2.1", "5"):
+            node = self.node(domain="example.org", catch_all="all@example.org", trust=trust)
+            for path in ("root", "<root@localhost>", "<root@mail.test>", "a..b@example.org", "<root>"):
+                self.dialog(self.talk(node.smtp_address), "C: MAIL FROM:<me@example.org>\nC: RCPT TO:%s\nS: 250\nS: %s" % (path, rcpt))
+            self.dialog(self.talk(node.smtp_address), "C: MAIL FROM:<me@x.example>\nC: RCPT TO:<abuse@example.org>\nS: 250\nS: 250")
+
+
 class NodeMode(Case):
     """Who may send what to whom where mail is kept for some domains only."""
 
