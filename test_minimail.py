@@ -4632,7 +4632,7 @@ class SendmailTest(ScriptedCase):
                 ran = subprocess.run([sys.executable, "-c", code, "sendmail", "bob@far.test", "--data", self.data, "--domain", "here.test"],
                                      stdin=file, stdout=subprocess.PIPE, cwd=HERE, timeout=PATIENCE)
             used.append(int(ran.stdout))
-        self.assertLess(used[1], used[0] + 4096, "kB")
+        self.assertLess(used[1], used[0] + (12 << 10), "kB")      # PyPy lets garbage lie a while
 
     def test_standard_input_closed(self):
         ran = subprocess.run(["sh", "-c", '"$@" <&-', "sh", sys.executable, SOURCE, "sendmail", "bob@far.test", "--data", self.data,
