@@ -175,8 +175,10 @@ class Reply(NamedTuple):
     def encode(self) -> bytes:
         """Return the reply as it goes over the wire; a text of several lines becomes a reply of several lines."""
         prefix = self.enhanced + " " if self.enhanced else ""
+        if "\n" not in self.text:
+            return ("%d %s%s\r\n" % (self.code, prefix, self.text)).encode("utf-8", "replace")
         before, _, last = self.text.rpartition("\n")
-        head = ["%d-%s%s\r\n" % (self.code, prefix, line) for line in before.split("\n")] if before else []
+        head = ["%d-%s%s\r\n" % (self.code, prefix, line) for line in before.split("\n")]
         return ("%s%d %s%s\r\n" % ("".join(head), self.code, prefix, last)).encode("utf-8", "replace")
 
     def __str__(self) -> str:
@@ -455,6 +457,7 @@ def covers(pattern: str, domain: str) -> bool:
     return domain.endswith(pattern) if pattern.startswith(".") else domain == pattern
 
 
+@functools.lru_cache(maxsize=1000)
 def clients_address(host: str) -> str:
     """Return a client's IP address in one spelling: without IPv6 scope, IPv4-mapped addresses as IPv4."""
     host = host.partition("%")[0]
@@ -1308,8 +1311,8 @@ class Loop:
         self._parcels: List[Tuple[Task, Any]] = []  # to commit, ...
         self._since = 0.0                           # ... and when the first of them came
         self._committing = self._slow = False
-        self._soon: Deque[Tuple[Task, Any, Optional[BaseException]]] = collections.deque()  # to go on with; threads append
-        self._paused: List[Tuple[float, int, Task]] = []    # a heap: when, serial number, task
+        self._soon: Deque[Tuple[Task, Any, Any, Optional[BaseException]]] = collections.deque()     # threads append
+        self._paused: List[Tuple[float, int, Task, float]] = []     # a heap: when, serial number, task, what it awaits
         self._serial = itertools.count()
         self._swept, self._tick = 0.0, self.TICK    # when deadlines were looked at, and how often that is due
         self._ends: Optional[float] = None          # when a stopping loop gives up waiting for messages in flight
@@ -1371,11 +1374,12 @@ class Loop:
                                                        or len(self._parcels) >= min(self.BATCH, self.talking)):
             self._commit(now)
         while self._paused and self._paused[0][0] <= now:
-            self._soon.append((heapq.heappop(self._paused)[2], None, None))
+            _, _, task, what = heapq.heappop(self._paused)
+            self._soon.append((task, what, None, None))
         if self._soon:
             for _ in range(len(self._soon)):
-                task, value, error = self._soon.popleft()
-                if task.waiting is not None:
+                task, what, value, error = self._soon.popleft()
+                if task.waiting is what:            # and has not been told meanwhile that time is up
                     self._go_on(task, value, error)
         if now >= self._swept + self._tick:
             self._sweep(now)
@@ -1414,9 +1418,9 @@ class Loop:
                 self._arm(task, what)
         elif type(what) is float:
             if what <= 0:
-                self._soon.append((task, None, None))
+                self._soon.append((task, what, None, None))
             else:
-                heapq.heappush(self._paused, (self.clock() + what, next(self._serial), task))
+                heapq.heappush(self._paused, (self.clock() + what, next(self._serial), task, what))
         elif callable(what) or isinstance(what, Work):
             self._do(task, what)
         else:
@@ -1456,7 +1460,7 @@ class Loop:
                 log.exception("%d messages not stored, or nobody knows", len(batch))
                 results = [error] * len(batch)
             self._slow = self.clock() - now > self.SLOW * max(1.0, len(batch) / 20)
-            self._soon.extend((task, refused, None) for (task, _), refused in zip(batch, results))
+            self._soon.extend((task, parcel, refused, None) for (task, parcel), refused in zip(batch, results))
             self._committing = False
             if threading.current_thread() is not self._thread:
                 self._wake()
@@ -1477,14 +1481,14 @@ class Loop:
                 if self._ends is not None and self.clock() > self._ends or not work.wanted():
                     raise Disconnected
                 value = work.function()
-            except BaseException as what:
-                error = what
-            self._soon.append((task, value, error))
+            except BaseException as raised:
+                error = raised
+            self._soon.append((task, what, value, error))
             self._wake()
         try:
             work.crew.do(run)
         except RuntimeError as error:
-            self._soon.append((task, None, error))
+            self._soon.append((task, what, None, error))
 
 
 def run_blocking(wire: "Wire", coroutine: Coroutine[Any, Any, Any]) -> Any:
@@ -1641,7 +1645,10 @@ class Wire:
                 self.skipping = True
                 self.input.clear()
             start = len(self.input)
-            self.input += await self.fill()
+            data = await self.fill()
+            if not start and not self.skipping and data.find(b"\n") == len(data) - 1 <= limit:
+                return data[:-2] if data.endswith(b"\r\n") else data[:-1]     # one whole line, as nearly always
+            self.input += data
 
     async def take(self, size: int) -> bytes:
         """Return up to `size` bytes, of what has been read already or is read now; Disconnected, TimedOut."""
@@ -2325,22 +2332,22 @@ class Mailboxes:
                     if self.exists(mailbox):
                         yield mailbox
 
-    def _retry_made(self, mailbox: str, made: List[str], action: Callable[[], Any]) -> Any:
-        """Do what needs the mailbox's directories, made when missing; those to be flushed for it go into `made`."""
-        try:
-            return action()
-        except FileNotFoundError:
-            path = self.path(mailbox)               # new/ last: a mailbox exists once it has that
-            made += self.storage.make_directories([os.path.join(path, place) for place in ("tmp", "cur", "new")])
-            return action()
+    def _make(self, mailbox: str, made: List[str]) -> None:
+        """Make a mailbox's directories; those that must be flushed for it go into `made`. OSError."""
+        path = self.path(mailbox)                   # new/ last: a mailbox exists once it has that
+        made += self.storage.make_directories([os.path.join(path, place) for place in ("tmp", "cur", "new")])
 
     def file_name(self, id: str) -> str:
         return "%d.%s.%s" % (int(id[:8], 16), id, self.host)
 
     def open_draft(self, mailbox: str, id: str, made: List[str]) -> Tuple[int, str]:
-        """Make a file in the mailbox's tmp/ and return (fd, path); OSError. See _retry_made() for `made`."""
+        """Make a file in the mailbox's tmp/ and return (fd, path); OSError. Directories to flush for it go into `made`."""
         path = os.path.join(self.path(mailbox), "tmp", self.file_name(id))
-        return self._retry_made(mailbox, made, lambda: self.storage.create(path)), path
+        try:
+            return self.storage.create(path), path
+        except FileNotFoundError:
+            self._make(mailbox, made)
+            return self.storage.create(path), path
 
     def place(self, draft: Draft, mailboxes: Sequence[str], placed: List[str], made: List[str]) -> None:
         """Put a completed draft into all mailboxes, the paths into `placed`; OSError, with some of it done.
@@ -2349,13 +2356,13 @@ class Mailboxes:
         """
         name = "%s,S=%d,W=%d" % (self.file_name(draft.id), draft.written, draft.written)
         for mailbox in reversed(mailboxes):
-            path = self.path(mailbox)
-            target = os.path.join(path, "new", name)
-            if mailbox == mailboxes[0]:
-                put = functools.partial(os.rename, draft.path, target)
-            else:
-                put = functools.partial(link_or_copy, draft.path, target, os.path.join(path, "tmp", name))
-            self._retry_made(mailbox, made, put)
+            target = os.path.join(self.path(mailbox), "new", name)
+            put: Callable[[str, str], None] = os.rename if mailbox == mailboxes[0] else link_or_copy
+            try:
+                put(draft.path, target)
+            except FileNotFoundError:
+                self._make(mailbox, made)
+                put(draft.path, target)
             placed.append(target)
         draft.path = ""
 
@@ -2519,14 +2526,17 @@ NO_LINKS = {getattr(errno, name, -1) for name in ("EPERM", "EACCES", "EOPNOTSUPP
                                                   "EINVAL")}    # from os.link() where a file cannot have another name
 
 
-def link_or_copy(source: str, target: str, draft: str) -> None:
-    """Give a file a second name; where the file system has no links, make a durable copy by way of `draft`. OSError."""
+def link_or_copy(source: str, target: str) -> None:
+    """Give a file a second name; where the file system has no links, make a durable copy. OSError."""
     try:
         os.link(source, target)
         return
     except OSError as error:
         if error.errno not in NO_LINKS:
             raise
+    above, name = os.path.split(target)
+    tmp = os.path.join(os.path.dirname(above), "tmp")
+    draft = os.path.join(tmp if os.path.isdir(tmp) else above, name + ".tmp")     # of a mailbox, or of the queue
     with open(source, "rb") as old, open(draft, "xb", opener=lambda p, f: os.open(p, f, 0o600)) as new:
         shutil.copyfileobj(old, new, BIG_BLOCK)
         new.flush()
@@ -4017,7 +4027,7 @@ class Queue:
         path = self.message(draft.id)
         if draft.path != path:
             self.storage.make_directory(self.root)
-            link_or_copy(draft.path, path, path[:-4] + ".tmp")
+            link_or_copy(draft.path, path)
         entry = Entry(draft.id, envelope.sender, draft.written - parcel.own, parcel.own, now, now,
                       [{"address": str(address), "state": "waiting", "last_reply": ""} for address in parcel.remote],
                       eightbit=draft.eightbit, place=os.path.join(self.new, draft.id),
@@ -6194,7 +6204,8 @@ class Listener(socketserver.TCPServer, Task):
                     request.setblocking(False)
                     request.send(self.refusal(refusal))
             return self.shutdown_request(request)
-        event("connect", protocol=self.name, client=show_endpoint(client_address[:2]))
+        if log.isEnabledFor(logging.INFO):
+            event("connect", protocol=self.name, client=show_endpoint(client_address[:2]))
         self.site.loop.spawn(self.session(request, client_address, self))
 
     def refusal(self, reason: str) -> bytes:
@@ -6213,6 +6224,7 @@ class Listener(socketserver.TCPServer, Task):
 # ======================================================================================================================
 
 OK = Reply(250, "2.0.0", "ok")
+NO_HOST_NAME = re.compile(r"[^A-Za-z0-9.:_\[\]-]")
 HTTP_VERBS = (b"GET ", b"POST ", b"HEAD ", b"PUT ", b"DELETE ", b"OPTIONS ", b"CONNECT ", b"PATCH ", b"TRACE ", b"PRI ")
 
 
@@ -6378,7 +6390,7 @@ class SMTPSession(Session):
             raise Refused(501, "5.5.4", "say your host name: EHLO host.example")
         self.raise_fault("helo", name)
         self.drop_transaction()
-        self.helo, self.esmtp = re.sub(r"[^A-Za-z0-9.:_\[\]-]", "?", name[:255]), esmtp
+        self.helo, self.esmtp = NO_HOST_NAME.sub("?", name[:255]), esmtp
 
     async def do_STARTTLS(self, argument: str) -> None:
         """RFC 3207. The next word is the client's."""
