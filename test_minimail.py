@@ -340,6 +340,7 @@ def run_main(*argv, environ=None, stdin=""):
     log, out, err = minimail.log, io.StringIO(), io.StringIO()
     before = log.handlers, log.propagate, log.level, minimail.logging.raiseExceptions
     signals = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    held = signal.pthread_sigmask(signal.SIG_BLOCK, ())
     try:
         with mock.patch.dict(os.environ, environ or {}), mock.patch.object(sys, "stdin", io.StringIO(stdin)), \
                 contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
@@ -349,6 +350,7 @@ def run_main(*argv, environ=None, stdin=""):
         log.setLevel(level)
         for number, handler in signals.items():
             signal.signal(number, handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, held)    # or programs that tests start would inherit it
     return status, out.getvalue(), err.getvalue()
 
 
