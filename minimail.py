@@ -131,7 +131,7 @@ LOGIN_FAILURES = 10                 # wrong passwords from one address within ..
 LOGIN_WINDOW = 600                  # ... these seconds cut it off, and ...
 ACCOUNT_FAILURES = 100              # ... so many for one account, from wherever: its owner may be known already
 SHUTDOWN_GRACE = 9.0                # seconds a message in flight has when the node stops
-MAX_HEAD = 1 << 19                  # bytes of a header that are shown and searched; the longest real one had ...
+MAX_HEAD = 1 << 20                  # bytes of a header that are shown and searched; the longest real one had ...
 MAX_FIELD = 1 << 18                 # bytes of one field that are read: some 8,000 recipients
 MAX_FIELDS = 2000                   # fields shown; real mail has up to ...
 MAX_ADDRESS = 1000                  # characters of an address or its name that are shown (RFC 5321 has 320)
@@ -300,10 +300,13 @@ LABEL = r"[A-Za-z0-9_\u0080-\U0010ffff](?:[A-Za-z0-9_\-\u0080-\U0010ffff]*[A-Za-
 DOMAIN = re.compile(r"%s(?:\.%s)*" % (LABEL, LABEL))
 SOURCE_ROUTE = re.compile(r"@[^,:@<>\s]+(?:,@[^,:@<>\s]+)*:")
 BLANK_LINE = re.compile(rb"\n\r?\n")
+FOLD = re.compile(rb"\r?\n[ \t]+")
 FIELD = re.compile(rb"[^\n]*(?:\n[ \t][^\n]*)*\n?")
-ADDRESS_WORD = re.compile(r"=\?[^?\s]{1,60}\?[bq]\?[^?\s]*\?=|@\[[^\[\]\s]{1,60}\]|[^\s\"(<>,;:@=]+|[@=>]|\s+", re.IGNORECASE)
+ADDRESS_WORD = re.compile(r"=\?[^?\s]{1,60}\?[bq]\?[^?\s]*\?=|@\[[^\[\]\s]{1,60}\]|"
+                          r"[^\s\"(<>,;:@=\[]+(?:@[^\s\"(<>,;:@=\[]+)?|[@=>\[]|\s+", re.IGNORECASE)
 ADDRESS_QUOTED = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
-ADDRESS_ANGLE = re.compile(r'<("[^"\\]{0,200}"[^<>]*|[^<>]*)>|<([^<>,;\s]*)')
+ADDRESS_ANGLE = re.compile(r'<+("[^"\\]{0,200}"[^<>]*|[^<>]*)>|<+([^<>,;\s]*)')
+ADDRESS_STRAY = re.compile(r'\(+|"+|.', re.DOTALL)
 PARENTHESIS = re.compile(r"\\.|[()]", re.DOTALL)
 BAD_SYNTAX = Reply(501, "5.1.3", "bad address syntax")
 
@@ -556,19 +559,19 @@ def parse_key(key: str) -> Address:
     return Address(local, domain)
 
 
-def split_headers(content: bytes) -> Tuple[List[Tuple[str, bytes]], bytes]:
-    """Return ([(lower-case name, raw field with its line ends)], body) of a message; never fails, in one pass."""
+def split_headers(content: bytes, most: Optional[int] = None) -> Tuple[List[Tuple[str, bytes]], bytes]:
+    """Return ([(lower-case name, raw field with its line ends)], body), at most so many fields; never fails, in one pass."""
     if content.startswith((b"\r\n", b"\n")):
         return [], content[content.index(b"\n") + 1:]
     blank = BLANK_LINE.search(content)
     head, body = (content[:blank.start() + 1], content[blank.end():]) if blank else (content, b"")
-    return [(field.partition(b":")[0].strip().decode("ascii", "replace").lower(), field)
-            for field in FIELD.findall(head) if field], body
+    fields = (match.group() for match in itertools.islice(FIELD.finditer(head), most))
+    return [(field.partition(b":")[0].strip().decode("ascii", "replace").lower(), field) for field in fields if field], body
 
 
 def unfold(value: bytes) -> str:
-    """Return a header's value as text: folds undone (RFC 5322 section 2.2.3), raw 8-bit as decode_unknown() has it."""
-    return decode_unknown(value.replace(b"\r", b"").replace(b"\n", b"")).replace("\t", " ").strip(" ")
+    """Return a header's value as text: each fold a blank (RFC 5322 section 2.2.3), raw 8-bit as decode_unknown() has it."""
+    return re.sub(r"[\t\r\n]", " ", decode_unknown(FOLD.sub(b" ", value))).strip(" ")
 
 
 def decode_unknown(data: bytes) -> str:
@@ -604,29 +607,23 @@ def address_tokens(text: str) -> Iterator[Token]:
     """Yield the tokens of an address header. A quote or parenthesis that never closes is looked for once, then a character."""
     position, unclosed = 0, ""
     while position < len(text):
-        char, end = text[position], position + 1
-        token = Token(char if char in ",;:" else "word", char)
-        match = ADDRESS_WORD.match(text, position)
+        char, match = text[position], ADDRESS_WORD.match(text, position)
+        closed = comment_end(text, position) if char == "(" and char not in unclosed else -1
         if match:
-            token, end = Token("blank" if char.isspace() else "word", match.group()), match.end()
+            token = Token("blank" if char.isspace() else "word", match.group())
+        elif closed > 0:
+            token = Token("comment", text[position:closed])
         elif char == "<":
             match = ADDRESS_ANGLE.match(text, position)
-            if match:
-                token, end = Token("angle", match.group(1) or match.group(2) or ""), match.end()
-        elif char == '"' and char not in unclosed:
-            match = ADDRESS_QUOTED.match(text, position)
-            if match:
-                token, end = Token("quoted", match.group()), match.end()
-            else:
-                unclosed += char
-        elif char == "(" and char not in unclosed:
-            closed = comment_end(text, position)
-            if closed > 0:
-                token, end = Token("comment", text[position + 1:closed - 1]), closed
-            else:
-                unclosed += char
+            token = Token("angle", (match.group(1) or match.group(2) or "") if match else "")
+        elif char in ",;:":
+            token = Token(char, char)
+        else:
+            match = ADDRESS_QUOTED.match(text, position) if char == '"' and char not in unclosed else None
+            token = Token("quoted", match.group()) if match else Token("word", ADDRESS_STRAY.match(text, position).group())   # type: ignore[union-attr]
+            unclosed += "" if match else char
         yield token
-        position = end
+        position = match.end() if match else position + max(len(token.text), 1)
 
 
 def phrase(tokens: Sequence[Token]) -> str:
@@ -667,7 +664,7 @@ def bare_addresses(tokens: Sequence[Token], comment: str) -> Iterator[Tuple[str,
 
 def entry_addresses(entry: Sequence[Token]) -> Iterator[Tuple[str, str]]:
     """Yield (display name, address) of what stands between two commas; more than one where a comma is missing."""
-    comment = next((token.text.strip() for token in entry if token.kind == "comment"), "")
+    comment = next((token.text[1:-1].strip() for token in entry if token.kind == "comment"), "")
     entry = [token for token in entry if token.kind != "comment"]
     if not any(token.kind == "angle" for token in entry):
         yield from bare_addresses(entry, comment)
@@ -678,8 +675,6 @@ def entry_addresses(entry: Sequence[Token]) -> Iterator[Tuple[str, str]]:
         if token.kind == "angle" and (token.text.strip() or not found):
             found.append((phrase(entry[before:place]), clean_address(token.text)))
             before = place + 1
-    if len(found) > 1 and not found[0][1]:
-        found[:2] = [(found[0][0] or found[1][0], found[1][1])]        # `<<bob@x>>`
     name, address = found[0]
     found[0] = name or phrase([token for token in entry[before:] if token.kind != "angle"]).strip(">") or comment, address
     yield from (pair for pair in found if any(pair))
@@ -694,11 +689,14 @@ def read_addresses(text: str) -> Iterator[Tuple[str, str]]:
     addressed = False                               # the entry has an address already: a colon names no group any more
     for token in itertools.chain(address_tokens(text), [Token(",", ",")]):
         if token.kind in (",", ";"):
-            yield from entry_addresses(entry)
+            if len(entry) == 1 and entry[0].kind == "word":
+                yield "", entry[0].text             # by far the most frequent one
+            else:
+                yield from entry_addresses(entry)
             entry, addressed = [], False
         elif token.kind == ":" and not addressed:
             entry = []
-        else:
+        elif entry or token.kind != "blank":
             entry.append(token)
             addressed = addressed or token.kind == "angle" or (token.kind == "word" and "@" in token.text)
 
@@ -7527,6 +7525,7 @@ def read_parameters(text: str) -> Tuple[str, Dict[str, str]]:
     Parameters may lack their semicolons and quotes. Of `name*` and `name`, the first is taken.
     """
     value = text[:MAX_ADDRESS].lstrip().partition(";")[0].partition("(")[0].partition(" ")[0]
+    value = "" if "=" in value else value           # there is none, parameters only
     position = text.find(value) + len(value)
     pieces: Dict[str, Dict[int, Tuple[bool, str]]] = {}
     for _ in range(MAX_PARAMETERS):
@@ -7639,6 +7638,7 @@ def decode_transfer(data: bytes, encoding: str) -> bytes:
 
 # HTML, as far as a glance needs it: one pass, no tree.
 
+MARKUP = re.compile(r"<(?=[a-zA-Z/!?])")
 TAG_NAME = re.compile(r"<(/?[a-zA-Z][^\s/>]{0,40})")
 TAG_MARK = re.compile(r"[>=]")
 ATTRIBUTE_BLANK = re.compile(r"[ \t\r\n\f]*")
@@ -7647,7 +7647,7 @@ HIDDEN = {name: re.compile("</" + name, re.IGNORECASE) for name in (
 BREAKS = frozenset("br p div tr table ul ol li dl dt dd h1 h2 h3 h4 h5 h6 hr blockquote pre section article header footer "
                    "address center form fieldset main nav aside figure figcaption".split())
 ENTITY = re.compile(r"&(?:#\d{1,7}|#[xX][0-9a-fA-F]{1,6}|[A-Za-z]\w{1,31});?", re.ASCII)
-HREF = re.compile(r"(?:^|[\s/\"'])href[ \t\r\n\f]*=[ \t\r\n\f]*(?:\"([^\"]*)\"|'([^']*)'|([^\s\"'>]+))", re.IGNORECASE)
+ATTRIBUTE = re.compile(r"([^\s=>\"'/]{1,80})[ \t\r\n\f]*(?:=[ \t\r\n\f]*(\"[^\"]*\"|'[^']*'|[^\s\"'>]+))?")
 SENTENCE_MARKS = ".,;:!?'*_`}\u3001\u3002\uff0c\uff09\u300d\u201d\u2019"
 URL = re.compile(r"(?<![A-Za-z0-9])https?://[^\s<>\"\x00-\x1f\x7f]+", re.IGNORECASE)
 
@@ -7675,8 +7675,8 @@ def html_tokens(html: str) -> Iterator[Tuple[str, str]]:
     """Yield ("", text) and (name of a tag, its attributes); comments, scripts and what else is not shown are left out."""
     position = 0
     while position < len(html):
-        at = html.find("<", position)
-        at = at if at >= 0 else len(html)
+        markup = MARKUP.search(html, position)
+        at = markup.start() if markup else len(html)
         if at > position:
             yield "", html[position:at]
         tag = TAG_NAME.match(html, at)
@@ -7687,16 +7687,10 @@ def html_tokens(html: str) -> Iterator[Tuple[str, str]]:
             if name in HIDDEN:
                 closed = HIDDEN[name].search(html, position)
                 position = closed.start() if closed else len(html)
-        elif html.startswith("<!--", at):
-            end = html.find("-->", at + 2)
-            position = end + 3 if end >= 0 else len(html)
-        elif html.startswith(("<!", "<?", "</"), at):
-            end = html.find(">", at)
-            position = end + 1 if end >= 0 else len(html)
         else:
-            if at < len(html):
-                yield "", "<"
-            position = at + 1
+            comment = html.startswith("<!--", at)
+            end = html.find("-->" if comment else ">", at + 2)
+            position = end + (3 if comment else 1) if end >= 0 else len(html)
 
 
 def html_text(html: str) -> str:
@@ -7716,11 +7710,11 @@ def html_text(html: str) -> str:
 def html_links(html: str) -> Iterator[str]:
     """Yield where the links of some HTML lead, as browsers take them: blanks around and line ends within do not count."""
     for name, attributes in html_tokens(html):
-        match = HREF.search(attributes[:MAX_LINK * 2]) if name in ("a", "area") else None
-        if match:
-            link = re.sub(r"[\t\r\n]", "", unescape(next(filter(None, match.groups()), ""))).strip(" ")
-            if re.match(r"https?://", link, re.IGNORECASE):
-                yield link.replace(" ", "%20")
+        found = ATTRIBUTE.finditer(attributes[:MAX_LINK * 2]) if name in ("a", "area") else ()
+        value = next((match.group(2) or "" for match in found if match.group(1).lower() == "href"), "")
+        link = re.sub(r"[\t\r\n]", "", unescape(value[1:-1] if value[:1] in ("'", '"') else value)).strip(" ")
+        if re.match(r"https?://", link, re.IGNORECASE):
+            yield link.replace(" ", "%20")
 
 
 def text_links(text: str) -> Iterator[str]:
@@ -7739,12 +7733,15 @@ def text_links(text: str) -> Iterator[str]:
 def squeeze(text: str) -> str:
     """Return text with every run of white space made one blank; in pieces, as a list of all its words would take much room."""
     found: List[str] = []
+    blank = False
     for start in range(0, len(text), BLOCK):
         piece = text[start:start + BLOCK]
         words = " ".join(piece.split())
-        blank = found and not found[-1].endswith(" ") and piece[:1].isspace()
-        found.append((" " if blank else "") + words + (" " if words and piece[-1:].isspace() else ""))
-    return "".join(found).strip(" ")
+        blank = blank or piece[:1].isspace()
+        if words:
+            found.append(" " + words if blank and found else words)
+            blank = piece[-1:].isspace()
+    return "".join(found)
 
 
 # A message and its parts.
@@ -7778,7 +7775,7 @@ class Part:
         self.boundary = self.parameters.get("boundary", "").encode("utf-8") if self.kind.startswith("multipart/") else b""
 
     def field(self, name: str) -> str:
-        return next((unfold(raw.partition(b":")[2][:MAX_FIELD]) for field, raw in self.fields if field == name), "")
+        return next((unfold(raw.partition(b":")[2]) for field, raw in self.fields if field == name), "")
 
     @property
     def name(self) -> str:
@@ -7798,20 +7795,19 @@ class Part:
 
     @property
     def is_text(self) -> bool:
-        """Whether it is shown among the texts, and no file."""
+        """Whether it is shown among the texts."""
         broken = self.kind.startswith("multipart/")         # and yet without parts: no usable boundary
-        named = "filename" in self._place or self.disposition == "attachment"
-        return broken or (self.kind in ("text/plain", "text/html") and self.disposition != "attachment" and (
-            not named or self.id == "1"))
+        return broken or (self.kind in ("text/plain", "text/html") and self.disposition != "attachment")
 
     @property
     def is_inline(self) -> bool:
         """Whether a file belongs into the text rather than beside it; so does one that only has an ID, or nothing at all."""
-        return self.disposition == "inline" or (self.disposition != "attachment" and bool(self.content_id or not self.name))
+        return self.disposition == "inline" or self.is_text or (
+            self.disposition != "attachment" and bool(self.content_id or not self.name))
 
     @property
     def shown_name(self) -> str:
-        return self.name or self.content_id or ("message.eml" if self.kind == "message/rfc822" else "")
+        return self.name or self.content_id or ("message.eml" if self.kind in ("message/rfc822", "message/global") else "")
 
     def data(self, limit: Optional[int] = None) -> bytes:
         """Return the body decoded, or its first `limit` bytes; an attached message is the bytes that were sent."""
@@ -7869,16 +7865,14 @@ def read_header(raw: bytes, start: int, stop: int, cut: List[str]) -> Tuple[List
         return [], raw.index(b"\n", start) + 1
     blank = BLANK_LINE.search(raw, start, stop)
     head, body = (raw[start:blank.start() + 1], blank.end()) if blank else (raw[start:stop], stop)
-    if len(head) > MAX_HEAD:
-        cut.append("a header has %d bytes, the first %d are read" % (len(head), MAX_HEAD))
-    fields = split_headers(head[:MAX_HEAD])[0]
-    if len(head) <= MAX_HEAD:
-        stray = len(head)
-        while fields and not FIELD_NAME.match(fields[-1][1]):
-            stray -= len(fields.pop()[1])
-        body = body if stray == len(head) else start + stray
-    if len(fields) > MAX_FIELDS:
-        cut.append("a header has %d fields, the first %d are read" % (len(fields), MAX_FIELDS))
+    fields = split_headers(head[:MAX_HEAD], MAX_FIELDS + 1)[0]
+    seen = stray = sum(len(field) for _, field in fields)
+    while fields and not FIELD_NAME.match(fields[-1][1]):
+        stray -= len(fields.pop()[1])
+    if stray < seen:
+        body = start + stray
+    elif len(head) > MAX_HEAD or len(fields) > MAX_FIELDS:
+        cut.append("of a header, the first %d fields and %d bytes are read" % (MAX_FIELDS, MAX_HEAD))
     return [(name, field if len(field) <= MAX_FIELD else field[:MAX_FIELD] + b"... (cut)")
             for name, field in fields[:MAX_FIELDS] if b":" in field], body
 
@@ -7932,6 +7926,10 @@ class TreeReader:
             if line == boundary + b"--":
                 self.close(depth, at)
                 return end - 1
+        for depth in range(len(self.open) - 1, -1, -1):
+            if line.startswith(self.open[depth].boundary + b"--"):      # something follows that should not
+                self.close(depth, at)
+                return end - 1
         return at + 1
 
     def close(self, depth: int, at: int) -> None:
@@ -7968,6 +7966,7 @@ class View:
         self.root = TreeReader(raw, self.cut).read()
         self.fields = self.root.fields
         self.parts = list(leaves(self.root))
+        self._people: Dict[str, List[Dict[str, str]]] = {}
 
     def header(self, name: str) -> str:
         """Return the first header of a name, decoded; "" when there is none."""
@@ -7984,8 +7983,11 @@ class View:
     def addresses(self, name: str) -> List[Dict[str, str]]:
         """Return who stands in the headers of a name. Names are decoded last, so that they do not look like addresses."""
         text = ",".join(unfold(raw.partition(b":")[2]) for field, raw in self.fields if field == name)[:MAX_FIELD]
-        return first_people(({"Name": shorten(decode_words(who)), "Address": shorten(address)}
-                             for who, address in read_addresses(text)), MAX_ADDRESSES)
+        people = ({"Name": shorten(decode_words(who)), "Address": shorten(address)}
+                  for who, address in read_addresses(text))
+        if name not in self._people:
+            self._people[name] = first_people(people, MAX_ADDRESSES)
+        return self._people[name]
 
     def date(self, default: str) -> str:
         """Return the Date header in ISO 8601, always with a zone."""
@@ -7998,14 +8000,8 @@ class View:
 
     @functools.cached_property
     def bodies(self) -> List[Part]:
-        """The parts that are shown as text; of several with a name the first of its kind, the others are files."""
-        found: List[Part] = []
-        kinds = set()
-        for part in self.parts:
-            if part.is_text and not (part.name and part.kind in kinds):
-                found.append(part)
-                kinds.add(part.kind)
-        return found
+        """The parts that are shown as text."""
+        return [part for part in self.parts if part.is_text]
 
     @functools.cached_property
     def plain(self) -> str:
@@ -8017,15 +8013,20 @@ class View:
         return "\n".join(part.text() for part in self.bodies if part.kind == "text/html")
 
     @functools.cached_property
+    def rendered(self) -> str:
+        """The text of the HTML."""
+        return html_text(self.html)
+
+    @property
     def text(self) -> str:
         """The message's text; made from its HTML when that is all there is."""
-        return self.plain if self.plain.strip() or not self.html else html_text(self.html)
+        return self.plain if self.plain.strip() else self.rendered or self.plain
 
     @functools.cached_property
     def others(self) -> List[Part]:
-        """The parts that are no texts."""
-        bodies = set(self.bodies)
-        return [part for part in self.parts if part not in bodies]
+        """The parts that are listed as files: those that are no texts, and texts with a name after the first of their kind."""
+        first = {part.kind: part for part in reversed(self.bodies)}
+        return [part for part in self.parts if not part.is_text or (part.name and part is not first[part.kind])]
 
     @property
     def inlines(self) -> List[Part]:
@@ -8159,12 +8160,12 @@ def read_calendar(text: str) -> Iterator[Dict[str, Any]]:
     event_found: Optional[Dict[str, Any]] = None
     depth = 0                                       # of what stands inside of an event: alarms
     for line in re.sub(r"\r?\n[ \t]", "", text).splitlines():
-        match = CALENDAR_LINE.match(line[:MAX_FIELD])
+        match = CALENDAR_LINE.match(line[:MAX_LINK])
         if not match:
             continue
         name, value = match.group(1).lower(), match.group(3)
         parameters = read_parameters("x" + match.group(2))[1]
-        plain = re.sub(r"\\([\\;,])", r"\1", re.sub(r"\\[nN]", "\n", value)).strip()[:MAX_FIELD]
+        plain = re.sub(r"\\([\\;,])", r"\1", re.sub(r"\\[nN]", "\n", value)).strip()
         if name == "method":
             method = plain[:40]
         elif name == "begin" and plain.upper() == "VEVENT":
@@ -8195,7 +8196,7 @@ class Searched(NamedTuple):
     people: Dict[str, str]                          # from, to, cc, bcc, reply-to: names and addresses
     subject: str
     message_id: str
-    words: str                                      # people, subject, names of files: where words are looked for besides the text
+    words: str                                      # people, subject, names of files: where words are besides the text
     text: str
     headers: str                                    # a line each, "name: value"
     created: float                                  # seconds
@@ -8218,7 +8219,7 @@ def searched(view: View, summary: Dict[str, Any], created: float) -> Searched:
     people["from"] = people["from"] or names([summary["From"]])
     people["bcc"] = names(summary["Bcc"])
     people["to"] += "\n" + people["bcc"]            # whom it is to, though no header says so
-    text = squeeze(view.plain.lower()) + "\n" + (squeeze(html_text(view.html).lower()) if view.html else "")
+    text = squeeze(view.plain.lower()) + "\n" + squeeze(view.rendered.lower())
     headers = "\n".join("%s: %s" % (name, decode_words(raw.partition(b":")[2])) for name, raw in view.fields).lower()
     files = [squeeze(part.shown_name.lower()) for part in view.others]
     subject = squeeze(view.header("subject").lower())
@@ -8287,6 +8288,12 @@ class Query:
             return 0.0 if value.partition("=")[0] else None
         return 0.0 if value in cls.STATES.get(key, (value,)) else None
 
+    def certain(self) -> "Query":
+        """Return itself; ValueError unless it is clear what it means: before something is deleted or changed by it."""
+        if self.unknown or not self.terms:
+            raise ValueError("nothing is changed by this search: " + (", ".join(self.unknown) or "it is empty"))
+        return self
+
     def matches(self, letter: Any) -> bool:
         """Return whether a message is meant; `letter` has searched(), read and tags."""
         try:
@@ -8337,7 +8344,7 @@ def parse_when(text: str) -> Optional[float]:
             return int(text) / (1000.0 if len(text) > 11 else 1.0)
         if match:
             numbers = [int(number or least) for number, least in zip(match.groups(), (1, 1, 1, 0, 0, 0))]
-            zone, found = match.group(7), datetime.datetime(numbers[0], numbers[1], numbers[2], *numbers[3:])
+            zone, found = match.group(7), datetime.datetime(*numbers)     # type: ignore[arg-type]
             if zone:
                 offset = 0 if zone == "z" else (-1 if zone[0] == "-" else 1) * (int(zone[1:3]) * 60 + int(zone[-2:]))
                 found = found.replace(tzinfo=datetime.timezone(datetime.timedelta(minutes=offset)))
@@ -8383,7 +8390,9 @@ class Cache:
 
     def forget_others(self, keys: Any) -> None:
         """Forget all but `keys`."""
-        for key in [key for key in list(self._kept) if key not in keys]:
+        with self._lock:
+            others = [key for key in self._kept if key not in keys]
+        for key in others:
             self.forget(key)
 
 
@@ -8618,12 +8627,12 @@ class Letter:
                           if rule in LINT]
         return record
 
-    def summary(self) -> Dict[str, Any]:
-        """Return the entry of a list; what is in the file is read once and remembered."""
+    def summary(self, view: Optional[View] = None) -> Dict[str, Any]:
+        """Return the entry of a list; what is in the file is read once (not at all with its view) and remembered."""
         known = self.inbox.summaries.get(self.id)
         if known is None:
             try:
-                known = self._summary()
+                known = self._summary(view or self.view())
             except OSError:
                 raise
             except Exception as error:              # one message must not hide the others
@@ -8643,13 +8652,13 @@ class Letter:
         """Return what the message is searched by; computed once."""
         found: Optional[Searched] = self.inbox.searched.get(self.id)
         if found is None:
-            found = searched(self.view(), self.summary(), self.message().received_at.timestamp())
+            view = self.view()
+            found = searched(view, self.summary(view), self.message().received_at.timestamp())
             self.inbox.searched.put(self.id, found, found.cost())
         return found
 
-    def _summary(self) -> Dict[str, Any]:
+    def _summary(self, view: View) -> Dict[str, Any]:
         message = self.message()
-        view = View(message.read())
         recorder = self.inbox.site.recorder
         record = recorder.load(self.id) if recorder else None
         named = {name: view.addresses(name) for name in ("from", "to", "cc", "reply-to")}
@@ -8665,7 +8674,8 @@ class Letter:
 
     def whole(self) -> Dict[str, Any]:
         """Return the message as GET /api/v1/message/ID gives it, and what more the page shows of it."""
-        view, summary = self.view(), self.summary()
+        view = self.view()
+        summary = self.summary(view)
         inline, attached = view.files()
         shown = {key: summary[key] for key in ("ID", "MessageID", "Read", "From", "To", "Cc", "Bcc", "ReplyTo", "Subject",
                                                "Tags", "Username", "Size")}
@@ -8878,7 +8888,7 @@ class Inbox:
             raise ValueError("expected {\"IDs\": [...]}")
         letters = self.letters()
         if given.get("Search"):
-            wanted = Query(str(given["Search"]))
+            wanted = Query(str(given["Search"])).certain()
             return [letter for letter in letters if wanted.matches(letter)], given
         if given.get("IDs"):
             return [self._by_id[id] for id in map(str, given["IDs"]) if id in self._by_id], given
@@ -8889,6 +8899,7 @@ class Inbox:
         return OK_ANSWER
 
     def delete_found(self, query: Dict[str, str], **_: Any) -> Answered:
+        Query(query.get("query", "")).certain()
         self._delete(self._found(query))
         return OK_ANSWER
 
