@@ -98,6 +98,9 @@ MAX_ERRORS = 10                     # wrong commands in one session, then 421 (R
 MAX_REFUSALS = 100                  # refused recipients in one session, then 421: somebody is guessing names
 MAX_RECEIVED = 50                   # trace headers, then the message is in a loop (RFC 5321 section 6.3)
 MAX_EXPANSION = 1000                # addresses one recipient may become through aliases
+MAX_ALIAS_STEPS = 10 * MAX_EXPANSION   # targets looked at for one recipient: lists may name each other many times over
+MAX_ALIAS_DEPTH = 50                # lists inside lists
+MAX_REMEMBERED = 100_000            # destinations of aliases kept in memory, so that naming one again costs nothing
 MAX_NAME = 255                      # bytes in a file name: what ext4, NTFS and APFS take
 MAX_EXCHANGERS = 10                 # hosts tried for one delivery attempt
 MAX_SENDERS = 128                   # outbound connections at once, and ...
@@ -121,6 +124,10 @@ MAX_TAGGED = 1 << 22                # bytes of memory for messages' tags
 MAX_TAGS = 50                       # of one message
 MAX_RELEASED = 100                  # addresses that a message is released to at once
 MAX_HOOKED = 1000                   # messages that a webhook still has to be told of
+MAX_WORKERS = 64                    # processes sharing a data directory
+MAX_SUBMITTED_HEADER = 1 << 20      # bytes of header that `sendmail` takes; it is held in memory, the body is not
+MAX_SUBMITTED_NAMES = 10_000         # recipients named to it; past MAX_RECIPIENTS of them come back
+MAX_PASSWORD = 4096                 # bytes read from standard input
 MIN_RATE = 1024                     # bytes/s below which a message transfer runs into the command's deadline
 BLOCK = 1 << 16                     # bytes read from a socket at once, and ...
 BIG_BLOCK = 1 << 18                 # ... while content flows
@@ -208,7 +215,8 @@ class UsageError(ValueError):
 
 
 class CannotRun(OSError):
-    """What was asked for cannot be done on this machine; the message says what to do (exit status 1)."""
+    """What was asked for cannot be done on this machine; the message says what to do (exit status 1, if not another)."""
+    status = 0
 
 
 class Extension:
@@ -282,7 +290,8 @@ def show(text: str, end: str = "\n") -> None:
 # ======================================================================================================================
 
 class Address(NamedTuple):
-    """A parsed address; `local` is without quotes, `domain` "" only for the bare postmaster of RFC 5321 section 4.1.1.3."""
+    """A parsed address; `local` is without quotes, `domain` "" for the bare postmaster of RFC 5321 section 4.1.1.3, and for
+    other bare names where they are taken: AddressBook.qualified() gives them a domain."""
     local: str
     domain: str
 
@@ -297,8 +306,10 @@ class Address(NamedTuple):
         return lower(self.local) + "@" + lower(self.domain) if self.domain else lower(self.local)
 
 
-ATOM = r"[A-Za-z0-9!#$%&'*+/=?^_`{|}~\-\u0080-\U0010ffff]+"
+ATEXT = r"A-Za-z0-9!#$%&'*+/=?^_`{|}~\-\u0080-\U0010ffff"
+ATOM = "[%s]+" % ATEXT
 DOT_STRING = re.compile(r"%s(?:\.%s)*" % (ATOM, ATOM))
+ANY_DOTS = re.compile("[%s.]+" % ATEXT)             # what some mobile networks gave away: a..b.@example.jp
 QUOTED = re.compile(r'"(?:[^"\\\x00-\x1f\x7f]|\\[\x20-\x7e])*"')
 LABEL = r"[A-Za-z0-9_\u0080-\U0010ffff](?:[A-Za-z0-9_\-\u0080-\U0010ffff]*[A-Za-z0-9_\u0080-\U0010ffff])?"
 DOMAIN = re.compile(r"%s(?:\.%s)*" % (LABEL, LABEL))
@@ -369,13 +380,16 @@ def domain_literal(domain: str) -> Optional[str]:
         return None
 
 
-def parse_address(text: str) -> Address:
-    """Return the Address of local@domain (RFC 5321 section 4.1.2, RFC 6531); Refused 501 or 553 when it is none."""
+def parse_address(text: str, lenient: bool = False) -> Address:
+    """Return the Address of local@domain (RFC 5321 section 4.1.2, RFC 6531); Refused 501 or 553 when it is none.
+
+    `lenient`, for whom we serve, also takes dots anywhere in the local part, and bare names, whose domain is "".
+    """
     if text.startswith('"'):
         match = QUOTED.match(text)
         local = re.sub(r"\\(.)", r"\1", match.group()[1:-1]) if match else ""
     else:
-        match = DOT_STRING.match(text)
+        match = (ANY_DOTS if lenient else DOT_STRING).match(text)
         local = match.group() if match else ""
     if not match or any("\ud800" <= c <= "\udfff" or "\x80" <= c <= "\x9f" for c in text):
         raise Refused(BAD_SYNTAX)
@@ -383,6 +397,8 @@ def parse_address(text: str) -> Address:
     if not rest:
         if local.lower() == "postmaster":
             return Address("postmaster", "")
+        if lenient:
+            return Address(local, "")
         raise Refused(553, "5.1.3", "the address needs a domain")
     if not rest.startswith("@"):
         raise Refused(BAD_SYNTAX)
@@ -397,13 +413,20 @@ def parse_address(text: str) -> Address:
     return Address(local, domain)
 
 
+# A path without its brackets: up to a blank outside quotes.
+BARE_PATH = re.compile(r'(?:"(?:[^"\\]|\\.)*"|[^"<>\s])+(?=\s|$)')
+
+
 @functools.lru_cache(maxsize=1000)
 def parse_path(text: str, lenient: bool = False) -> Tuple[Optional[Address], str]:
     """Return (address, parameters) of `<path> parameters`; None for the null reverse-path <>. Refused 501 or 553.
 
-    A source route is ignored, as RFC 5321 appendix C allows.
+    A source route is ignored, as RFC 5321 appendix C allows. `lenient` also takes a path without brackets, with blanks
+    inside them, or after a name, and what parse_address() then takes.
     """
-    text = text.lstrip(" ")
+    text = text.strip(" ")
+    if lenient:
+        text = bracketed(text)
     if not text.startswith("<"):
         raise Refused(501, "5.1.3", "an address stands in angle brackets: <local@domain>")
     if text.startswith("<>"):
@@ -420,7 +443,17 @@ def parse_path(text: str, lenient: bool = False) -> Tuple[Optional[Address], str
     if not path:
         return None, rest.strip(" ")
     route = SOURCE_ROUTE.match(path)
-    return parse_address(path[route.end():] if route else path), rest.strip(" ")
+    return parse_address(path[route.end():] if route else path, lenient), rest.strip(" ")
+
+
+def bracketed(text: str) -> str:
+    """Return what devices say in place of `<path> parameters` in that form: `path parameters`, `Name <path>`, `< path >`."""
+    bare = BARE_PATH.match(text)
+    if bare and "@" in bare.group() or bare and "<" not in text:
+        return "<%s>%s" % (bare.group(), text[bare.end():])
+    before, bracket, rest = text.partition("<")
+    path, end, rest = rest.partition(">")
+    return "<%s>%s" % (path.strip(" "), rest) if end and '"' not in before + path else text
 
 
 def parse_parameters(text: str) -> Dict[str, str]:
@@ -471,6 +504,13 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(clients_address(host)).is_loopback
     except ValueError:
         return host in ("", "localhost")
+
+
+def is_this_host(host: str) -> bool:
+    """Return whether an IP address, in whatever spelling, means the machine that it is used on."""
+    address = ipaddress.ip_address(host)
+    address = getattr(address, "ipv4_mapped", None) or address
+    return address.is_loopback or address.is_unspecified
 
 
 def address_literal(host: str) -> str:
@@ -688,6 +728,9 @@ def same_address(text: str) -> str:
 
 # Options.
 
+HELP_WIDTH = 100                                    # columns
+
+
 class Parser:
     """Makes argparse raise UsageError with its one line, rather than print its usage and exit."""
 
@@ -697,8 +740,22 @@ class Parser:
         class OneLine(argparse.ArgumentParser):
             def error(self, message: str) -> NoReturn:
                 raise UsageError(message)
+
+            def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+                given, rest = self.parse_known_args(args, namespace)
+                if rest:                            # not with its value: a password may have gone astray
+                    raise UsageError("%s: %s" % (self.prog.partition(" ")[2], show_word(rest[0])))
+                return given
+        keywords.setdefault("formatter_class", functools.partial(argparse.HelpFormatter, width=HELP_WIDTH))
         keywords["allow_abbrev"] = False
         return OneLine(*arguments, **keywords)
+
+
+def show_word(word: str) -> str:
+    """Return what is said about a word of the command line that has no place there; nothing that could be a secret."""
+    if word.startswith("-"):
+        return "unknown option " + printable(word.partition("=")[0], 40)
+    return "too many arguments"
 
 
 Endpoint = Tuple[str, int]
@@ -732,9 +789,12 @@ def parse_server(text: str) -> Endpoint:
 def parse_ip(text: str) -> str:
     """Return an IP address in one spelling, IPv4 in IPv6 as IPv4, IPv6 with its zone (fe80::1%eth0); ValueError."""
     address, percent, zone = text.partition("%")
-    ip = ipaddress.ip_address(address)
+    try:
+        ip = ipaddress.ip_address(address)
+    except ValueError:
+        raise ValueError("expected an IP address") from None
     if percent and (ip.version == 4 or not re.fullmatch(r"[\w.-]{1,64}", zone, re.ASCII)):
-        raise ValueError("not an IP address: " + printable(text, 100))
+        raise ValueError("expected an IP address")
     return str(getattr(ip, "ipv4_mapped", None) or ip) + percent + zone
 
 
@@ -779,8 +839,11 @@ def parse_waits(text: Union[str, Sequence[float]]) -> Tuple[float, ...]:
     return tuple(parse_seconds(wait) for wait in waits)
 
 
-def parse_network(text: str) -> Any:
-    return ipaddress.ip_network(text.strip(), strict=False)
+def parse_network(text: Any) -> Any:
+    try:
+        return ipaddress.ip_network(text.strip() if isinstance(text, str) else text, strict=False)
+    except ValueError:
+        raise ValueError("expected a network, as 192.0.2.0/24") from None
 
 
 def parse_domain(text: str) -> str:
@@ -795,6 +858,11 @@ def parse_pattern_domain(text: str) -> str:
     """Return a domain, or `.domain` for all that lies under it; ValueError."""
     text = text.strip()
     return "." + parse_domain(text[1:]) if text.startswith(".") else parse_domain(text)
+
+
+def parse_hostname(text: str) -> str:
+    """Return a domain as it may stand in a greeting, which has no SMTPUTF8 yet; ValueError."""
+    return ascii_domain(parse_domain(text))
 
 
 def parse_mailbox(text: str) -> str:
@@ -817,12 +885,12 @@ class Server(NamedTuple):
     def __str__(self) -> str:
         return "%s://%s" % ("smtps" if self.tls else "smtp", show_endpoint((self.host, self.port)))
 
-    def __repr__(self) -> str:
-        return str(self)                                # a password never enters a text
+    def __repr__(self) -> str:                          # a password never enters a text
+        return str(self)
 
 
 def parse_url(text: Union[str, Server]) -> Server:
-    """Return the Server of an smtp:// or smtps:// URL; user and password may be %-encoded; ValueError."""
+    """Return the Server of an smtp:// or smtps:// URL; user and password may be %-encoded; ValueError without a secret."""
     from urllib.parse import parse_qsl, unquote, urlsplit
     if isinstance(text, Server):
         return text
@@ -944,9 +1012,18 @@ def parse_rule(text: str) -> Any:
     return extension("web").parse_fault(text)
 
 
-def option(parse: Callable[[Any], Any], default: Any, metavar: str, help: str, many: bool = False) -> Any:
-    """Return a Config field: `parse` takes the text of the command line or a Python value; ValueError says what is wrong."""
-    return dataclasses.field(default=default, metadata={"parse": parse, "metavar": metavar, "help": help, "many": many})
+def option(parse: Callable[[Any], Any], default: Any, metavar: str, help: str, many: bool = False, secret: bool = False,
+           comma: str = ",") -> Any:
+    """Return a Config field: `parse` takes the text of the command line or a Python value; ValueError says what is wrong.
+
+    The value of one that is `secret` never enters a text. `comma` is what separates those of `many` in one variable.
+    """
+    return dataclasses.field(default=default, metadata={
+        "parse": parse, "metavar": metavar, "help": help, "many": many, "secret": secret, "comma": comma})
+
+
+# A comma between two --limit, not one inside.
+LIMIT_COMMA = r",(?=[^,=]*=[a-z]+=)"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -965,10 +1042,12 @@ class Config:
                                         "host name or origin that the web answers to besides its own", many=True)
     web_admin: Tuple[str, ...] = option(parse_mailbox, (), "ADDRESS",
                                         "node mode: account that sees every mailbox", many=True)
-    release: Optional[Server] = option(parse_url, None, "URL", "capture mode: server to which single messages may be released")
-    webhook: str = option(parse_hook, "", "URL", "each message's summary is POSTed there")
+    release: Optional[Server] = option(parse_url, None, "URL", "capture mode: server to which single messages "
+                                       "may be released", secret=True)
+    webhook: str = option(parse_hook, "", "URL", "each message's summary is POSTed there", secret=True)
     data: str = option(parse_text, "minimail-data", "DIR", "the one directory everything lives in")
-    hostname: str = option(parse_domain, "", "NAME", "name in greetings, trace headers, bounces (default: the machine's)")
+    hostname: str = option(parse_hostname, "", "NAME", "name in greetings, trace headers, bounces "
+                           "(default: the machine's)")
     domain: Tuple[str, ...] = option(parse_domain, (), "NAME",
                                      "a domain whose mail is kept here; turns node mode on", many=True)
     users: str = option(parse_text, "", "FILE", "accounts (default DATA/users)")
@@ -978,15 +1057,18 @@ class Config:
                                     "clients that may relay without log-in", many=True)
     route: Tuple[Tuple[str, Server], ...] = option(parse_route, (), "DOMAIN=URL",
                                                    "skip MX for DOMAIN (.DOMAIN: what lies under it; from:DOMAIN: by sender)",
-                                                   many=True)
-    limit: Tuple[Limit, ...] = option(parse_limit, (), "[DOMAIN=]LIMITS", "outbound, per destination: connections=10,"
-                                      "messages=100,recipients=100,rate=N/SECONDS", many=True)
+                                                   many=True, secret=True)
+    limit: Tuple[Limit, ...] = option(parse_limit, (), "[DOMAIN=]LIMITS", "outbound, per destination: connections=N,"
+                                      "messages=N,recipients=N,rate=N/SECONDS (default 10, 100, 100, none)", many=True,
+                                      comma=LIMIT_COMMA)
     rewrite: Tuple[Tuple[str, str], ...] = option(parse_rewrite, (), "FROM=TO",
                                                   "reverse-path and From of mail that leaves (FROM: or a pattern)", many=True)
     dkim: Tuple[Tuple[str, str, str], ...] = option(parse_dkim, (), "[DOMAIN=]SELECTOR:FILE",
-                                                    "sign mail of own domains that leaves with this key", many=True)
+                                                    "sign mail of own domains that leaves with this key "
+                                                    "(default: those under DATA)", many=True)
     warn: Optional[float] = option(parse_seconds, None, "SECONDS", "a delay notice to own senders after this time")
-    smarthost: Optional[Server] = option(parse_url, None, "URL", "all mail for elsewhere goes through this server")
+    smarthost: Optional[Server] = option(parse_url, None, "URL", "all mail for elsewhere goes through this server",
+                                         secret=True)
     dns: Tuple[Endpoint, ...] = option(parse_server, (), "HOST[:PORT]",
                                        "name server to ask (default: /etc/resolv.conf)", many=True)
     mx_port: int = option(parse_port, 25, "PORT", "port to reach mail exchangers on (for test beds)")
@@ -1006,7 +1088,8 @@ class Config:
     workers: int = option(parse_count, 1, "N", "processes sharing the listeners and the data directory")
     run_as: str = option(parse_text, "", "USER", "drop root after the ports are bound")
     relay_to: Tuple[str, ...] = option(parse_pattern_domain, (), "DOMAIN",
-                                       "node mode: relay to these domains only (.DOMAIN: and below)", many=True)
+                                       "node mode: relay to these domains only "
+                                       "(.DOMAIN: and below; default everywhere)", many=True)
     keep: Optional[int] = option(parse_count, None, "N", "newest messages kept per mailbox (default: all)")
     max_age: Optional[float] = option(parse_seconds, None, "SECONDS", "older messages are removed (default: none)")
     transcripts: Optional[bool] = option(parse_flag, None, "on|off", "keep envelope and conversation of each message "
@@ -1016,6 +1099,14 @@ class Config:
     log: str = option(one_of("text", "json"), "text", "text|json", "log lines, on standard error")
     quiet: bool = option(parse_flag, False, "", "log warnings only")
     verbose: bool = option(parse_flag, False, "", "log every command")
+
+    # Not an option: where those stand that a file of their own holds, see current().
+    sources: Dict[str, Callable[..., Any]] = dataclasses.field(default_factory=dict, repr=False, compare=False)
+
+    def current(self, name: str) -> Any:
+        """Return an option's value as it is now: one that stands in a file of its own may have changed since the start."""
+        source = self.sources.get(name)
+        return source() if source else getattr(self, name)
 
     @property
     def capture(self) -> bool:
@@ -1031,28 +1122,72 @@ class Config:
         return given or os.path.join(self.data, name)
 
 
+def option_fields() -> Dict[str, Any]:
+    """Return {name: metadata} of all options."""
+    return {field.name: field.metadata for field in dataclasses.fields(Config) if field.metadata}
+
+
 def read_options(given: Dict[str, Any], name: Callable[[str], str]) -> Dict[str, Any]:
     """Return Config fields from texts or Python values; `name` turns a field into what the user wrote (UsageError)."""
-    fields = {field.name: field.metadata for field in dataclasses.fields(Config)}
-    values: Dict[str, Any] = {}
-    for key, raw in given.items():
-        meta = fields[key]
+    fields = option_fields()
+    return {key: read_option(raw, fields[key], name(key)) for key, raw in given.items()}
+
+
+def read_option(raw: Any, meta: Any, name: str) -> Any:
+    """Return an option's value; UsageError says what is wrong with which one of several, but shows no secret."""
+    if not meta["many"]:
+        items = [raw]
+    elif raw is None or raw in ("off", ["off"]):
+        items = []
+    else:
+        items = list(raw.items()) if isinstance(raw, dict) else \
+            list(raw) if isinstance(raw, (list, tuple, set, frozenset)) else [raw]
+    parsed = []
+    for item in items:
         try:
-            if not meta["many"]:
-                values[key] = meta["parse"](raw)
-                continue
-            if raw is None or raw in ("off", ["off"]):
-                raw = []
-            items = list(raw.items()) if isinstance(raw, dict) else \
-                raw if isinstance(raw, (list, tuple, set, frozenset)) else [raw]
-            parsed = []
-            for raw in items:                       # an error names the one that is wrong
-                parsed.append(meta["parse"](raw))
-            values[key] = tuple(parsed)
+            parsed.append(meta["parse"](item))
         except (ValueError, TypeError, AttributeError, Refused) as error:
             reason = "a value of the wrong type" if isinstance(error, (TypeError, AttributeError)) else error
-            raise UsageError("%s: %r: %s" % (name(key), raw, reason)) from None
-    return values
+            shown = "" if meta["secret"] or "://" in str(item) else "%r: " % (item,)
+            raise UsageError("%s: %s%s" % (name, shown, reason)) from None
+    return tuple(parsed) if meta["many"] else parsed[0]
+
+
+def split_values(text: str, meta: Any) -> Any:
+    """Return what a variable says: one text, or the list of texts where an option may be given several times."""
+    if not meta["many"]:
+        return text
+    return [part.strip() for part in re.split(meta["comma"], text) if part.strip()]
+
+
+NEEDS = (                                           # option, what it needs, how that is written
+    ("tls_key", "tls_cert", "FILE"), ("smtps", "tls_cert", "FILE"), ("pop3s", "tls_cert", "FILE"),
+    ("webs", "tls_cert", "FILE"), ("catch_all", "domain", "NAME"), ("web_admin", "domain", "NAME"))
+
+
+def check_together(config: Config, name: Callable[[str], str]) -> None:
+    """Raise UsageError where one option lacks another; `name` as in read_options(). The library asks the same."""
+    for one, other, metavar in NEEDS:
+        if getattr(config, one) and not getattr(config, other):
+            raise UsageError("%s: needs %s %s" % (name(one), name(other), metavar))
+    if config.release and config.domain:
+        raise UsageError("%s: only in capture mode, without %s" % (name("release"), name("domain")))
+    if config.workers > MAX_WORKERS:
+        raise UsageError("%s: %d is more than %d" % (name("workers"), config.workers, MAX_WORKERS))
+
+
+LIBRARY_KINDS: Tuple[Tuple[str, Sequence[str], str], ...] = (      # argument, what it must have, its kind in words
+    ("on_message", ("__call__",), "a function"), ("clock", ("__call__",), "a function"),
+    ("policy", ("on_connect", "on_mail", "on_rcpt", "on_message"), "a Policy"))
+
+
+def check_library(given: Dict[str, Any]) -> None:
+    """Raise TypeError that names the first argument of Node() which is not of its kind; None is none at all."""
+    for name, attributes, kind in LIBRARY_KINDS:
+        value = given.get(name)
+        if value is not None and (isinstance(value, type) or not all(
+                callable(getattr(value, attribute, None)) for attribute in attributes)):
+            raise TypeError("%s: expected %s, not %.80r" % (name, kind, value))
 
 
 # ======================================================================================================================
@@ -2085,6 +2220,47 @@ class Reloaded(Watched):
         return [(number, " ".join(pieces)) for number, pieces in lines]
 
 
+class OptionFile(Reloaded):
+    """An option's value in a file of its own, read again when it changes; while that is wrong or gone the last good counts."""
+
+    def __init__(self, name: str, path: str, meta: Any) -> None:
+        super().__init__(path, lambda lines, complain: read_option(self.texts(), meta, name))
+        self.name = name
+        self.meta = meta
+
+    def texts(self) -> Any:
+        """Return its text, or the list of texts where the option may be given several times; CannotRun."""
+        try:
+            texts = [split_values(line, self.meta) for _, line in self.lines()]
+        except OSError as error:
+            raise CannotRun("%s: %s: %s" % (self.name, self.path, error.strerror or error)) from None
+        if not texts:
+            raise CannotRun("%s: %s is not there, or empty" % (self.name, self.path))
+        return list(itertools.chain(*texts)) if self.meta["many"] else "\n".join(texts)
+
+
+def refuse_shared(path: str) -> None:
+    """Raise CannotRun when others can write to the data directory: what they put there we would open and follow."""
+    try:
+        info = os.stat(path)
+    except FileNotFoundError:
+        return
+    if not hasattr(os, "getgroups"):                # Windows
+        return
+    ours = info.st_gid in [os.getegid()] + os.getgroups()
+    if info.st_mode & (0o002 if ours else 0o022):
+        raise CannotRun("%s: others can write to it; say chmod go-w, or name another with --data" % path)
+
+
+def read_regular(path: str, limit: int = 1 << 20) -> bytes:
+    """Return the beginning of a regular file; OSError for what is a link, a pipe or a device, and nothing is waited for."""
+    fd = os.open(path, os.O_RDONLY | O_EXTRA | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
+    with open(fd, "rb") as file:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise OSError(errno.EINVAL, "not a regular file", path)
+        return file.read(limit)
+
+
 # ======================================================================================================================
 # 6  Mailboxes and accounts.  A Maildir per address, who may open it, what an address stands for; knows no protocol.
 #
@@ -2476,7 +2652,7 @@ def pbkdf2(password: bytes, salt: bytes, rounds: int) -> bytes:
 def hash_password(password: str, salt: Optional[bytes] = None) -> str:
     """Return the record of a password for the users file: $scrypt$n,r,p$salt$hash, or $pbkdf2$rounds$salt$hash."""
     salt = secrets.token_bytes(16) if salt is None else salt
-    secret = password.encode("utf-8")
+    secret = password.encode("utf-8", "surrogateescape")
     if hasattr(hashlib, "scrypt"):
         kind, cost, digest = "scrypt", "%(n)d,%(r)d,%(p)d" % SCRYPT, hashlib.scrypt(secret, salt=salt, dklen=32, **SCRYPT)
     else:
@@ -2603,22 +2779,50 @@ class Accounts:
             os.close(fd)
 
 
-def parse_aliases(lines: List[Tuple[int, str]], complain: Callable[[int, str], None]) -> Dict[str, List[Address]]:
-    """Return {key: targets} of an aliases file, as in aliases(5) with full addresses."""
+ALIAS = re.compile(r'((?:"(?:[^"\\]|\\.)*"|[^":])+):(.*)')
+ALIAS_TARGET = re.compile(r'(?:"(?:[^"\\]|\\.)*"|[^",]|")+')
+
+
+def parse_aliases(lines: List[Tuple[int, str]], complain: Callable[[int, str], None], home: str = "") \
+        -> Dict[str, List[Address]]:
+    """Return {key: targets} of an aliases file, as in aliases(5); bare names belong to `home`, no programs and files."""
     aliases: Dict[str, List[Address]] = {}
     for number, line in lines:
-        match = re.match(r'((?:"(?:[^"\\]|\\.)*"|[^":])+):(.*)', line)
+        match = ALIAS.match(line)
         try:
             if not match:
                 raise ValueError("expected address: target, target")
-            key = parse_address(match.group(1).strip()).key
-            targets = [parse_address(target.strip()) for target in match.group(2).split(",") if target.strip()]
-            if not targets or any(not target.domain for target in targets):
-                raise ValueError("expected full addresses as targets")
-            aliases.setdefault(key, []).extend(targets)
+            name = at_home(parse_address(match.group(1).strip(), lenient=True), home)
         except (Refused, ValueError) as error:
             complain(number, "ignored: %s" % error)
+            continue
+        targets = aliases.setdefault(name.key, [])
+        for text in map(str.strip, ALIAS_TARGET.findall(match.group(2))):
+            try:
+                if text.lstrip('"')[:1] in ("|", "/", ":"):
+                    raise ValueError("programs and files are not possible")
+                if text:
+                    targets.append(at_home(parse_address(text.lstrip("\\"), lenient=True), home))
+            except (Refused, ValueError) as error:
+                complain(number, "target %s ignored: %s" % (printable(text, 70), error))
+        if not targets:
+            complain(number, "ignored: it has no target")
+            del aliases[name.key]
     return aliases
+
+
+def at_home(address: Address, home: str) -> Address:
+    """Return an address with the domain `home` where it has none."""
+    return address if address.domain else Address(address.local, home)
+
+
+def machine_name() -> str:
+    """Return this machine's name in lower case, as it may stand in a greeting; "localhost" where it has none of that kind."""
+    name = socket.gethostname()
+    try:
+        return ascii_domain(name) if is_domain(name) else "localhost"
+    except ValueError:
+        return "localhost"
 
 
 class Destinations(NamedTuple):
@@ -2628,6 +2832,40 @@ class Destinations(NamedTuple):
 
 
 UNKNOWN_USER = Reply(550, "5.1.1", "no such user here")
+ALIAS_LOOP = Reply(550, "5.4.6", "the alias leads back to itself")
+ROLES = ("root", "abuse", "mailer-daemon", "hostmaster")        # go where postmaster goes, unless they are somebody
+
+
+class Expansion:
+    """What one recipient becomes while aliases are looked up: each name once, so the work is that of the targets it reads."""
+
+    def __init__(self) -> None:
+        self.mailboxes: Dict[str, None] = {}
+        self.remote: Dict[str, Address] = {}
+        self.above: Dict[str, None] = {}            # the aliases on the way to where we are
+        self.done: Set[str] = set()
+        self.steps = 0
+
+    def check(self) -> None:
+        """Raise Refused when it becomes too much."""
+        if self.steps > MAX_ALIAS_STEPS or len(self.above) > MAX_ALIAS_DEPTH \
+                or len(self.mailboxes) + len(self.remote) > MAX_EXPANSION:
+            raise Refused(550, "5.4.6", "the alias has too many targets")
+
+
+class Remembered:
+    """What aliases became, as long as the files they come from stay the same."""
+
+    def __init__(self, aliases: Dict[str, List[Address]], users: Dict[str, str]) -> None:
+        self.aliases = aliases
+        self.users = users
+        self.found: Dict[str, Union[Destinations, Reply]] = {}
+        self.size = 0
+
+    def keep(self, key: str, found: Union[Destinations, Reply]) -> None:
+        self.size += 1 + (len(found.mailboxes) + len(found.remote) if isinstance(found, Destinations) else 0)
+        if self.size <= MAX_REMEMBERED:
+            self.found[key] = found
 
 
 class AddressBook:
@@ -2639,8 +2877,10 @@ class AddressBook:
         self.home = domains[0] if domains else hostname
         self.capture = not domains
         self.accounts = accounts
-        self.aliases = Reloaded(aliases_path, parse_aliases)
+        self.aliases = Reloaded(aliases_path, functools.partial(parse_aliases, home=self.home))
         self.catch_all = catch_all
+        self.own_names = {"localhost", "localhost.localdomain", ascii_domain(hostname), machine_name()}
+        self._remembered = Remembered({}, {})
 
     def is_stale(self) -> bool:
         """Return whether files have to be read before the next answer: better not on the loop."""
@@ -2655,65 +2895,106 @@ class AddressBook:
     def is_local(self, address: Address) -> bool:
         return self.capture or not address.domain or ascii_domain(lower(address.domain)) in self.domains
 
-    def key(self, address: Address) -> str:
-        """Return the key of a local address, its domain spelled as in --domain; postmaster without one gets the first."""
+    def qualified(self, address: Address) -> Address:
+        """Return the address as those we serve mean it: bare names, localhost and this machine's name are the first domain's.
+
+        In capture mode every name is its own, and only bare ones are given the node's.
+        """
         if not address.domain:
-            return "%s@%s" % (lower(address.local), self.home)
+            return Address(address.local, self.home)
+        if self.is_local(address):
+            return address
+        literal = domain_literal(address.domain)
+        own = is_this_host(literal) if literal else ascii_domain(lower(address.domain)) in self.own_names
+        return Address(address.local, self.home) if own else address
+
+    def key(self, address: Address) -> str:
+        """Return the key of a local address, its domain spelled as in --domain; a bare name gets the first."""
+        if not address.domain:
+            return "%s@%s" % (lower(address.local), lower(self.home))
         if self.capture:
             return address.key
         domain = lower(address.domain)
         return "%s@%s" % (lower(address.local), self.domains.get(ascii_domain(domain), domain))
 
     def resolve(self, address: Address) -> Destinations:
-        """Return the destinations of one recipient; Refused 550 when it is local and unknown, or an alias loops."""
-        found = Destinations([], [])
-        self._expand(address, found, [])
-        if not found.mailboxes and not found.remote:
-            raise Refused(UNKNOWN_USER)
-        return found
+        """Return the destinations of one recipient; Refused 550 when it is local and unknown, or an alias loops.
 
-    def _expand(self, address: Address, found: Destinations, above: List[str]) -> None:
-        if not self.is_local(address):
-            if address.key not in [known.key for known in found.remote]:
-                found.remote.append(address)
-        elif self.capture:
-            key = self.key(address)
-            for part in key.rpartition("@")[::2]:
-                encode_name(part)                   # Refused when too long
-            found.mailboxes.append(key)
-        else:
-            self._expand_local(self.key(address), found, above)
-        if len(found.mailboxes) + len(found.remote) > MAX_EXPANSION or len(above) > 50:
-            raise Refused(550, "5.4.6", "the alias has too many targets")
-
-    def _expand_local(self, key: str, found: Destinations, above: List[str]) -> None:
-        local, _, domain = key.rpartition("@")
-        candidates = [key] + ([local.partition("+")[0] + "@" + domain] if "+" in local[1:] else [])
+        What came of an alias is remembered, refusals too: a client may name the same list a thousand times.
+        """
+        if self.capture:
+            return Destinations([self._captured(address)], [])
         aliases: Dict[str, List[Address]] = self.aliases.get()
         users = self.accounts.names()
-        for name in candidates:
-            if name in above and name not in users:
-                raise Refused(550, "5.4.6", "the alias leads back to itself")
-            if name in aliases and name not in above:
-                for target in aliases[name]:
-                    self._expand(target, found, above + [name])
-                return
-            if name in users or name == self.catch_all:
-                break
-        else:
-            if self.catch_all:
-                name = self.catch_all
-            elif local == "postmaster" and (domain == self.home or above):
-                name = key
-            elif local == "postmaster":
-                return self._expand_local("postmaster@" + self.home, found, above)
-            elif above:
-                log.warning("alias %s: target %s is no mailbox here", above[-1], printable(key))
-                return
-            else:
+        memory = self._remembered
+        if memory.aliases is not aliases or memory.users is not users or memory.size > MAX_REMEMBERED:
+            self._remembered = memory = Remembered(aliases, users)
+        known = memory.found.get(address.key)
+        if isinstance(known, Reply):
+            raise Refused(known)
+        if known is not None:
+            return known
+        expansion = Expansion()
+        try:
+            self._expand(address, expansion, memory)
+            expansion.check()
+            if not expansion.mailboxes and not expansion.remote:
                 raise Refused(UNKNOWN_USER)
-        if name not in found.mailboxes:
-            found.mailboxes.append(name)
+        except Refused as refused:
+            if expansion.steps > 1:
+                memory.keep(address.key, refused.reply)
+            raise
+        found = Destinations(list(expansion.mailboxes), list(expansion.remote.values()))
+        if expansion.steps > 1:                     # what costs nothing to find out is not kept
+            memory.keep(address.key, found)
+        return found
+
+    def _expand(self, address: Address, found: Expansion, files: Remembered) -> None:
+        """Add to `found` what an address becomes; Refused."""
+        found.steps += 1
+        found.check()
+        if not self.is_local(address):
+            found.remote.setdefault(address.key, address)
+        else:
+            self._expand_local(self.key(address), found, files)
+
+    def _captured(self, address: Address) -> str:
+        """Return the mailbox of an address in capture mode; Refused when its name is too long for a file."""
+        key = self.key(address)
+        for part in key.rpartition("@")[::2]:
+            encode_name(part)
+        return key
+
+    def _expand_local(self, key: str, found: Expansion, files: Remembered) -> None:
+        local, _, domain = key.rpartition("@")
+        candidates = [key] + ([local.partition("+")[0] + "@" + domain] if "+" in local[1:] else [])
+        for name in candidates:
+            if name in files.aliases and name not in found.above:
+                return self._expand_alias(name, found, files)
+            if name in files.users or name == self.catch_all:
+                found.mailboxes[name] = None
+                return
+            if name in found.above:
+                raise Refused(ALIAS_LOOP)
+        if self.catch_all:
+            found.mailboxes[self.catch_all] = None
+        elif local == "postmaster" and (domain == self.home or found.above):
+            found.mailboxes[key] = None
+        elif local in ROLES or local == "postmaster":
+            self._expand_local("postmaster@" + (domain if local in ROLES else self.home), found, files)
+        elif found.above:
+            log.warning("alias %s: target %s is no mailbox here", next(reversed(list(found.above))), printable(key))
+        else:
+            raise Refused(UNKNOWN_USER)
+
+    def _expand_alias(self, name: str, found: Expansion, files: Remembered) -> None:
+        if name in found.done:                      # a list inside several others
+            return
+        found.above[name] = None
+        for target in files.aliases[name]:
+            self._expand(self.qualified(target), found, files)
+        del found.above[name]
+        found.done.add(name)
 
     def owns(self, account: str, sender: Address) -> bool:
         """Return whether an account may send as `sender`: its own address, a sub-address, or an alias that leads to it."""
@@ -3001,8 +3282,8 @@ def open_stores(config: Config, clock: Callable[[], float] = time.time, policy: 
     """Open the data directory, made where it is missing; OSError."""
     hostname = config.hostname
     if not hostname:
-        hostname = socket.gethostname().lower()
-        hostname = hostname if is_domain(hostname) else "localhost"
+        hostname = machine_name()
+    refuse_shared(config.data)
     storage = Storage(config.data, not config.no_sync)
     storage.open()
     mailboxes = Mailboxes(storage, hostname)
@@ -3034,6 +3315,27 @@ def await_mail(storage: Storage, look: Callable[[], Any], until: float, sleep: C
                 return None
             if woken:
                 break
+
+
+EX_TEMPFAIL = 75                                    # sysexits(3): the caller may try again
+
+
+def refuse_unused(data: str) -> None:
+    """Raise CannotRun where no node was ever at work in the directory: nobody would read the mail."""
+    if not any(os.path.lexists(os.path.join(data, name)) for name in ("options.json", "mail", "queue", "run")):
+        error = CannotRun("sendmail: %s: no node was ever here, nobody would read the mail; start one there, or name its "
+                          "directory with --data or MINIMAIL_DATA" % data)
+        error.status = EX_TEMPFAIL
+        raise error
+
+
+def mailbox_named(command: str, text: str, config: Config) -> str:
+    """Return the mailbox that a word of the command line means; UsageError."""
+    try:
+        address = parse_address(text, lenient=True)
+    except Refused as refused:
+        raise UsageError("%s %s: %s" % (command, printable(text, 100), refused.reply.text)) from None
+    return at_home(address, config.domain[0] if config.domain else config.hostname or machine_name()).key
 
 
 # ======================================================================================================================
@@ -4991,53 +5293,292 @@ def explain_local(book: AddressBook, address: Address, whole: bool) -> int:
     return 0
 
 
+# What sendmail(8) takes. sysexits(3), as those who call it check them:
+EX_DATAERR, EX_NOUSER, EX_NOHOST, EX_UNAVAILABLE, EX_NOPERM = 65, 67, 68, 69, 77
+FLAGS_WITH_VALUE = "ABCDFLMNORVXbefhopr"            # in the same word or the next; others may have one attached
+MBOX_LINE = re.compile(rb">?From ")
+FIELD_NAME = re.compile(rb"[!-9;-~]{1,200}[ \t]{0,20}:")
+ODD_LINE_END = re.compile(rb"(?<!\r)\r+\n|\r")      # CRLF, CR CR LF, or CR alone; the look-behind keeps long runs cheap
+DROPPED_FIELDS = ("bcc", "resent-bcc", "return-path", "content-length")
+ORIGINATORS = ("from", "sender", "reply-to", "to", "cc")
+
+
+class NotSent(CannotRun):
+    """A message that `sendmail` did not take over, and the exit status that says why."""
+
+    def __init__(self, status: int, text: str) -> None:
+        super().__init__("sendmail: " + text)
+        self.status = status
+
+
+def exit_status(reply: Reply) -> int:
+    """Return the exit status of sysexits(3) for a refusal."""
+    if reply.code < 500:
+        return EX_TEMPFAIL
+    known = {"5.1.1": EX_NOUSER, "5.1.2": EX_NOHOST, "5.1.3": EX_DATAERR, "5.7.1": EX_NOPERM}
+    return known.get(reply.enhanced, EX_UNAVAILABLE)
+
+
 def sendmail_command(config: Config, arguments: List[str]) -> int:
     """Take a message on standard input, as /usr/sbin/sendmail does, and queue it durably."""
-    parser = Parser(prog="minimail.py sendmail", description=sendmail_command.__doc__)
-    parser.add_argument("-t", action="store_true", help="recipients also from To, Cc and Bcc")
-    parser.add_argument("-i", action="store_true", help="a line with a single dot does not end the message")
-    parser.add_argument("-f", "-r", dest="sender", metavar="FROM", help="envelope sender")
-    parser.add_argument("-F", dest="name", metavar="NAME", help="sender's full name")
-    parser.add_argument("-o", action="append", default=[], metavar="OPTION", help="-oi is -i; others are ignored")
-    parser.add_argument("-B", "-N", "-R", "-V", "-X", "-O", dest="ignored", action="append", help="ignored")
-    parser.add_argument("-b", dest="mode", metavar="MODE", help="-bm (deliver) only")
-    for flag in "-U", "-v", "-n", "-m", "-G":
-        parser.add_argument(flag, dest="ignored", action="store_const", const="", help="ignored")
-    parser.add_argument("recipients", nargs="*", metavar="TO")
-    given = parser.parse_args(arguments)
-    if given.mode not in (None, "m"):
-        raise UsageError("sendmail -b%s: only -bm is possible" % printable(given.mode))
-    raw = sys.stdin.buffer.read()
-    if not (given.i or "i" in given.o):
-        raw = re.split(rb"(?m)^\.\r?\n", raw, maxsplit=1)[0]
-    content = BARE_NEWLINE.sub(b"\r\n", raw)
-    content += b"" if content.endswith(b"\r\n") or not content else b"\r\n"
+    flags, words = sendmail_flags(arguments)
+    given = dict(flags)
+    mode = given.get("b", "q" if "q" in given else "i" if "I" in given else "m")
+    if "help" in given:
+        print(SENDMAIL_HELP, end="")
+        return 0
+    if mode in ("p", "q"):
+        return queue_command(config, ["list" if mode == "p" else "flush"])
+    if mode == "i":                                 # newaliases: they are read when they change
+        return 0
+    if mode not in ("m", "v"):
+        raise UsageError("sendmail -b%s: only -bm, -bs, -bp, -bi and -bv are possible" % printable(mode, 20))
+    refuse_unused(config.data)
     stores = open_stores(config)
     try:
-        home = stores.book.home if "." in stores.book.home or config.capture else stores.hostname
-        user = given.sender if given.sender is not None else login_name()
-        fields, body = split_headers(content)
-        if not re.match(rb"[!-9;-~]+[ \t]*:", content):     # no header at all: `echo hello | sendmail bob`
-            fields, body = [], content
-        names = [local_address(text, home) for text in given.recipients]
-        if given.t:
-            headers = [value.partition(b":")[2].decode("utf-8", "replace") for name, value in fields
-                       if name in ("to", "cc", "bcc")]
-            names += [local_address(found, home) for _, found in email.utils.getaddresses(headers) if found]
-        if not names:
-            raise UsageError("sendmail: no recipients: name them, or use -t with To, Cc or Bcc headers")
-        sender = "" if user in ("", "<>") else str(local_address(user, home))
-        head = submission_headers(fields, sender or "mailer-daemon@" + home, given.name, stores.hostname)
-        envelope = Envelope(sender=sender, protocol="local",
-                            smtputf8=not all(map(str.isascii, [sender] + list(map(str, names)))))
-        try:
-            print_id = stores.door.send(envelope, names, head + b"\r\n" + body).draft.id
-        except Refused as refused:
-            raise CannotRun("sendmail: not accepted: %s; nothing was sent" % str(refused.reply)) from None
-        event("message", id=print_id, client="local", sender=printable(sender), recipients=len(names), size=len(content))
+        if mode == "v":
+            return verify(stores, words)
+        return submit(stores, flags, words)
     finally:
         stores.accounts.hashing.close()
-    return 0
+
+
+SENDMAIL_HELP = """\
+usage: minimail.py sendmail [-t] [-i] [-f FROM] [-F NAME] [TO ...] [options]
+
+Takes a message on standard input, as /usr/sbin/sendmail does, and queues it durably.
+  -t           recipients also from To, Cc and Bcc (or from Resent-To, Resent-Cc, Resent-Bcc)
+  -i, -oi      a line with a single dot does not end the message
+  -f, -r FROM  envelope sender             -F NAME  the sender's full name
+  -bs          speak SMTP on standard input and output
+  -bp, -q      list the queue, try all of it now (mailq is -bp)
+  -bv          only say whether the recipients would be taken
+All other flags of sendmail(8) are taken and mean nothing here; the exit status is one of
+sysexits(3).
+"""
+
+
+def sendmail_flags(words: Sequence[str]) -> Tuple[List[Tuple[str, str]], List[str]]:
+    """Return ([(flag, value)], recipients) by the rules of getopt(3), flags in any place; UsageError."""
+    flags: List[Tuple[str, str]] = []
+    recipients: List[str] = []
+    left = iter(words)
+    for word in left:
+        if word == "--":
+            recipients += left
+        elif word in ("--help", "--version"):
+            flags.append((word[2:], ""))
+        elif word.startswith("--"):
+            raise UsageError("sendmail: " + show_word(word))
+        elif not word.startswith("-"):
+            recipients.append(word)
+        else:
+            flags += word_flags(word[1:], left)
+    return flags, recipients
+
+
+def word_flags(letters: str, left: Iterator[str]) -> Iterator[Tuple[str, str]]:
+    """Yield the flags in one word; the last one's value may be the next word."""
+    for at, letter in enumerate(letters):
+        rest = letters[at + 1:]
+        if letter in FLAGS_WITH_VALUE:
+            value = rest or next(left, None)
+            if value is None:
+                raise UsageError("sendmail: -%s needs a value" % letter)
+            yield letter, value
+            return
+        yield letter, rest
+        if letter in "qdQ":
+            return
+
+
+class Submission:
+    """A message as a local program writes it: line ends of any kind, perhaps an mbox line first, perhaps no header at all.
+
+    The header is held in `fields`, with LF; the body comes in blocks, with CRLF. Without `dots` a lone dot ends it.
+    """
+
+    def __init__(self, file: Any, dots: bool) -> None:
+        lines = self._lines(file)
+        self._blocks = lines if dots else self._until_dot(lines)
+        self._ahead = bytearray()                   # read, but not taken
+        self.fields: List[Tuple[str, bytes]] = []
+        self.read_header()
+
+    @staticmethod
+    def _lines(file: Any) -> Iterator[bytes]:
+        """Yield the text in blocks with LF as the only line end."""
+        held = b""                                  # CRs that an LF may follow
+        for raw in iter(lambda: file.read1(BLOCK), b""):
+            data = held + raw
+            text = data.rstrip(b"\r")
+            if len(data) - len(text) > BLOCK:       # no line end, whatever follows
+                text = data
+            held = data[len(text):]
+            if text:
+                yield ODD_LINE_END.sub(b"\n", text) if b"\r" in text else text
+        if held:
+            yield b"\n"
+
+    @staticmethod
+    def _until_dot(blocks: Iterator[bytes]) -> Iterator[bytes]:
+        """Yield blocks up to a line that is a single dot."""
+        held, fresh = b"", True                     # a dot that began a line; are we at the beginning of one?
+        for block in blocks:
+            data = held + block
+            end = -1 if fresh and data.startswith(b".\n") else data.find(b"\n.\n")
+            if end >= 0 or data.startswith(b".\n") and fresh:
+                yield data[:end + 1]
+                return
+            held = b"." if data.endswith(b"\n.") or fresh and data == b"." else b""
+            data = data[:len(data) - len(held)]
+            if data:
+                fresh = data.endswith(b"\n")
+                yield data
+
+    def _line(self) -> bytes:
+        """Return the next line, or the beginning of one that is too long for a header; b"" at the end."""
+        looked = 0
+        while self._ahead.find(b"\n", looked) < 0 and len(self._ahead) <= MAX_SUBMITTED_HEADER:
+            looked = len(self._ahead)
+            block = next(self._blocks, None)
+            if block is None:
+                break
+            self._ahead += block
+        size = self._ahead.find(b"\n", looked) + 1 or len(self._ahead)
+        line = bytes(self._ahead[:size])
+        del self._ahead[:size]
+        return line
+
+    def read_header(self) -> None:
+        """Read `fields`: as far as lines look like a header; what follows, with an empty line or not, is the body. NotSent."""
+        line = self._line()
+        if MBOX_LINE.match(line):
+            line = self._line()
+        pieces: List[List[bytes]] = []
+        size = 0
+        while line.strip(b"\n"):
+            if pieces and line[:1] in (b" ", b"\t"):
+                pieces[-1].append(line)
+            elif FIELD_NAME.match(line):
+                pieces.append([line])
+            else:
+                break
+            size += len(line)
+            if size > MAX_SUBMITTED_HEADER:
+                raise NotSent(EX_DATAERR, "the header is larger than %d bytes" % MAX_SUBMITTED_HEADER)
+            line = self._line()
+        if line != b"\n":
+            self._ahead[:0] = line
+        for piece in pieces:
+            name = piece[0].partition(b":")[0].strip().decode("ascii").lower()
+            self.fields.append((name, b"".join(piece).rstrip(b"\n") + b"\n"))
+
+    @property
+    def resent(self) -> str:
+        """The prefix of the fields that count: "resent-" when somebody passes a message on (RFC 5322 section 3.6.6)."""
+        return "resent-" if any(name.startswith("resent-") for name, _ in self.fields) else ""
+
+    def recipients(self) -> List[str]:
+        """Return the addresses in To, Cc and Bcc, or their Resent- counterparts."""
+        names = [self.resent + name for name in ("to", "cc", "bcc")]
+        values = [unfold(field.partition(b":")[2]) for name, field in self.fields if name in names]
+        return [address for value in values for _, address in read_addresses(value) if address]
+
+    def body(self) -> Iterator[bytes]:
+        yield bytes(self._ahead).replace(b"\n", b"\r\n")
+        for block in self._blocks:
+            yield block.replace(b"\n", b"\r\n")
+
+
+def submit(stores: Stores, flags: List[Tuple[str, str]], words: Sequence[str]) -> int:
+    """Queue the message on standard input for whom it can go to; what else is named comes back to the sender. NotSent."""
+    given = dict(flags)
+    dots = "i" in given or ("o", "i") in flags
+    message = Submission(getattr(sys.stdin, "buffer", None) or io.BytesIO(), dots)
+    names = [address for word in words for _, address in read_addresses(word) or [("", word)] if address]
+    names += message.recipients() if "t" in given else []
+    if not names:
+        raise UsageError("sendmail: no recipients: name them, or use -t with To, Cc or Bcc headers")
+    if len(names) > MAX_SUBMITTED_NAMES:
+        raise NotSent(EX_DATAERR, "more than %d recipients" % MAX_SUBMITTED_NAMES)
+    sender = local_sender(stores.book, given.get("f", given.get("r")))
+    envelope = Envelope(sender=sender, protocol="local")
+    destinations, failed = sort_recipients(stores, envelope, list(dict.fromkeys(names)))
+    later = [pair for pair in failed if pair[1].code < 500 and pair[1].enhanced != "4.5.3"]
+    failed = later or failed                        # then nothing is sent, and the caller tries all of it again
+    head = submission_headers(message, sender or "mailer-daemon@" + stores.book.home, given.get("F", ""), stores)
+    if later or not destinations:
+        raise NotSent(exit_status(failed[0][1]), "%s: %s; nothing was sent" % (printable(failed[0][0], 200), failed[0][1]))
+    id = store(stores, envelope, destinations, head, message)
+    if not failed:
+        return 0
+    return send_back(stores, id, sender, failed, head)
+
+
+def sort_recipients(stores: Stores, envelope: Envelope, names: Sequence[str]) \
+        -> Tuple[List[Destinations], List[Tuple[str, Reply]]]:
+    """Put those that can be reached into the envelope; return their destinations, and the others with what is wrong."""
+    destinations: List[Destinations] = []
+    failed: List[Tuple[str, Reply]] = []
+    for name in names:
+        try:
+            address = stores.book.qualified(parse_address(name, lenient=True))
+            destinations.append(stores.door.recipient(envelope, address, trusted=True))
+        except Refused as refused:
+            failed.append((name, refused.reply))
+    envelope.smtputf8 = not all(map(str.isascii, [envelope.sender] + list(map(str, envelope.recipients))))
+    return destinations, failed
+
+
+def store(stores: Stores, envelope: Envelope, destinations: List[Destinations], head: bytes, message: Submission) -> str:
+    """Write the message to disk as it comes in and return its id; NotSent."""
+    parcel = stores.post.begin(envelope, destinations)
+    try:
+        parcel.draft.write(head + b"\r\n")
+        for block in message.body():
+            parcel.draft.write(block)
+            if parcel.draft.too_large:
+                break
+        stores.door.finish(parcel)
+        stores.post.commit(parcel)
+    except Refused as refused:
+        raise NotSent(exit_status(refused.reply), "not accepted: " + str(refused.reply)) from None
+    except BaseException:
+        parcel.draft.discard()
+        raise
+    event("message", id=envelope.id, client="local", sender=printable(envelope.sender), recipients=len(envelope.recipients),
+          size=parcel.draft.size)
+    return envelope.id
+
+
+def send_back(stores: Stores, id: str, sender: str, failed: List[Tuple[str, Reply]], head: bytes) -> int:
+    """Tell the sender who did not get it, or postmaster when that is nobody here; return the exit status."""
+    status, first = exit_status(failed[0][1]), "%s: %s" % (printable(failed[0][0], 200), failed[0][1])
+    if not sender:
+        raise NotSent(status, first + "; the others were sent to")
+    failures = [{"address": printable(name, 300), "last_reply": str(reply)} for name, reply in failed]
+    now = time.time()
+    content = bounce_message(stores.hostname, sender, failures, head[:BLOCK], id, now, now)
+    for address in (parse_address(sender, lenient=True), Address("postmaster", "")):
+        envelope = Envelope(protocol="bounce", smtputf8=not content.isascii())
+        try:
+            stores.door.send(envelope, [address], content)
+            event("bounce", id=envelope.id, about=id, sender=printable(sender), recipients=len(failed))
+            return 0
+        except Refused as refused:
+            event("undeliverable", id=envelope.id, about=id, sender=printable(str(address)), reason=str(refused))
+    raise NotSent(status, first + "; the others were sent to")
+
+
+def verify(stores: Stores, words: Sequence[str]) -> int:
+    """Say of each recipient whether mail for it would be taken."""
+    status = 0
+    for word in words:
+        _, failed = sort_recipients(stores, Envelope(), [address for _, address in read_addresses(word)] or [word])
+        print("%s: %s" % (printable(word, 200), str(failed[0][1]) if failed else "deliverable"))
+        status = status or (exit_status(failed[0][1]) if failed else 0)
+    return status
 
 
 def login_name() -> str:
@@ -5048,26 +5589,92 @@ def login_name() -> str:
         return "nobody"
 
 
-def local_address(text: str, home: str) -> Address:
-    """Return the address a local user wrote, with our domain where it has none; UsageError."""
-    text = text.strip().strip("<>")
+def local_sender(book: AddressBook, text: Optional[str]) -> str:
+    """Return the reverse-path that a local user asked for, or the own one; what is no address is told and not used."""
+    if text is not None and text.strip() in ("", "<>"):
+        return ""
+    own = str(book.qualified(Address(re.sub(r"[^A-Za-z0-9._-]", "-", login_name()), "")))
+    if text is None:
+        return own
     try:
-        return parse_address(text if "@" in text else text + "@" + home)
-    except Refused as refused:
-        raise UsageError("sendmail: %s: %s" % (printable(text), refused.reply.text)) from None
+        return str(book.qualified(parse_address(next((address for _, address in read_addresses(text)), text), lenient=True)))
+    except Refused:
+        log.warning("sendmail -f: %s is no address, %s is used", printable(text, 200), own)
+        return own
 
 
-def submission_headers(fields: List[Tuple[str, bytes]], sender: str, name: Optional[str], hostname: str) -> bytes:
-    """Return a local program's headers without Bcc, and with Date, From and Message-ID (RFC 6409 section 8)."""
-    present = {field for field, _ in fields}
-    head = b"".join(value for field, value in fields if field != "bcc")
-    if "date" not in present:
-        head += ("Date: %s\r\n" % rfc5322_date(int(time.time()))).encode()
-    if "message-id" not in present:
-        head += ("Message-ID: <%x.%s@%s>\r\n" % (int(time.time()), secrets.token_hex(6), hostname)).encode()
-    if "from" not in present:
-        head += ("From: %s\r\n" % email.utils.formataddr((name or "", sender))).encode("utf-8")
+def submission_headers(message: Submission, sender: str, name: str, stores: Stores) -> bytes:
+    """Return a local program's headers as they go out: without Bcc, with Date, From and Message-ID, bare names with our
+    domain (RFC 6409 section 8); for a message passed on, the Resent- fields are those that must be there."""
+    prefix, present = message.resent, {field for field, _ in message.fields}
+    lines = [qualify_field(field, stores.book.home) if name.replace("resent-", "") in ORIGINATORS else field
+             for name, field in message.fields if name not in DROPPED_FIELDS]
+    head = b"".join(lines).replace(b"\n", b"\r\n")
+    now = time.time()
+    added = (("Date", rfc5322_date(int(now))), ("From", show_mailbox(name, sender)),
+             ("Message-ID", "<%x.%s@%s>" % (int(now), secrets.token_hex(6), stores.hostname)))
+    for field, value in added:
+        if prefix + field.lower() not in present:
+            head += ("%s%s: %s\r\n" % (prefix.title(), field, value)).encode("utf-8")
     return head
+
+
+ADDRESS_TOKEN = re.compile(rb'"(?:[^"\\]|\\.)*"|\\.|\s+|[^\s()<>,;:"\\]+|.', re.DOTALL)
+
+
+def qualify_field(field: bytes, home: str) -> bytes:
+    """Return an address field with @home after each bare name: `From: root (Cron Daemon)` is refused elsewhere.
+
+    A bare name is one word without @, alone between commas or in angle brackets; names of groups and of people are not.
+    """
+    start = field.index(b":") + 1
+    ends: List[int] = []                            # where something is to be put in
+    words: List[Tuple[int, int]] = []               # (start, end) of runs without a blank
+    depth, closed = 0, False                        # in comments; after an angle address
+
+    def settle() -> None:
+        if len(words) == 1 and not closed and b"@" not in field[words[0][0]:words[0][1]]:
+            ends.append(words[0][1])
+        words.clear()
+    for token in ADDRESS_TOKEN.finditer(field, start):
+        text = token.group()
+        depth = max(0, depth + (text == b"(") - (text == b")"))
+        if depth or text == b")" or text.isspace():
+            continue
+        if text in (b",", b";"):
+            settle()
+            closed = False
+        elif text == b">":
+            settle()
+            closed = True
+        elif text in (b"<", b":"):
+            words.clear()
+        elif words and words[-1][1] == token.start():
+            words[-1] = words[-1][0], token.end()
+        else:
+            words.append((token.start(), token.end()))
+    settle()
+    pieces, done = [], 0
+    for end in ends:
+        pieces += [field[done:end], b"@" + home.encode("utf-8")]
+        done = end
+    return b"".join(pieces) + field[done:]
+
+
+def show_mailbox(name: str, address: str) -> str:
+    """Return `Name <address>` for a header; the name as a program gave it, in UTF-8 or Latin-1, on one line."""
+    raw = os.fsencode(name)
+    try:
+        name = raw.decode("utf-8")
+    except UnicodeDecodeError:
+        name = raw.decode("latin-1")
+    name = "".join(c if c.isprintable() else " " for c in name).strip()[:200]
+    if not name:
+        return address
+    if name.isascii():
+        return '"%s" <%s>' % (re.sub(r'([\\"])', r"\\\1", name), address)
+    import email.header
+    return "%s <%s>" % (email.header.Header(name, "utf-8", maxlinelen=70).encode(linesep="\r\n"), address)
 
 
 class RelayExtension(Extension):
@@ -5081,7 +5688,7 @@ class RelayExtension(Extension):
 
     def equip(self, node: Any) -> None:
         node.relay = None
-        if node.stores.post.queue:
+        if node.stores.post.queue and node.relays:
             resolver = node.resolver if node.zone is None else Zone(node.zone).resolver()
             own = [endpoint for name, endpoint in node.endpoints() if name == "smtp"]
             config = node.config
@@ -5278,7 +5885,7 @@ class Site:
         """Return the account's key, None when name and password do not fit. Any fit in capture mode. Takes 50 ms."""
         if self.config.capture:
             try:
-                return self.book.key(parse_address(name))
+                return self.book.key(parse_address(name, lenient=self.book.capture))
             except Refused:
                 return lower(name)
         if not self.throttle.charge(client, lower(name)):
@@ -5879,6 +6486,8 @@ class SMTPSession(Session):
         if keyword.strip().upper() != "FROM" or not colon:
             raise Refused(501, "5.5.4", "MAIL FROM:<address>")
         sender, rest = parse_path(path, self.lenient)
+        if sender and self.lenient:
+            sender = self.site.book.qualified(sender)
         envelope = Envelope(sender=str(sender) if sender else "", helo=self.helo, client=self.client)
         self.take_parameters(envelope, parse_parameters(rest) if rest else {})
         if sender and not str(sender).isascii() and not envelope.smtputf8:
@@ -5919,6 +6528,8 @@ class SMTPSession(Session):
         if keyword.strip().upper() != "TO" or not colon:
             raise Refused(501, "5.5.4", "RCPT TO:<address>")
         address, rest = parse_path(path, self.lenient)
+        if address and self.lenient:
+            address = self.site.book.qualified(address)
         if address is None:
             raise Refused(501, "5.1.3", "the null path cannot receive mail")
         for parameter in parse_parameters(rest) if rest else ():
@@ -6487,13 +7098,15 @@ class Node:
     taken an OSError naming it. `on_message(message)` is called once per accepted message, after the client has its 250.
     """
 
+    relays = True                                   # what is queued; not for `sendmail -bs`, whose caller waits for its end
+
     def __init__(self, *, data: Optional[str] = None, on_message: Optional[Callable[[Message], Any]] = None,
                  policy: Optional[Policy] = None, clock: Callable[[], float] = time.time, resolver: Any = None,
                  **options: Any) -> None:
         if "faults" in options:
             options["fault"] = options.pop("faults")
         zone = options.pop("dns") if isinstance(options.get("dns"), dict) else None
-        unknown = set(options) - {field.name for field in dataclasses.fields(Config)}
+        unknown = set(options) - set(option_fields())
         if unknown:
             raise TypeError("Node() has no option %r" % min(unknown))
         given = {name: value for name, value in options.items() if value is not None or name in LISTENERS}
@@ -6504,6 +7117,8 @@ class Node:
         if data is not None:
             given["data"] = data
         config = Config(**read_options(given, lambda name: name))
+        check_together(config, lambda name: name)
+        check_library({"on_message": on_message, "policy": policy, "clock": clock})
         if config.workers != 1:
             raise ValueError("workers: only the command line forks; start several nodes on one data directory instead")
         self._set_up(config, data is None, on_message, policy, clock, resolver, zone)
@@ -6745,7 +7360,7 @@ class Node:
     def _mailbox(self, address: str) -> str:
         assert self.stores
         try:
-            return self.stores.book.key(parse_address(address))
+            return self.stores.book.key(parse_address(address, lenient=self.stores.book.capture))
         except Refused as refused:
             raise ValueError("address %r: %s" % (address, refused.reply.text)) from None
 
@@ -9644,23 +10259,24 @@ def wait_command(config: Config, arguments: List[str]) -> int:
     parser.add_argument("--timeout", default="30", metavar="SECONDS", help="how long to wait (default 30)")
     parser.add_argument("--print", dest="show", choices=["raw", "text", "links", "json"], help="what to print of it")
     given = parser.parse_args(arguments)
-    try:
-        timeout = 0.0 if given.timeout == "0" else parse_seconds(given.timeout)
-    except ValueError as error:
-        raise UsageError("wait: --timeout %r: %s" % (given.timeout, error)) from None
-    try:
-        address = parse_address(given.address).key if given.address else ""
-    except Refused as refused:
-        raise UsageError("wait: %r: %s" % (given.address, refused.reply.text)) from None
+    deadline = time.monotonic() + wait_seconds(given.timeout)
+    address = mailbox_named("wait", given.address, config) if given.address else ""
+    wanted = Query(**{"from": given.sender, "subject": given.subject, "text": given.text})
     stores = open_stores(config)
     inbox = Inbox(types.SimpleNamespace(recorder=Recorder(stores.mailboxes), mailboxes=stores.mailboxes))
-    wanted = Query(**{"from": given.sender, "subject": given.subject, "text": given.text})
-    letter = await_mail(stores.storage, Search(inbox, Viewer(own=address), wanted), time.monotonic() + timeout)
-    if letter:
-        show_letter(letter, given.show)
-        return 0
-    print("minimail: no such message within %s seconds" % given.timeout, file=sys.stderr)
-    return 1
+    found = await_mail(stores.storage, Search(inbox, Viewer(own=address), wanted), deadline)
+    if found is None:
+        raise CannotRun("no such message within %s seconds" % given.timeout)
+    show_letter(found, given.show)
+    return 0
+
+
+def wait_seconds(text: str) -> float:
+    """Return how long to wait, which may be not at all; UsageError."""
+    try:
+        return 0.0 if text.strip() == "0" else parse_seconds(text)
+    except ValueError as error:
+        raise UsageError("wait --timeout %s: %s" % (printable(text, 100), error)) from None
 
 
 def show_letter(letter: Letter, kind: Optional[str]) -> None:
@@ -10291,91 +10907,170 @@ class Lines(logging.Formatter):
 PLAIN = re.compile(r"[!#-~]+")
 
 
-def option_parser(leave_out: Sequence[str] = (), show_help: bool = False) -> Any:
+def option_parser() -> Any:
     """Return a parser with all Config options, each text kept as it is: read_options() turns them into values."""
     from argparse import RawDescriptionHelpFormatter
-    parser = Parser(prog="minimail.py", add_help=False, formatter_class=RawDescriptionHelpFormatter,
+    parser = Parser(prog="minimail.py", add_help=False,
+                    formatter_class=functools.partial(RawDescriptionHelpFormatter, width=HELP_WIDTH),
                     usage="minimail.py [serve] [options]\n       minimail.py %s ..." % "|".join(sorted(COMMANDS)),
                     description="A mail node in one file. Without --domain it captures all mail; with it, it is a real node.",
-                    epilog="Every option can be given as an environment variable MINIMAIL_<OPTION> (repeatable ones "
-                           "comma-separated).\nCommands share the data directory with a running node; each has --help.")
-    for field in dataclasses.fields(Config):
-        if field.name in leave_out:
-            continue
-        meta, name = field.metadata, "--" + field.name.replace("_", "-")
+                    epilog="Every option can be given as an environment variable MINIMAIL_<OPTION> (repeatable ones\n"
+                           "comma-separated), or in a file that MINIMAIL_<OPTION>_FILE names.\n"
+                           "Commands share the data directory with a running node; each has --help.")
+    for name, meta in option_fields().items():
         if not meta["metavar"]:
-            parser.add_argument(name, action="store_const", const="on", help=meta["help"])
+            parser.add_argument(option_name(name), action="store_const", const="on", help=meta["help"])
             continue
-        default: Any = field.default
-        if field.name in ("smtp", "pop3"):
-            default = show_endpoint(default[0])
-        default = "%g" % default if isinstance(default, float) else default
-        shown = " (default %s)" % default if isinstance(default, (str, int)) and default else ""
         optional = {"nargs": "?", "const": "on"} if meta["metavar"] == "on|off" else {}
-        parser.add_argument(name, metavar=meta["metavar"], action="append" if meta["many"] else None,
-                            help=meta["help"].replace("%", "%%") + shown, **optional)
+        parser.add_argument(option_name(name), metavar=meta["metavar"], action="append" if meta["many"] else None,
+                            help=(meta["help"] + shown_default(name, meta["help"])).replace("%", "%%"), **optional)
     parser.add_argument("--version", action="store_true", help="print the version and exit")
     parser.add_argument("--help", "-h", action="store_true", help="print this help and exit")
     return parser
 
 
+def option_name(field: str) -> str:
+    return "--" + field.replace("_", "-")
+
+
+def shown_default(name: str, help: str) -> str:
+    """Return what --help says about an option's default, where its text does not."""
+    default: Any = getattr(Config, name)
+    if re.search(r"\bdefault", help):
+        return ""
+    if name in LISTENERS and default:
+        default = show_endpoint(default[0])
+    elif isinstance(default, tuple):
+        default = ",".join("%g" % item if isinstance(item, float) else str(item) for item in default)
+    return " (default %s)" % ("%g" % default if isinstance(default, float) else default or "none")
+
+
+OFFERED = re.compile(r"(?:tcp|udp|sctp)://\S*")     # what Kubernetes sets for a Service named minimail-...
+
+
 def environment_options(environ: Any) -> Dict[str, Any]:
-    """Return {field: text} of the MINIMAIL_ variables that are set."""
-    given: Dict[str, Any] = {}
-    for field in dataclasses.fields(Config):
-        text = environ.get("MINIMAIL_" + field.name.upper())
-        if text is not None and (text.strip() or not field.metadata["metavar"]):
-            given[field.name] = [part.strip() for part in text.split(",") if part.strip()] if field.metadata["many"] else text
+    """Return {field: text} of the MINIMAIL_ variables that are set, and of the files they name; UsageError, CannotRun."""
+    given = {name: file.texts() for name, file in option_files(environ).items()}
+    for name, meta in option_fields().items():
+        text = environ.get(variable(name))
+        if text is None or OFFERED.fullmatch(text.strip()) or not text.strip() and meta["metavar"]:
+            continue
+        if name in given:
+            raise UsageError("%s and %s_FILE: only one of them can be" % (variable(name), variable(name)))
+        given[name] = split_values(text, meta)
     return given
 
 
-def parse_command_line(argv: List[str]) -> Tuple[str, List[str], Dict[str, Any]]:
+def option_files(environ: Any) -> Dict[str, OptionFile]:
+    """Return the files that MINIMAIL_<OPTION>_FILE variables name, not read yet."""
+    paths = {name: environ.get(variable(name) + "_FILE", "") for name in option_fields()}
+    return {name: OptionFile(variable(name) + "_FILE", path, option_fields()[name]) for name, path in paths.items() if path}
+
+
+def variable(field: str) -> str:
+    return "MINIMAIL_" + field.upper()
+
+
+def strange_variables(environ: Any) -> str:
+    """Return what is to be said about MINIMAIL_ variables that are no options, by name only; "" when there are none."""
+    known = [variable(name) for name in option_fields()]
+    said = []
+    for name in sorted(environ):
+        if not name.startswith("MINIMAIL_"):
+            continue
+        if name in known or name[:-len("_FILE")] in known:
+            if OFFERED.fullmatch(environ[name].strip()):
+                said.append("%s comes from Kubernetes, not from you" % name)
+        elif not OFFERED.fullmatch(environ[name].strip()):
+            import difflib
+            near = difflib.get_close_matches(name, known, 1, 0.0)[0]
+            said.append("%s is no option, is %s meant?" % (printable(name, 60), near))
+    more = "; and %d more" % (len(said) - 5) if len(said) > 5 else ""
+    return "ignored: " + "; ".join(said[:5]) + more if said else ""
+
+
+def split_words(argv: Sequence[str], command: str = "") -> Tuple[str, List[str], List[str]]:
+    """Return (command, words that are options of ours, the command's own words).
+
+    What a command has itself is not ours: the --timeout of `wait`, and every flag with one dash of `sendmail`.
+    """
+    takes = {option_name(name): meta["metavar"] for name, meta in option_fields().items()
+             if (command, name) != ("wait", "timeout")}
+    takes.update({"--help": "", "--version": ""})
+    ours: List[str] = []
+    own: List[str] = []
+    left = collections.deque(argv)
+    while left:
+        word = left.popleft()
+        if word == "--":
+            own += [word, *left]
+            break
+        name, equals, _ = word.partition("=")
+        (ours if name in takes else own).append(word)
+        maybe = takes.get(name) == "on|off"         # its value may be left out
+        if takes.get(name) and not equals and left and not (maybe and (left[0][:1] == "-" or left[0] in COMMANDS)):
+            ours.append(left.popleft())
+    first = next((word for word in own if not word.startswith("-")), "serve")
+    if first == "wait" and not command:
+        return split_words(argv, first)
+    if first in own:
+        own.remove(first)
+    return first, ours, own
+
+
+def parse_command_line(argv: Sequence[str]) -> Tuple[str, List[str], Dict[str, Any]]:
     """Return (command, its arguments, {field: text}); UsageError."""
-    known, rest = option_parser().parse_known_args(argv)
-    command = next((word for word in rest if not word.startswith("-")), "serve")
-    if command not in COMMANDS and command != "serve":
-        raise UsageError("no such command: %s (one of: serve %s)" % (printable(command), " ".join(sorted(COMMANDS))))
-    if command == "wait":                           # its --timeout is how long to wait
-        known, rest = option_parser(leave_out=["timeout"]).parse_known_args(argv)
-    if command in rest:
-        rest.remove(command)
+    command, ours, own = split_words(argv)
+    if command != "sendmail" and "-h" in own:
+        own[own.index("-h")] = "--help"
+    known = option_parser().parse_args(ours)
     given = {name: value for name, value in vars(known).items() if value is not None}
     if given.pop("version"):
         return "version", [], {}
-    if given.pop("help"):
+    if given.pop("help") or command == "serve" and "--help" in own:
         if command == "serve":
             return "help", [], {}
-        rest.append("--help")
-    if command == "serve" and rest:
-        raise UsageError("unknown option: " + printable(rest[0]))
-    return command, rest, given
+        own.append("--help")
+    if command not in COMMANDS and command != "serve":
+        strange = [word for word in own if word.startswith("-")]
+        raise UsageError(show_word(strange[0]) if strange else "no such command%s (one of: serve %s)" % (
+            ": " + command if re.fullmatch(r"[a-z-]{1,30}", command) else "", " ".join(sorted(COMMANDS))))
+    if command == "serve" and own:
+        raise UsageError(show_word(own[0]))
+    return command, own, given
 
 
 def read_config(given: Dict[str, Any], environ: Any, remember: bool = False) -> Config:
-    """Return the Config of the command line and, where that is silent, of the environment; UsageError.
+    """Return the Config of the command line and, where that is silent, of the environment; UsageError, CannotRun.
 
-    With `remember`, last comes what the node on the same data directory runs with: a `sendmail` called by cron has to know
-    its domains. The node leaves that in DATA/options.json.
+    With `remember`, which is for commands, first become the directory's owner; and last comes what the node on the same data
+    directory runs with: a `sendmail` called by cron has to know its domains. The node leaves that in DATA/options.json.
     """
-    values = read_options(environment_options(environ), lambda name: "MINIMAIL_" + name.upper())
-    values.update(read_options(given, lambda name: "--" + name.replace("_", "-")))
-    if remember and "domain" not in values:
-        path = os.path.join(Config(**values).data, "options.json")
-        with contextlib.suppress(FileNotFoundError), open(path, encoding="utf-8") as file:
-            try:
-                values = dict(read_options(json.load(file), lambda name: path + ": " + name), **values)
-            except (ValueError, KeyError, AttributeError) as error:
-                raise CannotRun("%s: cannot be read: %s" % (path, error)) from None
-    config = Config(**values)
-    if config.workers > 64:
-        raise UsageError("--workers: %d is more than 64" % config.workers)
-    if config.tls_key and not config.tls_cert:
-        raise UsageError("--tls-key: needs --tls-cert FILE")
-    if (config.smtps or config.pop3s) and not config.tls_cert:
-        raise UsageError("%s: needs --tls-cert FILE" % ("--smtps" if config.smtps else "--pop3s"))
-    if config.catch_all and not config.domain:
-        raise UsageError("--catch-all: needs --domain NAME")
+    values = read_options(environment_options(environ), variable)
+    values.update(read_options(given, option_name))
+    if remember:
+        data = Config(**values).data
+        become_owner(data)
+        refuse_shared(data)
+        if "domain" not in values:
+            values = dict(remembered_options(os.path.join(data, "options.json")), **values)
+    sources = {name: file.get for name, file in option_files(environ).items() if name not in given}
+    config = Config(**values, sources=sources)
+    check_together(config, option_name)
     return config
+
+
+def remembered_options(path: str) -> Dict[str, Any]:
+    """Return the options that a node left for commands; none when it left none. CannotRun."""
+    try:
+        loaded = json.loads(read_regular(path).decode("utf-8"))
+        if not isinstance(loaded, dict):
+            raise ValueError("it holds no options")
+        return read_options({name: value for name, value in loaded.items() if name in option_fields()}, lambda name: name)
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except (ValueError, RecursionError) as error:
+        raise CannotRun("%s: cannot be read: %s" % (path, error)) from None
 
 
 def set_up_logging(config: Config) -> None:
@@ -10389,58 +11084,114 @@ def set_up_logging(config: Config) -> None:
     log.setLevel(logging.WARNING if config.quiet else logging.DEBUG if config.verbose else logging.INFO)
 
 
+CALLED_AS = {"sendmail": ["sendmail"], "mailq": ["sendmail", "-bp"], "newaliases": ["sendmail", "-bi"]}
+
+
+def program_words(argv: Sequence[str]) -> List[str]:
+    """Return the words of the command line; a link named sendmail, mailq or newaliases is that command."""
+    return CALLED_AS.get(os.path.basename(argv[0]), []) + list(argv[1:])
+
+
+def open_standard_files() -> None:
+    """Open what the caller has closed of standard input, output and error, or the next files opened would be those."""
+    for fd in range(3):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+
+
+def escape_output() -> None:
+    """Let standard output show what its encoding lacks as escapes, where it would fail."""
+    reconfigure = getattr(sys.stdout, "reconfigure", None)
+    if reconfigure:
+        reconfigure(errors="backslashreplace")
+
+
+def wants_json(ours: Sequence[str]) -> bool:
+    """Return whether errors are to be JSON, as far as that can be told before the options are understood."""
+    line = " ".join(ours)
+    return "--log json" in line or "--log=json" in line or "--log" not in line and os.environ.get("MINIMAIL_LOG") == "json"
+
+
+def run_command(words: Sequence[str]) -> int:
+    """Do what a command line asks for; return the exit status. UsageError, CannotRun, OSError."""
+    command, own, given = parse_command_line(words)
+    if command == "version":
+        print("minimail " + __version__)
+        return 0
+    if command == "help":
+        print(option_parser().format_help(), end="")
+        return 0
+    config = read_config(given, os.environ, remember=command != "serve" and "--help" not in own)
+    if command != "serve" and not config.verbose:
+        config = dataclasses.replace(config, quiet=True)
+    set_up_logging(config)
+    strange = strange_variables(os.environ) if command != "sendmail" else ""     # cron would mail it each time
+    if strange:
+        log.warning("%s", strange)
+    if command == "serve":
+        return serve_command(config, dict(environment_options(os.environ), **given))
+    if command == "sendmail" and ("-bs" in own or ("-b", "s") in zip(own, own[1:])):
+        return smtp_on_standard_input(config)       # that takes a whole node, which sendmail_command() knows nothing of
+    return COMMANDS[command](config, own)
+
+
 def main(argv: Optional[List[str]] = None) -> int:
-    """Run the command line and return its exit status: 0 ended as asked, 1 could not run, 2 wrong usage."""
-    arguments = sys.argv[1:] if argv is None else list(argv)
-    kind = "json" if "--log=json" in arguments or ("--log" in arguments and "json" in arguments) \
-        or os.environ.get("MINIMAIL_LOG") == "json" else "text"
+    """Run the command line and return its exit status: 0 ended as asked, 1 could not run, 2 wrong usage.
+
+    `sendmail` ends with one of sysexits(3) instead.
+    """
+    words = program_words(sys.argv) if argv is None else list(argv)
+    command, ours, _ = split_words(words)
+    usage, cannot = (64, 75) if command == "sendmail" else (2, 1)
+    json_wanted = wants_json(ours)
 
     def fail(status: int, text: str) -> int:
         text = printable(text, 2000)
-        print(json.dumps({"level": "error", "event": text}) if kind == "json" else "minimail: " + text, file=sys.stderr)
+        print(json.dumps({"level": "error", "event": text}) if json_wanted else "minimail: " + text, file=sys.stderr)
         return status
     try:
+        open_standard_files()
+        escape_output()
         os.umask(0o077)
-        command, rest, given = parse_command_line(arguments)
-        if command == "version":
-            print("minimail " + __version__)
-            return 0
-        if command == "help":
-            print(option_parser().format_help(), end="")
-            return 0
-        config = read_config(given, os.environ, remember=command != "serve")
-        if command != "serve":
-            become_owner(config.data)
-        if command != "serve" and not config.verbose:
-            config = dataclasses.replace(config, quiet=True)
-        set_up_logging(config)
-        if command == "serve":
-            return serve_command(config, dict(environment_options(os.environ), **given))
-        return COMMANDS[command](config, rest)
+        return run_command(words)
     except UsageError as error:
-        return fail(2, str(error))
+        return fail(usage, str(error))
     except BrokenPipeError:
         with contextlib.suppress(OSError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except CannotRun as error:
-        return fail(1, error.args[1] if len(error.args) > 1 else str(error))
+        return fail(error.status or cannot, error.args[1] if len(error.args) > 1 else str(error))
     except OSError as error:
-        return fail(1, "%s%s" % (error.filename + ": " if isinstance(error.filename, str) else "", error.strerror or error))
+        name = error.filename + ": " if isinstance(error.filename, str) else ""
+        return fail(cannot, "%s%s" % (name, error.strerror or error))
     except SystemExit as stop:                      # argparse after --help of a command
         return int(stop.code or 0)
     except KeyboardInterrupt:
         return 130
+    except Exception as error:
+        if command != "sendmail":
+            raise
+        return fail(70, "sendmail: something is wrong with the program, the message was not taken: %r" % error)
+
+
+NOT_LEFT = ("data", "log", "quiet", "verbose", "workers", "run_as", "fault", "release", "webhook")    # no command needs these
 
 
 def leave_options(node: Node, given: Dict[str, Any]) -> None:
-    """Write what commands on the same data directory have to know into it; OSError."""
-    own = LISTENERS + ("data", "log", "quiet", "verbose", "workers")
-    kept = {name: text for name, text in given.items() if name not in own}
+    """Write what commands on the same data directory have to know into it, without passwords; OSError."""
+    kept = {name: text for name, text in given.items() if name not in LISTENERS + NOT_LEFT}
     for name in ("users", "aliases", "tls_cert", "tls_key"):
         if name in kept:
             kept[name] = os.path.abspath(kept[name])
-    text = json.dumps(dict(kept, domain=list(node.config.domain)), indent=1) + "\n"
+    config = node.config
+    if config.smarthost:
+        kept["smarthost"] = str(config.smarthost)
+    if config.route:
+        kept["route"] = ["%s=%s" % (pattern, server) for pattern, server in config.route]
+    text = json.dumps(dict(kept, domain=list(config.domain)), indent=1) + "\n"
     assert node.stores
     node.stores.storage.write(os.path.join(node.data, "options.json"), text.encode("utf-8"))
 
@@ -10509,9 +11260,22 @@ def become_owner(data: str) -> None:
     except OSError:
         return
     if hasattr(os, "geteuid") and os.geteuid() == 0 and owner.st_uid != 0:
+        change_home(owner.st_uid)
         os.setgroups([])
         os.setgid(owner.st_gid)
         os.setuid(owner.st_uid)
+
+
+def change_home(uid: int) -> None:
+    """Let the environment name the user that we become: what looks for files in root's HOME could not read them."""
+    import pwd
+    try:
+        name, home = pwd.getpwuid(uid).pw_name, pwd.getpwuid(uid).pw_dir
+    except KeyError:
+        name, home = str(uid), "/"
+    os.environ.update(HOME=home, USER=name, LOGNAME=name)
+    for variable in [name for name in os.environ if name == "MAIL" or name.startswith(("XDG_", "SUDO_"))]:
+        del os.environ[variable]
 
 
 def announce(node: Node) -> None:
@@ -10538,6 +11302,7 @@ def drop_privileges(user: str, data: str) -> None:
         if not os.path.exists(data):
             os.makedirs(data, mode=0o700)
             os.chown(data, account.pw_uid, account.pw_gid)
+        change_home(account.pw_uid)
         os.initgroups(user, account.pw_gid)
         os.setgid(account.pw_gid)
         os.setuid(account.pw_uid)
@@ -10653,6 +11418,33 @@ class Workers:
         return 0
 
 
+def smtp_on_standard_input(config: Config) -> int:
+    """Speak SMTP on standard input and output until the client ends, as `sendmail -bs` does; return the exit status.
+
+    A node of its own on loopback holds the conversation, so that it is the same as any other client's.
+    """
+    trust = config.trust + (parse_network("127.0.0.1"),)    # who can run this may send
+    config = dataclasses.replace(config, smtp=(("127.0.0.1", 0),), smtps=(), pop3=(), pop3s=(), web=(), webs=(), trust=trust,
+                                 tls_cert="", tls_key="", run_as="", workers=1)
+    refuse_unused(config.data)
+    node = Node.from_config(config)
+    node.relays = False
+    with node, socket.create_connection(node.smtp_address or ("", 0)) as sock:
+        threading.Thread(target=copy_input, args=(sock,), daemon=True).start()
+        for block in iter(lambda: sock.recv(BLOCK), b""):
+            sys.stdout.buffer.write(block)
+            sys.stdout.buffer.flush()
+    return 0
+
+
+def copy_input(sock: socket.socket) -> None:
+    """Send standard input, past Python's buffer, which a thread may not hold when the process ends."""
+    with contextlib.suppress(OSError):
+        for block in iter(lambda: os.read(0, BLOCK), b""):
+            sock.sendall(block)
+        sock.shutdown(socket.SHUT_WR)
+
+
 def command(name: str) -> Callable[[Callable[[Config, List[str]], int]], Callable[[Config, List[str]], int]]:
     """Enter a function into the table of commands."""
     def enter(function: Callable[[Config, List[str]], int]) -> Callable[[Config, List[str]], int]:
@@ -10675,10 +11467,10 @@ def user_command(config: Config, arguments: List[str]) -> int:
         return 0
     try:
         key = parse_address(given.name).key if given.name else ""
-        if "@" not in key:
-            raise UsageError("user %s: NAME is a full address, as bob@example.org" % given.action)
     except Refused as refused:
-        raise UsageError("user %s %s: %s" % (given.action, given.name or "", refused.reply.text)) from None
+        raise UsageError("user %s %s: %s" % (given.action, printable(given.name, 100), refused.reply.text)) from None
+    if "@" not in key:
+        raise UsageError("user %s: NAME is a full address, as bob@example.org" % given.action)
     exists = key in accounts.names()
     if exists is (given.action == "add"):
         raise CannotRun("%s %s in %s" % (key, "exists already" if exists else "is not", config.file("users")))
@@ -10696,17 +11488,34 @@ def user_command(config: Config, arguments: List[str]) -> int:
 def ask_password(from_stdin: bool) -> str:
     """Return a password, asked for twice on a terminal; CannotRun when there is none."""
     if from_stdin:
-        password = sys.stdin.readline().rstrip("\r\n")
+        password = first_line()
     else:
         import getpass
-        if not sys.stdin.isatty():
+        if not sys.stdin or not sys.stdin.isatty():
             raise CannotRun("no terminal to ask for the password: use --password-stdin")
-        password = getpass.getpass("Password: ")
-        if getpass.getpass("Again: ") != password:
+        try:
+            password = getpass.getpass("Password: ")
+            again = getpass.getpass("Again: ")
+        except EOFError:                            # Ctrl-D
+            print(file=sys.stderr)
+            raise CannotRun("no password was given, nothing was changed") from None
+        if again != password:
             raise CannotRun("the passwords differ, nothing was changed")
     if not password:
         raise CannotRun("an empty password would let everybody in, nothing was changed")
     return password
+
+
+def first_line() -> str:
+    """Return the first line of standard input, whatever its bytes; CannotRun when it is too long for a password."""
+    if not sys.stdin:
+        return ""
+    file = getattr(sys.stdin, "buffer", sys.stdin)
+    line = file.readline(MAX_PASSWORD + 2)
+    line = line.decode("utf-8", "surrogateescape") if isinstance(line, bytes) else line
+    if len(line.rstrip("\r\n")) > MAX_PASSWORD:
+        raise CannotRun("the password is longer than %d bytes, nothing was changed" % MAX_PASSWORD)
+    return str(line).rstrip("\r\n")
 
 
 @command("mail")
@@ -10721,10 +11530,7 @@ def mail_command(config: Config, arguments: List[str]) -> int:
             items = mailboxes.listing(name)
             print("%6d %12d %s" % (len(items), sum(item.size for item in items), printable(name)))
         return 0
-    try:
-        key = parse_address(given.address).key
-    except Refused as refused:
-        raise UsageError("mail %s: %s" % (given.address, refused.reply.text)) from None
+    key = mailbox_named("mail", given.address, config)
     for item in mailboxes.listing(key):
         message = Message(mailboxes, key, item)
         subject = View(message.head(BLOCK)).header("subject")
