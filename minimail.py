@@ -7432,7 +7432,8 @@ button, input, .button {
 }
 input { border-color: var(--line); background: none; }
 ::placeholder { color: var(--faint); opacity: 1; }
-button:hover:enabled, .button:hover, [aria-pressed=true] { border-color: var(--accent); }
+button:hover:enabled, .button:hover { border-color: var(--accent); }
+[aria-pressed=true] { color: var(--accent); border-color: var(--accent); }
 button:disabled { opacity: 0.45; }
 .primary { color: var(--paper); background: var(--accent); }
 :focus-visible { outline: 2px solid var(--accent); outline-offset: -2px; border-radius: 4px; }
@@ -7464,6 +7465,7 @@ nav .bar { justify-content: space-between; padding: 0.4rem 1rem; border-top: 1px
 #list a:not(.unread) b { font-weight: inherit; }
 #list .line { grid-column: 1 / -1; }
 #list .people { grid-column: 1 / 3; }
+#list time, #list .people + span { justify-self: end; }
 .tag { padding: 0 0.4rem; border: 1px solid var(--line); border-radius: 6px; font-size: 0.85rem; }
 main { padding: 0.8rem 1.2rem; }
 #message, #panel { display: flex; flex-direction: column; }
@@ -7490,6 +7492,8 @@ kbd { font: inherit; border: 1px solid var(--line); border-radius: 4px; padding:
   body.reading nav, body:not(.reading) main { display: none; }
   #back { display: inline-block; }
   main, header { padding-inline: 0.8rem; }
+  main .bar { gap: 0.3rem; }
+  main button, .button { padding-inline: 0.45rem; }
 }
 </style>
 <header class="bar">
