@@ -7748,8 +7748,8 @@ function tabs(message, session) {
   const path = pathOf(message.ID), links = message.Links || [], calendar = message.Calendar || [];
   const files = [...message.Attachments, ...message.Inline];
   const file = ({PartID, FileName, ContentType, Size}) => [
-    el("a", {href: path + "/part/" + encodeURIComponent(PartID), download: ""}, own(FileName || "no name")),
-    faint(" ", own(ContentType), " · " + size(Size))];
+    el("a", {href: path + "/part/" + encodeURIComponent(PartID), download: ""}, own(FileName || ContentType)),
+    faint(...FileName ? [" ", own(ContentType)] : [], " · " + size(Size))];
   const branch = part => part.Children?.length ? [own(part.ContentType), list(part.Children.map(branch))] : file(part);
   const fault = ({rule, text, rfc}) => [el("b", {}, rule), " " + text + " ", faint(rfc)];
   return [
@@ -7812,7 +7812,7 @@ function leaf(by) {  // through a frame into which this page cannot look: marks 
 const link = href => el("a", {href, target: "_blank", rel: "noreferrer"}, own(href));
 
 function linked(text) {  // the text, with what looks like a link made one
-  return text.split(/(https?:[/][/][^\s<>"]+)/i).flatMap((piece, index) => {
+  return text.split(/(?<![a-z0-9])(https?:[/][/][^\s<>"]+)/i).flatMap((piece, index) => {
     if (index % 2 === 0) return [piece];
     const after = piece.includes("(") ? ".,;:!?'" : ".,;:!?')]}";
     let end = piece.length;
