@@ -122,7 +122,7 @@ class Browser:
             return lab.until(lambda: self.run(script, *arguments), seconds, script)
         except AssertionError as problem:
             shown = self.run("document.body.innerText")
-            raise AssertionError("%s %r; the page says:\n%s" % (problem, arguments, shown)) from None
+            raise AssertionError("%s %r; the page says:\n%s" % (problem, arguments, shown[:3000])) from None
 
     def elements(self, selector):
         """Return the paths of the commands on the elements that a CSS selector finds."""
