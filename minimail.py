@@ -7494,6 +7494,7 @@ kbd { font: inherit; border: 1px solid var(--line); border-radius: 4px; padding:
   main, header { padding-inline: 0.8rem; }
   main .bar { gap: 0.3rem; }
   main button, .button { padding-inline: 0.45rem; }
+  [aria-pressed] { display: none; }
 }
 </style>
 <header class="bar">
@@ -7587,8 +7588,16 @@ function when(text) {
 async function ask(path, method = "GET", body) {
   const headers = body ? {"Content-Type": "application/json"} : {};
   const answer = await fetch(path, {method, headers, body: body && JSON.stringify(body)});
-  if (!answer.ok) throw new Error(await answer.text() || answer.statusText);
+  if (!answer.ok) throw new Error(reason(await answer.text()) || answer.statusText);
   return answer;
+}
+
+function reason(text) {
+  try {
+    return JSON.parse(text).Error;
+  } catch {
+    return text;
+  }
 }
 
 const get = async path => (await ask(path)).json();
@@ -7829,14 +7838,18 @@ function written(text) {
 function happening({Method, Summary, Start, End, Location, Organizer, Attendees, Description}) {
   const method = {REQUEST: "Invitation", CANCEL: "Cancelled", REPLY: "Answer"}[Method];
   return [el("h3", {dir: "auto"}, (method ? method + ": " : ""), own(Summary || "(no title)")), table([
-    ["When", moment(Start) + (End && End !== Start ? " – " + moment(End) : "")], ["Where", linked(Location || "")],
+    ["When", span(Start || "", End || "")], ["Where", linked(Location || "")],
     ["From", Organizer], ["Who", joined((Attendees || []).slice(0, MANY).map(who => [own(who)]))]]),
     ...written(Description || "")];
 }
 
-function moment(text = "") {  // with an offset: in the reader's own zone; without one: as it is written
-  const exact = /^[-\d]{8,10}T[\d:]{4,8}(Z|[+-]\d\d:?\d\d)$/.test(text), date = new Date(text);
-  return exact && !isNaN(date) ? date.toLocaleString([], {dateStyle: "full", timeStyle: "short"}) : text.replace("T", " ");
+function span(start, end) {  // days, or times in the reader's own zone; what names no offset is shown as it is written
+  const known = text => /^\d{4}-\d\d-\d\d(T[\d:]{4,8}(Z|[+-]\d\d:?\d\d))?$/.test(text) ? new Date(text) : NaN;
+  const from = known(start), to = known(end || start), day = !start.includes("T");
+  if (!(from <= to)) return [start, end].filter(Boolean).join(" – ").replaceAll("T", " ");
+  if (day && to > from) to.setUTCDate(to.getUTCDate() - 1);  // the end is the day after
+  const options = day ? {dateStyle: "full", timeZone: "UTC"} : {dateStyle: "full", timeStyle: "short"};
+  return new Intl.DateTimeFormat([], options).formatRange(from, to);
 }
 
 async function source(path) {  // as much of it as anyone reads

@@ -516,13 +516,18 @@ class Looking(InboxCase):
         self.show(message)
         self.pick("Invitation")
         said = self.tab("Calendar")
-        here = self.browser.run("new Date('2026-12-01T09:00:00Z').toLocaleString([], {dateStyle: 'full', timeStyle: 'short'})")
+        here = self.browser.run("new Intl.DateTimeFormat([], {dateStyle: 'full', timeStyle: 'short'}).formatRange("
+                                "new Date('2026-12-01T09:00:00Z'), new Date('2026-12-01T10:30:00Z'))")
         for text in ("Invitation: Planning, the winter release", here, "Room 4", "Ann Lee", "Bob", "carol@example.com",
                      "1. where we are\n2. what is left"):
             self.assertIn(text, said)
         self.assertEqual(self.browser.run("[...document.querySelectorAll('#panel a')].map(a => a.href)"),
                          ["https://meet.example/abc", "https://wiki.example/agenda"])
         self.browser.picture("calendar")
+        for start, end, expected in (("2026-12-01", "2026-12-02", "Tuesday, December 1, 2026"), ("soon", "", "soon"), ("", "", ""),
+                                     ("2026-12-01", "2026-12-03", "Tuesday, December 1 – Wednesday, December 2, 2026"),
+                                     ("2026-12-01T10:00:00 Asia/Tokyo", "", "2026-12-01 10:00:00 Asia/Tokyo")):
+            self.assertEqual(self.browser.run("span(...arguments).replaceAll('\u2009', ' ')", start, end), expected)
 
     def test_links_in_text(self):
         """They end where a reader would end them, and open a window of their own."""
@@ -1101,7 +1106,7 @@ class Hostile(InboxCase):
         script = """const [shape, size] = arguments, text = shape.repeat(size / shape.length);
           const took = [0, 1, 2].map(() => {
             const began = performance.now();
-            linked(text); linked("http://" + text); moment(text); short(text); own(text);
+            linked(text); linked("http://" + text); span(text, text); short(text); own(text);
             return performance.now() - began;
           });
           return Math.min(...took);"""
