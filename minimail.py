@@ -7846,7 +7846,7 @@ function happening({Method, Summary, Start, End, Location, Organizer, Attendees,
 function span(start, end) {  // days, or times in the reader's own zone; what names no offset is shown as it is written
   const known = text => /^\d{4}-\d\d-\d\d(T[\d:]{4,8}(Z|[+-]\d\d:?\d\d))?$/.test(text) ? new Date(text) : NaN;
   const from = known(start), to = known(end || start), day = !start.includes("T");
-  if (!(from <= to)) return [start, end].filter(Boolean).join(" – ").replaceAll("T", " ");
+  if (!(from <= to)) return [start, end].filter(Boolean).map(text => text.replace(/^([-\d]{10})T/, "$1 ")).join(" – ");
   if (day && to > from) to.setUTCDate(to.getUTCDate() - 1);  // the end is the day after
   const options = day ? {dateStyle: "full", timeZone: "UTC"} : {dateStyle: "full", timeStyle: "short"};
   return new Intl.DateTimeFormat([], options).formatRange(from, to);
