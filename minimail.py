@@ -7654,7 +7654,7 @@ function row(message) {
     el("span", {className: "people faint"}, "to ", ...joined(people.slice(0, more ? 3 : 4).map(who => [named(who)])),
       more ? " and " + more + " more" : ""),
     faint(...(Tags || []).slice(0, 3).flatMap(tag => [el("bdi", {className: "tag"}, tag), " "]),
-      (Read ? "" : "unread · ") + files + size(Size))));
+      (Tags?.length > 3 ? "… " : "") + (Read ? "" : "unread · ") + files + size(Size))));
 }
 
 function mark() {  // which message is open
