@@ -7821,8 +7821,9 @@ function leaf(by) {  // through a frame into which this page cannot look: marks 
 const link = href => el("a", {href, target: "_blank", rel: "noreferrer"}, own(href));
 
 function linked(text) {  // the text, with what looks like a link made one
+  let left = 5 * MANY;
   return text.split(/(?<![a-z0-9])(https?:[/][/][^\s<>"]+)/i).flatMap((piece, index) => {
-    if (index % 2 === 0) return [piece];
+    if (index % 2 === 0 || left-- <= 0) return [piece];
     const after = piece.includes("(") ? ".,;:!?'" : ".,;:!?')]}";
     let end = piece.length;
     while (after.includes(piece[end - 1])) end--;
