@@ -7421,11 +7421,12 @@ body {
 a, h1 { color: var(--accent); }
 h1 { margin-block: 0; font-size: 1.1rem; }
 h2 { margin: 0.5rem 0; font-size: 1.25rem; line-height: 1.3; }
-h2, dd, li, pre, p { overflow-wrap: anywhere; }
+h2, h3, dd, li, pre, p { overflow-wrap: anywhere; }
 b { font-weight: 650; }
 dl { display: grid; grid-template-columns: auto 1fr; gap: 0.1rem 0.9rem; margin: 0.4rem 0; }
 dd, ol { margin: 0; padding: 0; list-style: none; }
 pre { margin: 0; white-space: pre-wrap; font: 0.85rem/1.5 ui-monospace, monospace; }
+pre ~ pre { content-visibility: auto; contain-intrinsic-size: auto 60rem; }
 button, input, .button {
   padding: 0.25rem 0.6rem; border: 1px solid transparent; border-radius: 6px;
   font: inherit; color: inherit; background: var(--hover); text-decoration: none;
@@ -7549,9 +7550,9 @@ kbd { font: inherit; border: 1px solid var(--line); border-radius: 4px; padding:
 </dialog>
 <script nonce="{{nonce}}">
 "use strict";
-// What comes from a message gets onto the page as text, or into a frame that may run nothing. Nothing here searches it
-// by more than one pass: whoever wrote it may mean to keep us busy.
-const PAGE = 50, SHOWN = 500000, MANY = 1000;
+// What comes from a message gets onto the page as text, or into a frame that may run nothing. Whoever wrote it may mean to
+// keep us busy: it is searched in one pass, and shown in blocks (to lay out a paragraph takes the square of its length).
+const PAGE = 50, SHOWN = 300000, MANY = 1000, BLOCK = 4000;
 const at = {start: 0, query: "", rows: [], found: 0, asked: 0, timer: 0, live: "",  // the list
             open: "", tab: "", tabs: [], shown: {}, width: "Full", screen: 0};  // the message
 const $ = id => document.getElementById(id);
@@ -7569,14 +7570,29 @@ function el(tag, props, ...children) {
 
 const faint = (...nodes) => el("span", {className: "faint"}, ...nodes);
 const own = text => el("bdi", {}, text);  // whatever is in it, it turns nothing around it
-const short = text => text.length > 200 ? text.slice(0, 200) + "…" : text;
+const short = (text, most = 200) => text.length > most ? text.slice(0, most) + "…" : text;
 const named = who => own(short(who.Name || who.Address));
-const full = who => who.Name && who.Address ? [own(who.Name), " <", own(who.Address), ">"] : [named(who)];
+const full = who => who.Name && who.Address ? [named(who), " <", own(short(who.Address, 400)), ">"] : [named(who)];
 const joined = groups => groups.flatMap((nodes, index) => index ? [", ", ...nodes] : nodes);
+const twenties = groups => groups.length > 20  // of the first thousand
+  ? [...Array(Math.ceil(Math.min(groups.length, MANY) / 20)).keys()].map(i =>
+    el("div", {}, ...joined(groups.slice(20 * i, 20 * i + 20)), ","))
+    .concat(groups.length > MANY ? "and " + (groups.length - MANY) + " more" : [])
+  : joined(groups);
 const table = pairs => el("dl", {}, ...pairs.filter(([, value]) => value?.length).flatMap(([name, value]) =>
-  [el("dt", {}, name), el("dd", {}, ...typeof value === "string" ? [own(value)] : value)]));
+  [el("dt", {}, name), el("dd", {}, ...typeof value === "string" ? blocks(value).map(own) : value)]));
 const list = items => el("ul", {}, ...items.slice(0, MANY).map(item => el("li", {}, ...item)),
   ...items.length > MANY ? [el("li", {className: "warn"}, "and " + (items.length - MANY) + " more")] : []);
+
+function blocks(text) {  // pieces that end with a line if they can
+  const found = [];
+  for (let piece; text; text = text.slice(piece.length)) {
+    piece = text.slice(0, BLOCK);
+    if (piece.length < text.length) piece = piece.slice(0, piece.lastIndexOf("\n") + 1) || piece;
+    found.push(piece);
+  }
+  return found;
+}
 
 function when(text) {
   const date = new Date(text), today = date.toDateString() === new Date().toDateString();
@@ -7734,7 +7750,7 @@ async function open() {
   const [message] = both;
   at.open = message.ID;  // of #latest, too
   at.tabs = tabs(...both).filter(tab => tab.there ?? true);
-  $("subject").textContent = message.Subject || "(no subject)";
+  $("subject").textContent = short(message.Subject, 3 * BLOCK) || "(no subject)";
   $("who").replaceChildren(heads(message));
   $("save").href = pathOf(message.ID) + "/raw?dl=1";
   $("tabs").replaceChildren(...at.tabs.map(({name, count}) => el("button", {role: "tab", id: "tab-" + name,
@@ -7745,7 +7761,7 @@ async function open() {
 }
 
 function heads(message) {
-  const people = all => joined(all.map(full)), date = new Date(message.Date).toLocaleString();
+  const people = all => twenties(all.map(full)), date = new Date(message.Date).toLocaleString();
   const tag = text => [el("button", {className: "tag", onclick: () => find('tag:"' + text + '"')}, own(text))];
   return table([["From", full(message.From)], ["To", people(message.To)], ["Cc", people(message.Cc)],
     ["Bcc", people(message.Bcc)], ["Reply to", people(message.ReplyTo)], ["Date", date + " · " + size(message.Size)],
@@ -7757,7 +7773,7 @@ function tabs(message, session) {
   const path = pathOf(message.ID), links = message.Links || [], calendar = message.Calendar || [];
   const files = [...message.Attachments, ...message.Inline];
   const file = ({PartID, FileName, ContentType, Size}) => [
-    el("a", {href: path + "/part/" + encodeURIComponent(PartID), download: ""}, own(FileName || ContentType)),
+    el("a", {href: path + "/part/" + encodeURIComponent(PartID), download: ""}, own(short(FileName || ContentType))),
     faint(...FileName ? [" ", own(ContentType)] : [], " · " + size(Size))];
   const branch = part => part.Children?.length ? [own(part.ContentType), list(part.Children.map(branch))] : file(part);
   const fault = ({rule, text, rfc}) => [el("b", {}, rule), " " + text + " ", faint(rfc)];
@@ -7818,12 +7834,11 @@ function leaf(by) {  // through a frame into which this page cannot look: marks 
   return true;
 }
 
-const link = href => el("a", {href, target: "_blank", rel: "noreferrer"}, own(href));
+const link = href => el("a", {href, target: "_blank", rel: "noreferrer"}, own(short(href, BLOCK)));
 
 function linked(text) {  // the text, with what looks like a link made one
-  let left = 5 * MANY;
   return text.split(/(?<![a-z0-9])(https?:[/][/][^\s<>"]+)/i).flatMap((piece, index) => {
-    if (index % 2 === 0 || left-- <= 0) return [piece];
+    if (index % 2 === 0) return [piece];
     const after = piece.includes("(") ? ".,;:!?'" : ".,;:!?')]}";
     let end = piece.length;
     while (after.includes(piece[end - 1])) end--;
@@ -7832,15 +7847,16 @@ function linked(text) {  // the text, with what looks like a link made one
 }
 
 function written(text) {
-  return [el("pre", {className: "text", dir: "auto"}, ...linked(text.slice(0, SHOWN))),
+  const pieces = blocks(text.slice(0, SHOWN)).map(piece => el("pre", {className: "text", dir: "auto"}, ...linked(piece)));
+  return [el("div", {}, ...pieces),
     ...text.length > SHOWN ? [el("p", {className: "warn"}, "This is the beginning; Save has it all.")] : []];
 }
 
 function happening({Method, Summary, Start, End, Location, Organizer, Attendees, Description}) {
   const method = {REQUEST: "Invitation", CANCEL: "Cancelled", REPLY: "Answer"}[Method];
-  return [el("h3", {dir: "auto"}, (method ? method + ": " : ""), own(Summary || "(no title)")), table([
-    ["When", span(Start || "", End || "")], ["Where", linked(Location || "")],
-    ["From", Organizer], ["Who", joined((Attendees || []).slice(0, MANY).map(who => [own(who)]))]]),
+  return [el("h3", {dir: "auto"}, (method ? method + ": " : ""), own(short(Summary || "(no title)"))), table([
+    ["When", span(Start || "", End || "")], ["Where", linked(short(Location || "", BLOCK))],
+    ["From", Organizer], ["Who", twenties((Attendees || []).map(who => [own(short(who))]))]]),
     ...written(Description || "")];
 }
 
@@ -7858,15 +7874,16 @@ async function source(path) {  // as much of it as anyone reads
   let text = "", piece = {};
   while (!piece.done && text.length < SHOWN) text += (piece = await reader.read()).value || "";
   reader.cancel();
-  return [el("pre", {}, text), piece.done ? "" : "This is the beginning; Save has it all."];
+  return [el("div", {}, ...blocks(text).map(piece => el("pre", {}, piece))),
+    piece.done ? "" : "This is the beginning; Save has it all."];
 }
 
 function conversation(session) {
   const lines = session.transcript.map(([side, text]) =>
-    el(side === "C" ? "b" : "span", {}, side + ": ", own(text), el("br")));
+    el("div", {}, el(side === "C" ? "b" : "span", {}, side + ": ", ...blocks(text).map(own))));
   const envelope = [["MAIL FROM", "<" + (session.sender || "") + ">"],
-    ["RCPT TO", joined(session.recipients.map(address => [own(address)]))],
-    ["Bcc", joined((session.bcc || []).map(address => [own(address)]))], ["Client", session.client],
+    ["RCPT TO", twenties(session.recipients.map(address => [own(address)]))],
+    ["Bcc", twenties((session.bcc || []).map(address => [own(address)]))], ["Client", session.client],
     ["Greeting", session.helo], ["Protocol", session.protocol], ["TLS", session.tls ? String(session.tls) : "no"]];
   return [table(envelope), el("pre", {}, ...lines.length ? lines : ["The conversation was not kept."])];
 }
