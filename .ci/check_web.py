@@ -1105,10 +1105,14 @@ class Hostile(InboxCase):
     def test_script_is_linear(self):
         """Eight times as much of what is made to keep the page busy keeps it busy about eight times as long, not 64 times."""
         shapes = ["http://", "http://a", "http://a)", "http://a ", "https:/", ")", "http://((((", "h", "\u202e", "a\n", "<a"]
+        shapes += ["word ", "a\u0301", "\u05d0 a "]  # lines without an end are laid out in the square of their length
+        self.show(letter("open"))
+        self.pick("open")
         script = """const [shape, size] = arguments, text = shape.repeat(size / shape.length);
           const took = [0, 1, 2].map(() => {
             const began = performance.now();
-            linked(text); linked("http://" + text); span(text, text); short(text); blocks(text);
+            linked(text.slice(0, 50000)); $("panel").replaceChildren(...written(text)); $("panel").offsetHeight;
+            linked("http://" + text); span(text, text); short(text); blocks(text);
             return performance.now() - began;
           });
           return Math.min(...took);"""
