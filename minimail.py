@@ -10440,6 +10440,7 @@ PAGE = r"""<!doctype html>
 <html lang="en">
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="x-dns-prefetch-control" content="off">
 <title>minimail</title>
 <link rel="icon" href="data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 16 16'%3E
 %3Crect y='2' width='16' height='12' rx='2' fill='%231f686c'/%3E
@@ -10447,7 +10448,7 @@ PAGE = r"""<!doctype html>
 <style nonce="{{nonce}}">
 :root {
   color-scheme: light dark;
-  --paper: light-dark(#ffffff, #17191c); --hover: light-dark(#f4f5f4, #202427);
+  --paper: light-dark(#ffffff, #17191c); --hover: light-dark(#f1f3f2, #24292c);
   --ink: light-dark(#1c2321, #e4e7e5); --faint: light-dark(#5c6663, #98a29f);
   --line: light-dark(#dfe3e1, #2f3538); --pick: light-dark(#e2efee, #1d3334);
   --accent: light-dark(#1f686c, #74c3c2); --warn: light-dark(#8a4b08, #f0b266);
@@ -10461,58 +10462,81 @@ body {
 a, h1 { color: var(--accent); }
 h1 { margin-block: 0; font-size: 1.1rem; }
 h2 { margin: 0.5rem 0; font-size: 1.25rem; line-height: 1.3; }
-h2, dd, li, pre { overflow-wrap: anywhere; }
+h2, h3, dd, li, pre, p { overflow-wrap: anywhere; }
 b { font-weight: 650; }
 dl { display: grid; grid-template-columns: auto 1fr; gap: 0.1rem 0.9rem; margin: 0.4rem 0; }
 dd, ol { margin: 0; padding: 0; list-style: none; }
 pre { margin: 0; white-space: pre-wrap; font: 0.85rem/1.5 ui-monospace, monospace; }
+pre ~ pre { content-visibility: auto; contain-intrinsic-size: auto 60rem; }
 button, input, .button {
-  padding: 0.25rem 0.55rem; border: 1px solid var(--line); border-radius: 6px;
-  font: inherit; color: inherit; background: none; text-decoration: none;
+  padding: 0.25rem 0.6rem; border: 1px solid transparent; border-radius: 6px;
+  font: inherit; color: inherit; background: var(--hover); text-decoration: none;
 }
+input { border-color: var(--line); background: none; }
+::placeholder { color: var(--faint); opacity: 1; }
 button:hover:enabled, .button:hover { border-color: var(--accent); }
+[aria-pressed=true] { color: var(--accent); border-color: var(--accent); }
 button:disabled { opacity: 0.45; }
+.primary { color: var(--paper); background: var(--accent); }
 :focus-visible { outline: 2px solid var(--accent); outline-offset: -2px; border-radius: 4px; }
+.primary:focus-visible { outline-offset: 2px; }
 h2:focus-visible { outline: none; }
-dt, time, .faint, #status, #live, #range, #none { color: var(--faint); }
-time, .faint, #status, #live, #range { font-size: 0.85rem; }
+dt, time, .faint, #status, #live, #range, #none, #clear { color: var(--faint); }
+time, .faint, #status, #live, #range, #clear { font-size: 0.85rem; }
 h1, #status { margin-right: 0.4rem; }
 .bar { display: flex; flex-wrap: wrap; gap: 0.4rem; align-items: center; }
+.warn, #problem { color: var(--warn); }
 header { grid-column: 1 / -1; padding: 0.5rem 1rem; border-bottom: 1px solid var(--line); }
 #search { flex: 1 1 12rem; max-width: 30rem; margin-left: auto; }
-#problem { flex-basis: 100%; color: var(--warn); }
+#clear { background: none; }
+#problem { flex-basis: 100%; }
 #welcome { grid-column: 1 / -1; max-width: 46rem; padding: 1rem; place-self: center; }
+#try { padding: 0.6rem 0.8rem; border-radius: 6px; background: var(--hover); }
 nav { display: grid; grid-template-rows: minmax(0, 1fr) auto; border-right: 1px solid var(--line); }
 nav .bar { justify-content: space-between; padding: 0.4rem 1rem; border-top: 1px solid var(--line); }
 #list, main { overflow: auto; }
 #list a {
-  display: grid; grid-template-columns: 1fr auto; column-gap: 0.8rem; padding: 0.5rem 1rem; color: inherit;
-  text-decoration: none; border: solid var(--line); border-width: 0 0 1px 3px; border-left-color: transparent;
+  display: grid; grid-template-columns: minmax(0, auto) 1fr auto; column-gap: 0.6rem; align-items: baseline;
+  padding: 0.5rem 1rem; color: inherit; text-decoration: none;
+  border: solid var(--line); border-width: 0 0 1px 3px; border-left-color: transparent;
 }
 #list a:hover { background: var(--hover); }
-#list [aria-current=true] { background: var(--pick); }
+#list a[aria-current=true] { background: var(--pick); }
 #list .unread { border-left-color: var(--accent); }
-#list a * { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
+#list a > * { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
 #list a:not(.unread) b { font-weight: inherit; }
-#list b ~ b { grid-column: 1 / -1; }
-#list time, #list span ~ span { justify-self: end; }
+#list .line { grid-column: 1 / -1; }
+#list .people { grid-column: 1 / 3; }
+#list time, #list .people + span { justify-self: end; }
+.tag { padding: 0 0.4rem; border: 1px solid var(--line); border-radius: 6px; font-size: 0.85rem; }
 main { padding: 0.8rem 1.2rem; }
 #message, #panel { display: flex; flex-direction: column; }
 #message { min-height: 100%; }
+#subject { max-height: 8rem; overflow: auto; flex: none; }
+#who { max-height: 9rem; overflow: auto; flex: none; }
 #tabs { gap: 0; border-bottom: 1px solid var(--line); }
-#tabs button { border-color: transparent; border-width: 0 0 2px; border-radius: 0; }
+#tabs button { border-width: 0 0 2px; border-radius: 0; background: none; }
 #tabs [aria-selected=true] { border-color: var(--accent); color: var(--accent); }
 #panel { flex: 1; gap: 0.6rem; padding: 0.6rem 0; }
 #panel ul { margin: 0; padding-left: 1.2rem; }
-#text { font: inherit; }
+#panel .text { font: inherit; }
 #tab-Lint span { color: var(--warn); }
-iframe { flex: 1; min-height: 50vh; border: 1px solid var(--line); background: white; color-scheme: light; }
+iframe { flex: 1; width: 100%; min-height: 50vh; border: 1px solid var(--line); background: white; color-scheme: light; }
+iframe.Phone { max-width: 377px; }
+iframe.Tablet { max-width: 770px; }
+dialog { width: 28rem; max-width: 90vw; border: 1px solid var(--line); border-radius: 8px; color: inherit;
+  background: var(--paper); }
+dialog input { width: 100%; margin: 0.6rem 0; }
 kbd { font: inherit; border: 1px solid var(--line); border-radius: 4px; padding: 0 0.35em; }
 #back { display: none; }
 @media (max-width: 46rem) {
   body { grid-template-columns: 100%; }
   body.reading nav, body:not(.reading) main { display: none; }
   #back { display: inline-block; }
+  main, header { padding-inline: 0.8rem; }
+  main .bar { gap: 0.3rem; }
+  main button, .button { padding-inline: 0.45rem; }
+  [aria-pressed] { display: none; }
 }
 </style>
 <header class="bar">
@@ -10529,6 +10553,7 @@ kbd { font: inherit; border: 1px solid var(--line); border-radius: 4px; padding:
   <p class="capture">Any address will do, with any password or none, and nothing leaves this machine.
     A first message from a shell:</p>
   <pre class="capture" id="try"></pre>
+  <p class="capture"><button id="copy" class="primary">Copy</button></p>
 </section>
 <nav aria-label="Messages">
   <ol id="list" role="list"></ol>
@@ -10538,34 +10563,44 @@ kbd { font: inherit; border: 1px solid var(--line); border-radius: 4px; padding:
 </nav>
 <main aria-label="Message">
   <p id="none"><kbd>j</kbd> <kbd>k</kbd> or arrows choose a message · <kbd>Enter</kbd> opens it ·
-    <kbd>Esc</kbd> back · <kbd>/</kbd> search · <kbd>u</kbd> unread · <kbd>d</kbd> delete · <kbd>←</kbd>
-    <kbd>→</kbd> tabs</p>
+    <kbd>Space</kbd> reads on · <kbd>Esc</kbd> back · <kbd>/</kbd> search · <kbd>u</kbd> unread · <kbd>d</kbd> delete ·
+    <kbd>←</kbd> <kbd>→</kbd> tabs</p>
   <div id="message" hidden>
     <div class="bar">
       <button id="back">‹ Back</button>
+      <a id="save" class="button primary">Save</a>
+      <button id="release" hidden>Release…</button>
       <button id="toggle" aria-keyshortcuts="u">Mark unread</button>
       <button id="remove" aria-keyshortcuts="d Delete">Delete</button>
-      <a id="save" class="button">Save</a>
     </div>
-    <h2 id="subject" tabindex="-1" aria-live="polite"></h2>
+    <h2 id="subject" dir="auto" tabindex="-1" aria-live="polite"></h2>
     <div id="who"></div>
     <div id="tabs" class="bar" role="tablist" aria-label="Views of the message"></div>
     <div id="panel" role="tabpanel"></div>
   </div>
 </main>
+<dialog id="releasing" aria-labelledby="release-title">
+  <form id="release-form">
+    <h2 id="release-title">Release this message</h2>
+    <label for="release-to">It goes, as it is, through <bdi id="release-server"></bdi> to these addresses and to
+      nobody else:</label>
+    <input id="release-to" required autocomplete="off" placeholder="bob@example.com, carol@example.com">
+    <p id="release-problem" class="warn" role="alert"></p>
+    <div class="bar"><button class="primary">Release</button> <button type="button" id="cancel">Cancel</button></div>
+  </form>
+</dialog>
 <script nonce="{{nonce}}">
 "use strict";
-// What comes from a message gets onto the page as text, or into a frame that may run nothing.
-const PAGE = 50, SHOWN = 500000;
-const at = {start: 0, query: "", rows: [], found: 0, asked: 0, timer: 0,  // the list
-            open: "", tab: "", tabs: [], shown: {}};  // the message
+// What comes from a message gets onto the page as text, or into a frame that may run nothing. Whoever wrote it may mean to
+// keep us busy: it is searched in one pass, and shown in blocks (to lay out a paragraph takes the square of its length).
+const PAGE = 50, SHOWN = 300000, MANY = 1000, BLOCK = 4000;
+const at = {start: 0, query: "", rows: [], found: 0, asked: 0, timer: 0, live: "",  // the list
+            open: "", tab: "", tabs: [], shown: {}, width: "Full", screen: 0};  // the message
 const $ = id => document.getElementById(id);
 const rowOf = id => $("row-" + id);
 const pathOf = id => "api/v1/message/" + encodeURIComponent(id);
 const go = id => location.hash = encodeURIComponent(id);
 const isRead = id => at.rows.find(message => message.ID === id)?.Read ?? true;
-const named = who => who.Name || who.Address;
-const full = who => who.Name ? who.Name + " <" + who.Address + ">" : who.Address;
 const size = bytes => bytes < 1e6 ? Math.ceil(bytes / 1000) + " kB" : (bytes / 1e6).toFixed(1) + " MB";
 
 function el(tag, props, ...children) {
@@ -10574,10 +10609,31 @@ function el(tag, props, ...children) {
   return node;
 }
 
-const faint = text => el("span", {className: "faint"}, text);
-const list = items => el("ul", {}, ...items.map(item => el("li", {}, ...item)));
+const faint = (...nodes) => el("span", {className: "faint"}, ...nodes);
+const own = text => el("bdi", {}, text);  // whatever is in it, it turns nothing around it
+const short = (text, most = 200) => text.length > most ? text.slice(0, most) + "…" : text;
+const named = who => own(short(who.Name || who.Address));
+const full = who => who.Name && who.Address ? [named(who), " <", own(short(who.Address, 400)), ">"] : [named(who)];
+const joined = groups => groups.flatMap((nodes, index) => index ? [", ", ...nodes] : nodes);
+const twenties = groups => groups.length > 20  // of the first thousand
+  ? [...Array(Math.ceil(Math.min(groups.length, MANY) / 20)).keys()].map(i =>
+    el("div", {}, ...joined(groups.slice(20 * i, 20 * i + 20)), ","))
+    .concat(groups.length > MANY ? "and " + (groups.length - MANY) + " more" : [])
+  : joined(groups);
 const table = pairs => el("dl", {}, ...pairs.filter(([, value]) => value?.length).flatMap(([name, value]) =>
-  [el("dt", {}, name), el("dd", {}, [].concat(value).join(", "))]));
+  [el("dt", {}, name), el("dd", {}, ...typeof value === "string" ? blocks(value).map(own) : value)]));
+const list = items => el("ul", {}, ...items.slice(0, MANY).map(item => el("li", {}, ...item)),
+  ...items.length > MANY ? [el("li", {className: "warn"}, "and " + (items.length - MANY) + " more")] : []);
+
+function blocks(text) {  // pieces that end with a line if they can
+  const found = [];
+  for (let piece; text; text = text.slice(piece.length)) {
+    piece = text.slice(0, BLOCK);
+    if (piece.length < text.length) piece = piece.slice(0, piece.lastIndexOf("\n") + 1) || piece;
+    found.push(piece);
+  }
+  return found;
+}
 
 function when(text) {
   const date = new Date(text), today = date.toDateString() === new Date().toDateString();
@@ -10589,17 +10645,29 @@ function when(text) {
 async function ask(path, method = "GET", body) {
   const headers = body ? {"Content-Type": "application/json"} : {};
   const answer = await fetch(path, {method, headers, body: body && JSON.stringify(body)});
-  if (!answer.ok) throw new Error(await answer.text() || answer.statusText);
+  if (!answer.ok) throw new Error(reason(await answer.text()) || answer.statusText);
   return answer;
+}
+
+function reason(text) {
+  try {
+    return JSON.parse(text).Error;
+  } catch {
+    return text;
+  }
 }
 
 const get = async path => (await ask(path)).json();
 
-addEventListener("unhandledrejection", event => {
-  event.preventDefault();
-  $("problem").textContent = "That did not work: " + event.reason.message;
+function say(text) {
+  $("problem").textContent = text;
   $("problem").hidden = false;
   setTimeout(() => { $("problem").hidden = true; }, 10000);
+}
+
+addEventListener("unhandledrejection", event => {
+  event.preventDefault();
+  say("That did not work: " + event.reason.message);
 });
 
 // The list
@@ -10631,13 +10699,19 @@ async function refresh() {
 }
 
 function row(message) {
-  const link = {id: "row-" + message.ID, href: "#" + encodeURIComponent(message.ID)};
-  const people = [...message.To, ...message.Cc, ...message.Bcc].map(named).join(", ");
-  const files = message.Attachments ? message.Attachments + " attached · " : "";
-  return el("li", {}, el("a", {...link, className: message.Read ? "" : "unread"},
-    el("b", {}, named(message.From) || "(no sender)"), when(message.Created),
-    el("b", {}, message.Subject || "(no subject)"), faint("to " + people),
-    faint((message.Read ? "" : "unread · ") + files + size(message.Size))));
+  const {ID, From, To, Cc, Bcc, Subject, Snippet, Tags, Read, Attachments, Size} = message;
+  const people = [...To, ...Cc, ...Bcc], more = people.length > 4 ? people.length - 3 : 0;
+  const files = Attachments ? Attachments + " attached · " : "";
+  const line = (tag, className, ...nodes) => el(tag, {className, dir: "auto"}, ...nodes);
+  return el("li", {}, el("a", {id: "row-" + ID, href: "#" + encodeURIComponent(ID), className: Read ? "" : "unread"},
+    el("b", {}, named(From), From.Name || From.Address ? "" : "(no sender)"),
+    faint(own(From.Name ? From.Address : "")), when(message.Created),
+    line("b", "line subject", short(Subject) || "(no subject)"),
+    ...Snippet ? [line("span", "line faint", Snippet)] : [],
+    el("span", {className: "people faint"}, "to ", ...joined(people.slice(0, more ? 3 : 4).map(who => [named(who)])),
+      more ? " and " + more + " more" : ""),
+    faint(...(Tags || []).slice(0, 3).flatMap(tag => [el("bdi", {className: "tag"}, tag), " "]),
+      (Tags?.length > 3 ? "… " : "") + (Read ? "" : "unread · ") + files + size(Size))));
 }
 
 function mark() {  // which message is open
@@ -10650,7 +10724,7 @@ async function turn(by) {  // the page; returns the message that is next
   at.start = Math.max(0, at.start + by * PAGE);
   await refresh();
   const next = at.rows.at(by < 0 ? -1 : 0)?.ID || "";
-  rowOf(next)?.focus();
+  if (!at.open) rowOf(next)?.focus();
   return next;
 }
 
@@ -10658,14 +10732,44 @@ function soon() {  // many arrivals, one question
   at.timer ||= setTimeout(() => { at.timer = 0; refresh(); }, 150);
 }
 
+// What is new. A browser has six connections to a server for all its windows; so one of them, while it has the lock,
+// listens for all, and tells the others what to show as the state of things: a reason to look at the list.
+
+const LIVE = "● live", LOST = "○ not connected", WHO = "?";
+const windows = new BroadcastChannel("minimail");
+
+function hear(news) {
+  if (news === WHO) return at.listens && windows.postMessage(at.live);
+  $("live").textContent = at.live = news;
+  if (news === LIVE) soon();
+}
+
+function tell(news) {
+  windows.postMessage(news);
+  hear(news);
+}
+
 function listen() {
   const events = new EventSource("api/events");
-  for (const kind of ["new", "delete", "read"]) events.addEventListener(kind, soon);
-  events.onopen = () => { $("live").textContent = "● live"; soon(); };
+  for (const kind of ["open", "new", "delete", "read", "tags"]) events.addEventListener(kind, () => tell(LIVE));
   events.onerror = () => {
-    $("live").textContent = "○ not connected";
+    tell(LOST);
     if (events.readyState === EventSource.CLOSED) setTimeout(listen, 3000);
   };
+}
+
+function follow() {
+  if (!navigator.locks) {  // a page from another machine without TLS: it asks now and then
+    const look = () => refresh().then(() => hear(LIVE), () => hear(LOST)).then(() => setTimeout(look, 3000));
+    return look();
+  }
+  windows.onmessage = event => hear(event.data);
+  windows.postMessage(WHO);
+  navigator.locks.request("minimail", () => {
+    at.listens = true;
+    listen();
+    return new Promise(() => {});  // until the window is closed
+  });
 }
 
 // One message
@@ -10677,6 +10781,7 @@ async function open() {
   $("none").hidden = id;
   mark();
   if (!id) return;
+  $("subject").focus({preventScroll: true});  // from here, the keyboard scrolls the message
   const both = await Promise.all([get(pathOf(id)), get(pathOf(id) + "/session")]).catch(error => {
     if (at.open !== id) return;
     go("");
@@ -10686,32 +10791,40 @@ async function open() {
   const [message] = both;
   at.open = message.ID;  // of #latest, too
   at.tabs = tabs(...both).filter(tab => tab.there ?? true);
-  $("subject").textContent = message.Subject || "(no subject)";
-  $("who").replaceChildren(table([["From", full(message.From)], ["To", message.To.map(full)],
-    ["Cc", message.Cc.map(full)], ["Bcc", message.Bcc.map(full)], ["Reply to", message.ReplyTo.map(full)],
-    ["Date", new Date(message.Date).toLocaleString() + " · " + size(message.Size)]]));
+  $("subject").textContent = short(message.Subject, 3 * BLOCK) || "(no subject)";
+  $("who").replaceChildren(heads(message));
   $("save").href = pathOf(message.ID) + "/raw?dl=1";
   $("tabs").replaceChildren(...at.tabs.map(({name, count}) => el("button", {role: "tab", id: "tab-" + name,
     onclick: () => view(at.tab = name)}, name, el("span", {className: "faint"}, count ? " " + count : ""))));
+  document.querySelector("main").scrollTop = $("subject").scrollTop = $("who").scrollTop = 0;
   mark();
-  if ($("back").offsetWidth) $("subject").focus();
   await view(at.tabs.some(tab => tab.name === at.tab) ? at.tab : at.tabs[0].name);
 }
 
+function heads(message) {
+  const people = all => twenties(all.map(full)), date = new Date(message.Date).toLocaleString();
+  const tag = text => [el("button", {className: "tag", onclick: () => find('tag:"' + text + '"')}, own(text))];
+  return table([["From", full(message.From)], ["To", people(message.To)], ["Cc", people(message.Cc)],
+    ["Bcc", people(message.Bcc)], ["Reply to", people(message.ReplyTo)], ["Date", date + " · " + size(message.Size)],
+    ["Tags", (message.Tags || []).flatMap(tag)],
+    ["Cut", (message.Cut || []).map(text => el("div", {className: "warn"}, text))]]);
+}
+
 function tabs(message, session) {
-  const path = pathOf(message.ID), links = linksIn(message);
+  const path = pathOf(message.ID), links = message.Links || [], calendar = message.Calendar || [];
   const files = [...message.Attachments, ...message.Inline];
-  const link = href => [el("a", {href, target: "_blank", rel: "noreferrer"}, href)];
   const file = ({PartID, FileName, ContentType, Size}) => [
-    el("a", {href: path + "/part/" + encodeURIComponent(PartID), download: ""}, FileName || "no name"),
-    faint(" " + ContentType + " · " + size(Size))];
+    el("a", {href: path + "/part/" + encodeURIComponent(PartID), download: ""}, own(short(FileName || ContentType))),
+    faint(...FileName ? [" ", own(ContentType)] : [], " · " + size(Size))];
+  const branch = part => part.Children?.length ? [own(part.ContentType), list(part.Children.map(branch))] : file(part);
   const fault = ({rule, text, rfc}) => [el("b", {}, rule), " " + text + " ", faint(rfc)];
   return [
-    {name: "HTML", there: message.HTML, show: () => framed(message.ID, "")},
-    {name: "Text", there: message.Text || !message.HTML,
-     show: () => [el("pre", {id: "text"}, message.Text.slice(0, SHOWN))]},
-    {name: "Links", there: links.length, count: links.length, show: () => [list(links.map(link))]},
+    {name: "Calendar", there: calendar.length, show: () => calendar.slice(0, MANY).flatMap(happening)},
+    {name: "HTML", there: message.HTML, show: () => framed(message, "")},
+    {name: "Text", there: message.Text || !message.HTML, show: () => written(message.Text)},
+    {name: "Links", there: links.length, count: links.length, show: () => [list(links.map(href => [link(href)]))]},
     {name: "Files", there: files.length, count: files.length, show: () => [list(files.map(file))]},
+    {name: "Parts", there: Boolean(message.Tree), show: () => [list([branch(message.Tree)])]},
     {name: "Headers", show: () => headers(path)},
     {name: "Source", show: () => source(path)},
     {name: "Session", show: () => conversation(session)},
@@ -10738,19 +10851,63 @@ async function headers(path) {
   return [table(pairs.flatMap(([name, values]) => values.map(value => [name, value])))];
 }
 
-function framed(id, images) {
-  const frame = el("iframe", {title: "The message as HTML"});
-  frame.setAttribute("sandbox", "");  // no script, no form, no way out
-  frame.src = "view/" + encodeURIComponent(id) + ".html" + images;
-  const again = () => $("panel").replaceChildren(...framed(id, "?images=1"));
-  return [el("div", {className: "bar faint"}, ...images ? ["Images on other servers were loaded."] :
-    ["Images on other servers are not loaded.", el("button", {onclick: again}, "Load images")]), frame];
+function framed(message, images) {
+  const frame = el("iframe", {title: "The message as HTML", className: at.width});
+  frame.setAttribute("sandbox", "allow-popups allow-popups-to-escape-sandbox");  // links open windows; nothing else
+  frame.src = "view/" + encodeURIComponent(message.ID) + ".html" + images;
+  at.screen = 0;
+  const again = () => $("panel").replaceChildren(...framed(message, "?images=1"));
+  const widths = ["Phone", "Tablet", "Full"].map(name => el("button", {ariaPressed: at.width === name, onclick: event => {
+    for (const other of widths) other.ariaPressed = other === event.target;
+    frame.className = at.width = name;
+  }}, name));
+  const said = images ? ["Images on other servers were loaded."] : message.RemoteImages ?
+    ["Images on other servers are not loaded.", el("button", {onclick: again}, "Load images")] : [];
+  return [el("div", {className: "bar faint"}, ...widths, ...said), frame];
 }
 
-function linksIn(message) {
-  const html = message.HTML.matchAll(/<a[^>]+href *= *["']?(https?:[/][/][!#-&(-;=?-~]+)/gi);
-  const text = message.Text.matchAll(/(https?:[/][/][!#-&*-;=?-~]*[#-&*+/-9=@-~-])/gi);
-  return [...new Set([...html, ...text].map(([, link]) => link.replaceAll("&amp;", "&")))];
+function leaf(by) {  // through a frame into which this page cannot look: marks in it stand a screen apart
+  const frame = $("panel").querySelector("iframe"), main = document.querySelector("main");
+  const more = by < 0 ? !at.screen : main.scrollTop + main.clientHeight < main.scrollHeight - 1;
+  if (!frame || more) return false;  // the browser scrolls by itself
+  at.screen = Math.max(0, at.screen + by);
+  frame.contentWindow.location.replace(frame.src + "#minimail-" + at.screen);
+  return true;
+}
+
+const link = href => el("a", {href, target: "_blank", rel: "noreferrer"}, own(short(href, BLOCK)));
+
+function linked(text) {  // the text, with what looks like a link made one
+  return text.split(/(?<![a-z0-9])(https?:[/][/][^\s<>"]+)/i).flatMap((piece, index) => {
+    if (index % 2 === 0) return [piece];
+    const after = piece.includes("(") ? ".,;:!?'" : ".,;:!?')]}";
+    let end = piece.length;
+    while (after.includes(piece[end - 1])) end--;
+    return [link(piece.slice(0, end)), piece.slice(end)];
+  });
+}
+
+function written(text) {
+  const pieces = blocks(text.slice(0, SHOWN)).map(piece => el("pre", {className: "text", dir: "auto"}, ...linked(piece)));
+  return [el("div", {}, ...pieces),
+    ...text.length > SHOWN ? [el("p", {className: "warn"}, "This is the beginning; Save has it all.")] : []];
+}
+
+function happening({Method, Summary, Start, End, Location, Organizer, Attendees, Description}) {
+  const method = {REQUEST: "Invitation", CANCEL: "Cancelled", REPLY: "Answer"}[Method];
+  return [el("h3", {dir: "auto"}, (method ? method + ": " : ""), own(short(Summary || "(no title)"))), table([
+    ["When", span(Start || "", End || "")], ["Where", linked(short(Location || "", BLOCK))],
+    ["From", Organizer], ["Who", twenties((Attendees || []).map(who => [own(short(who))]))]]),
+    ...written(Description || "")];
+}
+
+function span(start, end) {  // days, or times in the reader's own zone; what names no offset is shown as it is written
+  const known = text => /^\d{4}-\d\d-\d\d(T[\d:]{4,8}(Z|[+-]\d\d:?\d\d))?$/.test(text) ? new Date(text) : NaN;
+  const from = known(start), to = known(end || start), day = !start.includes("T");
+  if (!(from <= to)) return [start, end].filter(Boolean).map(text => text.replace(/^([-\d]{10})T/, "$1 ")).join(" – ");
+  if (day && to > from) to.setUTCDate(to.getUTCDate() - 1);  // the end is the day after
+  const options = day ? {dateStyle: "full", timeZone: "UTC"} : {dateStyle: "full", timeStyle: "short"};
+  return new Intl.DateTimeFormat([], options).formatRange(from, to);
 }
 
 async function source(path) {  // as much of it as anyone reads
@@ -10758,15 +10915,17 @@ async function source(path) {  // as much of it as anyone reads
   let text = "", piece = {};
   while (!piece.done && text.length < SHOWN) text += (piece = await reader.read()).value || "";
   reader.cancel();
-  return [el("pre", {}, text), piece.done ? "" : "This is the beginning; Save has it all."];
+  return [el("div", {}, ...blocks(text).map(piece => el("pre", {}, piece))),
+    piece.done ? "" : "This is the beginning; Save has it all."];
 }
 
 function conversation(session) {
   const lines = session.transcript.map(([side, text]) =>
-    el(side === "C" ? "b" : "span", {}, side + ": " + text, el("br")));
-  const envelope = [["MAIL FROM", "<" + (session.sender || "") + ">"], ["RCPT TO", session.recipients],
-    ["Bcc", session.bcc], ["Client", session.client], ["Greeting", session.helo],
-    ["Protocol", session.protocol], ["TLS", session.tls || "no"]];
+    el("div", {}, el(side === "C" ? "b" : "span", {}, side + ": ", ...blocks(text).map(own))));
+  const envelope = [["MAIL FROM", "<" + (session.sender || "") + ">"],
+    ["RCPT TO", twenties(session.recipients.map(address => [own(address)]))],
+    ["Bcc", twenties((session.bcc || []).map(address => [own(address)]))], ["Client", session.client],
+    ["Greeting", session.helo], ["Protocol", session.protocol], ["TLS", session.tls ? String(session.tls) : "no"]];
   return [table(envelope), el("pre", {}, ...lines.length ? lines : ["The conversation was not kept."])];
 }
 
@@ -10780,8 +10939,10 @@ function chosen() {
 async function step(by) {
   const index = at.rows.findIndex(message => message.ID === chosen());
   const next = at.rows[index + by]?.ID || (index < 0 ? "" : await turn(by));
-  rowOf(next)?.focus();
-  if (at.open && next) go(next);
+  if (!next) return;
+  if (!at.open) return rowOf(next)?.focus();
+  rowOf(next)?.scrollIntoView({block: "nearest"});
+  go(next);
 }
 
 async function toggle(id) {
@@ -10805,6 +10966,28 @@ async function removeAll() {
   await refresh();
 }
 
+function release() {
+  $("release-problem").textContent = $("release-to").value = "";
+  $("releasing").showModal();
+}
+
+async function released(event) {
+  event.preventDefault();
+  const to = $("release-to").value.split(/[\s,;]+/).filter(Boolean);
+  try {
+    await ask(pathOf(at.open) + "/release", "POST", {To: to});
+    $("releasing").close();
+    say("Released to " + to.join(", "));
+  } catch (error) {
+    $("release-problem").textContent = error.message;
+  }
+}
+
+function copy() {
+  getSelection().selectAllChildren($("try"));
+  $("copy").textContent = document.execCommand("copy") ? "Copied" : "Selected: copy it";  // also without TLS
+}
+
 function back() {
   const id = at.open;
   go("");
@@ -10823,6 +11006,11 @@ function search() {
   soon();
 }
 
+function find(query) {
+  $("search").value = query;
+  search();
+}
+
 const keys = {
   j: () => step(1), ArrowDown: () => step(1), k: () => step(-1), ArrowUp: () => step(-1),
   u: () => toggle(chosen()), d: () => remove(chosen()), Delete: () => remove(chosen()), Escape: back,
@@ -10833,26 +11021,34 @@ const keys = {
 
 addEventListener("keydown", event => {
   const typing = event.target === $("search"), scrolling = $("panel").contains(event.target);
+  if ($("releasing").open) return;
   if (event.key === "Escape" && (typing || !at.open)) {
-    $("search").value = "";
     $("search").blur();
-    search();
+    find("");
   }
-  if (event.ctrlKey || event.metaKey || event.altKey || typing || !Object.hasOwn(keys, event.key)) return;
+  if (event.ctrlKey || event.metaKey || event.altKey || typing) return;
   if (scrolling && event.key.startsWith("Arrow")) return;
+  const screens = {PageDown: 1, PageUp: -1, " ": event.shiftKey ? -1 : 1}[event.key];
+  if (screens && !event.target.closest("#list, button, a") && leaf(screens)) event.preventDefault();
+  if (!Object.hasOwn(keys, event.key)) return;
   event.preventDefault();
   keys[event.key]();
 });
 
-const clicks = {newer: () => turn(-1), older: () => turn(1), back, toggle: () => toggle(at.open),
-                remove: () => remove(at.open), clear: removeAll};
+const clicks = {newer: () => turn(-1), older: () => turn(1), back, toggle: () => toggle(at.open), copy, release,
+                remove: () => remove(at.open), clear: removeAll, cancel: () => $("releasing").close()};
 for (const [id, action] of Object.entries(clicks)) $(id).onclick = action;
+$("release-form").onsubmit = released;
 $("search").oninput = search;
 addEventListener("hashchange", open);
 
-listen();
+follow();
 refresh().then(open);
-get("api/v1/info").then(({smtp: [address], capture}) => {
+get("api/v1/info").then(({smtp: [address], capture, release}) => {
+  $("release").hidden = !release;
+  $("release").classList.toggle("primary", release);
+  $("save").classList.toggle("primary", !release);
+  $("release-server").textContent = release || "";
   if (!address) return;
   const colon = address.lastIndexOf(":"), port = address.slice(colon + 1), given = address.slice(0, colon);
   const host = (/^(0.0.0.0|[[]::])$/.test(given) ? location.hostname : given).replace(/^[[]|]$/g, "");

@@ -8043,6 +8043,68 @@ class WebBrokenMessages(WebCase):
 
 
 # ======================================================================================================================
+# The page: what can be told from its text (what it does in a browser is tried by .ci/check_web.py)
+# ======================================================================================================================
+
+class ThePage(WebCase):
+    """HTML, style and script of the inbox fit together, and the script keeps to what makes hostile mail harmless."""
+    html, script = minimail.PAGE.split("<script", 1)
+    style = html.partition("<style")[2].partition("</style>")[0]
+
+    def test_ids(self):
+        """What script and style name is there, once."""
+        ids = re.findall(r'\bid="([\w-]+)"', self.html)
+        self.assertEqual(sorted(set(ids)), sorted(ids))
+        made = set(re.findall(r'id: "([\w-]+)"', self.script)) | {"tab-Lint"}
+        used = set(re.findall(r'\$\("([\w-]+)"\)', self.script)) | set(re.findall(r"#([a-z][\w-]*)(?=[^;{}]*\{)", self.style))
+        self.assertEqual(used - set(ids) - made - {"row-"}, set())
+        named = set(re.findall(r'(?:for|aria-labelledby)="([\w-]+)"', self.html))
+        self.assertLessEqual(named, set(ids))
+
+    def test_classes(self):
+        """Every class that the style knows is given by the page or the script."""
+        rules = re.sub(r"\{[^{}]*\}", " ", self.style)
+        for name in set(re.findall(r"\.([a-zA-Z][\w-]*)", rules)):
+            self.assertRegex(self.html.replace(self.style, "") + self.script, r'["\s]%s["\s]' % name)
+
+    def test_questions_are_answered(self):
+        """Every path that the script asks is one of the API's."""
+        node = self.web_node()
+        id = self.deliver(node, b"Subject: s\r\nContent-Type: text/html\r\n\r\n<p>x\r\n", "b@x")
+        paths = set(re.findall(r'"(api/v1/[a-z]+)[?"]', self.script))
+        self.assertLessEqual({"api/v1/messages", "api/v1/info"}, paths)
+        for path in paths - {"api/v1/messages"}:
+            self.assertNotEqual(self.ask(node, "/" + path + "?query=x", status=None).status, 404, path)
+        for path in set(re.findall(r'path(?:Of\(.*?\))? \+ "(/[a-z]+)["?]', self.script)) - {"/release"}:
+            self.assertNotEqual(self.ask(node, "/api/v1/message/" + id + path, status=None).status, 404, path)
+        self.ask(node, "/view/%s.html" % id)
+
+    def test_frame(self):
+        """HTML mail may open windows, and nothing else: no script, no form, no origin."""
+        self.assertEqual(re.findall(r'"sandbox", "(.*?)"', self.script), ["allow-popups allow-popups-to-escape-sandbox"])
+        self.assertEqual(self.script.count('"iframe", {'), 1)
+
+    def test_links(self):
+        """The one place that makes links to elsewhere opens windows that know nothing of this one; no name is asked for before."""
+        self.assertEqual(len(re.findall("_blank", self.script)), 1)
+        self.assertIn('target: "_blank", rel: "noreferrer"', self.script)
+        self.assertIn('<meta http-equiv="x-dns-prefetch-control" content="off">', self.html)
+
+    def test_one_stream(self):
+        """Seven windows of one browser have one connection for events, not one each."""
+        self.assertEqual(self.script.count("new EventSource("), 1)
+        self.assertLess(self.script.index("navigator.locks.request"), self.script.rindex("listen();"))
+
+    def test_script_is_linear(self):
+        """A regular expression of the page has no two quantifiers that could share out the same text (and a browser tries them)."""
+        found = re.findall(r"(?<=[(,])/((?:[^/\\\n\[]|\\.|\[[^\]\n]*\])+)/[a-z]*(?=[,).])", self.script)
+        self.assertGreater(len(found), 2)
+        for pattern in found:
+            self.assertNotRegex(pattern, r"[+*]\)[+*{]|[.\]][*+][^$]*[.\]][*+]", pattern)
+        self.assertNotIn("new RegExp", self.script)
+
+
+# ======================================================================================================================
 # Mail is hostile, and so are other sites
 # ======================================================================================================================
 
