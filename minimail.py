@@ -3785,10 +3785,11 @@ class Peer:
                 match = REPLY_LINE.fullmatch(await self._line())
                 if match:
                     code, more = int(match.group(1)), match.group(2) == b"-"
+                    shown = self._shown(match.group(3) or b"")
                     if len(lines) < MAX_REPLY_LINES:
-                        lines.append(self._shown(match.group(3) or b""))
-                    elif not more:
-                        lines[-1] += " ..."
+                        lines.append(shown)
+                    else:
+                        lines[-2:] = "...", shown
         if not 200 <= code <= 599:
             raise PeerFailed(Reply(451, "4.5.0", "%s: not an SMTP reply: %d %s" % (self.name, code, lines[-1][:100])))
         reply = with_enhanced_code(code, lines)

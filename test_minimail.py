@@ -19,6 +19,7 @@ import email.utils
 import errno
 import gc
 import hashlib
+import hmac
 import http.client
 import io
 import itertools
@@ -1612,7 +1613,7 @@ class ScriptedPeer:
         return self._tell(sock, self._choose(stage, line))
 
     def _choose(self, stage, line=""):
-        reply = self.script.get(line, self.script.get(stage, "220 go" if stage == "STARTTLS" else "250 ok"))
+        reply = self.script.get(line or stage, self.script.get(stage, "220 go" if stage == "STARTTLS" else "250 ok"))
         if isinstance(reply, list):
             reply = reply.pop(0) if len(reply) > 1 else reply[0]
         return reply() if callable(reply) else reply
@@ -1749,6 +1750,11 @@ class ScriptedDisk:
 
 FAR = {"far.test": ["MX 10 mx.far.test"], "mx.far.test": ["A 192.0.2.25"]}
 NEAR = {"near.test": ["MX 10 mx.near.test"], "mx.near.test": ["A 192.0.2.26"]}
+
+
+def run_peer(client, coroutine):
+    """Run a coroutine of a Peer to its end."""
+    return minimail.run_blocking(client.wire, coroutine)
 
 
 def scripted_dialog(address, *lines):
@@ -2672,7 +2678,7 @@ class ClientTest(ScriptedCase):
         scripted = ScriptedPeer(script, **options)
         client = minimail.Peer(scripted.connect(), "mx.far.test[192.0.2.25]:25", hostname, timeout)
         self.addCleanup(client.wire.close)
-        client.greet()
+        run_peer(client, client.greet())
         return client, scripted
 
     def message(self, content=CONTENT, recipients=("bob@far.test",), sender="me@here.test", eightbit=False, smtputf8=False,
@@ -2688,8 +2694,8 @@ class ClientTest(ScriptedCase):
              **message):
         """Return ({recipient: "code enhanced"}, scripted peer); PeerFailed."""
         client, scripted = self.greeted(script, timeout, extensions=extensions)
-        replies = client.send(self.message(**message))
-        client.quit()
+        replies = run_peer(client, client.send(self.message(**message)))
+        run_peer(client, client.quit())
         return {recipient: ("%d %s" % reply[:2]).strip() for recipient, reply in replies.items()}, scripted
 
     BOTH = {"pipelining": ("PIPELINING", "8BITMIME", "SIZE"), "one by one": ("8BITMIME", "SIZE")}
@@ -2717,14 +2723,14 @@ class ClientTest(ScriptedCase):
             scripted = ScriptedPeer()
             scripted._start(listener.accept()[0])
             client = minimail.Peer(theirs, "x", "localhost", PATIENCE)
-            client.greet()
-            client.quit()
+            run_peer(client, client.greet())
+            run_peer(client, client.quit())
         self.assertEqual(scripted.lines[0], "EHLO [127.0.0.1]")
 
     def test_helo_where_ehlo_is_refused(self):
         client, peer = self.greeted({"EHLO": "502 5.5.1 what?"})
         self.assertEqual((peer.lines, client.extensions), (["EHLO mx.here.test", "HELO mx.here.test"], {}))
-        self.assertEqual(client.send(self.message())["bob@far.test"].code, 250)
+        self.assertEqual(run_peer(client, client.send(self.message()))["bob@far.test"].code, 250)
         self.assertEqual(peer.lines[2], "MAIL FROM:<me@here.test>")
 
     def fails(self, script, timeout=PATIENCE, **message):
@@ -2734,15 +2740,18 @@ class ClientTest(ScriptedCase):
         return caught.exception.reply
 
     def test_greetings(self):
-        for greeting, code in ("421 4.3.2 busy\nDROP", 421), ("554 no service", 554), ("450 later", 450), ("DROP", 451), \
-                ("hello there", 451), ("354 what", 354), (b"\0" * 100 + b"\r\n", 451), \
-                (b"SSH-2.0-OpenSSH\r\n", 451), (b"\r\n", 451):
+        """A host that does not want to talk speaks for itself, and for now: never 5xx."""
+        for greeting, code in ("421 4.3.2 busy\nDROP", 421), ("554 no service", 450), ("554-a\n554 5.3.2 b", 450), ("450 later", 450), \
+                ("DROP", 451), ("hello there\nDROP", 451), ("354 what", 450), (b"\0" * 100 + b"\r\n", 451), ("999 what", 451), \
+                ("SSH-2.0-OpenSSH\nDROP", 451), ("\nDROP", 451):
             with self.subTest(greeting):
-                self.assertEqual(self.fails({"connect": greeting}).code, code)
-        self.assertIn("mx.far.test[192.0.2.25]:25 said: 554 no service", self.fails({"connect": "554 no service"}).text)
+                self.assertEqual(self.fails({"connect": greeting}, 0.2 if isinstance(greeting, bytes) else PATIENCE).code, code)
+        reply = self.fails({"connect": "554 no service"})
+        self.assertEqual((reply.enhanced, reply.text), ("4.3.2", "mx.far.test[192.0.2.25]:25 said: 554 no service"))
+        self.assertEqual(self.fails({"connect": "554 5.7.1 no service"}).enhanced, "4.7.1")
 
     def test_both_ehlo_and_helo_refused(self):
-        self.assertEqual(self.fails({"EHLO": "550 5.7.1 go away", "HELO": "550 5.7.1 go away"}).code, 550)
+        self.assertEqual(self.fails({"EHLO": "550 5.7.1 go away", "HELO": "550 5.7.1 go away"}).code, 450)
         self.assertEqual(self.fails({"EHLO": "DROP"}).code, 451)
 
     def test_connection_lost_at_each_verb(self):
@@ -2754,11 +2763,19 @@ class ClientTest(ScriptedCase):
                     self.assertIn("connection lost", reply.text)
 
     def test_silence_at_each_verb(self):
-        for stage in "connect", "EHLO", "MAIL", "RCPT", "DATA", "end":
-            with self.subTest(stage):
-                reply = self.fails({stage: "SILENT"}, timeout=0.05)
-                self.assertEqual((reply.code, reply.enhanced), (451, "4.4.2"))
-                self.assertIn("timeout", reply.text)
+        with mock.patch.object(minimail, "FINAL_WAIT", 0.05):
+            for stage in "connect", "EHLO", "MAIL", "RCPT", "DATA", "end":
+                with self.subTest(stage):
+                    reply = self.fails({stage: "SILENT"}, timeout=0.05)
+                    self.assertEqual((reply.code, reply.enhanced), (451, "4.4.2"))
+                    self.assertIn("timeout", reply.text)
+
+    def test_the_final_dot_may_be_thought_about_for_ten_minutes(self):
+        """Whatever --timeout says below that (RFC 5321 section 4.5.3.2.6)."""
+        client, peer = self.greeted(timeout=50.0)
+        with mock.patch.object(client.wire, "renew") as renew:
+            run_peer(client, client.send(self.message()))
+        self.assertEqual(renew.call_args[0], (550.0,))
 
     def test_dripping_does_not_move_the_deadline(self):
         ours, theirs = socket.socketpair()
@@ -2773,7 +2790,7 @@ class ClientTest(ScriptedCase):
         dripping.start()
         started = time.monotonic()
         with self.assertRaises(minimail.PeerFailed):
-            client.greet()
+            run_peer(client, client.greet())
         self.assertLess(time.monotonic() - started, 5)
         stop.set()
         dripping.join(PATIENCE)
@@ -2782,18 +2799,92 @@ class ClientTest(ScriptedCase):
 
     def test_replies_that_are_none(self):
         garbage = {"not a reply": b"hello\r\n", "three digits only in part": b"25 ok\r\n", "code out of range": b"999 ok\r\n",
-                   "another code in mid-reply": b"250-a\r\n550 b\r\n", "too many lines": b"250-x\r\n" * 1000 + b"250 x\r\n",
-                   "endless line": b"250 " + b"x" * 100_000 + b"\r\n", "endless line, unfinished": b"250 " + b"x" * 100_000,
-                   "binary": bytes(range(256)) + b"\r\n"}
-        for stage in "EHLO", "MAIL", "end":
-            for name, raw in garbage.items():
-                if stage == "EHLO" and "mid-reply" in name:
-                    continue
+                   "no end": b"250 " + b"x" * 100_000, "no last line": b"250-x\r\n" * 1000, "too long": b"250-x\r\n" * 200_000,
+                   "binary": bytes(range(256)) + b"\r\n", "a superscript": "\u00b2\u00b2\u00b2 ok\r\n".encode(), "digits only": b"2500\r\n"}
+        with mock.patch.object(minimail, "FINAL_WAIT", 0.2):
+            for stage in "EHLO", "MAIL", "end":
+                for name, raw in garbage.items():
+                    with self.subTest(name, stage=stage):
+                        reply = self.fails({stage: raw}, timeout=0.2 if name not in ("too long", "code out of range") else PATIENCE,
+                                           extensions=["SIZE"])
+                        self.assertEqual(reply.code, 451)
+                        self.assertLess(len(reply.text), 1000)
+                        self.assertTrue(reply.text.isprintable())
+
+    REPLIES = {                                     # what a peer says at the final dot, what comes of it, and how much is kept
+        "3,000 bytes": (b"250 " + b"x" * 3000, "250 2.0.0"), "100,000 bytes": (b"550 5.7.1 " + b"x" * 100_000, "550 5.7.1"),
+        "150 lines": (b"550-no\r\n" * 149 + b"550 5.7.1 no", "550 5.7.1"), "a line longer than any": (b"250-" + b"x" * 9000 + b"\r\n250 ok", "250 2.0.0"),
+        "different codes": (b"250-a\r\n550-b\r\n451 4.3.0 c", "451 4.3.0"), "the last counts": (b"550-a\r\n250 b", "250 2.0.0"),
+        "no text": (b"250", "250 2.0.0"), "a blank only": (b"250 ", "250 2.0.0"), "no text in several": (b"550-\r\n550", "550 5.0.0"),
+        "an empty line before": (b"\r\n250 ok", "250 2.0.0"), "noise between": (b"550-a\r\nwhat?\r\n\r\n550 5.1.0 b", "550 5.1.0"),
+        "bare LF": (b"250-a\n250 b", "250 2.0.0"), "Latin-1": (b"550 5.1.1 Empf\xe4nger", "550 5.1.1"), "a NUL": (b"550 5.1.1 a\0b", "550 5.1.1"),
+        "CR CR LF": (b"250 ok\r", "250 2.0.0"), "a tab": (b"250\tok\r\n250 ok", "250 2.0.0"), "code of another class": (b"550 4.7.1 no", "550 5.0.0")}
+
+    def test_replies_of_any_shape(self):
+        """As Postfix reads them."""
+        for name, (raw, expected) in self.REPLIES.items():
+            for stage in "end", "RCPT":
                 with self.subTest(name, stage=stage):
-                    reply = self.fails({stage: raw}, timeout=0.05 if "unfinished" in name else PATIENCE)
-                    self.assertEqual(reply.code, 451)
-                    self.assertLess(len(reply.text), 1000)
+                    client, peer = self.greeted({stage: raw + b"\r\n", "DATA": "354 go"})
+                    reply = run_peer(client, client.send(self.message()))["bob@far.test"]
+                    if expected[0] == "2" and stage == "RCPT":
+                        self.assertEqual(reply.code, 250)
+                    else:
+                        self.assertEqual("%d %s" % reply[:2], expected)
+                    self.assertLess(len(reply.text), 100 * 520)
                     self.assertTrue(reply.text.isprintable())
+
+    def test_greeting_and_hello_of_any_shape(self):
+        for script in {"connect": b"\r\n220 hi\r\n"}, {"connect": b"*** noise\r\n220-a\r\n220\r\n"}, {"EHLO": b"250\r\n"}, \
+                {"EHLO": b"250-x\r\n" * 300 + b"250 y\r\n"}, {"connect": b"220 " + b"x" * 5000 + b"\r\n"}, {"HELO": b"250\n", "EHLO": "502 no"}:
+            with self.subTest(script):
+                self.assertEqual(self.send(script)[0], {"bob@far.test": "250 2.0.0"})
+
+    def test_what_is_said_before_the_connection_is_closed_in_mid_content(self):
+        """A 552 is a refusal, not a lost connection that is tried again for five days."""
+        content = b"Subject: big\r\n\r\n" + (b"x" * 68 + b"\r\n") * 200_000
+        for said, expected in (b"552 5.3.4 too large\r\n", 552), (b"452 4.3.1 full\r\n", 452), (b"", 451), (b"250 what\r\n", 451), (b"421 bye\r\n", 421):
+            with self.subTest(said), socket.create_server(("127.0.0.1", 0)) as listener:
+                client = minimail.Peer(socket.create_connection(listener.getsockname()), "x", "mx.here.test", PATIENCE)
+                self.addCleanup(client.wire.close)
+                peer, _ = listener.accept()
+                with peer, peer.makefile("rb") as file:
+                    def serve(said=said, peer=peer, file=file):
+                        for answer in b"220 hi", b"250 x", b"250 ok", b"250 ok", b"354 go":
+                            peer.sendall(answer + b"\r\n")
+                            file.readline()
+                        file.read(200_000)
+                        peer.sendall(said)
+                        peer.shutdown(socket.SHUT_RDWR)
+                    serving = threading.Thread(target=serve)
+                    serving.start()
+                    try:
+                        run_peer(client, client.greet())
+                        reply = run_peer(client, client.send(self.message(content)))["bob@far.test"]
+                        self.assertTrue(client.broken)
+                    except minimail.PeerFailed as failed:
+                        reply = failed.reply
+                    serving.join(PATIENCE)
+                self.assertEqual(reply.code, expected)
+
+    def test_pipelining_never_fills_both_windows(self):
+        """RFC 2920 section 3.1: a peer that answers each command before it reads the next, over the smallest buffers there are."""
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
+            ours = socket.socket()
+            ours.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
+            ours.connect(listener.getsockname())
+            theirs, _ = listener.accept()
+        theirs.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
+        peer = ScriptedPeer({"RCPT": "250-%s\n250 ok" % ("x" * 500)})
+        peer._start(theirs)
+        client = minimail.Peer(ours, "x", "mx.here.test", PATIENCE)
+        self.addCleanup(client.wire.close)
+        run_peer(client, client.greet())
+        people = ["somebody-with-a-rather-long-name-%d@far.test" % number for number in range(1000)]
+        replies = run_peer(client, client.send(self.message(recipients=people), 1000))
+        self.assertEqual({reply.code for reply in replies.values()}, {250})
+        self.assertLessEqual(max(map(len, peer.batches)), 65536)
 
     def test_421_ends_it_anywhere(self):
         for stage in "EHLO", "MAIL", "RCPT", "DATA", "end":
@@ -2812,7 +2903,7 @@ class ClientTest(ScriptedCase):
 
     def test_a_reply_keeps_its_words_and_says_whose_they_are(self):
         client, _ = self.greeted({"end": "550-5.7.1 first line\n550 5.7.1 second"})
-        reply = client.send(self.message())["bob@far.test"]
+        reply = run_peer(client, client.send(self.message()))["bob@far.test"]
         self.assertEqual(reply, (550, "5.7.1", "mx.far.test[192.0.2.25]:25 said: 550 5.7.1 first line / second", False))
 
     def test_a_reply_for_each_recipient(self):
@@ -2828,10 +2919,10 @@ class ClientTest(ScriptedCase):
     def test_354_after_all_recipients_were_refused(self):
         """RFC 2920 section 3.1: then the content is empty, and nothing of the message is sent."""
         client, peer = self.greeted({"RCPT TO:<eve@far.test>": "550 5.1.1 who?", "DATA": "354 go", "end": "554 nobody"})
-        self.assertEqual(client.send(self.message(recipients=["eve@far.test"]))["eve@far.test"].code, 550)
+        self.assertEqual(run_peer(client, client.send(self.message(recipients=["eve@far.test"])))["eve@far.test"].code, 550)
         self.assertEqual(peer.contents, [b"\r\n"])  # the line before the dot is DATA's
         peer.script["end"] = "250 ok"
-        self.assertEqual(client.send(self.message())["bob@far.test"].code, 250, "the connection is out of step")
+        self.assertEqual(run_peer(client, client.send(self.message()))["bob@far.test"].code, 250, "the connection is out of step")
         self.assertEqual([message[2] for message in peer.messages], [self.CONTENT])
 
     def test_a_2xx_to_data_is_no_delivery(self):
@@ -2871,7 +2962,7 @@ class ClientTest(ScriptedCase):
     def test_what_one_transaction_delivered_is_not_forgotten_in_the_next(self):
         """The connection is lost in the second transaction: the first one's recipients have the message."""
         client, peer = self.greeted({"RCPT TO:<eve@far.test>": "452 4.5.3 too many", "MAIL": ["250 ok", "DROP"]})
-        replies = client.send(self.message(recipients=("bob@far.test", "eve@far.test")))
+        replies = run_peer(client, client.send(self.message(recipients=("bob@far.test", "eve@far.test"))))
         self.assertEqual((replies["bob@far.test"].code, replies["eve@far.test"].code // 100), (250, 4))
 
     def test_too_large_for_the_peer(self):
@@ -2921,26 +3012,61 @@ class ClientTest(ScriptedCase):
     def test_many_messages_over_one_connection(self):
         client, peer = self.greeted()
         for _ in range(3):
-            self.assertEqual(client.send(self.message())["bob@far.test"].code, 250)
-        client.quit()
+            self.assertEqual(run_peer(client, client.send(self.message()))["bob@far.test"].code, 250)
+        run_peer(client, client.quit())
         self.assertEqual((peer.connections, len(peer.messages), peer.verbs().count("EHLO")), (1, 3, 1))
 
+    SERVER = minimail.Server("far.test", 25, False, "us\u00e9r", "pa ss")
+    USER, PASSWORD = (base64.b64encode(word).decode() for word in (b"us\xc3\xa9r", b"pa ss"))
+
+    def logged_in(self, offered, script, **server):
+        """Return (code of the PeerFailed or 235, the lines said after EHLO)."""
+        client, peer = self.greeted(script, extensions=offered)
+        try:
+            run_peer(client, client.log_in(self.SERVER._replace(**server)))
+            return 235, peer.lines[1:]
+        except minimail.PeerFailed as failed:
+            for secret in "pa ss", self.PASSWORD, base64.b64encode(b"\0us\xc3\xa9r\0pa ss").decode():
+                self.assertNotIn(secret, str(failed))
+            return failed.reply.code, peer.lines[1:]
+
     def test_log_in(self):
-        plain = base64.b64encode(b"\0us\xc3\xa9r\0pa ss").decode()
-        user, password = (base64.b64encode(word).decode() for word in (b"us\xc3\xa9r", b"pa ss"))
-        for extension, script, lines in ("AUTH PLAIN LOGIN", {}, ["AUTH PLAIN " + plain]), \
-                ("AUTH LOGIN", {"AUTH": "334 VXNlcm5hbWU6", user: "334 UGFzc3dvcmQ6", password: "235 ok"},
-                 ["AUTH LOGIN", user, password]):
-            client, peer = self.greeted(script, extensions=[extension])
-            client.log_in("us\u00e9r", "pa ss")
-            self.assertEqual(peer.lines[1:], lines)
-        for extension, script in ("AUTH PLAIN", {"AUTH": "535 5.7.8 wrong"}), ("AUTH CRAM-MD5", {}), ("SIZE", {}), \
-                ("AUTH LOGIN", {"AUTH": "535 5.7.8 wrong"}), ("AUTH LOGIN", {"AUTH": "334 x", user: "501 5.5.2 what"}):
-            with self.subTest(extension, script=script), self.assertRaises(minimail.PeerFailed) as caught:
-                client, peer = self.greeted(script, extensions=[extension])
-                client.log_in("us\u00e9r", "pa ss")
-            self.assertEqual(caught.exception.reply.code // 100, 4, "wrong settings here are no reason to bounce")
-            self.assertNotIn("pa ss", str(caught.exception))
+        plain = "AUTH PLAIN " + base64.b64encode(b"\0us\xc3\xa9r\0pa ss").decode()
+        cram = base64.b64encode("us\u00e9r ".encode() + hmac.new(b"pa ss", b"<1@x>", "md5").hexdigest().encode()).decode()
+        xoauth2 = "AUTH XOAUTH2 " + base64.b64encode(b"user=us\xc3\xa9r\1auth=Bearer pa ss\1\1").decode()
+        bearer = "AUTH OAUTHBEARER " + base64.b64encode(b"n,a=us\xc3\xa9r,\1host=far.test\1port=25\1auth=Bearer pa ss\1\1").decode()
+        login = {"AUTH": "334 VXNlcm5hbWU6", self.USER: "334 UGFzc3dvcmQ6", self.PASSWORD: "235 ok"}
+        table = [
+            (["AUTH PLAIN LOGIN"], {}, {}, [plain]), (["AUTH LOGIN"], login, {}, ["AUTH LOGIN", self.USER, self.PASSWORD]),
+            (["AUTH=LOGIN PLAIN"], {}, {}, [plain]), (["AUTH=LOGIN"], login, {}, ["AUTH LOGIN", self.USER, self.PASSWORD]),
+            (["AUTH LOGIN", "AUTH=PLAIN"], {}, {}, [plain]), (["AUTH PLAIN", "AUTH LOGIN"], {}, {}, [plain]), (["auth plain"], {}, {}, [plain]),
+            (["AUTH PLAIN CRAM-MD5"], {"AUTH": "334 " + base64.b64encode(b"<1@x>").decode(), cram: "235 ok"}, {}, ["AUTH CRAM-MD5", cram]),
+            (["AUTH PLAIN CRAM-MD5"], {}, {"mechanism": "plain"}, [plain]), (["AUTH XOAUTH2 PLAIN"], {}, {}, [plain]),
+            (["AUTH XOAUTH2 PLAIN"], {}, {"mechanism": "xoauth2"}, [xoauth2]), (["AUTH XOAUTH2"], {}, {}, [xoauth2]),
+            (["AUTH OAUTHBEARER"], {}, {"mechanism": "oauthbearer"}, [bearer])]
+        for offered, script, server, lines in table:
+            with self.subTest(offered, **server):
+                self.assertEqual(self.logged_in(offered, script, **server), (235, lines))
+
+    def test_log_in_that_fails(self):
+        """Always 4xx: wrong settings here are no reason to bounce. Nothing secret in the words, whatever the peer repeats."""
+        for offered, script, server in (
+                ("AUTH PLAIN", {"AUTH": "535 5.7.8 wrong"}, {}), ("AUTH GSSAPI", {}, {}), ("SIZE", {}, {}), ("AUTH LOGIN", {"AUTH": "535 wrong"}, {}),
+                ("AUTH LOGIN", {"AUTH": "334 x", self.USER: "501 5.5.2 what"}, {}), ("AUTH PLAIN", {}, {"mechanism": "xoauth2"}),
+                ("AUTH LOGIN", {"AUTH": "334 x", self.USER: "334 x", self.PASSWORD: "DROP"}, {}),
+                ("AUTH LOGIN", {"AUTH": "334 x", self.USER: "334 x", self.PASSWORD: "535 you said pa ss, or " + self.PASSWORD}, {}),
+                ("AUTH LOGIN", {"AUTH": "334 x", self.USER: "334 x", self.PASSWORD: "421 %s is wrong" % self.PASSWORD}, {}),
+                ("AUTH PLAIN", {"AUTH": "535 AUTH PLAIN " + base64.b64encode(b"\0us\xc3\xa9r\0pa ss").decode()}, {}),
+                ("AUTH XOAUTH2", {"AUTH": "334 eyJzdGF0dXMiOiI0MDAifQ==", "": "535 5.7.8 token expired"}, {}),
+                ("AUTH CRAM-MD5", {"AUTH": "334 no base64!"}, {}), ("AUTH LOGIN", {"AUTH": "334"}, {})):
+            with self.subTest(offered, script=script):
+                self.assertEqual(self.logged_in([offered], script, **server)[0] // 100, 4)
+
+    def test_an_expired_token_ends_the_exchange_in_order(self):
+        """The error is a challenge, and wants an answer before the 535."""
+        for mechanism, answer in ("XOAUTH2", ""), ("OAUTHBEARER", "AQ=="):
+            code, lines = self.logged_in(["AUTH " + mechanism], {"AUTH": "334 e30=", answer: "535 5.7.8 expired"})
+            self.assertEqual((code, lines[1:]), (451, [answer]))
 
 
 def scripted_certificate(case):
