@@ -3462,6 +3462,9 @@ class Queue:
             log.warning("queue entry %s cannot be read, left alone: %s", self.path(id, "env"), error)
             return None
 
+    def exists(self, id: str) -> bool:
+        return os.path.exists(self.path(id, "env"))
+
     def claim(self, dispatch: Dispatch) -> bool:
         """Lock an entry and read it anew; False when another process has it, or it is gone. OSError."""
         entry = dispatch.entry
@@ -3469,7 +3472,7 @@ class Queue:
             fd = os.open(self.path(entry.id), os.O_RDWR | O_EXTRA)
         except FileNotFoundError:
             self._drop_hint(dispatch)
-            if os.path.exists(self.path(entry.id, "env")):
+            if self.exists(entry.id):
                 log.error("queue entry %s has no message file: dropped", entry.id)
                 with contextlib.suppress(OSError):
                     os.unlink(self.path(entry.id, "env"))
@@ -3630,7 +3633,7 @@ class Queue:
             os.unlink(path)
             return
         try:
-            if self._lock(fd) and not (name.endswith(".msg") and os.path.exists(self.path(id, "env"))):
+            if self._lock(fd) and not (name.endswith(".msg") and self.exists(id)):
                 os.unlink(path)
         finally:
             os.close(fd)
@@ -3639,7 +3642,7 @@ class Queue:
         """Turn what version 1.0 left, whose hints were the envelopes, into what we have; OSError."""
         for hint in self.hints():
             id = os.path.basename(hint)
-            if os.path.getsize(hint) and os.path.exists(self.path(id)) and not os.path.exists(self.path(id, "env")):
+            if os.path.getsize(hint) and os.path.exists(self.path(id)) and not self.exists(id):
                 os.rename(hint, self.path(id, "env"))
                 self.storage.sync_directory(self.root)
 
@@ -4352,19 +4355,20 @@ class Routes:
         return hosts
 
     def _given(self, server: Server) -> List[Exchanger]:
+        host = server.host.rstrip(".")
         try:
-            addresses = [address for address, _ in self.resolver.addresses(server.host)]
+            addresses = [address for address, _ in self.resolver.addresses(host)]
         except NoSuchDomain:
-            addresses = local_addresses(server.host)
+            addresses = local_addresses(host)
         except DNSError as error:
-            addresses = local_addresses(server.host)
+            addresses = local_addresses(host)
             if not addresses:
-                raise Undeliverable(451, "4.4.3", "%s: %s" % (server.host, error)) from None
+                raise Undeliverable(451, "4.4.3", "%s: %s" % (host, error)) from None
         if not addresses:
-            raise Undeliverable(451, "4.4.4", "%s has no address" % server.host)
+            raise Undeliverable(451, "4.4.4", "%s has no address" % host)
         if self.leads_here(addresses, server.port):
             raise Undeliverable(554, "5.4.6", "mail loop: %s is this host, which does not keep this mail" % str(server))
-        return [Exchanger(0, server.host, addresses)]
+        return [Exchanger(0, host, addresses)]
 
 
 def local_addresses(host: str) -> List[str]:
@@ -4795,11 +4799,13 @@ class Relay:
             self._staff(self._hungry.pop(next(iter(self._hungry))))
 
     def _done(self, dispatch: Dispatch, sent: int, bounced: int, deferred: int) -> None:
-        """Forget an entry: it is recorded on disk, or somebody else's."""
+        """Forget an entry: it is recorded on disk, or somebody else's; OSError."""
         self._active.pop(dispatch.entry.id, None)
         self.sent, self.bounced, self.deferred = self.sent + sent, self.bounced + bounced, self.deferred + deferred
         if dispatch.lost:
             self._look_at(self.clock() + 1.0)       # see what became of it
+            if not dispatch.hint and self.queue.exists(dispatch.entry.id):
+                self.queue.place_hint(dispatch, self.queue.new)
         elif deferred:
             self._look_at(dispatch.entry.next_attempt + 1.0)
 
@@ -5071,13 +5077,14 @@ class Relay:
     def _record(self, dispatch: Dispatch, recipients: List[Dict[str, Any]], replies: Dict[str, Reply], remote: str,
                 seconds: float) -> None:
         """Note the replies; when all destinations have been tried, settle the entry."""
+        with dispatch.mutex:                        # another destination's worker may be writing the envelope
+            for recipient in recipients:
+                reply = replies.get(recipient["address"]) or NO_REPLY
+                recipient.update(
+                    last_reply=printable(str(reply.text if " said: " in reply.text else reply), 1000), status=reply.enhanced,
+                    remote=remote.partition("[")[0], state={2: "delivered", 5: "failed"}.get(reply.code // 100, "waiting"))
+                dispatch.tried = dispatch.tried or recipient["state"] == "waiting"
         for recipient in recipients:
-            reply = replies.get(recipient["address"]) or NO_REPLY
-            recipient["last_reply"] = printable(str(reply.text if " said: " in reply.text else reply), 1000)
-            recipient["status"] = reply.enhanced
-            recipient["remote"] = remote.partition("[")[0]
-            recipient["state"] = {2: "delivered", 5: "failed"}.get(reply.code // 100, "waiting")
-            dispatch.tried = dispatch.tried or recipient["state"] == "waiting"
             event({"delivered": "sent", "failed": "failed", "waiting": "deferred"}[recipient["state"]], id=dispatch.entry.id,
                   recipient=printable(recipient["address"]), remote=remote, reply=recipient["last_reply"],
                   seconds=round(seconds, 3))

@@ -3145,19 +3145,40 @@ class ClientTLSTest(ScriptedCase):
     def test_smtps(self):
         context, _ = scripted_certificate(self)
         peer = ScriptedPeer(tls=context, implicit=True, extensions=["AUTH PLAIN"])
-        self.world(peer, smarthost="smtps://user:secret@192.0.2.25")
+        self.world(peer, smarthost="smtps://user:secret@192.0.2.25?verify=no")
         self.assertEqual((peer.secured, len(peer.messages)), (1, 1))
         self.assertEqual(peer.verbs(), "EHLO AUTH MAIL RCPT DATA QUIT")
 
     def test_a_password_is_never_sent_in_clear(self):
-        for extensions in ["AUTH PLAIN LOGIN"], ["STARTTLS", "AUTH PLAIN LOGIN"]:
+        """Nor with ?verify=no: that is about certificates."""
+        for number, (extensions, options) in enumerate((([["AUTH PLAIN LOGIN"], ""]), (["STARTTLS", "AUTH PLAIN LOGIN"], ""), (
+                ["AUTH PLAIN LOGIN"], "?verify=no"), (["STARTTLS", "AUTH PLAIN LOGIN"], "?verify=no&auth=login"))):
             peer = ScriptedPeer({"STARTTLS": "454 not now"}, extensions=extensions)
-            with self.subTest(extensions):
-                world = self.world(peer, smarthost="smtp://user:secret@192.0.2.25",
-                                   data=os.path.join(self.data, str(len(extensions))))
+            with self.subTest(extensions, options=options):
+                world = self.world(peer, smarthost="smtp://user:secret@192.0.2.25" + options, data=os.path.join(self.data, str(number)))
                 self.assertNotIn("AUTH", peer.verbs())
                 self.assertEqual((peer.messages, len(world.entries())), ([], 1))
-                self.assertIn("4.7.0", world.entries()[0].recipients[0]["last_reply"])
+                self.assertRegex(world.entries()[0].recipients[0]["last_reply"], "4.7.0|454 not now")
+
+    def test_a_password_is_shown_to_no_stranger(self):
+        """smtp:// and smtps://: its certificate is looked at, be --relay-tls what it may, and the name in it."""
+        context, cert = scripted_certificate(self)
+        names = {"mx.far.test": ["A 192.0.2.25"], "other.test": ["A 192.0.2.25"], "local.test": ["A 127.0.0.1"]}
+        for number, (url, trusted, good) in enumerate((
+                ("smtps://u:secret@mx.far.test", True, True), ("smtp://u:secret@mx.far.test", True, True),
+                ("smtps://u:secret@mx.far.test.", True, True), ("smtp://u:secret@mx.far.test.", True, True),
+                ("smtps://u:secret@mx.far.test", False, False), ("smtp://u:secret@mx.far.test", False, False),
+                ("smtps://u:secret@other.test", True, False), ("smtp://u:secret@other.test", True, False),
+                ("smtps://u:secret@local.test", True, False), ("smtps://u:secret@mx.far.test?verify=no", False, True),
+                ("smtp://u:secret@other.test?verify=no", False, True), ("smtps://other.test", False, True))):
+            for relay_tls in ("may", "require") if "u:" in url and "verify" not in url else ("may",):
+                peer = ScriptedPeer(tls=context, implicit=url.startswith("smtps"), extensions=["STARTTLS", "AUTH PLAIN"])
+                with self.subTest(url, trusted=trusted, relay_tls=relay_tls), self.trusting(cert) if trusted else contextlib.nullcontext():
+                    world = ScriptedWorld(self, names, {"192.0.2.25": peer, "127.0.0.1": peer}, smarthost=url, relay_tls=relay_tls,
+                                          data=os.path.join(self.data, "%d%s" % (number, relay_tls)))
+                    world.submit("bob@far.test")
+                    world.step()
+                    self.assertEqual((len(peer.messages), "AUTH" in peer.verbs()), (good, good and "u:" in url), self.logged[-1:])
 
     def test_a_password_goes_to_loopback_and_over_tls(self):
         peer = ScriptedPeer(extensions=["AUTH PLAIN"])
@@ -3165,8 +3186,27 @@ class ClientTLSTest(ScriptedCase):
         self.assertEqual(peer.verbs(), "EHLO AUTH MAIL RCPT DATA QUIT")
         context, _ = scripted_certificate(self)
         peer = ScriptedPeer(extensions=["STARTTLS", "AUTH PLAIN"], tls=context)
-        self.world(peer, smarthost="smtp://user:secret@192.0.2.25")
+        self.world(peer, smarthost="smtp://user:secret@192.0.2.25?verify=no")
         self.assertEqual(peer.verbs(), "EHLO STARTTLS EHLO AUTH MAIL RCPT DATA QUIT")
+
+    def test_what_is_announced_before_tls_counts_for_nothing_after_it(self):
+        context, _ = scripted_certificate(self)
+        peer = ScriptedPeer({"EHLO": ["250-x\n250-STARTTLS\n250 AUTH PLAIN", "250 x"]}, tls=context)
+        world = self.world(peer, smarthost="smtp://user:secret@192.0.2.25?verify=no")
+        self.assertEqual((peer.verbs(), len(world.entries())), ("EHLO STARTTLS EHLO", 1))
+
+    def test_a_token_that_was_renewed(self):
+        """The options are asked at each connection: what waits goes with the password as it is then."""
+        peer = ScriptedPeer({"AUTH": ["535 5.7.8 expired", "235 ok"]}, extensions=["AUTH XOAUTH2"])
+        world = ScriptedWorld(self, {}, {"127.0.0.1": peer}, smarthost="smtp://u:old@127.0.0.1")
+        world.submit("bob@far.test")
+        world.step()
+        world.relay.routes.options = lambda: world.config.__class__(smarthost=minimail.parse_url("smtp://u:new@127.0.0.1"))
+        world.clock.now += 5000
+        world.step()
+        said = [base64.b64decode(line.split()[2]) for line in peer.lines if line.startswith("AUTH")]
+        self.assertEqual(([b"Bearer old" in said[0], b"Bearer new" in said[1]], world.files()), ([True, True], []))
+        self.assertNotIn("old", " ".join(self.logged))
 
     def test_without_ssl(self):
         """A Python without ssl: what insists on TLS waits, everything else goes."""
@@ -3448,7 +3488,11 @@ class RelayTest(ScriptedCase):
         peer = ScriptedPeer(extensions=[])
         world = ScriptedWorld(self, FAR, {"192.0.2.25": peer})
         for sender in "x@%s.test" % ("\u00fc" * 60), "me@here.test":
-            world.submit("bob@far.test", sender=sender, utf8=not sender.isascii())
+            id = world.submit("bob@far.test")
+            with open(world.queue.path(id, "env"), "r+", encoding="utf-8") as file:
+                text = file.read().replace("me@here.test", sender)
+                file.seek(0)
+                file.write(text)
         world.step()
         self.assertEqual((len(peer.messages), world.entries()), (1, []))
 
@@ -3606,29 +3650,26 @@ class RunningRelayTest(ScriptedCase):
             self.eventually(settled.is_set)
             world.relay.stop()
             world.relay.join(PATIENCE)
-        envelopes = [name for name in world.files() if not name.endswith(".msg")]
-        self.assertEqual(len(envelopes), 1, envelopes)
+        self.assertEqual(len(world.files()), 3)
         self.assertEqual([r["address"] for r in world.entries()[0].recipients], ["eve@near.test"])
         self.assertEqual(len(peers["192.0.2.25"].messages), 1)
 
     def test_node_cleans_up_at_its_start(self):
-        """What killed processes left in run/, tmp/ and queue/ is gone soon after a node's start."""
+        """What killed processes left in tmp/ and queue/ is gone soon after a node's start."""
         world = ScriptedWorld(self, FAR, clock=time.time)
         world.submit("me@here.test", "bob@far.test")
-        token = world.stores.storage.token
+        dead = "00000001-00001-011223344"
         left = [os.path.join(self.data, *parts) for parts in (
-            ("run", token + ".queue9"), ("queue", "00000001-00001-%s9.msg" % token),
-            ("queue", "new", "00000001-00001-%s9.tmp" % token),
-            ("mail", "here.test", "all", "tmp", "1.00000001-00001-%s9.mx.here.test" % token))]
+            ("queue", dead + ".msg"), ("queue", dead + ".env.tmp"), ("queue", "new", dead),
+            ("mail", "here.test", "all", "tmp", "1.%s.mx.here.test" % dead))]
         for path in left:
             with open(path, "w"):
                 pass
-        world.close()
         with minimail.Node(data=self.data, smtp="off", pop3="off", domain="here.test", catch_all="all@here.test", no_sync=True,
                            resolver=ScriptedNames({"far.test": "SERVFAIL"})) as node:
             self.eventually(lambda: not any(map(os.path.exists, left)))
             self.assertEqual(len(node.messages("all@here.test")), 1)
-        self.assertEqual((len(world.entries()), os.listdir(os.path.join(self.data, "run"))), (1, []))
+        self.assertEqual(len(world.entries()), 1)
 
 
 class DestinationsTest(ScriptedCase):
@@ -3699,7 +3740,7 @@ class DestinationsTest(ScriptedCase):
             self.assertEqual(refused.reply.code, 550)
 
     def test_local_and_remote_are_safe_together_or_refused(self):
-        for blocked in "queue", "mail", os.path.join("queue", "new"):
+        for blocked in "queue", "mail":
             with self.subTest(blocked):
                 shutil.rmtree(self.data, ignore_errors=True)
                 world = self.world()
@@ -3735,7 +3776,6 @@ class DestinationsTest(ScriptedCase):
                 self.assertEqual(refused.reply[:2], (554, "5.4.6"))
                 break
             world.step()
-            world.close()
             content, hops = world.hosts["192.0.2.25"].messages[0][2], hops + 1
         self.assertEqual(hops, minimail.MAX_RECEIVED + 1)
 
