@@ -67,8 +67,8 @@ import threading
 import time
 import types
 from queue import Empty, SimpleQueue
-from typing import (TYPE_CHECKING, Any, Callable, Coroutine, Deque, Dict, Generator, Iterable, Iterator, List, NamedTuple,
-                    NoReturn, Optional, Sequence, Set, Tuple, Type, Union)
+from typing import (TYPE_CHECKING, Any, Callable, Container, Coroutine, Deque, Dict, Generator, Iterable, Iterator,
+                    List, NamedTuple, NoReturn, Optional, Sequence, Set, Tuple, Type, Union)
 
 try:
     import fcntl
@@ -3609,7 +3609,7 @@ class Queue:
                 if entry:
                     yield entry
 
-    def sweep(self) -> None:
+    def sweep(self, in_memory: Container[str] = ()) -> None:
         """Remove what dead processes left half done, and hint at what nobody could find; OSError."""
         self._adopt()
         hinted = {os.path.basename(hint) for hint in self.hints()}
@@ -3621,7 +3621,7 @@ class Queue:
                 if ENTRY_ID.fullmatch(id) and (kind.endswith("tmp") or (kind == "msg" and id not in envelopes)):
                     self._remove_if_dead(id, name)
         for id in envelopes - hinted:
-            if ENTRY_ID.fullmatch(id):
+            if ENTRY_ID.fullmatch(id) and id not in in_memory:
                 self.place_hint(Dispatch(Entry(id, "", 0, 0, 0.0, 0.0, [])), self.new)
 
     def _remove_if_dead(self, id: str, name: str) -> None:
@@ -4572,7 +4572,6 @@ class Relay:
         """Begin; RuntimeError when no thread is to be had."""
         self._running = True
         self._start_thread(self._run)
-        self.queue.submitted = self.submitted
 
     def _start_thread(self, target: Callable[..., None], *arguments: Any) -> None:
         def run() -> None:
@@ -4618,12 +4617,16 @@ class Relay:
         self._inbox.put((function, arguments))
 
     def _run(self) -> None:
-        self._guarded(self.queue.sweep)
+        self._guarded(self._sweep)
+        self.queue.submitted = self.submitted       # not before: what has no hint is in nobody's memory then
         while not self._stopping:
             self._guarded(self._turn)
         for dispatch in list(self._active.values()):    # for other processes, and the next start
             if not dispatch.hint:
                 self._guarded(self.queue.place_hint, dispatch, self.queue.new)
+
+    def _sweep(self) -> None:
+        self.queue.sweep(self._active)
 
     def _guarded(self, function: Callable[..., None], *arguments: Any) -> None:
         """Call a function; whatever happens in it stops nothing else. What the disk refused is done again later."""
