@@ -3477,8 +3477,6 @@ class Zone:
 # ======================================================================================================================
 
 ENTRY_ID = re.compile(r"[0-9a-f]+-[0-9a-f]+-[0-9a-f]+", re.ASCII)
-NO_LINKS = tuple(getattr(errno, name) for name in (
-    "EPERM", "EACCES", "ENOTSUP", "EOPNOTSUPP", "ENOSYS", "EMLINK", "EXDEV", "EINVAL") if hasattr(errno, name))
 
 
 @dataclasses.dataclass
