@@ -4598,7 +4598,8 @@ def is_own_address(address: str) -> bool:
 
 # As whom (--rewrite).
 
-FROM_TOKEN = re.compile(rb'"(?:[^"\\]|\\.)*"|\((?:[^()\\]|\\.)*\)|[^\s<>(),;:"\\]+', re.DOTALL)
+FROM_TOKEN = re.compile(                            # what has no end ends with the field: so no byte is looked at twice
+    rb'"[^"\\]*(?:\\.[^"\\]*)*"?|\([^()\\]*(?:\\.[^()\\]*)*\)?|[^\s<>(),;:"\\]+', re.DOTALL)
 FIELDS = re.compile(rb"(?<=\n)(?![ \t])")
 
 

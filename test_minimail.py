@@ -4083,7 +4083,7 @@ class RewriteTest(ScriptedCase):
                 b"From: root (Cron) <root@nas.local>,\r\n\tbob@here.test\r\n": b"From: root (Cron) <alerts@example.org>,\r\n\trobert@provider.test\r\n",
                 b"To: bob@here.test\r\nX-From: bob@here.test\r\n": None, b"Subject: x\r\n From: bob@here.test\r\n": None,
                 b"From: eve@here.test\r\n": None, b"From: b\xfcb@here.test\r\n": None, b"From: bob@here.test@x\r\n": None, b"From:\r\n": None,
-                b'From: "unended <bob@here.test>\r\n': b'From: "unended <robert@provider.test>\r\n', b"": None}.items():
+                b'From: "unended <bob@here.test>\r\n': None, b"": None}.items():
             with self.subTest(before):
                 self.assertEqual(minimail.rewrite_from(before, self.RULES), before if after is None else after)
 
@@ -4107,7 +4107,7 @@ class RewriteTest(ScriptedCase):
         world.submit("bob@far.test", "eve@far.test", "me@here.test", sender="all@nas.local", content=content)
         world.submit("bob@far.test", sender="", content=content)
         world.step()
-        (one, _, wire), (two, _, _) = world.hosts["192.0.2.25"].messages
+        (two, _, _), (one, _, wire) = sorted(world.hosts["192.0.2.25"].messages)
         self.assertEqual(two.partition(" ")[0], "<>")
         size = len(re.sub(rb"(?m)^\.\.", b".", wire))
         self.assertEqual(one, "<alerts@example.org> SIZE=%d" % size)
