@@ -4049,7 +4049,7 @@ class RelayTest(ScriptedCase):
         for wait, wanted in zip(waits, [60, 300, 900] + [3600] * (len(waits) - 4)):
             self.assertTrue(wanted * 0.88 <= wait <= wanted * 1.13 + 1, (wait, wanted))
         self.assertGreater(len(set(waits)), 10, "no jitter")
-        self.assertEqual(len(world.connected), len(moments))
+        self.assertIn(len(moments) - len(world.connected), (0, 1), "the last one may come while the destination pauses")
         self.assertTrue(432_000 <= moments[-1] <= 432_000 + 120, moments[-1])
         report, = world.mail()
         status = list(report.iter_parts())[1].get_payload()[1]
@@ -4099,7 +4099,7 @@ class RelayTest(ScriptedCase):
                  "hello refused": {"EHLO": "451 no", "HELO": "451 no"},
                  "451 mail": {"MAIL": "451 no"}, "450 rcpt": {"RCPT": "450 no"}, "421 rcpt": {"RCPT": "421 no\nDROP"},
                  "451 data": {"DATA": "451 no"}, "452 end": {"end": "452 full"}, "lost after the dot": {"end": "DROP"},
-                 "garbage": {"EHLO": b"what?\r\n"}}
+                 "garbage": {"EHLO": "what?\nDROP"}}
         for name, first in cases.items():
             with self.subTest(name):
                 world, first, second = self.two(first, data=os.path.join(self.data, name))

@@ -619,7 +619,7 @@ class Order(Case):
 
     @staticmethod
     def target(call):
-        """Return the directory in which a call makes a name that counts; "" for others: queue/ID.msg, hints, what the relay does."""
+        """Return the directory in which a call makes a name that counts; "" for others: ID.msg, hints, what the relay does."""
         source, target = re.findall(r'"([^"]*)"', call.text)[:2]
         if target.endswith(".msg") or re.search(r"/new/|/due/|/busy/", target.partition("/queue/")[2]) or \
                 re.search(r"/queue/.*\.env\..+\.tmp$", source):

@@ -574,7 +574,7 @@ class OddNameServers(Case):
 
 # Peers whose replies are odd
 
-ODD_PEERS = {                                       # what it says instead of the good replies; what comes of it: with us, with Postfix
+ODD_PEERS = {                                       # what it says instead of good replies; what comes of it with us, Postfix
     "fine": ({}, "sent", "sent"),
     "greets-554": ({"CONNECT": "554 no service here"}, "deferred", "deferred"),
     "greets-554-lines": ({"CONNECT": "554-peer.test\r\n554 no service here"}, "deferred", "deferred"),
