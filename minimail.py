@@ -4007,18 +4007,18 @@ class Peer:
         As Postfix reads them: the last line has the code, noise is skipped, and a reply may be as long as it likes, of
         which only so much is kept.
         """
-        lines: List[str] = []
+        texts: List[bytes] = []
         self._budget, code, more = MAX_REPLY, 0, True
         with self.step(what, seconds):
             while more:
                 match = REPLY_LINE.fullmatch(await self._line())
                 if match:
                     code, more = int(match.group(1)), match.group(2) == b"-"
-                    shown = self._shown(match.group(3) or b"")
-                    if len(lines) < MAX_REPLY_LINES:
-                        lines.append(shown)
+                    if len(texts) < MAX_REPLY_LINES:
+                        texts.append(match.group(3) or b"")
                     else:
-                        lines[-2:] = "...", shown
+                        texts[-2:] = b"...", match.group(3) or b""
+        lines = list(map(self._shown, texts))
         if not 200 <= code <= 599:
             raise PeerFailed(Reply(451, "4.5.0", "%s: not an SMTP reply: %d %s" % (self.name, code, lines[-1][:100])))
         reply = with_enhanced_code(code, lines)
