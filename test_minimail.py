@@ -61,6 +61,8 @@ except ImportError:
 HERE = os.path.dirname(os.path.abspath(__file__))
 SOURCE = os.path.join(HERE, "minimail.py")
 PATIENCE = 30.0                                     # seconds until something that does not come is missed
+RAM_DISK = "/dev/shm" if os.access("/dev/shm", os.W_OK) and "TMPDIR" not in os.environ else None
+tempfile.tempdir = RAM_DISK                         # thousands of small files are made and removed
 poplib._MAXLINE = 1 << 20                           # poplib takes no lines above 2048; servers may send them
 for name in [name for name in os.environ if name.startswith("MINIMAIL_")]:
     del os.environ[name]
@@ -830,6 +832,15 @@ class Clock:
         return self.now
 
 
+class RunningClock:
+    """A clock that can be put ahead."""
+
+    ahead = 0.0
+
+    def __call__(self):
+        return time.monotonic() + self.ahead
+
+
 class Wires(Case):
     def pair(self, timeout=PATIENCE, clock=time.monotonic):
         ours, theirs = socket.socketpair()
@@ -1041,7 +1052,7 @@ class Loops(Case):
 
     def test_deadlines(self):
         """... hold for what the other side makes us wait for, not for what we do ourselves."""
-        clock, ends, may_go_on = Clock(), collections.Counter(), threading.Event()
+        clock, ends, may_go_on = RunningClock(), collections.Counter(), threading.Event()
         loop = self.loop(clock=clock)
 
         async def hold(what, name):
@@ -1054,13 +1065,13 @@ class Loops(Case):
         with contextlib.suppress(BlockingIOError):
             while True:
                 full[0].send(b"x" * 65536)
-        loop.spawn(Job(hold(minimail.READ, "read"), sock=self.pair()[0], deadline=clock.now + 5))
-        loop.spawn(Job(hold(minimail.WRITE, "write"), sock=full[0], deadline=clock.now + 5))
-        loop.spawn(Job(hold(1000.0, "pause"), deadline=clock.now + 5))
+        loop.spawn(Job(hold(minimail.READ, "read"), sock=self.pair()[0], deadline=clock() + 1000))
+        loop.spawn(Job(hold(minimail.WRITE, "write"), sock=full[0], deadline=clock() + 1000))
+        loop.spawn(Job(hold(5000.0, "pause"), deadline=clock() + 1000))
         loop.spawn(Job(hold(minimail.READ, "patient"), sock=self.pair()[0]))
-        loop.spawn(Job(hold(lambda: may_go_on.wait(PATIENCE), "work"), deadline=clock.now + 5))
+        loop.spawn(Job(hold(lambda: may_go_on.wait(PATIENCE), "work"), deadline=clock() + 1000))
         loop.start()
-        clock.now += 10
+        clock.ahead += 1001
         self.eventually(lambda: len(ends) == 3)
         may_go_on.set()
         self.eventually(lambda: len(ends) == 4)
@@ -1223,7 +1234,7 @@ class Loops(Case):
 
     def test_the_end(self):
         """Each task ends when it is not in flight; who does not listen is ended after the grace."""
-        clock, ends = Clock(), []
+        clock, ends = RunningClock(), []
         loop = self.loop(clock=clock)
 
         async def talk(name, what=minimail.READ, stubborn=False):
@@ -1247,7 +1258,7 @@ class Loops(Case):
         self.eventually(lambda: len(ends) >= 2)
         flying.flying = False
         self.eventually(lambda: len(ends) >= 3)
-        clock.now += 5.1
+        clock.ahead += 6.0                          # the grace is over
         stopped()
         self.assertEqual(sorted(ends[:2]) + ends[2:], ["idle", "pausing", "flying", "late"])
         self.assertFalse(loop.tasks)
@@ -2246,7 +2257,6 @@ class AwaitingMail(Case):
 
 
 
-RAM_DISK = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None      # thousands of small files are made and removed
 LETTER = b"From: me@here.test\r\nSubject: hi\r\n\r\nbody\r\n"
 
 
@@ -2258,9 +2268,7 @@ class ScriptedCase(Case):
     """A test with a temporary data directory and the log lines of the node in `self.logged`."""
 
     def setUp(self):
-        directory = tempfile.TemporaryDirectory(prefix="minimail-test-", dir=RAM_DISK)
-        self.addCleanup(directory.cleanup)
-        self.data = os.path.join(directory.name, "data")
+        self.data = os.path.join(self.directory(), "data")
         self.logged = []
         handler = logging.Handler()
         handler.emit = lambda record: self.logged.append("%s %s%s" % (
