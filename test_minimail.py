@@ -5992,7 +5992,7 @@ class Dialogs(Case):
                 "MAIL TO:<a@x>": "501", "MAIL FROM:<a@x> SIZE=x": "501 5.5.4",
                 "MAIL FROM:<a@x> BODY=9BIT": "501 5.5.4", "MAIL FROM:<a@x> NOSUCH=1": "555 5.5.4",
                 "MAIL FROM:<a@x> SMTPUTF8=1": "555",
-                "MAIL FROM:<a@x> SIZE=1 SIZE=1": "501", "MAIL FROM:<a@x> SIZE=200001": "552 5.3.4", "MAIL FROM:<bob>": "553",
+                "MAIL FROM:<a@x> SIZE=1 SIZE=1": "501", "MAIL FROM:<a@x> SIZE=200001": "552 5.3.4",
                 "MAIL FROM:<a\x00@x>": "501", "MAIL FROM:<a\x1b@x>": "501", "MAIL FROM:<j\xf6rg@x>": "553 5.6.7",
                 "EXPN x": "502 5.5.1",
                 "TURN": "502", "VRFY": "501", "VRFY bob": "252", "NOOP": "250", "DATA x": "501", "RSET x": "501",
@@ -6006,7 +6006,6 @@ class Dialogs(Case):
                 self.session("C: %s\nS: %s" % (command, reply))
         for command, reply in {
                 "RCPT": "501", "RCPT FROM:<a@x>": "501", "RCPT TO:<>": "501 5.1.3", "RCPT TO:<a@x> NOTIFY=NEVER": "555",
-                "RCPT TO:<bob>": "553",
                 "RCPT TO:<j\xf6rg@x>": "553 5.6.7", "RCPT TO:<%s@x>" % ("a" * 256): "553 5.1.3", "RCPT TO:<postmaster>": "250",
                 "RCPT TO:<@r.example,@s.example:a@x>": "250", "RCPT TO:<a@[127.0.0.1]>": "250", 'RCPT TO:<"a b"@x>': "250",
                 "RCPT TO: <a@x>": "250"}.items():
@@ -6075,7 +6074,7 @@ class Dialogs(Case):
                 C: MAIL FROM:<a@x>
                 C: RCPT TO:<pipe1@x>
                 C: RCPT TO:<pipe2@x>
-                C: RCPT TO:bad
+                C: RCPT TO:<>
                 C: DATA
                 S: 250 2.1.0
                 S: 250 2.1.5
@@ -6235,7 +6234,7 @@ class Dialogs(Case):
             self.assertEqual(client.sendmail("a@x", ["lib@x", "lib2@x"], "Subject: y\n\n.\n..\nend"), {})
             self.assertEqual(client.verify("bob")[0], 252)
             with self.assertRaises(smtplib.SMTPSenderRefused):
-                client.sendmail("not an address", ["lib@x"], b"")
+                client.sendmail("a@x", ["lib@x"], b"", mail_options=["NOSUCH=1"])
             self.assertEqual(client.rset()[0], 250)
         self.assertEqual(body_of(self.shared.wait_for("lib@x").read()), b"Subject: y\r\n\r\n.\r\n..\r\nend\r\n")
 
@@ -6345,7 +6344,7 @@ class AsOthersTakeIt(Case):
         ("AUTH FOO", "504 5.5.4", "503"))
     AFTER_EHLO = (
         ("MAIL FROM:a@x", "250", "501"), ("MAIL FROM: a@x", "250", "501"), ("MAIL FROM:a..b@x", "250", "501"),
-        ("MAIL FROM:<.a.@x>", "250", "501"), ("MAIL FROM:<bob>", "250", "553"), ("MAIL FROM:<a@x", "501", "501"),
+        ("MAIL FROM:<.a.@x>", "250", "501"), ("MAIL FROM:<a@x>\r\nRCPT TO:<bob>\r\nRCPT TO:eve", "250", "250"), ("MAIL FROM:<bob>", "250", "553"), ("MAIL FROM:<a@x", "501", "501"),
         ("AUTH PLAIN !", "501", "501"), ("AUTH PLAIN =", "235", "501"))
 
     def check(self, address, lines, column):
@@ -6359,7 +6358,7 @@ class AsOthersTakeIt(Case):
     def test_capture_mode(self):
         node = self.node()
         self.check(node.smtp_address, self.LINES, 0)
-        self.check(node.smtp_address, self.AFTER_EHLO[-3:], 0)      # the others: with the paths of section 3
+        self.check(node.smtp_address, self.AFTER_EHLO, 0)
         self.dialog(node.smtp_address, "S: 220\n" + letter(recipient="plain@x"))     # without a hello at all
         self.assertRegex(node.wait_for("plain@x").read(), rb"(?m)^Received: from ")
         talk = self.talk(node.smtp_address, hello=False)
