@@ -6063,13 +6063,13 @@ class Dialogs(Case):
 
     def test_pipelining_is_answered_in_one_piece(self):
         sent = []
-        flush = minimail.Wire.flush
+        send_some = minimail.Wire.send_some
 
-        async def note(wire):
+        def note(wire):
             sent.append(b"".join(wire.output))
-            await flush(wire)
+            return send_some(wire)
         talk = self.talk(self.shared.smtp_address)
-        with mock.patch.object(minimail.Wire, "flush", note):
+        with mock.patch.object(minimail.Wire, "send_some", note):
             self.dialog(talk, """\
                 C: MAIL FROM:<a@x>
                 C: RCPT TO:<pipe1@x>
@@ -6611,8 +6611,11 @@ class TLS(Case):
         self.dialog(self.tls_talk(node.smtps_address), "S: 220")
 
     def test_needed(self):
-        for options in (dict(smtps="127.0.0.1:0"), dict(pop3s="127.0.0.1:0"), dict(tls_cert="/no/such.pem")):
-            self.assertRaises(OSError, minimail.Node(smtp="127.0.0.1:0", pop3="off", **options).start)
+        for name in ("smtps", "pop3s", "webs"):
+            with self.assertRaisesRegex(ValueError, name + ".*tls_cert"):
+                minimail.Node(**{name: "127.0.0.1:0"})
+        with self.assertRaisesRegex(OSError, "/no/such.pem"):
+            minimail.Node(smtp="127.0.0.1:0", tls_cert="/no/such.pem").start()
 
 
 # ======================================================================================================================
