@@ -7589,10 +7589,6 @@ class WebCase(Case):
         target = "/api/v1/search?query=" + quote(query) if query else "/api/v1/messages"
         return [message["Subject"] for message in self.ask(node, target).json["messages"]]
 
-    def wakers(self, data):
-        """Return how many wait on a data directory for mail."""
-        return sum(".mail" in name for name in os.listdir(os.path.join(data, "run")))
-
     def assertSoon(self, function, seconds):
         started = time.monotonic()
         result = function()
@@ -8289,7 +8285,6 @@ class WebEvents(WebCase):
             for page in pages:
                 self.until(page, kind)
         other = self.node(data=node.data)
-        self.eventually(lambda: self.wakers(node.data) >= 1)
         self.deliver(other, b"x\r\n", "c@x")        # another process on the same directory
         for page in pages:
             self.until(page, "new")
@@ -8736,12 +8731,10 @@ class WaitForMail(WebCase):
                          retry=[86400, 86400], give_up=7 * 86400, clock=clock)
         self.deliver(near, b"Subject: late\r\n\r\nx\r\n", "bob@far.test")
 
+        queue = near.stores.post.queue
+
         def attempts():
-            for folder, _, names in os.walk(os.path.join(near.data, "queue", "due")):
-                for name in names:
-                    with contextlib.suppress(FileNotFoundError), open(os.path.join(folder, name)) as file:
-                        return json.load(file)["attempts"]
-            return 0
+            return sum(entry.attempts for entry in map(queue.read, queue.places()) if entry)
         for number in (1, 2):
             self.eventually(lambda number=number: attempts() == number, "it was tried, and waits")
             clock.now += 2 * 86400
@@ -8772,11 +8765,9 @@ class WaitForMail(WebCase):
         html = (b"From: Shop <shop@x>\r\nSubject: Sign up\r\nContent-Type: multipart/alternative; boundary=b\r\n\r\n--b\r\n"
                 b"Content-Type: text/plain; charset=utf-8\r\n\r\nh\xc3\xa4llo http://a.test/1\r\n--b\r\nContent-Type: text/html\r\n\r\n"
                 b"<a href='http://a.test/2?a=1&amp;b=2'>x</a>\r\n--b--\r\n")
-        waiting = self.wakers(node.data)
         processes = [self.wait(node.data, "--subject", "sign", "--print", "raw", "--timeout", "30"),
                      self.wait(node.data, "B@x", "--from", "shop", "--text", "hällo", "--print", "links", "--timeout", "30"),
                      self.wait(node.data, "c@x", "--timeout", "2")]
-        self.eventually(lambda: self.wakers(node.data) >= waiting + 3)
         self.deliver(node, b"Subject: other\r\n\r\nx\r\n", "b@x")
         self.assertTrue(all(process.poll() is None for process in processes))
         self.deliver(node, html, "b@x")
@@ -8911,9 +8902,7 @@ class WebWhenOff(WebCase):
         with open(SOURCE, encoding="utf-8") as file:
             text = file.read()
         starts = [match.start() for match in BANNER.finditer(text)] + [len(text)]
-        numbers = [int(match.group(1)) for match in BANNER.finditer(text)]
-        at = numbers.index(17)
-        self.assertIn("Web inbox", text[starts[at]:starts[at] + 300])
+        at = next(number for number, start in enumerate(starts) if "Web inbox" in text[start:start + 300])
         directory = self.directory()
         path = os.path.join(directory, "minimail.py")
         with open(path, "w", encoding="utf-8") as file:
