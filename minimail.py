@@ -66,8 +66,8 @@ import tempfile
 import threading
 import time
 import types
-from typing import (TYPE_CHECKING, Any, Callable, Coroutine, Deque, Dict, Generator, Iterable, Iterator, List, NamedTuple,
-                    NoReturn, Optional, Sequence, Set, Tuple, Type, Union)
+from typing import (TYPE_CHECKING, Any, BinaryIO, Callable, Coroutine, Deque, Dict, Generator, Iterable, Iterator, List,
+                    NamedTuple, NoReturn, Optional, Sequence, Set, Tuple, Type, Union)
 
 try:
     import fcntl
@@ -108,7 +108,22 @@ MAX_SENDERS_PER_HOST = 10           # ... to one destination
 MAX_ACTIVE = 2000                   # queue entries held in memory; the others wait on disk
 MAX_QUEUE = 1_000_000               # messages in the queue, then 452: something is badly wrong
 MAX_WAITING = 500                   # of them for one destination, so that a slow one does not fill them all
-MAX_HTTP_BODY = 1 << 26             # bytes in a request to the JSON API
+MAX_HTTP_BODY = 1 << 26             # bytes in a request to the JSON API that brings a message, and ...
+MAX_SMALL_BODY = 1 << 22            # ... in any other: a hundred thousand IDs
+MAX_HTTP_HEAD = 1 << 16             # bytes in a request's header fields, and ...
+MAX_HTTP_FIELDS = 100               # ... their number (http.client takes no more)
+MAX_JSON_VALUES = 200_000           # in a request: each takes some 100 bytes of memory, whatever it takes on the wire
+MAX_DESKS = 4                       # requests that have messages in memory at once
+LARGE = 1 << 20                     # bytes from which on a request's body waits on disk
+WEB_SHARE = 4                       # of --max-connections, one in so many can be the web's
+WEB_TIMEOUT = 60.0                  # seconds within which a request is complete (less with a shorter --timeout), and ...
+WEB_RATE = 1 << 14                  # ... bytes/s that it or its answer must have; browsers give up long before
+WEB_IDLE = 15.0                     # seconds a connection is kept for its next request
+WAIT_STEP = 0.1                     # seconds after which who waits looks around
+MAX_TAGGED = 1 << 22                # bytes of memory for messages' tags
+MAX_TAGS = 50                       # of one message
+MAX_RELEASED = 100                  # addresses that a message is released to at once
+MAX_HOOKED = 1000                   # messages that a webhook still has to be told of
 MAX_WORKERS = 64                    # processes sharing a data directory
 MAX_SUBMITTED_HEADER = 1 << 20      # bytes of header that `sendmail` takes; it is held in memory, the body is not
 MAX_SUBMITTED_NAMES = 10_000         # recipients named to it; past MAX_RECIPIENTS of them come back
@@ -2308,6 +2323,7 @@ class Mailboxes:
         self.path = functools.lru_cache(maxsize=1000)(self._path)
         self.forget: Optional[Callable[[str], None]] = None     # told the id of a message whose last copy was deleted
         self._listings: "collections.OrderedDict[str, Tuple[Any, List[Item]]]" = collections.OrderedDict()
+        self._listed = 0                            # items in them
         self._listing_lock = threading.Lock()
 
     def _path(self, mailbox: str) -> str:
@@ -2388,9 +2404,10 @@ class Mailboxes:
         listing = sorted(items.values(), key=lambda item: item.name)
         if time.time_ns() - max(stamp)[0] > 2_000_000_000:  # within a clock tick a change might not show in the stamp
             with self._listing_lock:
+                self._listed += len(listing) - len(self._listings.pop(path, (None, []))[1])
                 self._listings[path] = (stamp, listing)
-                while len(self._listings) > 1 and sum(len(old[1]) for old in self._listings.values()) > 250_000:
-                    self._listings.popitem(last=False)
+                while len(self._listings) > 1 and self._listed > 250_000:
+                    self._listed -= len(self._listings.popitem(last=False)[1][1])
         return listing
 
     @staticmethod
@@ -3219,12 +3236,18 @@ class Door:
         envelope.recipients.append(address)
         return found
 
-    def send(self, envelope: Envelope, recipients: Iterable[Address], content: bytes, user: Optional[str] = None) -> Parcel:
-        """Take a whole message over from somebody trusted, and return the parcel that is on disk; Refused."""
+    def send(self, envelope: Envelope, recipients: Iterable[Address], content: Union[bytes, Iterable[bytes]],
+             user: Optional[str] = None) -> Parcel:
+        """Take a whole message over, in blocks or one, from somebody trusted; return the parcel that is on disk; Refused."""
         self.check_sender(envelope, parse_address(envelope.sender) if envelope.sender else None, user)
         self.ask("on_mail", envelope.client, envelope.sender, user)
-        parcel = self.post.begin(envelope, [self.recipient(envelope, address, True) for address in recipients])
-        parcel.draft.write(content)
+        return self.post_all(envelope, [self.recipient(envelope, address, True) for address in recipients], content)
+
+    def post_all(self, envelope: Envelope, destinations: List[Destinations], content: Union[bytes, Iterable[bytes]]) -> Parcel:
+        """Take a whole message over for destinations that are settled, and return the parcel that is on disk; Refused."""
+        parcel = self.post.begin(envelope, destinations)
+        for block in [content] if isinstance(content, bytes) else content:
+            parcel.draft.write(block)
         self.finish(parcel)
         self.post.commit(parcel)
         return parcel
@@ -3266,7 +3289,9 @@ def open_stores(config: Config, clock: Callable[[], float] = time.time, policy: 
     mailboxes = Mailboxes(storage, hostname)
     accounts = Accounts(config.file("users"))
     book = AddressBook(config.domain, accounts, config.file("aliases"), config.catch_all, hostname)
-    queue = None if config.capture else next(filter(None, (e.queue(storage, config, clock) for e in EXTENSIONS)), None)
+    queue = None
+    if config.release or not config.capture:        # in capture mode only what is released by hand gets into it
+        queue = next(filter(None, (section.queue(storage, config, clock) for section in EXTENSIONS)), None)
     post = Post(mailboxes, hostname, config.max_size, queue, clock)
     return Stores(hostname, storage, mailboxes, accounts, book, post, Door(config, book, post, policy))
 
@@ -3279,8 +3304,8 @@ def await_mail(storage: Storage, look: Callable[[], Any], until: float, sleep: C
     while True:
         stamp, looked = storage.stamp("mail"), time.monotonic()
         found = look()
-        if found:
-            return found
+        if found or looked >= until:
+            return found or None
         while storage.stamp("mail") == stamp and time.monotonic() < looked + 2.0:   # a stamp may be coarse, or be missed
             left = until - time.monotonic()
             if left <= 0:
@@ -5666,7 +5691,10 @@ class RelayExtension(Extension):
         if node.stores.post.queue and node.relays:
             resolver = node.resolver if node.zone is None else Zone(node.zone).resolver()
             own = [endpoint for name, endpoint in node.endpoints() if name == "smtp"]
-            node.relay = Relay(node.config, node.stores, node.config.dns, own, node.clock, resolver)
+            config = node.config
+            if config.capture:                      # only what is released by hand gets there
+                config = dataclasses.replace(config, smarthost=config.release, route=())
+            node.relay = Relay(config, node.stores, config.dns, own, node.clock, resolver)
 
     def start(self, node: Any) -> None:
         if node.relay:
@@ -7149,6 +7177,8 @@ class Node:
                 self._listeners.append(Listener("smtp", endpoint, SMTPSession))
             for endpoint in config.smtps:
                 self._listeners.append(Listener("smtps", endpoint, SMTPSession, tls=True))
+            if config.web or config.webs:
+                extension("web")                    # CannotRun when this copy has none
             for section in EXTENSIONS:
                 self._listeners += section.listeners(config)
         except BaseException:
@@ -7182,6 +7212,8 @@ class Node:
             for section in EXTENSIONS:
                 section.start(self)
             loop.crew.do(self._sweep)
+            if self.config.max_age:
+                threading.Thread(target=self._expire, args=(site,), name="minimail-age", daemon=True).start()
         except OSError as error:
             self.stop()
             self._undo_start()
@@ -7198,6 +7230,17 @@ class Node:
             self.stores.mailboxes.sweep()
         if self.site and self.site.recorder:
             self.site.recorder.sweep()
+
+    def _expire(self, site: Site) -> None:
+        """Remove what has become older than --max-age where nothing new comes, until the node stops."""
+        age = self.config.max_age or 0.0
+        while not site.stopping:
+            for mailbox in site.mailboxes.names():
+                with contextlib.suppress(OSError):
+                    site.mailboxes.prune(mailbox, None, age)
+            due = time.monotonic() + min(max(age / 10, 0.5), 60.0)
+            while time.monotonic() < due and not site.stopping:
+                time.sleep(site.mailboxes.storage.LOOK)
 
     def _undo_start(self) -> None:
         self._close_listeners()
@@ -7235,7 +7278,7 @@ class Node:
 
     @property
     def smtp_address(self) -> Any:
-        """(host, port) of the first SMTP listener, None without one; so the four below."""
+        """(host, port) of the first SMTP listener, None without one; so the five below."""
         return self._endpoint("smtp")
 
     @property
@@ -7254,12 +7297,18 @@ class Node:
     def web_address(self) -> Any:
         return self._endpoint("web")
 
+    @property
+    def webs_address(self) -> Any:
+        return self._endpoint("webs")
+
     # The mail in it.
 
     def _accepted(self, parcel: Parcel) -> None:
         """The client has its 250: wake who waits."""
         self.accepted += 1
         self.accepted_bytes += parcel.draft.size
+        if self.site and self.site.inbox:
+            self.site.inbox.accepted(parcel)
         with self._arrived:
             self._arrivals += 1
             self._arrived.notify_all()
@@ -8599,29 +8648,69 @@ class Faults:
         return None
 
 
+Copies = Tuple[Tuple[str, Item], ...]               # (mailbox, item)
+
+
 class Letter:
-    """An accepted message, however many mailboxes have it."""
+    """An accepted message, however many mailboxes have it; or only the copy in the viewer's own mailbox."""
 
-    def __init__(self, id: str, copies: List[Tuple[str, Item]], inbox: "Inbox") -> None:
-        self.id, self.copies, self.inbox = id, copies, inbox
+    def __init__(self, id: str, copies: Copies, inbox: "Inbox", own: str = "") -> None:
+        self.id, self.inbox, self.own = id, inbox, own
+        self.key = "%s %s" % (id, own) if own else id   # by which what is computed about it is remembered
+        self.hold(copies)
 
-    @property
-    def read(self) -> bool:
-        return all("S" in item.name.partition(FLAGS)[2] for _, item in self.copies)
+    def hold(self, copies: Copies) -> None:
+        """Be told where the message is now."""
+        self.read = all("S" in item.name.partition(FLAGS)[2] for _, item in copies)
+        self.copies = copies
 
     def message(self) -> Message:
         mailbox, item = self.copies[0]
         return Message(self.inbox.mailboxes, mailbox, item)
 
+    def open(self) -> BinaryIO:
+        """Return the message as a file; OSError."""
+        mailbox, item = self.copies[0]
+        return os.fdopen(self.inbox.mailboxes.open(mailbox, item), "rb")
+
     def view(self) -> View:
         return View(self.message().read())
 
+    def record(self) -> Dict[str, Any]:
+        """Return what was noted when the message came; the others' part of it is not for who sees one mailbox only."""
+        recorder = self.inbox.site.recorder
+        record = {"id": self.id, "sender": "", "recipients": [mailbox for mailbox, _ in self.copies], "helo": "",
+                  "client": "", "protocol": "", "tls": False, "transcript": [], "lint": []}
+        known = recorder.load(self.id) if recorder else None
+        if not known:
+            return dict(record, sender=self.message().sender)
+        if self.own:
+            return dict(record, sender=known.get("sender", ""), **{key: known[key] for key in ("tags",) if key in known})
+        return dict(record, **known)
+
+    @property
+    def tags(self) -> List[str]:
+        """Those it was given; else those that it came with, in X-Tags or in the addresses (bob+shop@x: shop)."""
+        tags: Optional[List[str]] = self.inbox.tagged.get(self.key)
+        if tags is None:
+            record = self.record()
+            tags = record.get("tags")
+            if tags is None:
+                named = View(self.message().head(BLOCK)).header("x-tags").split(",")
+                locals = (parse_key(recipient).local for recipient in record["recipients"])
+                tags = clean_tags(named + [word for local in locals for word in local.split("+")[1:]])[:MAX_TAGS]
+            self.inbox.tagged.put(self.key, tags, 200 + sum(map(len, tags)))
+        return tags
+
+    def set_tags(self, tags: List[str]) -> None:
+        """Note the tags beside what else is known of the message; OSError."""
+        recorder = self.inbox.site.recorder
+        record = dict(recorder.load(self.id) or self.record(), tags=tags)
+        recorder.storage.write(recorder.path(self.id), json.dumps(record).encode())
+
     def session(self) -> Dict[str, Any]:
         """Return envelope, transcript and lint; what can be told from the message alone where none were kept."""
-        recorder = self.inbox.site.recorder
-        record = (recorder.load(self.id) if recorder else None) or {
-            "id": self.id, "sender": self.message().sender, "recipients": [mailbox for mailbox, _ in self.copies],
-            "helo": "", "client": "", "protocol": "", "tls": False, "transcript": [], "lint": []}
+        record = self.record()
         record["bcc"] = [person["Address"] for person in self.summary()["Bcc"]]
         record["lint"] = [{"rule": rule, "text": LINT[rule][0], "rfc": LINT[rule][1]} for rule in record["lint"]
                           if rule in LINT]
@@ -8629,7 +8718,7 @@ class Letter:
 
     def summary(self, view: Optional[View] = None) -> Dict[str, Any]:
         """Return the entry of a list; what is in the file is read once (not at all with its view) and remembered."""
-        known = self.inbox.summaries.get(self.id)
+        known = self.inbox.summaries.get(self.key)
         if known is None:
             try:
                 known = self._summary(view or self.view())
@@ -8641,29 +8730,23 @@ class Letter:
                 known = {"ID": self.id, "MessageID": "", "From": nobody, "To": [], "Cc": [], "Bcc": [], "ReplyTo": [],
                          "Subject": "(cannot be shown)", "Created": iso_time(self.message().received_at.timestamp()),
                          "Username": "", "Tags": [], "Size": self.message().size, "Attachments": 0, "Snippet": ""}
-            self.inbox.summaries.put(self.id, known, summary_cost(known))
-        return dict(known, Read=self.read)
-
-    @property
-    def tags(self) -> List[str]:
-        return []
+            self.inbox.summaries.put(self.key, known, summary_cost(known))
+        return dict(known, Read=self.read, Tags=self.tags)
 
     def searched(self) -> Searched:
         """Return what the message is searched by; computed once."""
-        found: Optional[Searched] = self.inbox.searched.get(self.id)
+        found: Optional[Searched] = self.inbox.searched.get(self.key)
         if found is None:
             view = self.view()
             found = searched(view, self.summary(view), self.message().received_at.timestamp())
-            self.inbox.searched.put(self.id, found, found.cost())
+            self.inbox.searched.put(self.key, found, found.cost())
         return found
 
     def _summary(self, view: View) -> Dict[str, Any]:
         message = self.message()
-        recorder = self.inbox.site.recorder
-        record = recorder.load(self.id) if recorder else None
         named = {name: view.addresses(name) for name in ("from", "to", "cc", "reply-to")}
         shown = {same_address(person["Address"]) for name in ("to", "cc") for person in named[name]}
-        recipients = record["recipients"] if record else [mailbox for mailbox, _ in self.copies]
+        recipients = self.record()["recipients"]
         named["bcc"] = [{"Name": "", "Address": shorten(who)} for who in recipients if same_address(who) not in shown]
         listed = {name: first_people(people, MAX_LISTED) for name, people in named.items()}
         return {"ID": self.id, "MessageID": shorten(view.header("message-id").strip("<>")),
@@ -8685,12 +8768,91 @@ class Letter:
                     Links=view.links(), Calendar=view.calendar(), Tree=view.tree(), RemoteImages=view.has_remote, Cut=view.cut)
 
 
+# Who asks, for what, and what comes back.
+
+class Viewer(NamedTuple):
+    """Who looks at the mail."""
+    user: Optional[str] = None                      # who logged in
+    own: str = ""                                   # the one mailbox that is shown; "" for all
+
+
+EVERYTHING = Viewer()                               # who needs no log-in
+
+
 class Answered(NamedTuple):
     """An HTTP response."""
     status: int
     type: str
-    body: bytes
+    body: bytes = b""
     headers: Dict[str, str] = {}
+    file: Optional[BinaryIO] = None                 # sent in blocks instead of the body
+    stream: Optional[Iterator[bytes]] = None        # sent as it comes, until the connection ends
+
+
+class Rejected(Exception):
+    """Raised where a request is refused; carries the answer that says so."""
+
+    def __init__(self, status: int, text: str, headers: Optional[Dict[str, str]] = None) -> None:
+        super().__init__(text)
+        self.answer = text_answer(status, text)._replace(headers=headers or {})
+
+
+class Route(NamedTuple):
+    """A row of ROUTES: what answers which requests, and on what terms."""
+    method: str
+    pattern: str                                    # of the whole path
+    name: str                                       # of the method of Inbox
+    body: int = 0                                   # bytes taken
+    everything: bool = False                        # only for who sees every mailbox
+    waits: bool = False                             # for mail
+
+
+@dataclasses.dataclass
+class Request:
+    """An HTTP request whose head has been read; its body comes when a route is found that wants one."""
+    method: str
+    path: str
+    query: Dict[str, str]
+    viewer: Viewer = EVERYTHING
+    type: str = ""                                  # of the body
+    read: Callable[[int], BinaryIO] = lambda limit: io.BytesIO()    # the body, of so many bytes at most; Rejected
+    is_over: Callable[[], bool] = lambda: False     # the client has gone, or the node stops
+    body: BinaryIO = dataclasses.field(default_factory=io.BytesIO)
+
+    def number(self, name: str, default: int) -> int:
+        text = self.query.get(name, "")
+        return int(text) if text.isascii() and text.isdecimal() and len(text) < 10 else default
+
+    def content(self) -> bytes:
+        """Return the body, once."""
+        with self.body:
+            return self.body.read()
+
+    def json(self) -> Any:
+        """Return what the body means; ValueError."""
+        return read_json(self.content())
+
+
+def read_json(body: bytes) -> Any:
+    """Return the value of a JSON text; ValueError also when it has more values or longer numbers than anybody needs."""
+    bare, values, at = body.replace(b"\\\\", b"").replace(b'\\"', b""), 0, 0
+    while 0 <= at < len(bare):                      # outside of strings, these stand between values
+        end = bare.find(b'"', at)
+        end = len(bare) if end < 0 else end
+        values += 1 + sum(bare.count(mark, at, end) for mark in (b",", b"[", b"{"))
+        if values > MAX_JSON_VALUES:
+            raise ValueError("more than %d values in the JSON" % MAX_JSON_VALUES)
+        at = bare.find(b'"', end + 1) + 1 or -1
+    del bare
+    return json.loads(body, parse_int=short_number(int), parse_float=short_number(float))
+
+
+def short_number(kind: Callable[[str], Any]) -> Callable[[str], Any]:
+    def parse(text: str) -> Any:
+        if len(text) > 30:                          # to turn digits into a number takes the square of their count
+            raise ValueError("a number of %d digits" % len(text))
+        return kind(text)
+    return parse
 
 
 def json_answer(value: Any, status: int = 200) -> Answered:
@@ -8698,12 +8860,154 @@ def json_answer(value: Any, status: int = 200) -> Answered:
 
 
 def text_answer(status: int, text: str) -> Answered:
-    return Answered(status, "text/plain; charset=utf-8", text.encode("utf-8"))
+    return Answered(status, "text/plain; charset=utf-8", text.encode("utf-8", "replace"))
 
 
 NOT_FOUND = text_answer(404, "404 page not found")
 OK_ANSWER = text_answer(200, "ok")
 SAFE_TYPES = ("image/png", "image/jpeg", "image/gif", "image/webp", "text/plain", "application/pdf", "audio/mpeg", "video/mp4")
+LINK = re.compile(r"<(a|area)(?=[ \t\n\r\f/>])", re.IGNORECASE | re.ASCII)
+FRAME = re.compile(r"<(?=(?:i?frame|frameset|object|embed)[ \t\n\r\f/>])", re.IGNORECASE | re.ASCII)
+SCREENS = "".join('<i id=minimail-%d style="position:absolute;top:%dvh"></i>' % (n, 90 * n) for n in range(60))
+
+
+def in_a_frame(html: str) -> str:
+    """Return HTML for a frame of the page: links open windows of their own and do not say where from, frames are none.
+
+    A tag's name goes up to a blank, "/" or ">", and of two equal attributes the first counts, so this needs no parser.
+    At the end stand marks by which the page can scroll what it may not look into.
+    """
+    return LINK.sub(r"<\1 target=_blank rel=noreferrer referrerpolicy=no-referrer ", FRAME.sub("<x-", html)) + SCREENS
+
+
+class Index:
+    """All messages of all mailboxes; brought up to date mailbox by mailbox where two stat() calls show a change."""
+
+    def __init__(self, mailboxes: Mailboxes, make: Callable[[str, Copies], Letter], forget: Callable[[str], None]) -> None:
+        self.mailboxes, self.make, self.forget = mailboxes, make, forget
+        self._lock = threading.Lock()
+        self._begun = 0.0                           # when the last look at the disk began
+        self._domains: Dict[str, Tuple[Any, List[Tuple[str, str, str]]]] = {}   # directory: stamp, places of its mailboxes
+        self._boxes: Dict[str, Tuple[Any, Dict[str, Item]]] = {}    # mailbox: stamp, items by UID
+        self._letters: Dict[str, Letter] = {}       # by id
+        self._newest: Optional[List[Letter]] = []   # the newest first; None: to be sorted anew
+
+    def letters(self) -> List[Letter]:
+        """Return all messages, newest first."""
+        self.refresh()
+        with self._lock:
+            if self._newest is None:
+                self._newest = sorted(self._letters.values(), key=lambda letter: letter.copies[0][1].name, reverse=True)
+            return self._newest
+
+    def get(self, id: str) -> Optional[Letter]:
+        return self._letters.get(id)
+
+    def letter_of(self, message: Message) -> Optional[Letter]:
+        """Return what a message in a mailbox is a copy of; None when it has gone."""
+        for attempt in range(2):
+            letter = self.get(message.id)
+            if letter and any(mailbox == message.recipient for mailbox, _ in letter.copies):
+                return letter
+            if not attempt:
+                self.refresh()
+        return None
+
+    def refresh(self) -> None:
+        """Look at the disk, unless somebody began to after we were called."""
+        asked = time.monotonic()
+        with self._lock:
+            if self._begun > asked:
+                return
+            self._begun = time.monotonic()
+            recent = time.time_ns() - 2_000_000_000     # from then on a clock's tick may hide a change
+            places = self._places(recent)
+            for mailbox, new, cur in places:
+                stamp = directory_stamp(recent, new, cur)
+                if stamp is None or mailbox not in self._boxes or self._boxes[mailbox][0] != stamp:
+                    self._update(mailbox, stamp, self.mailboxes.listing(mailbox))
+            if len(places) < len(self._boxes):
+                for mailbox in self._boxes.keys() - {mailbox for mailbox, _, _ in places}:
+                    self._update(mailbox, None, [])
+                    del self._boxes[mailbox]
+
+    def _places(self, recent: int) -> List[Tuple[str, str, str]]:
+        """Return (mailbox, its new/, its cur/) of all; a domain's directory is read again when it has changed."""
+        found: List[Tuple[str, str, str]] = []
+        for name in list_directory(self.mailboxes.root):
+            path = os.path.join(self.mailboxes.root, name)
+            stamp = directory_stamp(recent, path)
+            known = self._domains.get(name)
+            if known is None or stamp is None or known[0] != stamp:
+                known = self._domains[name] = stamp, list(self._places_in(name, path))
+            found += known[1]
+        return found
+
+    @staticmethod
+    def _places_in(domain: str, path: str) -> Iterator[Tuple[str, str, str]]:
+        for local in list_directory(path):
+            with contextlib.suppress(ValueError):
+                place = os.path.join(path, local)
+                yield decode_name(local) + "@" + decode_name(domain), os.path.join(place, "new"), os.path.join(place, "cur")
+
+    def _update(self, mailbox: str, stamp: Any, items: List[Item]) -> None:
+        before = self._boxes[mailbox][1] if mailbox in self._boxes else {}
+        after = {item.uid: item for item in items}
+        self._boxes[mailbox] = stamp, after
+        if before == after:
+            return
+        for uid in before.keys() - after.keys():
+            self._remove(mailbox, message_id(before[uid]))
+        for uid, item in after.items():
+            if before.get(uid) != item:
+                self._put(mailbox, item)
+
+    def _put(self, mailbox: str, item: Item) -> None:
+        id = message_id(item)
+        letter = self._letters.get(id)
+        if letter is None:
+            self._letters[id] = self.make(id, ((mailbox, item),))
+            self._newest = None
+        else:
+            letter.hold(tuple(copy for copy in letter.copies if copy[0] != mailbox) + ((mailbox, item),))
+
+    def _remove(self, mailbox: str, id: str) -> None:
+        copies = tuple(copy for copy in self._letters[id].copies if copy[0] != mailbox) if id in self._letters else ()
+        if copies:
+            self._letters[id].hold(copies)
+        elif self._letters.pop(id, None):
+            self._newest = None
+            self.forget(id)
+
+
+def directory_stamp(recent: int, *paths: str) -> Any:
+    """Return a value that changes with what is in directories; None while they have changed since the time `recent` (ns)."""
+    try:
+        stats = [os.stat(path) for path in paths]
+    except OSError:
+        return None
+    if any(stat.st_mtime_ns > recent for stat in stats):
+        return None
+    return [(stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino) for stat in stats]
+
+
+class Search:
+    """A search that goes on while mail comes: each call judges only what the ones before have not."""
+
+    def __init__(self, inbox: "Inbox", viewer: Viewer, wanted: Query) -> None:
+        self.inbox, self.viewer, self.wanted = inbox, viewer, wanted
+        self._judged: Dict[str, Copies] = {}        # the flags of a copy, and whether there are others, may count
+
+    def __call__(self) -> Optional[Letter]:
+        """Return the oldest message that matches, None when none does."""
+        with self.inbox.at_desk():
+            for letter in reversed(self.inbox.letters(self.viewer)):
+                copies = letter.copies
+                if self._judged.get(letter.id) != copies:
+                    if self.wanted.matches(letter):
+                        return letter
+                    self._judged[letter.id] = copies
+        return None
 
 
 class Inbox:
@@ -8711,207 +9015,265 @@ class Inbox:
 
     def __init__(self, site: Any, node: Any = None) -> None:
         self.site, self.node = site, node
-        self.mailboxes = site.mailboxes
-        self.summaries, self.searched = Cache(MAX_SUMMARIES), Cache(MAX_SEARCHED)
+        self.mailboxes: Mailboxes = site.mailboxes
+        self.summaries, self.searched, self.tagged = Cache(MAX_SUMMARIES), Cache(MAX_SEARCHED), Cache(MAX_TAGGED)
+        self.index = Index(self.mailboxes, lambda id, copies: Letter(id, copies, self), self.forget)
+        self.desk = threading.BoundedSemaphore(MAX_DESKS)   # see at_desk()
         self.changed = threading.Condition()
         self.events: "collections.deque[Tuple[int, str]]" = collections.deque(maxlen=1000)
         self.serial = 0
-        self._lock = threading.Lock()
-        self._letters: List[Letter] = []
-        self._by_id: Dict[str, Letter] = {}
-        self._stamp: Any = None
+        self.visitors: Set[WebSession] = set()      # connections of the web
+        self.threads = Threads()                    # that carry them
+        self.hook: Optional[WebHook] = None
+
+    def forget(self, key: str) -> None:
+        """Forget what was computed about a message that is gone."""
+        for cache in (self.summaries, self.searched, self.tagged):
+            cache.forget(key)
+
+    def accepted(self, parcel: Parcel) -> None:
+        """A message was taken over."""
+        if self.hook and parcel.mailboxes:
+            self.hook.add(parcel.draft.id)
 
     def tell(self, kind: str) -> None:
-        """Tell the pages that are open."""
+        """Tell the pages that are open, and who waits."""
         with self.changed:
             self.serial += 1
             self.events.append((self.serial, kind))
             self.changed.notify_all()
 
-    def letters(self) -> List[Letter]:
-        """Return all messages, newest first; the work is done again only when a mailbox changed."""
-        listings = [(mailbox, self.mailboxes.listing(mailbox)) for mailbox in self.mailboxes.names()]
-        stamp = [(mailbox, listing) for mailbox, listing in listings]
-        with self._lock:
-            if self._stamp is None or len(stamp) != len(self._stamp) or any(
-                    old[0] != new[0] or (old[1] is not new[1] and old[1] != new[1]) for old, new in zip(self._stamp, stamp)):
-                copies: Dict[str, List[Tuple[str, Item]]] = {}
-                for mailbox, listing in listings:
-                    for item in listing:
-                        copies.setdefault(message_id(item), []).append((mailbox, item))
-                self._letters = [Letter(id, found, self) for id, found in copies.items()]
-                self._letters.sort(key=lambda letter: letter.copies[0][1].name, reverse=True)
-                self._by_id = {letter.id: letter for letter in self._letters}
-                self.summaries.forget_others(self._by_id)
-                self.searched.forget_others(self._by_id)
-                self._stamp = stamp
-            return self._letters
+    def pause(self, seen: int, seconds: float) -> None:
+        """Return when something has happened since the serial number `seen`, or after `seconds`."""
+        with self.changed:
+            if self.serial == seen:
+                self.changed.wait(seconds)
 
-    def letter(self, id: str, query: Dict[str, str]) -> Letter:
+    def sleeper(self, is_over: Callable[[], bool]) -> Callable[[float], Optional[bool]]:
+        """Return a sleep for await_mail() that ends when something happens here, or it is_over()."""
+        seen = self.serial
+
+        def sleep(seconds: float) -> Optional[bool]:
+            nonlocal seen
+            self.pause(seen, seconds)
+            changed, seen = self.serial != seen, self.serial
+            return False if is_over() else changed or None
+        return sleep
+
+    def stop(self) -> None:
+        """The node stops: end what waits, and soon what does not."""
+        self.tell("stop")
+        for session in list(self.visitors):
+            session.hurry()
+
+    def letters(self, viewer: Viewer = EVERYTHING) -> List[Letter]:
+        """Return all messages that the viewer may see, newest first."""
+        if not viewer.own:
+            return self.index.letters()
+        return [Letter(message_id(item), ((viewer.own, item),), self, viewer.own)
+                for item in reversed(self.mailboxes.listing(viewer.own))]
+
+    def letter(self, request: Request, id: str) -> Letter:
         """Return the message with an id, or the latest; KeyError."""
-        letters = self.letters()
+        letters = self.letters(request.viewer)
         if id == "latest":
-            wanted = Query(query.get("query", ""))
-            return next(iter(letter for letter in letters if wanted.matches(letter)), None) or self._by_id[id]
-        return self._by_id[id]
+            wanted = Query(request.query.get("query", ""))
+            return self._the(id, (letter for letter in letters if wanted.matches(letter)))
+        known = None if request.viewer.own else self.index.get(id)
+        return known or self._the(id, (letter for letter in letters if letter.id == id))
+
+    @staticmethod
+    def _the(id: str, found: Iterator[Letter]) -> Letter:
+        for letter in found:
+            return letter
+        raise KeyError(id)
 
     # Requests.
 
-    def respond(self, method: str, path: str, query: Dict[str, str], body: bytes, type: str, user: Optional[str]) -> Answered:
+    def respond(self, request: Request) -> Answered:
         """Answer a request; never fails."""
         try:
-            for verb, pattern, name in ROUTES:
-                match = re.fullmatch(pattern, path)
-                if match and verb == method:
-                    given = dict(match.groupdict(), query=query, body=body, type=type, user=user)
-                    answer: Answered = getattr(self, name)(**given)
-                    return answer
-            return NOT_FOUND
+            return self._respond(request)
+        except Rejected as rejected:
+            return rejected.answer
         except (KeyError, FileNotFoundError):
             return text_answer(404, "Message not found")
         except (ValueError, TypeError, AttributeError, RecursionError) as error:
             return text_answer(400, "Error: " + printable(str(error)))
         except Exception:
-            log.exception("%s %s failed", method, printable(path))
+            log.exception("%s %s failed", request.method, printable(request.path))
             return text_answer(500, "something went wrong here")
 
-    def page(self, **_: Any) -> Answered:
+    def _respond(self, request: Request) -> Answered:
+        method = "GET" if request.method == "HEAD" else request.method
+        for route in ROUTES:
+            match = re.fullmatch(route.pattern, request.path) if route.method == method else None
+            if match:
+                break
+        else:
+            return NOT_FOUND
+        if route.everything and request.viewer.own:
+            raise Rejected(403, "only for accounts that --web-admin names")
+        request.body = request.read(route.body)
+        with request.body, contextlib.nullcontext() if route.waits else self.at_desk():
+            answer: Answered = getattr(self, route.name)(request, **match.groupdict())
+        return answer
+
+    @contextlib.contextmanager
+    def at_desk(self) -> Iterator[None]:
+        """Work on messages, as one of few; Rejected when the others take too long."""
+        if not self.desk.acquire(timeout=WEB_TIMEOUT):
+            raise Rejected(503, "busy, try again later", {"Retry-After": "5"})
+        try:
+            yield
+        finally:
+            self.desk.release()
+
+    def page(self, request: Request) -> Answered:
         nonce = secrets.token_urlsafe(16)
         policy = ("default-src 'none'; style-src 'nonce-%s'; script-src 'nonce-%s'; connect-src 'self'; img-src 'self' data:; "
                   "frame-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'" % (nonce, nonce))
-        return Answered(200, "text/html; charset=utf-8", PAGE.replace("{{nonce}}", nonce).encode("utf-8"),
-                        {"Content-Security-Policy": policy, "X-Frame-Options": "DENY"})
+        return Answered(200, "text/html; charset=utf-8", PAGE.replace("{{nonce}}", nonce).encode("utf-8"), {
+            "Content-Security-Policy": policy, "X-Frame-Options": "DENY", "Cross-Origin-Opener-Policy": "same-origin"})
 
-    def info(self, **_: Any) -> Answered:
-        letters = self.letters()
+    def info(self, request: Request) -> Answered:
+        letters, node, config = self.letters(request.viewer), self.node, self.site.config
+        smtp, pop3 = ([show_endpoint(endpoint) for name, endpoint in node.endpoints() if name == kind]
+                      for kind in ("smtp", "pop3"))
+        release = config.release if config.capture else None
         return json_answer({
-            "Version": "minimail " + __version__, "LatestVersion": "disabled", "Database": self.node.data,
+            "Version": "minimail " + __version__, "LatestVersion": "disabled",
+            "Database": "" if request.viewer.own else node.data,
             "DatabaseSize": sum(letter.copies[0][1].size for letter in letters), "Messages": len(letters),
-            "Unread": sum(not letter.read for letter in letters), "Tags": {}, "capture": self.site.config.capture,
-            "smtp": [show_endpoint(endpoint) for name, endpoint in self.node.endpoints() if name == "smtp"],
-            "pop3": [show_endpoint(endpoint) for name, endpoint in self.node.endpoints() if name == "pop3"],
-            "RuntimeStats": {"Uptime": int(time.time() - self.node.started_at), "Memory": 0, "MessagesDeleted": 0,
-                             "SMTPAccepted": self.node.accepted, "SMTPAcceptedSize": self.node.accepted_bytes,
+            "Unread": sum(not letter.read for letter in letters), "Tags": {}, "capture": config.capture,
+            "user": request.viewer.user or "", "all": not request.viewer.own, "smtp": smtp, "pop3": pop3,
+            "release": show_endpoint((release.host, release.port)) if release else None,
+            "RuntimeStats": {"Uptime": int(time.time() - node.started_at), "Memory": 0, "MessagesDeleted": 0,
+                             "SMTPAccepted": node.accepted, "SMTPAcceptedSize": node.accepted_bytes,
                              "SMTPRejected": 0, "SMTPIgnored": 0}})
 
-    def list_messages(self, query: Dict[str, str], **_: Any) -> Answered:
-        return self._list(self.letters(), query)
+    def list_messages(self, request: Request) -> Answered:
+        letters = self.letters(request.viewer)
+        return self._list(letters, letters, request)
 
-    def search(self, query: Dict[str, str], **_: Any) -> Answered:
-        return self._list(self._found(query), query)
+    def search(self, request: Request) -> Answered:
+        letters = self.letters(request.viewer)
+        return self._list(self._found(letters, request.query.get("query", "")), letters, request)
 
-    def _found(self, query: Dict[str, str]) -> List[Letter]:
-        if not query.get("query", "").strip():
+    @staticmethod
+    def _found(letters: List[Letter], text: str, exact: bool = False) -> List[Letter]:
+        """Return the messages that a search means; ValueError when it is empty or, with `exact`, says what we do not know."""
+        wanted = Query(text).certain() if exact else Query(text)
+        if not wanted.terms:
             raise ValueError("no search query")
-        wanted = Query(query["query"])
-        return [letter for letter in self.letters() if wanted.matches(letter)]
+        return [letter for letter in letters if wanted.matches(letter)]
 
-    def _list(self, letters: List[Letter], query: Dict[str, str]) -> Answered:
-        def number(name: str, default: int) -> int:
-            text = query.get(name, "")
-            return int(text) if text.isascii() and text.isdigit() and len(text) < 10 else default
-        start, limit = number("start", 0), number("limit", 50) or 50
+    def _list(self, found: List[Letter], every: List[Letter], request: Request) -> Answered:
+        start, limit = request.number("start", 0), request.number("limit", 50) or 50
         shown = []
-        for letter in letters[start:start + limit]:
+        for letter in found[start:start + limit]:
             with contextlib.suppress(FileNotFoundError):        # removed while we looked
                 shown.append(letter.summary())
-        every = self._letters
         return json_answer({
             "total": len(every), "unread": sum(not letter.read for letter in every), "count": len(shown),
-            "messages_count": len(letters), "messages_unread": sum(not letter.read for letter in letters),
-            "start": start, "tags": [], "messages": shown})
+            "messages_count": len(found), "messages_unread": sum(not letter.read for letter in found),
+            "start": start, "tags": sorted({tag for summary in shown for tag in summary["Tags"]}), "messages": shown})
 
-    def show(self, id: str, query: Dict[str, str], **_: Any) -> Answered:
-        letter = self.letter(id, query)
+    def show(self, request: Request, id: str) -> Answered:
+        return self._show(self.letter(request, id), request.method != "HEAD")
+
+    def _show(self, letter: Letter, seen: bool = True) -> Answered:
         whole = dict(letter.whole(), Read=True)
-        self._set_read([letter], True)
+        if seen:
+            self._set_read([letter], True)
         return json_answer(whole)
 
-    def headers(self, id: str, query: Dict[str, str], **_: Any) -> Answered:
-        values = self.letter(id, query).view().headers()
+    def headers(self, request: Request, id: str) -> Answered:
+        values = self.letter(request, id).view().headers()
         for name in ("Content-Type", "Date", "Delivered-To", "From", "Message-Id"):
             values.setdefault(name, [])             # client libraries look these up without asking whether they are there
         return json_answer(values)
 
-    def raw(self, id: str, query: Dict[str, str], **_: Any) -> Answered:
-        letter = self.letter(id, query)
-        more = {"Content-Disposition": 'attachment; filename="%s.eml"' % letter.id} if query.get("dl") else {}
-        return Answered(200, "text/plain; charset=utf-8", letter.message().read(), more)
+    def raw(self, request: Request, id: str) -> Answered:
+        letter = self.letter(request, id)
+        more = {"Content-Disposition": 'attachment; filename="%s.eml"' % letter.id} if request.query.get("dl") else {}
+        return Answered(200, "text/plain; charset=utf-8", headers=more, file=letter.open())
 
-    def part(self, id: str, part: str, query: Dict[str, str], **_: Any) -> Answered:
+    def part(self, request: Request, id: str, part: str) -> Answered:
         from urllib.parse import quote
-        found = self.letter(id, query).view().part(part)
-        kind = found.kind
-        name = download_name(found.shown_name) or "part-" + part
-        shown = kind in SAFE_TYPES
-        ascii_name = re.sub(r'[^A-Za-z0-9._ -]', "_", name)
+        found = self.letter(request, id).view().part(part)
+        kind = found.image_type() or found.kind
+        name = download_name(found.name) or "part-" + part
+        shown = kind in SAFE_TYPES or (bool(found.image_type()) and "svg" not in kind)     # that one can have scripts
+        ascii_name = re.sub(r"[^A-Za-z0-9._ -]", "_", name)
         place = "%s; filename=\"%s\"; filename*=UTF-8''%s" % (
             "inline" if shown else "attachment", ascii_name, quote(name, safe=""))
         return Answered(200, kind if shown else "application/octet-stream", found.data(), {
             "Content-Disposition": place, "Content-Security-Policy": "default-src 'none'; sandbox"})
 
-    def session(self, id: str, query: Dict[str, str], **_: Any) -> Answered:
-        return json_answer(self.letter(id, query).session())
+    def session(self, request: Request, id: str) -> Answered:
+        return json_answer(self.letter(request, id).session())
 
-    def view_html(self, id: str, query: Dict[str, str], **_: Any) -> Answered:
+    def view_html(self, request: Request, id: str) -> Answered:
         """Serve a message's HTML so that it can do nothing: no script, no form, no load from elsewhere unless asked for."""
-        letter = self.letter(id, query)
-        view = letter.view()
+        view = self.letter(request, id).view()
         if not view.html:
             return text_answer(404, "This message does not contain a HTML part")
-        text = view.framed()
-        images = "img-src data: http: https:" if query.get("images") else "img-src data:"
-        return Answered(200, "text/html; charset=utf-8", text.encode("utf-8", "replace"), {
-            "Content-Security-Policy": "sandbox; default-src 'none'; style-src 'unsafe-inline'; font-src data:; %s; "
-            "form-action 'none'; base-uri 'none'; frame-ancestors 'self'" % images})
+        images = "img-src data: http: https:" if request.query.get("images") else "img-src data:"
+        return Answered(200, "text/html; charset=utf-8", in_a_frame(view.framed()).encode("utf-8", "replace"), {
+            "Content-Security-Policy": "sandbox allow-popups allow-popups-to-escape-sandbox; default-src 'none'; style-src "
+            "'unsafe-inline'; font-src data:; %s; form-action 'none'; base-uri 'none'; frame-ancestors 'self'" % images})
 
-    def view_text(self, id: str, query: Dict[str, str], **_: Any) -> Answered:
-        return text_answer(200, self.letter(id, query).view().text)
+    def view_text(self, request: Request, id: str) -> Answered:
+        return text_answer(200, self.letter(request, id).view().text)
 
-    def _chosen(self, body: bytes, type: str) -> Tuple[List[Letter], Dict[str, Any]]:
+    def links(self, request: Request, id: str) -> Answered:
+        return json_answer(self.letter(request, id).view().links())
+
+    # What changes something.
+
+    def _chosen(self, request: Request, *parameters: str) -> Tuple[List[Letter], Dict[str, Any]]:
         """Return (messages a request means, its parameters): the IDs it names, the search, else all; ValueError."""
-        from urllib.parse import parse_qs
-        given: Dict[str, Any]
-        if type.startswith("application/x-www-form-urlencoded") and body.strip():
-            form = parse_qs(body.decode("utf-8"), keep_blank_values=True)
-            given = {"IDs": form.get("IDs") or form.get("ids") or [],
-                     "Read": form.get("Read", [""])[0] in ("true", "True", "1")}
-            if not given["IDs"]:
-                raise ValueError("no IDs")
-        else:
-            given = json.loads(body) if body.strip() else {}
+        given: Any = {}
+        body = request.content().strip()
+        if body:
+            given = read_form(body) if request.type.startswith("application/x-www-form-urlencoded") else read_json(body)
         if not isinstance(given, dict):
-            raise ValueError("expected {\"IDs\": [...]}")
-        spelling = {"ids": "IDs", "read": "Read", "search": "Search"}
+            raise ValueError('expected {"IDs": [...]}')
+        spelling = {name.lower(): name for name in ("IDs", "Search", *parameters)}      # Mailpit takes keys in any case
         given = {spelling.get(key.lower(), key): value for key, value in given.items()}
-        if set(given) - set(spelling.values()) or not isinstance(given.get("IDs") or [], list):
-            raise ValueError("expected {\"IDs\": [...]}")
-        letters = self.letters()
-        if given.get("Search"):
-            wanted = Query(str(given["Search"])).certain()
-            return [letter for letter in letters if wanted.matches(letter)], given
-        if given.get("IDs"):
-            return [self._by_id[id] for id in map(str, given["IDs"]) if id in self._by_id], given
+        ids, search = given.get("IDs") or [], given.get("Search") or ""
+        if set(given) - set(spelling.values()) or not isinstance(ids, list) or not isinstance(search, str):
+            raise ValueError('expected {"IDs": [...]}')
+        if ids and search:
+            raise ValueError("either IDs or Search, not both")
+        letters = self.letters(request.viewer)
+        if search:
+            return self._found(letters, search, exact=True), given
+        if ids:
+            wanted = set(map(str, ids))
+            return [letter for letter in letters if letter.id in wanted], given
         return list(letters), given
 
-    def delete(self, body: bytes, type: str, **_: Any) -> Answered:
-        self._delete(self._chosen(body, type)[0])
+    def delete(self, request: Request) -> Answered:
+        self._delete(self._chosen(request)[0])
         return OK_ANSWER
 
-    def delete_found(self, query: Dict[str, str], **_: Any) -> Answered:
-        Query(query.get("query", "")).certain()
-        self._delete(self._found(query))
+    def delete_found(self, request: Request) -> Answered:
+        self._delete(self._found(self.letters(request.viewer), request.query.get("query", ""), exact=True))
         return OK_ANSWER
 
     def _delete(self, letters: List[Letter]) -> None:
         for letter in letters:
             for mailbox, item in letter.copies:
                 self.mailboxes.delete(mailbox, item)
-        self.tell("delete")
+            self.forget(letter.key)
+        if letters:
+            self.tell("delete")
 
-    def set_read(self, body: bytes, type: str, **_: Any) -> Answered:
-        letters, given = self._chosen(body, type)
-        self._set_read(letters, bool(given.get("Read")))
+    def set_read(self, request: Request) -> Answered:
+        letters, given = self._chosen(request, "Read")
+        self._set_read(letters, given.get("Read") in (True, "true", "True", "1"))
         return OK_ANSWER
 
     def _set_read(self, letters: List[Letter], seen: bool) -> None:
@@ -8923,284 +9285,935 @@ class Inbox:
         if changed:
             self.tell("read")
 
-    def send(self, body: bytes, user: Optional[str], **_: Any) -> Answered:
+    def get_tags(self, request: Request) -> Answered:
+        return json_answer(sorted({tag for letter in self.letters(request.viewer) for tag in letter.tags}))
+
+    def set_tags(self, request: Request) -> Answered:
+        """Give messages these tags instead of those they have."""
+        letters, given = self._chosen(request, "Tags")
+        tags = given.get("Tags")
+        if not given.get("IDs") or not isinstance(tags, list) or not all(isinstance(tag, str) for tag in tags):
+            raise ValueError('expected {"IDs": [...], "Tags": [...]}')
+        wanted = clean_tags(tags)
+        if not self.site.recorder:
+            raise ValueError("tags are kept with the transcripts; here --transcripts is off")
+        if len(wanted) < len({tag.strip() for tag in tags}) or len(wanted) > MAX_TAGS:
+            raise ValueError("a tag has 1 to 100 letters, digits, blanks, and - _ . @; a message %d of them" % MAX_TAGS)
+        for letter in letters:
+            letter.set_tags(wanted)
+            self.forget(letter.key)
+        self.tell("tags")
+        return OK_ANSWER
+
+    def send(self, request: Request) -> Answered:
         """Mailpit's POST /api/v1/send: a message in JSON, delivered like any other."""
+        viewer = request.viewer
         try:
-            if not self.site.config.capture and user is None:
+            if not self.site.config.capture and viewer.user is None:
                 raise ValueError("sending needs a log-in in node mode")
-            envelope, content = compose(json.loads(body))
+            envelope, content = compose(request.json())
             recipients, envelope.recipients = envelope.recipients, []
             if not self.site.config.capture and not envelope.sender:
                 raise ValueError("you may not send as this address")
-            parcel = self.site.door.send(envelope, recipients, content, user)
-            if self.site.recorder:
-                self.site.recorder.save(envelope, [], [], False)
-            self.site.accepted(parcel)
-        except (ValueError, TypeError, KeyError, AttributeError, Refused) as error:
-            return json_answer({"Error": printable(str(error))}, 400)
-        return json_answer({"ID": envelope.id})
+            return self._sent(self.site.door.send(envelope, recipients, content, viewer.user))
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError, Refused) as error:
+            return json_answer({"Error": printable(str(error) or type(error).__name__)}, 400)
 
-    def wait(self, query: Dict[str, str], **_: Any) -> Answered:
+    def _sent(self, parcel: Parcel) -> Answered:
+        if self.site.recorder and parcel.mailboxes:
+            self.site.recorder.save(parcel.envelope, [], [], False)
+        self.site.accepted(parcel)
+        return json_answer({"ID": parcel.envelope.id})
+
+    def release(self, request: Request, id: str) -> Answered:
+        """Send one captured message on, with the bytes it came with, to the server that --release names."""
+        if not self.site.config.capture or not self.site.config.release:
+            raise Rejected(403, "nothing leaves this machine; --release URL names a server for what shall")
+        letter = self.letter(request, id)
+        try:
+            given = request.json()
+            recipients = [parse_address(str(address)) for address in given["To"]] if isinstance(given["To"], list) else []
+            if not 0 < len(recipients) <= MAX_RELEASED or not all(address.domain for address in recipients):
+                raise ValueError('expected {"To": [...]}, 1 to %d full addresses' % MAX_RELEASED)
+            envelope = Envelope(sender=letter.message().sender, recipients=recipients, protocol="HTTP")
+            envelope.smtputf8 = not all(str(address).isascii() for address in [envelope.sender, *recipients])
+            with letter.open() as file:
+                self._sent(self.site.door.post_all(envelope, [Destinations([], recipients)], original(file, letter.id)))
+        except (ValueError, TypeError, KeyError, Refused) as error:
+            return json_answer({"Error": printable(str(error) or type(error).__name__)}, 400)
+        event("released", id=letter.id, to=printable(" ".join(map(str, recipients[:10]))), new_id=envelope.id)
+        return OK_ANSWER
+
+    # Waiting.
+
+    def wait(self, request: Request) -> Answered:
         """Long poll: answer as soon as a message matches, also if it came before."""
-        wanted = Query(query.get("query", ""))
-        timeout = 0.0 if query.get("timeout") == "0" else min(parse_seconds(query.get("timeout", "30")), 3600.0)
-        try:
-            found = self.node.wait_for(None, timeout, match=lambda message: self.matches(message, wanted))
-        except TimeoutError as error:
-            return text_answer(404, str(error))
-        return self.show(found.id, {})
+        look = Search(self, request.viewer, Query(request.query.get("query", "")))
+        text = request.query.get("timeout", "30")
+        timeout = 0.0 if text == "0" else min(parse_seconds(text), 3600.0)
+        letter = await_mail(self.mailboxes.storage, look, time.monotonic() + timeout, self.sleeper(request.is_over))
+        if letter is None:
+            return text_answer(404, "no such message within %g seconds" % timeout)
+        with self.at_desk():
+            return self._show(letter)
 
-    def matches(self, message: Message, wanted: Query) -> bool:
-        try:
-            self.letters()
-            return message.id in self._by_id and wanted.matches(self._by_id[message.id])
-        except FileNotFoundError:
-            return False
+    def stream(self, request: Request) -> Answered:
+        """Server-sent events until the page goes away."""
+        return Answered(200, "text/event-stream", stream=self._events(request))
 
-    def links(self, id: str, query: Dict[str, str], **_: Any) -> Answered:
-        return json_answer(self.letter(id, query).view().links())
+    def _events(self, request: Request) -> Iterator[bytes]:
+        storage, seen, said = self.mailboxes.storage, self.serial, time.monotonic()
+        stamp = storage.stamp("mail")
+        own = self.mailboxes.listing(request.viewer.own) if request.viewer.own else []
+        yield b": hello\n\n"
+        while not request.is_over():
+            self.pause(seen, WAIT_STEP)
+            happened = [(serial, kind) for serial, kind in list(self.events) if serial > seen]
+            kinds = [kind for _, kind in happened]
+            if storage.stamp("mail") != stamp:      # also when another process took it
+                stamp = storage.stamp("mail")
+                kinds.append("new")
+            if happened:
+                seen = happened[-1][0]
+            if kinds:
+                if request.viewer.own:              # what others get is not for everybody's ears
+                    before, own = own, self.mailboxes.listing(request.viewer.own)
+                    kinds = [kind for kind in kinds if own != before or kind == "stop"]
+            if kinds or time.monotonic() > said + 15:
+                said = time.monotonic()
+                text = "".join("event: %s\ndata: {}\n\n" % kind for kind in dict.fromkeys(kinds)) or ": still here\n\n"
+                yield text.encode()
 
-    def get_faults(self, **_: Any) -> Answered:
+    # About the node.
+
+    def get_faults(self, request: Request) -> Answered:
         return json_answer([{"rule": rule.text, "left": rule.left} for rule in self.site.faults.rules])
 
-    def put_faults(self, body: bytes, **_: Any) -> Answered:
-        given = json.loads(body)
+    def put_faults(self, request: Request) -> Answered:
+        given = request.json()
         rules = given.get("rules") if isinstance(given, dict) else given
         if not isinstance(rules, list):
             raise ValueError("expected a list of rules")
         self.site.faults.rules = [Fault(str(rule.get("rule", "") if isinstance(rule, dict) else rule)) for rule in rules]
-        return self.get_faults()
+        return self.get_faults(request)
 
-    def delete_faults(self, **_: Any) -> Answered:
+    def delete_faults(self, request: Request) -> Answered:
         self.site.faults.rules = []
         return OK_ANSWER
 
-    def metrics(self, **_: Any) -> Answered:
+    def metrics(self, request: Request) -> Answered:
         node, site = self.node, self.site
         values = [("messages_accepted_total", "counter", node.accepted),
                   ("bytes_accepted_total", "counter", node.accepted_bytes),
-                  ("connections_total", "counter", site.connections.served), ("sessions", "gauge", len(site.sessions)),
+                  ("connections_total", "counter", site.connections.served),
+                  ("sessions", "gauge", len(site.sessions) + len(self.visitors)),
                   ("messages", "gauge", len(self.letters()))]
-        if node._relay:
-            values += [("recipients_sent_total", "counter", node._relay.sent),
-                       ("recipients_bounced_total", "counter", node._relay.bounced),
-                       ("recipients_deferred_total", "counter", node._relay.deferred),
-                       ("queue_entries", "gauge", sum(1 for _ in node._relay.queue.places()))]
+        relay = getattr(node, "relay", None)
+        if relay:
+            values += [("recipients_sent_total", "counter", relay.sent),
+                       ("recipients_bounced_total", "counter", relay.bounced),
+                       ("recipients_deferred_total", "counter", relay.deferred),
+                       ("queue_entries", "gauge", sum(1 for _ in relay.queue.places()))]
         text = "".join("# TYPE minimail_%s %s\nminimail_%s %d\n" % (name, kind, name, value) for name, kind, value in values)
         return Answered(200, "text/plain; version=0.0.4", text.encode())
 
-    def alive(self, **_: Any) -> Answered:
+    def alive(self, request: Request) -> Answered:
         return text_answer(200, "")
 
-    def ready(self, **_: Any) -> Answered:
+    def ready(self, request: Request) -> Answered:
         writable = os.access(self.node.data, os.W_OK) and not self.site.stopping
         return text_answer(200 if writable else 503, "")
 
-    def chaos(self, **_: Any) -> Answered:
+    def chaos(self, request: Request) -> Answered:
         return text_answer(400, "Chaos is not enabled")
 
-    def tags(self, **_: Any) -> Answered:
-        return json_answer([])
-
-    def webui(self, **_: Any) -> Answered:
-        return json_answer({"Label": "", "MessageRelay": {"Enabled": False}, "SpamAssassin": False, "ChaosEnabled": False,
+    def webui(self, request: Request) -> Answered:
+        release = self.site.config.release if self.site.config.capture else None
+        relay = {"Enabled": True, "SMTPServer": show_endpoint((release.host, release.port)), "ReturnPath": "",
+                 "AllowedRecipients": "", "BlockedRecipients": ""} if release else {"Enabled": False}
+        return json_answer({"Label": "", "MessageRelay": relay, "SpamAssassin": False, "ChaosEnabled": False,
                             "DuplicatesIgnored": False})
 
 
 ID = r"/api/v1/message/(?P<id>[^/]+)"
 ROUTES = [
-    ("GET", "/", "page"), ("GET", "/livez", "alive"), ("GET", "/readyz", "ready"), ("GET", "/metrics", "metrics"),
-    ("GET", "/api/v1/info", "info"), ("GET", "/api/v1/messages", "list_messages"), ("GET", "/api/v1/search", "search"),
-    ("GET", ID, "show"), ("GET", ID + "/headers", "headers"), ("GET", ID + "/raw", "raw"), ("GET", ID + "/session", "session"),
-    ("GET", ID + "/links", "links"), ("GET", ID + r"/part/(?P<part>[\d.]+)", "part"),
-    ("GET", r"/view/(?P<id>[^/]+)\.html", "view_html"), ("GET", r"/view/(?P<id>[^/]+)\.txt", "view_text"),
-    ("DELETE", "/api/v1/messages", "delete"), ("DELETE", "/api/v1/search", "delete_found"),
-    ("PUT", "/api/v1/messages", "set_read"),
-    ("POST", "/api/v1/send", "send"), ("GET", "/api/v1/wait", "wait"), ("GET", "/api/v1/faults", "get_faults"),
-    ("PUT", "/api/v1/faults", "put_faults"), ("DELETE", "/api/v1/faults", "delete_faults"),
-    ("GET", "/api/v1/chaos", "chaos"), ("GET", "/api/v1/tags", "tags"), ("GET", "/api/v1/webui", "webui"),
+    Route("GET", "/", "page"), Route("GET", "/livez", "alive", waits=True), Route("GET", "/readyz", "ready", waits=True),
+    Route("GET", "/metrics", "metrics", everything=True),
+    Route("GET", "/api/v1/info", "info"), Route("GET", "/api/v1/messages", "list_messages"),
+    Route("GET", "/api/v1/search", "search"),
+    Route("GET", ID, "show"), Route("GET", ID + "/headers", "headers"), Route("GET", ID + "/raw", "raw"),
+    Route("GET", ID + "/session", "session"), Route("GET", ID + "/links", "links"),
+    Route("GET", ID + r"/part/(?P<part>[0-9.]+)", "part"),
+    Route("GET", r"/view/(?P<id>[^/]+)\.html", "view_html"), Route("GET", r"/view/(?P<id>[^/]+)\.txt", "view_text"),
+    Route("DELETE", "/api/v1/messages", "delete", MAX_SMALL_BODY), Route("DELETE", "/api/v1/search", "delete_found"),
+    Route("PUT", "/api/v1/messages", "set_read", MAX_SMALL_BODY),
+    Route("GET", "/api/v1/tags", "get_tags"), Route("PUT", "/api/v1/tags", "set_tags", MAX_SMALL_BODY),
+    Route("POST", "/api/v1/send", "send", MAX_HTTP_BODY), Route("POST", ID + "/release", "release", MAX_SMALL_BODY),
+    Route("GET", "/api/v1/wait", "wait", waits=True), Route("GET", "/api/events", "stream", waits=True),
+    Route("GET", "/api/v1/faults", "get_faults", everything=True),
+    Route("PUT", "/api/v1/faults", "put_faults", MAX_SMALL_BODY, everything=True),
+    Route("DELETE", "/api/v1/faults", "delete_faults", everything=True),
+    Route("GET", "/api/v1/chaos", "chaos"), Route("GET", "/api/v1/webui", "webui"),
 ]
 
 
-def compose(given: Dict[str, Any]) -> Tuple[Envelope, bytes]:
-    """Return envelope and content of a message given in Mailpit's JSON; ValueError, Refused."""
-    import email.message
-    import email.policy
+def read_form(body: bytes) -> Dict[str, Any]:
+    """Return what a form says in place of JSON; ValueError."""
+    from urllib.parse import parse_qs
+    form = parse_qs(body.decode("utf-8"), keep_blank_values=True, max_num_fields=MAX_JSON_VALUES)
+    given: Dict[str, Any] = {"IDs": form.get("IDs") or form.get("ids") or []}
+    if not given["IDs"]:
+        raise ValueError("no IDs")
+    return dict(given, Read=form["Read"][0]) if "Read" in form else given
 
-    def person(who: Any) -> Tuple[str, Address]:
-        who = {"Email": who} if isinstance(who, str) else who
-        try:
-            return str(who.get("Name") or ""), parse_address(str(who["Email"]))
-        except Refused:
-            raise ValueError("invalid address: " + printable(str(who.get("Email")))) from None
-    message = email.message.EmailMessage(policy=email.policy.SMTP)
-    name, sender = person(given["From"])
-    message["From"] = email.utils.formataddr((name, str(sender)))
-    recipients = []
-    for field, header in (("To", "To"), ("Cc", "Cc"), ("Bcc", ""), ("ReplyTo", "Reply-To")):
-        people = [person(who) for who in given.get(field) or []]
-        if header and people:
-            message[header] = ", ".join(email.utils.formataddr((name, str(address))) for name, address in people)
-        recipients += [address for _, address in people if field != "ReplyTo"]
+
+def clean_tags(tags: Iterable[str]) -> List[str]:
+    """Return the tags that are some, sorted, each once."""
+    stripped = (tag.strip() for tag in tags)
+    return sorted({tag for tag in stripped if 0 < len(tag) <= 100 and all(c.isalnum() or c in " -_.@" for c in tag)})
+
+
+def original(file: BinaryIO, id: str) -> Iterator[bytes]:
+    """Yield a stored message without the trace headers that we put before it."""
+    block = file.read(BIG_BLOCK)
+    for name in (b"return-path:", b"delivered-to:", b"received:"):
+        end = block.find(b"\n") + 1
+        while end and block[end:end + 1] in (b" ", b"\t"):
+            end = block.find(b"\n", end) + 1
+        field = block[:end]
+        if field.lower().startswith(name) and (name != b"received:" or b" id %s" % id.encode() in field):
+            block = block[end:]
+    yield block
+    yield from iter(lambda: file.read(BIG_BLOCK), b"")
+
+
+# A message in JSON becomes one in MIME. Written here, block by block: `email` needs many times a message's size, and
+# how it folds long names and takes addresses in UTF-8 depends on the Python.
+
+def compose(given: Dict[str, Any]) -> Tuple[Envelope, Iterator[bytes]]:
+    """Return (envelope, content in blocks) of a message given in Mailpit's JSON; ValueError, Refused."""
+    if not isinstance(given, dict):
+        raise ValueError("expected an object")
+    people = {field: [person(who) for who in given.get(field) or []] for field in ("To", "Cc", "Bcc", "ReplyTo")}
+    sender = person(given["From"])
+    recipients = [address for field in ("To", "Cc", "Bcc") for _, address in people[field]]
     if not recipients:
         raise ValueError("no recipients")
-    message["Subject"] = str(given.get("Subject") or "")
-    message["Date"] = email.utils.formatdate(localtime=True)
-    message["Message-ID"] = "<%s@%s>" % (secrets.token_hex(12), sender.domain or "localhost")
-    for key, value in (given.get("Headers") or {}).items():
-        if not re.fullmatch(r"[!-9;-~]+", key):
-            raise ValueError("bad header name: " + printable(key))
-        if key in message or key.lower() in ("to", "from", "cc", "bcc", "content-type", "mime-version"):
-            raise ValueError('cannot overwrite header: "%s"' % key)
-        message[key] = value
-    message.set_content(str(given.get("Text") or ""))
+    fields = [("From", address_field([sender]))]
+    fields += [(name, address_field(people[field])) for field, name in (("To", "To"), ("Cc", "Cc"), ("ReplyTo", "Reply-To"))
+               if people[field]]
+    fields += [("Subject", text_field(str(given.get("Subject") or ""))), ("Date", email.utils.formatdate(localtime=True)),
+               ("Message-ID", "<%s@%s>" % (secrets.token_hex(12), sender[1].domain or "localhost"))]
+    fields += extra_fields(given, {name.lower() for name, _ in fields})
+    head = "".join("%s: %s\r\n" % field for field in fields) + "MIME-Version: 1.0\r\n"
+    envelope = Envelope(sender=str(sender[1]), recipients=recipients, protocol="HTTP", smtputf8=not head.isascii())
+    return envelope, itertools.chain([head.encode("utf-8")], message_body(given))
+
+
+def person(who: Any) -> Tuple[str, Address]:
+    """Return (name, address) of {"Name": ..., "Email": ...} or a bare address; ValueError."""
+    who = {"Email": who} if isinstance(who, str) else who
+    try:
+        return str(who.get("Name") or ""), parse_address(str(who["Email"]))
+    except Refused:
+        raise ValueError("invalid address: " + printable(str(who.get("Email")))) from None
+
+
+def address_field(people: Sequence[Tuple[str, Address]]) -> str:
+    """Return people as a header's value, one a line (RFC 5322 section 3.4); ValueError."""
+    entries = []
+    for name, address in people:
+        if not name.isascii() or len(name) > 60:
+            name = encoded_words(one_line(name))
+        elif name:
+            name = '"%s"' % re.sub(r'(["\\])', r"\\\1", one_line(name))
+        entries.append("%s <%s>" % (name, address) if name else str(address))
+    return ",\r\n ".join(entries)
+
+
+def text_field(text: str) -> str:
+    """Return text as a header's value; encoded where it must be, or could not be folded otherwise; ValueError."""
+    text = one_line(text)
+    return text if text.isascii() and text.isprintable() and len(text) < 900 else encoded_words(text)
+
+
+def one_line(text: str) -> str:
+    if "\r" in text or "\n" in text or "\0" in text:
+        raise ValueError("a line end in a header")
+    return text
+
+
+def encoded_words(text: str) -> str:
+    """Return text as encoded words, none of which is too long or ends within a character (RFC 2047 section 5)."""
+    data, words, start = text.encode("utf-8", "replace"), [], 0
+    while start < len(data):
+        end = min(start + 45, len(data))
+        while end < len(data) and data[end] & 0xC0 == 0x80:
+            end -= 1
+        words.append("=?utf-8?b?%s?=" % base64.b64encode(data[start:end]).decode())
+        start = end
+    return "\r\n ".join(words)
+
+
+def extra_fields(given: Dict[str, Any], taken: Set[str]) -> List[Tuple[str, str]]:
+    """Return the header fields that come as Headers and Tags; ValueError."""
+    found = []
+    for name, value in (given.get("Headers") or {}).items():
+        if not re.fullmatch(r"[!-9;-~]{1,100}", name):
+            raise ValueError("bad header name: " + printable(name))
+        if name.lower() in taken or name.lower() in ("to", "from", "cc", "bcc", "reply-to", "content-type", "mime-version",
+                                                     "content-transfer-encoding"):
+            raise ValueError('cannot overwrite header: "%s"' % name)
+        found.append((name, text_field(str(value))))
+    tags = clean_tags(map(str, given.get("Tags") or []))
+    return found + ([("X-Tags", text_field(", ".join(tags)))] if tags else [])
+
+
+def message_body(given: Dict[str, Any]) -> Iterator[bytes]:
+    """Return the blocks of a message from its Content-Type on: text, HTML with what it shows, attachments; ValueError."""
+    files = [attachment(entry) for entry in given.get("Attachments") or []]
+    shown = [blocks for inline, blocks in files if inline and given.get("HTML")]
+    attached = [blocks for inline, blocks in files if not (inline and given.get("HTML"))]
+    body = text_part("plain", str(given.get("Text") or ""))
     if given.get("HTML"):
-        message.add_alternative(str(given["HTML"]), subtype="html")
-    for entry in given.get("Attachments") or []:
-        data = base64.b64decode(str(entry["Content"]).rpartition(",")[2], validate=True)
-        kind = str(entry.get("ContentType") or "application/octet-stream").partition("/")
-        message.add_attachment(data, kind[0], kind[2] or "octet-stream", filename=str(entry.get("Filename") or "file"),
-                               cid="<%s>" % entry["ContentID"] if entry.get("ContentID") else None)
-    return Envelope(sender=str(sender), recipients=recipients, protocol="HTTP"), message.as_bytes()
+        html = text_part("html", str(given["HTML"]))
+        html = multipart("related", [html, *shown]) if shown else html
+        body = multipart("alternative", [body, html]) if given.get("Text") else html
+    return multipart("mixed", [body, *attached]) if attached else body
 
 
-class WebSession(Session):
-    """An HTTP connection; the standard library's server reads the requests, in a thread of its own."""
+def multipart(kind: str, parts: Sequence[Iterator[bytes]]) -> Iterator[bytes]:
+    boundary = secrets.token_hex(16).encode()
+    yield b'Content-Type: multipart/%s; boundary="%s"\r\n\r\n' % (kind.encode(), boundary)
+    for part in parts:
+        yield b"--%s\r\n" % boundary
+        yield from part
+        yield b"\r\n"
+    yield b"--%s--\r\n" % boundary
 
-    protocol = "web"
 
-    async def converse(self) -> None:
-        def serve() -> None:
-            self.request.settimeout(self.site.config.seconds(self.timeout))
-            with contextlib.suppress(OSError):
-                web_handler()(self)
+def text_part(kind: str, text: str) -> Iterator[bytes]:
+    data = "\n".join(text.split("\r\n")).replace("\r", "\n").encode("utf-8", "replace")
+    plain = data.isascii() and b"\0" not in data and len(max(data.split(b"\n"), key=len)) < 900
+    yield b"Content-Type: text/%s; charset=utf-8\r\nContent-Transfer-Encoding: %s\r\n\r\n" % (
+        kind.encode(), b"7bit" if plain else b"quoted-printable")
+    if not plain:
+        data = binascii.b2a_qp(data, istext=True)
+    yield data.replace(b"\n", b"\r\n")
+
+
+def attachment(entry: Dict[str, Any]) -> Tuple[bool, Iterator[bytes]]:
+    """Return (whether HTML shows it by its Content-ID, blocks) of an attachment; ValueError."""
+    content = str(entry["Content"])
+    if content.startswith("data:"):
+        content = content[content.find(",", 0, 1000) + 1:]
+    content = "".join(content.split())
+    if len(content) % 4 or not re.fullmatch(r"[A-Za-z0-9+/]*={0,2}", content):
+        raise ValueError("an attachment's Content is not base64")
+    kind = str(entry.get("ContentType") or "application/octet-stream")
+    if not re.fullmatch(r"[\w.+-]{1,100}/[\w.+-]{1,100}", kind, re.ASCII):
+        raise ValueError("bad ContentType: " + printable(kind, 100))
+    name, id = one_line(str(entry.get("Filename") or "file")), str(entry.get("ContentID") or "")
+    if not re.fullmatch(r"[!-;=?-~]{0,200}", id):
+        raise ValueError("bad ContentID: " + printable(id, 100))
+    head = "Content-Type: %s\r\nContent-Transfer-Encoding: base64\r\nContent-Disposition: %s;%s\r\n" % (
+        kind, "inline" if id else "attachment", file_name_parameter(name))
+    if id:
+        head += "Content-ID: <%s>\r\n" % id
+    lines = (content[start:start + 76] for start in range(0, len(content), 76))
+    blocks = iter(lambda: "".join(line + "\r\n" for line in itertools.islice(lines, 1000)).encode(), b"")
+    return bool(id), itertools.chain([head.encode() + b"\r\n"], blocks)
+
+
+def file_name_parameter(name: str) -> str:
+    """Return a file name as a parameter: as it is, or by RFC 2231 in pieces."""
+    if name.isascii() and name.isprintable() and len(name) < 60:
+        return ' filename="%s"' % re.sub(r'(["\\])', r"\\\1", name)
+    from urllib.parse import quote
+    text = quote(name.encode("utf-8", "replace")[:1000], safe="")
+    if len(text) < 900:                             # in one piece: more readers know that
+        return "\r\n filename*=utf-8''" + text
+    pieces = re.findall(r"(?:%..|[^%]){1,20}", text)
+    return ";".join("\r\n filename*%d*=%s%s" % (number, "" if number else "utf-8''", piece)
+                    for number, piece in enumerate(pieces))
+
+
+# HTTP. The standard library parses requests; we see to their form, size and time.
+
+HTTP_FIELD = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+:[\t\x20-\x7e\x80-\xff]*\r\n")
+REQUEST_LINE = re.compile(rb"[A-Z]+ [\x21-\x7e\x80-\xff]+ HTTP/1\.[01]\r\n")
+CHUNK = re.compile(rb"([0-9A-Fa-f]{1,8})[ \t]*(?:;[^\r\n]*)?\r\n")
+ABSOLUTE = re.compile(r"https?://([^/?#]*)(.*)", re.IGNORECASE | re.DOTALL)
+PAGES = re.compile(r"/|/view/[^/]+\.(html|txt)")
+
+
+class Conversation(io.RawIOBase):
+    """The bytes of an HTTP connection, both ways, within a deadline for the whole request rather than for each read.
+
+    The deadline moves with what is transferred, at WEB_RATE: who drips runs into it.
+    """
+
+    STEP = 1.0                                      # seconds after which a waiting thread looks at the deadline again
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.sock = sock
+        self.ahead = b""                            # read to see whether the client is there
+        self.deadline = self.latest = float("inf")
+
+    def renew(self, seconds: float) -> None:
+        self.deadline = min(time.monotonic() + seconds, self.latest)
+
+    def hurry(self, seconds: float) -> None:
+        """Come to an end within so many seconds, whatever is renewed."""
+        self.latest = time.monotonic() + seconds
+        self.deadline = min(self.deadline, self.latest)
+
+    def _attempt(self, operation: Callable[..., int], *arguments: Any) -> int:
+        while True:
+            left = min(self.deadline, self.latest) - time.monotonic()
+            if left <= 0:
+                raise socket.timeout("the request took too long")
+            self.sock.settimeout(min(left, self.STEP))
+            try:
+                count = operation(*arguments)
+            except socket.timeout:
+                continue
+            self.deadline += count / WEB_RATE
+            return count
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        if self.ahead:
+            data, self.ahead = self.ahead[:len(buffer)], self.ahead[len(buffer):]
+            buffer[:len(data)] = data
+            return len(data)
+        return self._attempt(self.sock.recv_into, buffer)
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        view = memoryview(data)
+        while view:
+            view = view[self._attempt(self.sock.send, view[:BLOCK]):]
+        return len(data)
+
+    def is_gone(self) -> bool:
+        """Return whether the client hung up; what it says meanwhile is kept for the next request."""
+        if len(self.ahead) > MAX_HTTP_HEAD:
+            return True                             # that is no client waiting for an answer
         try:
-            await wait(serve)
-        except (Disconnected, TimedOut):
-            pass
+            self.sock.settimeout(0)
+            data = self.sock.recv(BLOCK)
+        except (BlockingIOError, InterruptedError):
+            return False
+        except OSError as error:                    # of TLS: more is needed to say so
+            return type(error).__name__ not in ("SSLWantReadError", "SSLWantWriteError")
+        self.ahead += data
+        return not data
+
+
+if TYPE_CHECKING:
+    from http.server import BaseHTTPRequestHandler as HTTPHandler
+else:
+    HTTPHandler = object                            # see web_handler()
+
+
+class WebSession(HTTPHandler):
+    """An HTTP connection, in a thread of its own."""
+
+    protocol_version = "HTTP/1.1"
+    server_version, sys_version = "minimail", ""
+    server: WebListener
+    site: Site
+    inbox: Inbox
+    raw_requestline: bytes
+    command = requestline = allowed_origin = ""
+    unread = False                                  # a body, or what might be one
+    length: Optional[int] = 0                       # of the body; None: it comes in chunks
+
+    # The connection.
+
+    def setup(self) -> None:
+        self.site, self.tls = self.server.site, self.server.tls
+        self.inbox = self.site.inbox
+        self.client = clients_address(self.client_address[0])
+        self.patience = min(self.site.config.seconds(WEB_TIMEOUT), WEB_TIMEOUT)
+        self.site.door.ask("on_connect", self.client)
+        self.request.settimeout(self.patience)
+        if self.tls:
+            assert self.site.certificates
+            self.request = self.site.certificates.context().wrap_socket(self.request, server_side=True,
+                                                                        do_handshake_on_connect=False)
+        self.connection, self.conversation = self.request, Conversation(self.request)
+        self.rfile: Any = io.BufferedReader(self.conversation, BLOCK)
+        self.wfile: Any = self.conversation
+        self.inbox.visitors.add(self)
+        try:
+            self.request.do_handshake() if self.tls else None
+        except BaseException:
+            self.finish()
+            raise
+
+    def handle_one_request(self) -> None:
+        try:
+            self.conversation.renew(min(self.patience, WEB_IDLE))
+            if self.rfile.peek(1):
+                self.conversation.renew(self.patience)
+                super().handle_one_request()
+            else:
+                self.close_connection = True
+        except OSError as error:                    # its end, by whatever means
+            log.debug("web %s: %s", self.client, error)
+            self.close_connection = True
+
+    def finish(self) -> None:
+        """Close; a client that is still sending what nobody wants gets the time to read why."""
+        self.inbox.visitors.discard(self)
+        with contextlib.suppress(OSError):
+            if self.unread and not self.site.stopping:
+                self.conversation.hurry(2.0)
+                socket.socket.shutdown(self.request, socket.SHUT_WR)
+                while self.rfile.read1(BLOCK):
+                    pass
+        with contextlib.suppress(OSError):
+            self.request.close()
+
+    def hurry(self) -> None:
+        """The node stops: be at an end soon."""
+        self.conversation.hurry(SHUTDOWN_GRACE / 3)
+        with contextlib.suppress(OSError):
+            socket.socket.shutdown(self.request, socket.SHUT_RD)    # not TLS's own shutdown()
+
+    def is_over(self) -> bool:
+        return self.site.stopping or self.conversation.is_gone()
+
+    def log_message(self, format: str, *args: Any) -> None:
+        log.debug("web %s %s", self.client, printable(format % args))
+
+    # The head of a request.
+
+    def parse_request(self) -> bool:
+        """Parse a request's head as the library does, if there is only one way to read it (RFC 9112 sections 5 and 6)."""
+        self.command, self.request_version, self.allowed_origin, self.unread = "", "HTTP/1.1", "", False
+        conversation, answer = self.rfile, None
+        try:
+            if not REQUEST_LINE.fullmatch(self.raw_requestline):
+                raise Rejected(400, "no request of HTTP/1.0 or 1.1")
+            self.rfile = io.BytesIO(self.read_head())
+            if not super().parse_request():
+                return False
+            self.length = self.body_length()
+            return True
+        except Rejected as rejected:
+            answer = rejected.answer
         finally:
-            self.wire.close()
-            self.site.sessions.discard(self)
-            self.site.connections.leave(self.client)
+            self.rfile = conversation
+        self.unread = self.close_connection = True
+        self.give(answer)
+        return False
+
+    def read_head(self) -> bytes:
+        """Return the header fields as they came, none of them folded or odd, up to the empty line; Rejected."""
+        lines: List[bytes] = []
+        size = 0
+        while True:
+            line = self.rfile.readline(MAX_HTTP_HEAD)
+            size += len(line)
+            lines.append(line)
+            if line == b"\r\n":
+                return b"".join(lines)
+            if size >= MAX_HTTP_HEAD or len(lines) > MAX_HTTP_FIELDS:
+                raise Rejected(431, "too many header fields")
+            if not HTTP_FIELD.fullmatch(line):
+                raise Rejected(400, "a bad header field")
+
+    def body_length(self) -> Optional[int]:
+        """Return how long the body is, None when it comes in chunks; Rejected (RFC 9112 section 6.3)."""
+        lengths, codings = (self.headers.get_all(name, []) for name in ("Content-Length", "Transfer-Encoding"))
+        if len(self.headers.get_all("Host", [])) not in ((1,) if self.request_version == "HTTP/1.1" else (0, 1)):
+            raise Rejected(400, "one Host, please")
+        if len(lengths) + len(codings) > 1 or (codings and self.request_version == "HTTP/1.0"):
+            raise Rejected(400, "one Content-Length or Transfer-Encoding, please")
+        if codings and codings[0].strip().lower() != "chunked":
+            raise Rejected(501, "only chunked, please")
+        text = lengths[0].strip() if lengths else "0"
+        if not re.fullmatch(r"[0-9]{1,15}", text):
+            raise Rejected(400, "a bad Content-Length")
+        return None if codings else int(text)
+
+    def handle_expect_100(self) -> bool:
+        return True                                 # said once we know that we want the body
+
+    def send_error(self, code: int, message: Optional[str] = None, explain: Optional[str] = None) -> None:
+        self.unread = self.close_connection = True
+        self.give(text_answer(int(code), message or "Error"))
+
+    # The answer.
+
+    def serve(self) -> None:
+        self.unread = self.length != 0
+        try:
+            self.check_site()
+            answer = OPTIONS_ANSWER if self.command == "OPTIONS" else self.inbox.respond(self.read_request())
+        except Rejected as rejected:
+            answer = rejected.answer
+        self.close_connection = self.close_connection or self.unread or answer.stream is not None
+        self.give(answer)
+
+    do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = do_OPTIONS = serve
+
+    def read_request(self) -> Request:
+        from urllib.parse import parse_qsl, unquote
+        path, _, query = self.target.partition("#")[0].partition("?")
+        try:
+            pairs = dict(parse_qsl(query, keep_blank_values=True, max_num_fields=100))
+        except ValueError:
+            raise Rejected(400, "too many parameters") from None
+        path = unquote(path)
+        viewer = EVERYTHING if path in ("/livez", "/readyz") else self.viewer()
+        return Request(self.command, path, pairs, viewer, self.headers.get("Content-Type") or "", self.read_body, self.is_over)
+
+    def read_body(self, limit: int) -> BinaryIO:
+        """Return the body in a file, which is one on disk when it is large; empty when none is wanted. Rejected."""
+        with contextlib.ExitStack() as on_error:
+            file: Any = on_error.enter_context(tempfile.SpooledTemporaryFile(LARGE))
+            if limit and self.unread:
+                for block in self.body_blocks(limit):
+                    file.write(block)
+                self.unread = False
+                file.seek(0)
+            on_error.pop_all()
+        return file  # type: ignore[no-any-return]
+
+    def body_blocks(self, limit: int) -> Iterator[bytes]:
+        """Yield the body as it comes; Rejected when it has more than `limit` bytes, before any are read if it says so."""
+        total = self.length or 0
+        if total <= limit and (self.headers.get("Expect") or "").lower() == "100-continue":
+            self.wfile.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        blocks = self.chunks() if self.length is None else self.exactly(self.length)
+        while total <= limit:
+            block = next(blocks, b"")
+            if not block:
+                return
+            total += len(block) if self.length is None else 0
+            yield block
+        raise Rejected(413, "more than %d bytes" % limit)
+
+    def exactly(self, count: int) -> Iterator[bytes]:
+        while count:
+            block = self.rfile.read(min(count, BLOCK))
+            if not block:
+                raise Rejected(400, "the body is shorter than it said")
+            count -= len(block)
+            yield block
+
+    def chunks(self) -> Iterator[bytes]:
+        """Yield the content of a body in chunks (RFC 9112 section 7.1); Rejected."""
+        while True:
+            match = CHUNK.fullmatch(self.rfile.readline(1000))
+            if not match:
+                raise Rejected(400, "a bad chunk")
+            if not int(match.group(1), 16):
+                break
+            yield from self.exactly(int(match.group(1), 16))
+            if self.rfile.read(2) != b"\r\n":
+                raise Rejected(400, "a bad chunk")
+        self.read_head()                            # trailer fields: nobody wants them
+
+    def give(self, answer: Answered) -> None:
+        self.send_response(answer.status)
+        headers = {"Content-Type": answer.type, "Cache-Control": "no-store", "X-Content-Type-Options": "nosniff",
+                   "Referrer-Policy": "no-referrer", "X-DNS-Prefetch-Control": "off"}
+        if answer.stream is None:
+            headers["Content-Length"] = str(os.fstat(answer.file.fileno()).st_size if answer.file else len(answer.body))
+        if self.allowed_origin:
+            headers.update({"Access-Control-Allow-Origin": self.allowed_origin, "Vary": "Origin"})
+        if self.close_connection:
+            headers["Connection"] = "close"
+        for name, value in dict(headers, **answer.headers).items():
+            self.send_header(name, value)
+        self.end_headers()
+        with answer.file or contextlib.nullcontext():
+            if self.command != "HEAD":
+                self.conversation.renew(self.patience)
+                self.send_body(answer)
+
+    def send_body(self, answer: Answered) -> None:
+        self.wfile.write(answer.body)
+        if answer.file:
+            for block in iter(lambda: answer.file.read(BLOCK), b""):    # type: ignore[union-attr]
+                self.wfile.write(block)
+        for block in answer.stream or ():
+            self.wfile.write(block)
+            self.conversation.renew(self.patience)
+
+    # Who may ask.
+
+    def check_site(self) -> None:
+        """See that the request is meant for us, and comes from no page of another site; Rejected.
+
+        A name of somebody else's that leads here would give that somebody's pages our mail (DNS rebinding); a page that
+        may not read an answer can still see how long it takes.
+        """
+        absolute = ABSOLUTE.fullmatch(self.path)
+        path = absolute.group(2) or "/" if absolute else self.path
+        self.target = path.encode("latin-1").decode("utf-8", "replace")
+        host = (absolute.group(1) if absolute else self.headers.get("Host") or "").lower()
+        allowed = self.site.config.web_allow
+        if not is_own_name(host, self.site.hostname) and not any(names_host(entry, host) for entry in allowed):
+            raise Rejected(403, "this host name is not served here; --web-allow NAME lets it in")
+        origin, fetch = self.headers.get("Origin"), self.headers.get("Sec-Fetch-Site", "none")
+        if origin is not None and any(names_origin(entry, origin.lower()) for entry in allowed):
+            self.allowed_origin = origin
+        elif origin is not None and re.sub(r"^https?://", "", origin.lower()) != host:
+            raise Rejected(403, "a request from another site; --web-allow ORIGIN lets it in")
+        elif fetch not in ("none", "same-origin") and not self.is_navigation():
+            raise Rejected(403, "a request from another site; --web-allow ORIGIN lets it in")
+
+    def is_navigation(self) -> bool:
+        """Return whether somebody follows a link to one of our pages, in a window of its own."""
+        return (self.command == "GET" and self.headers.get("Sec-Fetch-Mode") == "navigate" and
+                self.headers.get("Sec-Fetch-Dest") == "document" and bool(PAGES.fullmatch(self.target.partition("?")[0])))
+
+    def viewer(self) -> Viewer:
+        """Return who asks, logged in where that is needed; Rejected."""
+        site, config = self.site, self.site.config
+        inside = is_loopback(self.request.getsockname()[0])
+        if config.capture and (inside or not site.accounts.names()):
+            return EVERYTHING
+        name, password = basic_credentials(self.headers.get("Authorization") or "")
+        if inside and not is_account(site, name):   # nobody has to log in, so whatever a browser sends along is ignored
+            return EVERYTHING
+        if not (config.capture or self.tls or is_loopback(self.client)):
+            raise Rejected(403, "log in over TLS (--webs) or from this machine")
+        user = self.log_in(name, password)
+        if user is None:
+            raise Rejected(401, "log in with an account of the users file", {
+                "WWW-Authenticate": 'Basic realm="minimail", charset="UTF-8"'})
+        everything = config.capture or user in config.web_admin
+        return Viewer(user, "" if everything else user)
+
+    def log_in(self, name: str, password: str) -> Optional[str]:
+        """Return the account's key, None when name and password do not fit: that is answered more and more slowly."""
+        site = self.site
+        if not name or site.throttle.shut_out(self.client):
+            return None
+        known = site.accounts.recall(name, password)
+        if known is None and site.throttle.charge(self.client, lower(name)):
+            known = site.accounts.verify(name, password)
+            if known is not None:
+                site.throttle.refund(self.client, lower(name))
+            else:
+                event("login-failed", client=self.client, user=printable(name, 100))
+                time.sleep(site.throttle.delay(self.client))        # this thread is the client's own
+        return known
+
+
+BUSY = b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 2\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+OPTIONS_ANSWER = Answered(200, "text/plain", headers={
+    "Allow": "GET, HEAD, POST, PUT, DELETE, OPTIONS", "Access-Control-Allow-Methods": "GET, HEAD, POST, PUT, DELETE",
+    "Access-Control-Allow-Headers": "Content-Type, Authorization", "Access-Control-Max-Age": "600"})
+
+
+def is_own_name(host: str, hostname: str) -> bool:
+    """Return whether a Host field names this machine in a way that nobody else's page can use."""
+    name = re.sub(r":[0-9]+$", "", host)
+    literal = re.fullmatch(r"\[[0-9a-f:.]+\]|[0-9.]+", name)
+    return bool(literal) or "." not in name or name.endswith(".localhost") or name == hostname
+
+
+def names_host(entry: str, host: str) -> bool:
+    """Return whether --web-allow has a host; one without a port there has any."""
+    name = entry.rpartition("://")[2]
+    return name in (host, re.sub(r":[0-9]+$", "", host))
+
+
+def names_origin(entry: str, origin: str) -> bool:
+    """Return whether --web-allow has an origin: itself, or as the name of its host."""
+    return entry == origin if "://" in entry else "://" in origin and names_host(entry, origin.partition("://")[2])
+
+
+def basic_credentials(field: str) -> Tuple[str, str]:
+    """Return (name, password) of an Authorization field (RFC 7617), both empty when there are none."""
+    kind, _, secret = field.partition(" ")
+    try:
+        name, _, password = base64.b64decode(secret if kind.lower() == "basic" else "", validate=True).decode().partition(":")
+    except ValueError:
+        return "", ""
+    return name, password
+
+
+def is_account(site: Site, name: str) -> bool:
+    try:
+        return site.book.key(parse_address(name)) in site.accounts.names()
+    except Refused:
+        return False
 
 
 @functools.lru_cache(maxsize=1)
 def web_handler() -> Any:
-    """Return the class that carries HTTP; made at the first request, as http.server takes a while to import."""
+    """Return WebSession as a handler of http.server, which takes a while to import: at the first connection."""
     from http.server import BaseHTTPRequestHandler
-    from urllib.parse import parse_qsl, unquote, urlsplit
+    return type("WebHandler", (WebSession, BaseHTTPRequestHandler), {})
 
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-        server_version = "minimail"
-        sys_version = ""
 
-        def __init__(self, session: WebSession) -> None:
-            self.session, self.inbox = session, session.site.inbox
-            super().__init__(session.request, session.client_address, session.server)
+class Threads:
+    """Threads that have something of their own to do; join() returns when all have ended, or the time is up."""
 
-        def log_message(self, format: str, *args: Any) -> None:
-            log.debug("web %s %s", self.session.client, printable(format % args))
+    def __init__(self) -> None:
+        self._threads: Set[threading.Thread] = set()
 
-        def serve(self) -> None:
+    def start(self, function: Callable[[], None]) -> None:
+        """Run function() in a thread; RuntimeError when the system has no more."""
+        def run() -> None:
             try:
-                self.serve_request()
-            except ValueError as error:
-                self.close_connection = True
-                self.give(text_answer(400, "Error: " + printable(str(error))))
+                function()
+            finally:
+                self._threads.discard(thread)
+        thread = threading.Thread(target=run, name="minimail-web", daemon=True)
+        self._threads.add(thread)
+        try:
+            thread.start()
+        except RuntimeError:
+            self._threads.discard(thread)
+            raise
 
-        def serve_request(self) -> None:
-            url = urlsplit(self.path)
-            query = dict(parse_qsl(url.query, keep_blank_values=True))
-            refusal, user = self.check()
-            size = self.headers.get("Content-Length") or "0"
-            known = size.isascii() and size.isdigit() and "Transfer-Encoding" not in self.headers
-            if refusal is None and (not known or int(size) > MAX_HTTP_BODY):
-                refusal = text_answer(413, "body too large or of unknown length")
-            if refusal is not None:
-                self.close_connection = True
-                return self.give(refusal)
-            body = self.rfile.read(int(size))
-            if url.path == "/api/events" and self.command == "GET":
-                return self.stream()
-            method = "GET" if self.command == "HEAD" else self.command
-            self.give(self.inbox.respond(method, unquote(url.path), query, body, self.headers.get("Content-Type") or "", user))
+    def __len__(self) -> int:
+        return len(self._threads)
 
-        do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = serve
+    def join(self, seconds: float) -> None:
+        until = time.monotonic() + seconds
+        for thread in list(self._threads):
+            thread.join(max(0.0, until - time.monotonic()))
 
-        def check(self) -> Tuple[Optional[Answered], Optional[str]]:
-            """Return (refusal or None, who logged in): no DNS rebinding, no requests from other sites, log-in outside."""
-            host = (self.headers.get("Host") or "").lower()
-            name = re.sub(r":\d+$", "", host)
-            site = self.session.site
-            literal = re.fullmatch(r"\[[0-9a-f:.]+\]|[\d.]+", name)
-            if not (literal or "." not in name or name.endswith(".localhost") or name == site.hostname):
-                return text_answer(403, "this host name is not served here"), None
-            origin = self.headers.get("Origin")
-            if self.command not in ("GET", "HEAD"):
-                if origin is not None and re.sub(r"^https?://", "", origin.lower()) != host:
-                    return text_answer(403, "request from another site"), None
-                if self.headers.get("Sec-Fetch-Site", "none") not in ("none", "same-origin"):
-                    return text_answer(403, "request from another site"), None
-            user = self.logged_in(site)
-            outside = not is_loopback(self.session.request.getsockname()[0])
-            if self.path in ("/livez", "/readyz"):
-                return None, user
-            if outside and user is None and (not site.config.capture or site.accounts.names()):
-                return Answered(401, "text/plain; charset=utf-8", b"log in with an account of the users file",
-                                {"WWW-Authenticate": 'Basic realm="minimail", charset="UTF-8"'}), None
-            return None, user
 
-        def logged_in(self, site: Site) -> Optional[str]:
-            kind, _, secret = (self.headers.get("Authorization") or "").partition(" ")
-            if kind.lower() != "basic" or site.throttle.shut_out(self.session.client):
-                return None
+class WebListener(Listener):
+    """A listening socket of the web: a thread for each connection, and a share of --max-connections for all of them."""
+
+    def __init__(self, name: str, endpoint: Endpoint, tls: bool = False) -> None:
+        super().__init__(name, endpoint, WebSession, tls)       # type: ignore[arg-type]
+
+    def share(self) -> int:
+        """Return how many connections the web may have, so that it cannot take them all from mail."""
+        config: Config = self.site.config
+        return max(1, min(max(4, config.max_connections // WEB_SHARE), config.max_connections - 1) // config.workers)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        client, threads = clients_address(client_address[0]), self.site.inbox.threads
+        refusal = self.site.connections.enter(client)
+        if not refusal:
             try:
-                name, _, password = base64.b64decode(secret, validate=True).decode("utf-8").partition(":")
-            except ValueError:
-                return None
-            return site.accounts.verify(name, password)
+                if len(threads) < self.share():
+                    threads.start(lambda: self.converse(request, client_address))
+                    return
+                refusal = "too many connections"
+            except RuntimeError as error:           # the system has no more threads
+                refusal = str(error)
+            self.site.connections.leave(client)
+        event("refused", protocol=self.name, client=client, reason=refusal)
+        with contextlib.suppress(OSError):
+            request.setblocking(False)
+            if not self.tls:
+                request.send(BUSY)
+            request.recv(BLOCK)                     # what is left unread would make the answer get lost
+        self.shutdown_request(request)
 
-        def give(self, answer: Answered) -> None:
-            self.send_response(answer.status)
-            headers = {"Content-Type": answer.type, "Content-Length": str(len(answer.body)), "Cache-Control": "no-store",
-                       "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer"}
-            for name, value in dict(headers, **answer.headers).items():
-                self.send_header(name, value)
-            if self.close_connection:
-                self.send_header("Connection", "close")
-            self.end_headers()
-            if self.command != "HEAD":
-                self.wfile.write(answer.body)
+    def converse(self, request: Any, client_address: Any) -> None:
+        try:
+            web_handler()(request, client_address, self)
+        except Refused as refused:
+            event("refused", protocol=self.name, client=client_address[0], reason=refused.reply.text)
+        except OSError as error:                    # the handshake failed, or the client was gone before it
+            log.debug("web %s: %s", client_address[0], error)
+        except Exception:
+            log.exception("connection from %s failed", client_address)
+        finally:
+            request.close()
+            self.site.connections.leave(clients_address(client_address[0]))
 
-        def stream(self) -> None:
-            """Server-sent events until the page goes away."""
-            self.close_connection = True
-            self.send_response(200)
-            for name, value in (("Content-Type", "text/event-stream"), ("Cache-Control", "no-store"), ("Connection", "close")):
-                self.send_header(name, value)
-            self.end_headers()
-            inbox, seen = self.inbox, self.inbox.serial
-            self.wfile.write(b": hello\n\n")
-            while not self.session.site.stopping:
-                with inbox.changed:
-                    if inbox.serial == seen:
-                        inbox.changed.wait(15.0)
-                    kinds = [kind for serial, kind in inbox.events if serial > seen]
-                    seen = inbox.serial
-                text = "".join("event: %s\ndata: {}\n\n" % kind for kind in kinds) or ": still here\n\n"
-                self.wfile.write(text.encode())
-                self.wfile.flush()
-    return Handler
+
+class WebHook:
+    """POSTs the summary of each message that comes to a URL: a thread of its own, a few tries, never in the way of mail."""
+
+    WAITS = (0.0, 1.0, 10.0)                        # seconds before each try
+    TIMEOUT = 10.0                                  # seconds
+
+    def __init__(self, inbox: Inbox, url: str) -> None:
+        self.inbox, self.url = inbox, url
+        self._ids: Deque[str] = collections.deque()
+
+    def add(self, id: str) -> None:
+        self._ids.append(id)
+        if len(self._ids) > MAX_HOOKED:
+            log.warning("webhook: message %s is not told of: too many wait", self._ids.popleft())
+
+    def run(self) -> None:
+        """Tell of each message, until the node stops."""
+        while not self.inbox.site.stopping:
+            serial = self.inbox.serial
+            if not self._ids:
+                self.inbox.pause(serial, 1.0)
+                continue
+            try:
+                self._tell(self._ids.popleft())
+            except Exception:                       # that message's affair
+                log.exception("the webhook stumbled")
+
+    def _tell(self, id: str) -> None:
+        self.inbox.index.refresh()
+        letter = self.inbox.index.get(id)
+        if not letter:
+            return                                  # deleted already
+        data, reason = json.dumps(letter.summary()).encode(), ""
+        for wait in self.WAITS:
+            self._rest(wait)
+            if self.inbox.site.stopping:
+                return
+            try:
+                status = post_json(self.url, data, self.TIMEOUT)
+            except Exception as error:              # of sockets, TLS, HTTP
+                reason = printable(str(error) or type(error).__name__, 200)
+                continue
+            if 200 <= status < 300:
+                return
+            reason = "it answered %d" % status
+        log.warning("webhook: message %s is not told of: %s", id, reason)
+
+    def _rest(self, seconds: float) -> None:
+        until = time.monotonic() + seconds
+        while time.monotonic() < until and not self.inbox.site.stopping:
+            time.sleep(WAIT_STEP)
+
+
+def post_json(url: str, data: bytes, timeout: float) -> int:
+    """POST a JSON text and return the answer's status; OSError, http.client.HTTPException."""
+    import http.client
+    from urllib.parse import unquote, urlsplit
+    parts = urlsplit(url)
+    kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
+    headers = {"Content-Type": "application/json", "User-Agent": "minimail"}
+    if parts.username:
+        login = "%s:%s" % (unquote(parts.username), unquote(parts.password or ""))
+        headers["Authorization"] = "Basic " + base64.b64encode(login.encode()).decode()
+    connection = kind(str(parts.hostname), parts.port, timeout=timeout)
+    try:
+        connection.request("POST", (parts.path or "/") + ("?" + parts.query if parts.query else ""), data, headers)
+        return connection.getresponse().status
+    finally:
+        connection.close()
 
 
 class WebExtension(Extension):
-    """Transcripts, faults, the web inbox."""
+    """Transcripts, faults, the web inbox, the webhook."""
 
     name = "web"
 
     def listeners(self, config: Config) -> List[Any]:
-        return [Listener("web", endpoint, WebSession) for endpoint in config.web or ()]
+        return [WebListener(name, endpoint, tls=name == "webs")
+                for name, endpoints in (("web", config.web or ()), ("webs", config.webs)) for endpoint in endpoints]
 
     def equip(self, node: Any) -> None:
         site, config = node.site, node.config
@@ -9208,16 +10221,29 @@ class WebExtension(Extension):
             site.recorder = Recorder(site.mailboxes)
             site.mailboxes.forget = site.recorder.forget
         site.faults = Faults(Fault(rule.text) for rule in config.fault)
-        if config.web:
+        if config.web or config.webs or config.webhook:
             site.inbox = Inbox(site, node)
+
+    def start(self, node: Any) -> None:
+        if node.config.webhook:
+            node.site.inbox.hook = hook = WebHook(node.site.inbox, node.config.webhook)
+            node.site.inbox.threads.start(hook.run)
 
     def stop(self, node: Any) -> None:
         if node.site.inbox:
-            node.site.inbox.tell("stop")
+            node.site.inbox.stop()
+
+    def join(self, node: Any, seconds: float) -> None:
+        if node.site.inbox:
+            node.site.inbox.threads.join(seconds)
 
     def matcher(self, node: Any, search: str) -> Callable[[Message], bool]:
         inbox, wanted = node.site.inbox or Inbox(node.site, node), Query(search)
-        return lambda message: bool(inbox.matches(message, wanted))
+
+        def matches(message: Message) -> bool:
+            letter = inbox.index.letter_of(message)
+            return letter is not None and wanted.matches(letter)
+        return matches
 
     def parse_fault(self, text: str) -> "Fault":
         return Fault(text)
@@ -9234,22 +10260,11 @@ def wait_command(config: Config, arguments: List[str]) -> int:
     parser.add_argument("--print", dest="show", choices=["raw", "text", "links", "json"], help="what to print of it")
     given = parser.parse_args(arguments)
     deadline = time.monotonic() + wait_seconds(given.timeout)
-    address = mailbox_named("wait", given.address, config) if given.address else None
-    query = Query(**{"from": given.sender, "subject": given.subject, "text": given.text})
+    address = mailbox_named("wait", given.address, config) if given.address else ""
+    wanted = Query(**{"from": given.sender, "subject": given.subject, "text": given.text})
     stores = open_stores(config)
     inbox = Inbox(types.SimpleNamespace(recorder=Recorder(stores.mailboxes), mailboxes=stores.mailboxes))
-    seen: Set[Tuple[str, str]] = set()
-
-    def look() -> Optional[Letter]:
-        for name in [address] if address else list(stores.mailboxes.names()):
-            for item in stores.mailboxes.listing(name):
-                if (name, item.uid) not in seen:
-                    letter = Letter(message_id(item), [(name, item)], inbox)
-                    if query.matches(letter):
-                        return letter
-                    seen.add((name, item.uid))
-        return None
-    found = await_mail(stores.storage, look, deadline)
+    found = await_mail(stores.storage, Search(inbox, Viewer(own=address), wanted), deadline)
     if found is None:
         raise CannotRun("no such message within %s seconds" % given.timeout)
     show_letter(found, given.show)
@@ -9425,6 +10440,7 @@ PAGE = r"""<!doctype html>
 <html lang="en">
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="x-dns-prefetch-control" content="off">
 <title>minimail</title>
 <link rel="icon" href="data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 16 16'%3E
 %3Crect y='2' width='16' height='12' rx='2' fill='%231f686c'/%3E
@@ -9432,7 +10448,7 @@ PAGE = r"""<!doctype html>
 <style nonce="{{nonce}}">
 :root {
   color-scheme: light dark;
-  --paper: light-dark(#ffffff, #17191c); --hover: light-dark(#f4f5f4, #202427);
+  --paper: light-dark(#ffffff, #17191c); --hover: light-dark(#f1f3f2, #24292c);
   --ink: light-dark(#1c2321, #e4e7e5); --faint: light-dark(#5c6663, #98a29f);
   --line: light-dark(#dfe3e1, #2f3538); --pick: light-dark(#e2efee, #1d3334);
   --accent: light-dark(#1f686c, #74c3c2); --warn: light-dark(#8a4b08, #f0b266);
@@ -9446,58 +10462,81 @@ body {
 a, h1 { color: var(--accent); }
 h1 { margin-block: 0; font-size: 1.1rem; }
 h2 { margin: 0.5rem 0; font-size: 1.25rem; line-height: 1.3; }
-h2, dd, li, pre { overflow-wrap: anywhere; }
+h2, h3, dd, li, pre, p { overflow-wrap: anywhere; }
 b { font-weight: 650; }
 dl { display: grid; grid-template-columns: auto 1fr; gap: 0.1rem 0.9rem; margin: 0.4rem 0; }
 dd, ol { margin: 0; padding: 0; list-style: none; }
 pre { margin: 0; white-space: pre-wrap; font: 0.85rem/1.5 ui-monospace, monospace; }
+pre ~ pre { content-visibility: auto; contain-intrinsic-size: auto 60rem; }
 button, input, .button {
-  padding: 0.25rem 0.55rem; border: 1px solid var(--line); border-radius: 6px;
-  font: inherit; color: inherit; background: none; text-decoration: none;
+  padding: 0.25rem 0.6rem; border: 1px solid transparent; border-radius: 6px;
+  font: inherit; color: inherit; background: var(--hover); text-decoration: none;
 }
+input { border-color: var(--line); background: none; }
+::placeholder { color: var(--faint); opacity: 1; }
 button:hover:enabled, .button:hover { border-color: var(--accent); }
+[aria-pressed=true] { color: var(--accent); border-color: var(--accent); }
 button:disabled { opacity: 0.45; }
+.primary { color: var(--paper); background: var(--accent); }
 :focus-visible { outline: 2px solid var(--accent); outline-offset: -2px; border-radius: 4px; }
+.primary:focus-visible { outline-offset: 2px; }
 h2:focus-visible { outline: none; }
-dt, time, .faint, #status, #live, #range, #none { color: var(--faint); }
-time, .faint, #status, #live, #range { font-size: 0.85rem; }
+dt, time, .faint, #status, #live, #range, #none, #clear { color: var(--faint); }
+time, .faint, #status, #live, #range, #clear { font-size: 0.85rem; }
 h1, #status { margin-right: 0.4rem; }
 .bar { display: flex; flex-wrap: wrap; gap: 0.4rem; align-items: center; }
+.warn, #problem { color: var(--warn); }
 header { grid-column: 1 / -1; padding: 0.5rem 1rem; border-bottom: 1px solid var(--line); }
 #search { flex: 1 1 12rem; max-width: 30rem; margin-left: auto; }
-#problem { flex-basis: 100%; color: var(--warn); }
+#clear { background: none; }
+#problem { flex-basis: 100%; }
 #welcome { grid-column: 1 / -1; max-width: 46rem; padding: 1rem; place-self: center; }
+#try { padding: 0.6rem 0.8rem; border-radius: 6px; background: var(--hover); }
 nav { display: grid; grid-template-rows: minmax(0, 1fr) auto; border-right: 1px solid var(--line); }
 nav .bar { justify-content: space-between; padding: 0.4rem 1rem; border-top: 1px solid var(--line); }
 #list, main { overflow: auto; }
 #list a {
-  display: grid; grid-template-columns: 1fr auto; column-gap: 0.8rem; padding: 0.5rem 1rem; color: inherit;
-  text-decoration: none; border: solid var(--line); border-width: 0 0 1px 3px; border-left-color: transparent;
+  display: grid; grid-template-columns: minmax(0, auto) 1fr auto; column-gap: 0.6rem; align-items: baseline;
+  padding: 0.5rem 1rem; color: inherit; text-decoration: none;
+  border: solid var(--line); border-width: 0 0 1px 3px; border-left-color: transparent;
 }
 #list a:hover { background: var(--hover); }
-#list [aria-current=true] { background: var(--pick); }
+#list a[aria-current=true] { background: var(--pick); }
 #list .unread { border-left-color: var(--accent); }
-#list a * { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
+#list a > * { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
 #list a:not(.unread) b { font-weight: inherit; }
-#list b ~ b { grid-column: 1 / -1; }
-#list time, #list span ~ span { justify-self: end; }
+#list .line { grid-column: 1 / -1; }
+#list .people { grid-column: 1 / 3; }
+#list time, #list .people + span { justify-self: end; }
+.tag { padding: 0 0.4rem; border: 1px solid var(--line); border-radius: 6px; font-size: 0.85rem; }
 main { padding: 0.8rem 1.2rem; }
 #message, #panel { display: flex; flex-direction: column; }
 #message { min-height: 100%; }
+#subject { max-height: 8rem; overflow: auto; flex: none; }
+#who { max-height: 9rem; overflow: auto; flex: none; }
 #tabs { gap: 0; border-bottom: 1px solid var(--line); }
-#tabs button { border-color: transparent; border-width: 0 0 2px; border-radius: 0; }
+#tabs button { border-width: 0 0 2px; border-radius: 0; background: none; }
 #tabs [aria-selected=true] { border-color: var(--accent); color: var(--accent); }
 #panel { flex: 1; gap: 0.6rem; padding: 0.6rem 0; }
 #panel ul { margin: 0; padding-left: 1.2rem; }
-#text { font: inherit; }
+#panel .text { font: inherit; }
 #tab-Lint span { color: var(--warn); }
-iframe { flex: 1; min-height: 50vh; border: 1px solid var(--line); background: white; color-scheme: light; }
+iframe { flex: 1; width: 100%; min-height: 50vh; border: 1px solid var(--line); background: white; color-scheme: light; }
+iframe.Phone { max-width: 377px; }
+iframe.Tablet { max-width: 770px; }
+dialog { width: 28rem; max-width: 90vw; border: 1px solid var(--line); border-radius: 8px; color: inherit;
+  background: var(--paper); }
+dialog input { width: 100%; margin: 0.6rem 0; }
 kbd { font: inherit; border: 1px solid var(--line); border-radius: 4px; padding: 0 0.35em; }
 #back { display: none; }
 @media (max-width: 46rem) {
   body { grid-template-columns: 100%; }
   body.reading nav, body:not(.reading) main { display: none; }
   #back { display: inline-block; }
+  main, header { padding-inline: 0.8rem; }
+  main .bar { gap: 0.3rem; }
+  main button, .button { padding-inline: 0.45rem; }
+  [aria-pressed] { display: none; }
 }
 </style>
 <header class="bar">
@@ -9514,6 +10553,7 @@ kbd { font: inherit; border: 1px solid var(--line); border-radius: 4px; padding:
   <p class="capture">Any address will do, with any password or none, and nothing leaves this machine.
     A first message from a shell:</p>
   <pre class="capture" id="try"></pre>
+  <p class="capture"><button id="copy" class="primary">Copy</button></p>
 </section>
 <nav aria-label="Messages">
   <ol id="list" role="list"></ol>
@@ -9523,34 +10563,44 @@ kbd { font: inherit; border: 1px solid var(--line); border-radius: 4px; padding:
 </nav>
 <main aria-label="Message">
   <p id="none"><kbd>j</kbd> <kbd>k</kbd> or arrows choose a message · <kbd>Enter</kbd> opens it ·
-    <kbd>Esc</kbd> back · <kbd>/</kbd> search · <kbd>u</kbd> unread · <kbd>d</kbd> delete · <kbd>←</kbd>
-    <kbd>→</kbd> tabs</p>
+    <kbd>Space</kbd> reads on · <kbd>Esc</kbd> back · <kbd>/</kbd> search · <kbd>u</kbd> unread · <kbd>d</kbd> delete ·
+    <kbd>←</kbd> <kbd>→</kbd> tabs</p>
   <div id="message" hidden>
     <div class="bar">
       <button id="back">‹ Back</button>
+      <a id="save" class="button primary">Save</a>
+      <button id="release" hidden>Release…</button>
       <button id="toggle" aria-keyshortcuts="u">Mark unread</button>
       <button id="remove" aria-keyshortcuts="d Delete">Delete</button>
-      <a id="save" class="button">Save</a>
     </div>
-    <h2 id="subject" tabindex="-1" aria-live="polite"></h2>
+    <h2 id="subject" dir="auto" tabindex="-1" aria-live="polite"></h2>
     <div id="who"></div>
     <div id="tabs" class="bar" role="tablist" aria-label="Views of the message"></div>
     <div id="panel" role="tabpanel"></div>
   </div>
 </main>
+<dialog id="releasing" aria-labelledby="release-title">
+  <form id="release-form">
+    <h2 id="release-title">Release this message</h2>
+    <label for="release-to">It goes, as it is, through <bdi id="release-server"></bdi> to these addresses and to
+      nobody else:</label>
+    <input id="release-to" required autocomplete="off" placeholder="bob@example.com, carol@example.com">
+    <p id="release-problem" class="warn" role="alert"></p>
+    <div class="bar"><button class="primary">Release</button> <button type="button" id="cancel">Cancel</button></div>
+  </form>
+</dialog>
 <script nonce="{{nonce}}">
 "use strict";
-// What comes from a message gets onto the page as text, or into a frame that may run nothing.
-const PAGE = 50, SHOWN = 500000;
-const at = {start: 0, query: "", rows: [], found: 0, asked: 0, timer: 0,  // the list
-            open: "", tab: "", tabs: [], shown: {}};  // the message
+// What comes from a message gets onto the page as text, or into a frame that may run nothing. Whoever wrote it may mean to
+// keep us busy: it is searched in one pass, and shown in blocks (to lay out a paragraph takes the square of its length).
+const PAGE = 50, SHOWN = 300000, MANY = 1000, BLOCK = 4000;
+const at = {start: 0, query: "", rows: [], found: 0, asked: 0, timer: 0, live: "",  // the list
+            open: "", tab: "", tabs: [], shown: {}, width: "Full", screen: 0};  // the message
 const $ = id => document.getElementById(id);
 const rowOf = id => $("row-" + id);
 const pathOf = id => "api/v1/message/" + encodeURIComponent(id);
 const go = id => location.hash = encodeURIComponent(id);
 const isRead = id => at.rows.find(message => message.ID === id)?.Read ?? true;
-const named = who => who.Name || who.Address;
-const full = who => who.Name ? who.Name + " <" + who.Address + ">" : who.Address;
 const size = bytes => bytes < 1e6 ? Math.ceil(bytes / 1000) + " kB" : (bytes / 1e6).toFixed(1) + " MB";
 
 function el(tag, props, ...children) {
@@ -9559,10 +10609,31 @@ function el(tag, props, ...children) {
   return node;
 }
 
-const faint = text => el("span", {className: "faint"}, text);
-const list = items => el("ul", {}, ...items.map(item => el("li", {}, ...item)));
+const faint = (...nodes) => el("span", {className: "faint"}, ...nodes);
+const own = text => el("bdi", {}, text);  // whatever is in it, it turns nothing around it
+const short = (text, most = 200) => text.length > most ? text.slice(0, most) + "…" : text;
+const named = who => own(short(who.Name || who.Address));
+const full = who => who.Name && who.Address ? [named(who), " <", own(short(who.Address, 400)), ">"] : [named(who)];
+const joined = groups => groups.flatMap((nodes, index) => index ? [", ", ...nodes] : nodes);
+const twenties = groups => groups.length > 20  // of the first thousand
+  ? [...Array(Math.ceil(Math.min(groups.length, MANY) / 20)).keys()].map(i =>
+    el("div", {}, ...joined(groups.slice(20 * i, 20 * i + 20)), ","))
+    .concat(groups.length > MANY ? "and " + (groups.length - MANY) + " more" : [])
+  : joined(groups);
 const table = pairs => el("dl", {}, ...pairs.filter(([, value]) => value?.length).flatMap(([name, value]) =>
-  [el("dt", {}, name), el("dd", {}, [].concat(value).join(", "))]));
+  [el("dt", {}, name), el("dd", {}, ...typeof value === "string" ? blocks(value).map(own) : value)]));
+const list = items => el("ul", {}, ...items.slice(0, MANY).map(item => el("li", {}, ...item)),
+  ...items.length > MANY ? [el("li", {className: "warn"}, "and " + (items.length - MANY) + " more")] : []);
+
+function blocks(text) {  // pieces that end with a line if they can
+  const found = [];
+  for (let piece; text; text = text.slice(piece.length)) {
+    piece = text.slice(0, BLOCK);
+    if (piece.length < text.length) piece = piece.slice(0, piece.lastIndexOf("\n") + 1) || piece;
+    found.push(piece);
+  }
+  return found;
+}
 
 function when(text) {
   const date = new Date(text), today = date.toDateString() === new Date().toDateString();
@@ -9574,17 +10645,29 @@ function when(text) {
 async function ask(path, method = "GET", body) {
   const headers = body ? {"Content-Type": "application/json"} : {};
   const answer = await fetch(path, {method, headers, body: body && JSON.stringify(body)});
-  if (!answer.ok) throw new Error(await answer.text() || answer.statusText);
+  if (!answer.ok) throw new Error(reason(await answer.text()) || answer.statusText);
   return answer;
+}
+
+function reason(text) {
+  try {
+    return JSON.parse(text).Error;
+  } catch {
+    return text;
+  }
 }
 
 const get = async path => (await ask(path)).json();
 
-addEventListener("unhandledrejection", event => {
-  event.preventDefault();
-  $("problem").textContent = "That did not work: " + event.reason.message;
+function say(text) {
+  $("problem").textContent = text;
   $("problem").hidden = false;
   setTimeout(() => { $("problem").hidden = true; }, 10000);
+}
+
+addEventListener("unhandledrejection", event => {
+  event.preventDefault();
+  say("That did not work: " + event.reason.message);
 });
 
 // The list
@@ -9616,13 +10699,19 @@ async function refresh() {
 }
 
 function row(message) {
-  const link = {id: "row-" + message.ID, href: "#" + encodeURIComponent(message.ID)};
-  const people = [...message.To, ...message.Cc, ...message.Bcc].map(named).join(", ");
-  const files = message.Attachments ? message.Attachments + " attached · " : "";
-  return el("li", {}, el("a", {...link, className: message.Read ? "" : "unread"},
-    el("b", {}, named(message.From) || "(no sender)"), when(message.Created),
-    el("b", {}, message.Subject || "(no subject)"), faint("to " + people),
-    faint((message.Read ? "" : "unread · ") + files + size(message.Size))));
+  const {ID, From, To, Cc, Bcc, Subject, Snippet, Tags, Read, Attachments, Size} = message;
+  const people = [...To, ...Cc, ...Bcc], more = people.length > 4 ? people.length - 3 : 0;
+  const files = Attachments ? Attachments + " attached · " : "";
+  const line = (tag, className, ...nodes) => el(tag, {className, dir: "auto"}, ...nodes);
+  return el("li", {}, el("a", {id: "row-" + ID, href: "#" + encodeURIComponent(ID), className: Read ? "" : "unread"},
+    el("b", {}, named(From), From.Name || From.Address ? "" : "(no sender)"),
+    faint(own(From.Name ? From.Address : "")), when(message.Created),
+    line("b", "line subject", short(Subject) || "(no subject)"),
+    ...Snippet ? [line("span", "line faint", Snippet)] : [],
+    el("span", {className: "people faint"}, "to ", ...joined(people.slice(0, more ? 3 : 4).map(who => [named(who)])),
+      more ? " and " + more + " more" : ""),
+    faint(...(Tags || []).slice(0, 3).flatMap(tag => [el("bdi", {className: "tag"}, tag), " "]),
+      (Tags?.length > 3 ? "… " : "") + (Read ? "" : "unread · ") + files + size(Size))));
 }
 
 function mark() {  // which message is open
@@ -9635,7 +10724,7 @@ async function turn(by) {  // the page; returns the message that is next
   at.start = Math.max(0, at.start + by * PAGE);
   await refresh();
   const next = at.rows.at(by < 0 ? -1 : 0)?.ID || "";
-  rowOf(next)?.focus();
+  if (!at.open) rowOf(next)?.focus();
   return next;
 }
 
@@ -9643,14 +10732,44 @@ function soon() {  // many arrivals, one question
   at.timer ||= setTimeout(() => { at.timer = 0; refresh(); }, 150);
 }
 
+// What is new. A browser has six connections to a server for all its windows; so one of them, while it has the lock,
+// listens for all, and tells the others what to show as the state of things: a reason to look at the list.
+
+const LIVE = "● live", LOST = "○ not connected", WHO = "?";
+const windows = new BroadcastChannel("minimail");
+
+function hear(news) {
+  if (news === WHO) return at.listens && windows.postMessage(at.live);
+  $("live").textContent = at.live = news;
+  if (news === LIVE) soon();
+}
+
+function tell(news) {
+  windows.postMessage(news);
+  hear(news);
+}
+
 function listen() {
   const events = new EventSource("api/events");
-  for (const kind of ["new", "delete", "read"]) events.addEventListener(kind, soon);
-  events.onopen = () => { $("live").textContent = "● live"; soon(); };
+  for (const kind of ["open", "new", "delete", "read", "tags"]) events.addEventListener(kind, () => tell(LIVE));
   events.onerror = () => {
-    $("live").textContent = "○ not connected";
+    tell(LOST);
     if (events.readyState === EventSource.CLOSED) setTimeout(listen, 3000);
   };
+}
+
+function follow() {
+  if (!navigator.locks) {  // a page from another machine without TLS: it asks now and then
+    const look = () => refresh().then(() => hear(LIVE), () => hear(LOST)).then(() => setTimeout(look, 3000));
+    return look();
+  }
+  windows.onmessage = event => hear(event.data);
+  windows.postMessage(WHO);
+  navigator.locks.request("minimail", () => {
+    at.listens = true;
+    listen();
+    return new Promise(() => {});  // until the window is closed
+  });
 }
 
 // One message
@@ -9662,6 +10781,7 @@ async function open() {
   $("none").hidden = id;
   mark();
   if (!id) return;
+  $("subject").focus({preventScroll: true});  // from here, the keyboard scrolls the message
   const both = await Promise.all([get(pathOf(id)), get(pathOf(id) + "/session")]).catch(error => {
     if (at.open !== id) return;
     go("");
@@ -9671,32 +10791,40 @@ async function open() {
   const [message] = both;
   at.open = message.ID;  // of #latest, too
   at.tabs = tabs(...both).filter(tab => tab.there ?? true);
-  $("subject").textContent = message.Subject || "(no subject)";
-  $("who").replaceChildren(table([["From", full(message.From)], ["To", message.To.map(full)],
-    ["Cc", message.Cc.map(full)], ["Bcc", message.Bcc.map(full)], ["Reply to", message.ReplyTo.map(full)],
-    ["Date", new Date(message.Date).toLocaleString() + " · " + size(message.Size)]]));
+  $("subject").textContent = short(message.Subject, 3 * BLOCK) || "(no subject)";
+  $("who").replaceChildren(heads(message));
   $("save").href = pathOf(message.ID) + "/raw?dl=1";
   $("tabs").replaceChildren(...at.tabs.map(({name, count}) => el("button", {role: "tab", id: "tab-" + name,
     onclick: () => view(at.tab = name)}, name, el("span", {className: "faint"}, count ? " " + count : ""))));
+  document.querySelector("main").scrollTop = $("subject").scrollTop = $("who").scrollTop = 0;
   mark();
-  if ($("back").offsetWidth) $("subject").focus();
   await view(at.tabs.some(tab => tab.name === at.tab) ? at.tab : at.tabs[0].name);
 }
 
+function heads(message) {
+  const people = all => twenties(all.map(full)), date = new Date(message.Date).toLocaleString();
+  const tag = text => [el("button", {className: "tag", onclick: () => find('tag:"' + text + '"')}, own(text))];
+  return table([["From", full(message.From)], ["To", people(message.To)], ["Cc", people(message.Cc)],
+    ["Bcc", people(message.Bcc)], ["Reply to", people(message.ReplyTo)], ["Date", date + " · " + size(message.Size)],
+    ["Tags", (message.Tags || []).flatMap(tag)],
+    ["Cut", (message.Cut || []).map(text => el("div", {className: "warn"}, text))]]);
+}
+
 function tabs(message, session) {
-  const path = pathOf(message.ID), links = linksIn(message);
+  const path = pathOf(message.ID), links = message.Links || [], calendar = message.Calendar || [];
   const files = [...message.Attachments, ...message.Inline];
-  const link = href => [el("a", {href, target: "_blank", rel: "noreferrer"}, href)];
   const file = ({PartID, FileName, ContentType, Size}) => [
-    el("a", {href: path + "/part/" + encodeURIComponent(PartID), download: ""}, FileName || "no name"),
-    faint(" " + ContentType + " · " + size(Size))];
+    el("a", {href: path + "/part/" + encodeURIComponent(PartID), download: ""}, own(short(FileName || ContentType))),
+    faint(...FileName ? [" ", own(ContentType)] : [], " · " + size(Size))];
+  const branch = part => part.Children?.length ? [own(part.ContentType), list(part.Children.map(branch))] : file(part);
   const fault = ({rule, text, rfc}) => [el("b", {}, rule), " " + text + " ", faint(rfc)];
   return [
-    {name: "HTML", there: message.HTML, show: () => framed(message.ID, "")},
-    {name: "Text", there: message.Text || !message.HTML,
-     show: () => [el("pre", {id: "text"}, message.Text.slice(0, SHOWN))]},
-    {name: "Links", there: links.length, count: links.length, show: () => [list(links.map(link))]},
+    {name: "Calendar", there: calendar.length, show: () => calendar.slice(0, MANY).flatMap(happening)},
+    {name: "HTML", there: message.HTML, show: () => framed(message, "")},
+    {name: "Text", there: message.Text || !message.HTML, show: () => written(message.Text)},
+    {name: "Links", there: links.length, count: links.length, show: () => [list(links.map(href => [link(href)]))]},
     {name: "Files", there: files.length, count: files.length, show: () => [list(files.map(file))]},
+    {name: "Parts", there: Boolean(message.Tree), show: () => [list([branch(message.Tree)])]},
     {name: "Headers", show: () => headers(path)},
     {name: "Source", show: () => source(path)},
     {name: "Session", show: () => conversation(session)},
@@ -9723,19 +10851,63 @@ async function headers(path) {
   return [table(pairs.flatMap(([name, values]) => values.map(value => [name, value])))];
 }
 
-function framed(id, images) {
-  const frame = el("iframe", {title: "The message as HTML"});
-  frame.setAttribute("sandbox", "");  // no script, no form, no way out
-  frame.src = "view/" + encodeURIComponent(id) + ".html" + images;
-  const again = () => $("panel").replaceChildren(...framed(id, "?images=1"));
-  return [el("div", {className: "bar faint"}, ...images ? ["Images on other servers were loaded."] :
-    ["Images on other servers are not loaded.", el("button", {onclick: again}, "Load images")]), frame];
+function framed(message, images) {
+  const frame = el("iframe", {title: "The message as HTML", className: at.width});
+  frame.setAttribute("sandbox", "allow-popups allow-popups-to-escape-sandbox");  // links open windows; nothing else
+  frame.src = "view/" + encodeURIComponent(message.ID) + ".html" + images;
+  at.screen = 0;
+  const again = () => $("panel").replaceChildren(...framed(message, "?images=1"));
+  const widths = ["Phone", "Tablet", "Full"].map(name => el("button", {ariaPressed: at.width === name, onclick: event => {
+    for (const other of widths) other.ariaPressed = other === event.target;
+    frame.className = at.width = name;
+  }}, name));
+  const said = images ? ["Images on other servers were loaded."] : message.RemoteImages ?
+    ["Images on other servers are not loaded.", el("button", {onclick: again}, "Load images")] : [];
+  return [el("div", {className: "bar faint"}, ...widths, ...said), frame];
 }
 
-function linksIn(message) {
-  const html = message.HTML.matchAll(/<a[^>]+href *= *["']?(https?:[/][/][!#-&(-;=?-~]+)/gi);
-  const text = message.Text.matchAll(/(https?:[/][/][!#-&*-;=?-~]*[#-&*+/-9=@-~-])/gi);
-  return [...new Set([...html, ...text].map(([, link]) => link.replaceAll("&amp;", "&")))];
+function leaf(by) {  // through a frame into which this page cannot look: marks in it stand a screen apart
+  const frame = $("panel").querySelector("iframe"), main = document.querySelector("main");
+  const more = by < 0 ? !at.screen : main.scrollTop + main.clientHeight < main.scrollHeight - 1;
+  if (!frame || more) return false;  // the browser scrolls by itself
+  at.screen = Math.max(0, at.screen + by);
+  frame.contentWindow.location.replace(frame.src + "#minimail-" + at.screen);
+  return true;
+}
+
+const link = href => el("a", {href, target: "_blank", rel: "noreferrer"}, own(short(href, BLOCK)));
+
+function linked(text) {  // the text, with what looks like a link made one
+  return text.split(/(?<![a-z0-9])(https?:[/][/][^\s<>"]+)/i).flatMap((piece, index) => {
+    if (index % 2 === 0) return [piece];
+    const after = piece.includes("(") ? ".,;:!?'" : ".,;:!?')]}";
+    let end = piece.length;
+    while (after.includes(piece[end - 1])) end--;
+    return [link(piece.slice(0, end)), piece.slice(end)];
+  });
+}
+
+function written(text) {
+  const pieces = blocks(text.slice(0, SHOWN)).map(piece => el("pre", {className: "text", dir: "auto"}, ...linked(piece)));
+  return [el("div", {}, ...pieces),
+    ...text.length > SHOWN ? [el("p", {className: "warn"}, "This is the beginning; Save has it all.")] : []];
+}
+
+function happening({Method, Summary, Start, End, Location, Organizer, Attendees, Description}) {
+  const method = {REQUEST: "Invitation", CANCEL: "Cancelled", REPLY: "Answer"}[Method];
+  return [el("h3", {dir: "auto"}, (method ? method + ": " : ""), own(short(Summary || "(no title)"))), table([
+    ["When", span(Start || "", End || "")], ["Where", linked(short(Location || "", BLOCK))],
+    ["From", Organizer], ["Who", twenties((Attendees || []).map(who => [own(short(who))]))]]),
+    ...written(Description || "")];
+}
+
+function span(start, end) {  // days, or times in the reader's own zone; what names no offset is shown as it is written
+  const known = text => /^\d{4}-\d\d-\d\d(T[\d:]{4,8}(Z|[+-]\d\d:?\d\d))?$/.test(text) ? new Date(text) : NaN;
+  const from = known(start), to = known(end || start), day = !start.includes("T");
+  if (!(from <= to)) return [start, end].filter(Boolean).map(text => text.replace(/^([-\d]{10})T/, "$1 ")).join(" – ");
+  if (day && to > from) to.setUTCDate(to.getUTCDate() - 1);  // the end is the day after
+  const options = day ? {dateStyle: "full", timeZone: "UTC"} : {dateStyle: "full", timeStyle: "short"};
+  return new Intl.DateTimeFormat([], options).formatRange(from, to);
 }
 
 async function source(path) {  // as much of it as anyone reads
@@ -9743,15 +10915,17 @@ async function source(path) {  // as much of it as anyone reads
   let text = "", piece = {};
   while (!piece.done && text.length < SHOWN) text += (piece = await reader.read()).value || "";
   reader.cancel();
-  return [el("pre", {}, text), piece.done ? "" : "This is the beginning; Save has it all."];
+  return [el("div", {}, ...blocks(text).map(piece => el("pre", {}, piece))),
+    piece.done ? "" : "This is the beginning; Save has it all."];
 }
 
 function conversation(session) {
   const lines = session.transcript.map(([side, text]) =>
-    el(side === "C" ? "b" : "span", {}, side + ": " + text, el("br")));
-  const envelope = [["MAIL FROM", "<" + (session.sender || "") + ">"], ["RCPT TO", session.recipients],
-    ["Bcc", session.bcc], ["Client", session.client], ["Greeting", session.helo],
-    ["Protocol", session.protocol], ["TLS", session.tls || "no"]];
+    el("div", {}, el(side === "C" ? "b" : "span", {}, side + ": ", ...blocks(text).map(own))));
+  const envelope = [["MAIL FROM", "<" + (session.sender || "") + ">"],
+    ["RCPT TO", twenties(session.recipients.map(address => [own(address)]))],
+    ["Bcc", twenties((session.bcc || []).map(address => [own(address)]))], ["Client", session.client],
+    ["Greeting", session.helo], ["Protocol", session.protocol], ["TLS", session.tls ? String(session.tls) : "no"]];
   return [table(envelope), el("pre", {}, ...lines.length ? lines : ["The conversation was not kept."])];
 }
 
@@ -9765,8 +10939,10 @@ function chosen() {
 async function step(by) {
   const index = at.rows.findIndex(message => message.ID === chosen());
   const next = at.rows[index + by]?.ID || (index < 0 ? "" : await turn(by));
-  rowOf(next)?.focus();
-  if (at.open && next) go(next);
+  if (!next) return;
+  if (!at.open) return rowOf(next)?.focus();
+  rowOf(next)?.scrollIntoView({block: "nearest"});
+  go(next);
 }
 
 async function toggle(id) {
@@ -9790,6 +10966,28 @@ async function removeAll() {
   await refresh();
 }
 
+function release() {
+  $("release-problem").textContent = $("release-to").value = "";
+  $("releasing").showModal();
+}
+
+async function released(event) {
+  event.preventDefault();
+  const to = $("release-to").value.split(/[\s,;]+/).filter(Boolean);
+  try {
+    await ask(pathOf(at.open) + "/release", "POST", {To: to});
+    $("releasing").close();
+    say("Released to " + to.join(", "));
+  } catch (error) {
+    $("release-problem").textContent = error.message;
+  }
+}
+
+function copy() {
+  getSelection().selectAllChildren($("try"));
+  $("copy").textContent = document.execCommand("copy") ? "Copied" : "Selected: copy it";  // also without TLS
+}
+
 function back() {
   const id = at.open;
   go("");
@@ -9808,6 +11006,11 @@ function search() {
   soon();
 }
 
+function find(query) {
+  $("search").value = query;
+  search();
+}
+
 const keys = {
   j: () => step(1), ArrowDown: () => step(1), k: () => step(-1), ArrowUp: () => step(-1),
   u: () => toggle(chosen()), d: () => remove(chosen()), Delete: () => remove(chosen()), Escape: back,
@@ -9818,26 +11021,34 @@ const keys = {
 
 addEventListener("keydown", event => {
   const typing = event.target === $("search"), scrolling = $("panel").contains(event.target);
+  if ($("releasing").open) return;
   if (event.key === "Escape" && (typing || !at.open)) {
-    $("search").value = "";
     $("search").blur();
-    search();
+    find("");
   }
-  if (event.ctrlKey || event.metaKey || event.altKey || typing || !Object.hasOwn(keys, event.key)) return;
+  if (event.ctrlKey || event.metaKey || event.altKey || typing) return;
   if (scrolling && event.key.startsWith("Arrow")) return;
+  const screens = {PageDown: 1, PageUp: -1, " ": event.shiftKey ? -1 : 1}[event.key];
+  if (screens && !event.target.closest("#list, button, a") && leaf(screens)) event.preventDefault();
+  if (!Object.hasOwn(keys, event.key)) return;
   event.preventDefault();
   keys[event.key]();
 });
 
-const clicks = {newer: () => turn(-1), older: () => turn(1), back, toggle: () => toggle(at.open),
-                remove: () => remove(at.open), clear: removeAll};
+const clicks = {newer: () => turn(-1), older: () => turn(1), back, toggle: () => toggle(at.open), copy, release,
+                remove: () => remove(at.open), clear: removeAll, cancel: () => $("releasing").close()};
 for (const [id, action] of Object.entries(clicks)) $(id).onclick = action;
+$("release-form").onsubmit = released;
 $("search").oninput = search;
 addEventListener("hashchange", open);
 
-listen();
+follow();
 refresh().then(open);
-get("api/v1/info").then(({smtp: [address], capture}) => {
+get("api/v1/info").then(({smtp: [address], capture, release}) => {
+  $("release").hidden = !release;
+  $("release").classList.toggle("primary", release);
+  $("save").classList.toggle("primary", !release);
+  $("release-server").textContent = release || "";
   if (!address) return;
   const colon = address.lastIndexOf(":"), port = address.slice(colon + 1), given = address.slice(0, colon);
   const host = (/^(0.0.0.0|[[]::])$/.test(given) ? location.hostname : given).replace(/^[[]|]$/g, "");

@@ -21,6 +21,7 @@ import functools
 import gc
 import hashlib
 import http.client
+import http.server
 import io
 import itertools
 import json
@@ -8052,6 +8053,68 @@ class WebBrokenMessages(WebCase):
 
 
 # ======================================================================================================================
+# The page: what can be told from its text (what it does in a browser is tried by .ci/check_web.py)
+# ======================================================================================================================
+
+class ThePage(WebCase):
+    """HTML, style and script of the inbox fit together, and the script keeps to what makes hostile mail harmless."""
+    html, script = minimail.PAGE.split("<script", 1)
+    style = html.partition("<style")[2].partition("</style>")[0]
+
+    def test_ids(self):
+        """What script and style name is there, once."""
+        ids = re.findall(r'\bid="([\w-]+)"', self.html)
+        self.assertEqual(sorted(set(ids)), sorted(ids))
+        made = set(re.findall(r'id: "([\w-]+)"', self.script)) | {"tab-Lint"}
+        used = set(re.findall(r'\$\("([\w-]+)"\)', self.script)) | set(re.findall(r"#([a-z][\w-]*)(?=[^;{}]*\{)", self.style))
+        self.assertEqual(used - set(ids) - made - {"row-"}, set())
+        named = set(re.findall(r'(?:for|aria-labelledby)="([\w-]+)"', self.html))
+        self.assertLessEqual(named, set(ids))
+
+    def test_classes(self):
+        """Every class that the style knows is given by the page or the script."""
+        rules = re.sub(r"\{[^{}]*\}", " ", self.style)
+        for name in set(re.findall(r"\.([a-zA-Z][\w-]*)", rules)):
+            self.assertRegex(self.html.replace(self.style, "") + self.script, r'["\s]%s["\s]' % name)
+
+    def test_questions_are_answered(self):
+        """Every path that the script asks is one of the API's."""
+        node = self.web_node()
+        id = self.deliver(node, b"Subject: s\r\nContent-Type: text/html\r\n\r\n<p>x\r\n", "b@x")
+        paths = set(re.findall(r'"(api/v1/[a-z]+)[?"]', self.script))
+        self.assertLessEqual({"api/v1/messages", "api/v1/info"}, paths)
+        for path in paths - {"api/v1/messages"}:
+            self.assertNotEqual(self.ask(node, "/" + path + "?query=x", status=None).status, 404, path)
+        for path in set(re.findall(r'path(?:Of\(.*?\))? \+ "(/[a-z]+)["?]', self.script)) - {"/release"}:
+            self.assertNotEqual(self.ask(node, "/api/v1/message/" + id + path, status=None).status, 404, path)
+        self.ask(node, "/view/%s.html" % id)
+
+    def test_frame(self):
+        """HTML mail may open windows, and nothing else: no script, no form, no origin."""
+        self.assertEqual(re.findall(r'"sandbox", "(.*?)"', self.script), ["allow-popups allow-popups-to-escape-sandbox"])
+        self.assertEqual(self.script.count('"iframe", {'), 1)
+
+    def test_links(self):
+        """The one place that makes links to elsewhere opens windows that know nothing of this one; no name is asked for before."""
+        self.assertEqual(len(re.findall("_blank", self.script)), 1)
+        self.assertIn('target: "_blank", rel: "noreferrer"', self.script)
+        self.assertIn('<meta http-equiv="x-dns-prefetch-control" content="off">', self.html)
+
+    def test_one_stream(self):
+        """Seven windows of one browser have one connection for events, not one each."""
+        self.assertEqual(self.script.count("new EventSource("), 1)
+        self.assertLess(self.script.index("navigator.locks.request"), self.script.rindex("listen();"))
+
+    def test_script_is_linear(self):
+        """A regular expression of the page has no two quantifiers that could share out the same text (and a browser tries them)."""
+        found = re.findall(r"(?<=[(,])/((?:[^/\\\n\[]|\\.|\[[^\]\n]*\])+)/[a-z]*(?=[,).])", self.script)
+        self.assertGreater(len(found), 2)
+        for pattern in found:
+            self.assertNotRegex(pattern, r"[+*]\)[+*{]|[.\]][*+][^$]*[.\]][*+]", pattern)
+        self.assertNotIn("new RegExp", self.script)
+
+
+# ======================================================================================================================
 # Mail is hostile, and so are other sites
 # ======================================================================================================================
 
@@ -8086,7 +8149,7 @@ class WebSecurity(WebCase):
             view = self.ask(node, "/view/latest.html" + query)
             policy = dict(item.strip().partition(" ")[::2] for item in view.headers["Content-Security-Policy"].split(";"))
             self.assertEqual([policy[name] for name in ("sandbox", "default-src", "img-src", "form-action", "frame-ancestors")],
-                             ["", "'none'", images, "'none'", "'self'"])
+                             ["allow-popups allow-popups-to-escape-sandbox", "'none'", images, "'none'", "'self'"])
             self.assertFalse({"script-src", "connect-src", "frame-src", "object-src"} & set(policy) or "http" in policy["style-src"])
             self.assertEqual((view.headers["X-Content-Type-Options"], view.headers["Cache-Control"]), ("nosniff", "no-store"))
         for target in ("/view/latest.txt", "/api/v1/message/latest/raw", "/api/v1/messages", "/nonsense"):
@@ -8127,7 +8190,17 @@ class WebSecurity(WebCase):
                                    ("PUT", "/api/v1/faults"), ("DELETE", "/api/v1/faults"), ("DELETE", "/api/v1/search?query=x")):
                 self.ask(node, target, method, b"", 403, headers)
         self.assertEqual(len(node.messages()), 1)
-        self.ask(node, "/api/v1/messages", headers={"Origin": "http://evil.test"})   # may be asked, cannot be read there
+        for headers in ({"Origin": "http://evil.test"}, {"Origin": "null"}, {"Sec-Fetch-Site": "cross-site"},
+                        {"Sec-Fetch-Site": "same-site"}, {"Origin": own, "Sec-Fetch-Site": "cross-site"}):
+            for method in ("GET", "HEAD", "OPTIONS"):      # how long an answer takes can be read there
+                for target in ("/", "/api/v1/messages", "/api/v1/message/latest", "/api/v1/wait?timeout=0", "/api/events", "/livez"):
+                    self.ask(node, target, method, status=403, headers=headers)
+        self.assertEqual(self.ask(node, "/api/v1/messages").json["unread"], 1)
+        follow = {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "navigate", "Sec-Fetch-Dest": "document"}
+        for target, status in (("/", 200), ("/view/latest.txt", 200), ("/api/v1/message/latest", 403), ("/api/v1/messages", 403)):
+            self.ask(node, target, status=status, headers=follow)
+        for wrong in ({"Sec-Fetch-Dest": "iframe"}, {"Sec-Fetch-Mode": "no-cors"}, {"Origin": "http://evil.test"}):
+            self.ask(node, "/", status=403, headers=dict(follow, **wrong))
         self.ask(node, "/api/v1/messages", "PUT", {"Read": True}, headers={"Origin": own, "Sec-Fetch-Site": "same-origin"})
         self.ask(node, "/api/v1/messages", "DELETE", headers={"Sec-Fetch-Site": "none"})
         self.assertEqual(node.messages(), [])
@@ -8157,10 +8230,11 @@ class WebSecurity(WebCase):
     def test_what_no_client_sends(self):
         node = self.web_node()
         head = b"POST /api/v1/send HTTP/1.1\r\nHost: localhost\r\n"
-        with mock.patch.object(minimail, "MAX_HTTP_BODY", 1000):
+        with mock.patch.object(minimail, "ROUTES", [route._replace(body=min(route.body, 1000)) for route in minimail.ROUTES]):
             for more, code in ((b"Content-Length: 1001", "413"), (b"Content-Length: " + b"9" * 5000, "4"), (b"Content-Length: -1", "4"),
                                (b"Content-Length: 1e3", "4"), (b"Content-Length: \xb2", "4"),
-                               (b"Transfer-Encoding: chunked", "4"), (b"Content-Length: 0", "400")):
+                               (b"Transfer-Encoding: chunked\r\n\r\n3e9\r\n" + b"x" * 1001, "413"), (b"Content-Length: 0", "400"),
+                               (b"Transfer-Encoding: chunked\r\n\r\nx", "400"), (b"Transfer-Encoding: chunked\r\n\r\n-1", "400")):
                 self.assertRegex(self.raw(node, head + more + b"\r\n\r\n"), "^HTTP/1.1 " + code)
         for request in (b"GET http://[/ HTTP/1.1\r\nHost: localhost\r\n\r\n", b"GET /%zz HTTP/1.1\r\nHost: localhost\r\n\r\n", b"GET * HTTP/1.1\r\n\r\n",
                         b"GET /" + b"a" * 70000 + b" HTTP/1.1\r\n\r\n", b"\x16\x03\x01 x\r\n\r\n", b"GET / HTTP/9\r\n\r\n",
@@ -8199,25 +8273,25 @@ class WebSecurity(WebCase):
 
         def basic(text):
             return {"Authorization": "Basic " + base64.b64encode(text.encode()).decode()}
-        for options in ({"domain": "x.test"}, {}):
-            node = self.web_node(data=data, **options)
-            self.ask(node, "/api/v1/messages")      # on loopback nobody is asked
-            with self.outside(), mock.patch.object(node.site.throttle, "sleep"):
-                for target in ("/", "/api/v1/messages", "/view/latest.html", "/api/events", "/metrics", "/nonsense"):
-                    answer = self.ask(node, target, status=401)
-                    self.assertRegex(answer.headers["WWW-Authenticate"], "^Basic realm=")
-                for wrong in (basic("bob@x.test:wrong"), basic("bob@x.test:"), basic("eve@x.test:ü:secret"), basic("nonsense"), basic(""),
-                              {"Authorization": "Basic %%%"}, {"Authorization": "Bearer x"}, {"Authorization": "Basic"},
-                              {"Authorization": "Basic /w=="}):
-                    self.ask(node, "/api/v1/messages", status=401, headers=wrong)
-                self.ask(node, "/api/v1/messages", "DELETE", status=401)
-                node.site.throttle.succeeded("127.0.0.1")
-                self.ask(node, "/api/v1/messages", headers=basic("bob@x.test:ü:secret"))
-                self.ask(node, "/", headers=basic("BOB@x.test:ü:secret"))
-                for _ in range(minimail.LOGIN_FAILURES):
-                    node.site.throttle.failed("127.0.0.1")
-                self.ask(node, "/", status=401, headers=basic("bob@x.test:ü:secret"))      # too many wrong ones
-            node.stop()
+        node = self.web_node(data=data)
+        self.ask(node, "/api/v1/messages")      # on loopback nobody is asked
+        with self.outside(), mock.patch.object(minimail.Throttle, "delay", return_value=0.0):
+            for target in ("/", "/api/v1/messages", "/view/latest.html", "/api/events", "/metrics", "/nonsense"):
+                answer = self.ask(node, target, status=401)
+                self.assertRegex(answer.headers["WWW-Authenticate"], "^Basic realm=")
+            for wrong in (basic("bob@x.test:wrong"), basic("bob@x.test:"), basic("eve@x.test:ü:secret"), basic("nonsense"), basic(""),
+                          {"Authorization": "Basic %%%"}, {"Authorization": "Bearer x"}, {"Authorization": "Basic"},
+                          {"Authorization": "Basic /w=="}):
+                self.ask(node, "/api/v1/messages", status=401, headers=wrong)
+            self.ask(node, "/api/v1/messages", "DELETE", status=401)
+            for _ in range(10):
+                node.site.throttle.refund("127.0.0.1", "bob@x.test")
+            self.ask(node, "/api/v1/messages", headers=basic("bob@x.test:ü:secret"))
+            self.ask(node, "/", headers=basic("BOB@x.test:ü:secret"))
+            for _ in range(minimail.LOGIN_FAILURES):
+                node.site.throttle.charge("127.0.0.1", "bob@x.test")
+            self.ask(node, "/", status=401, headers=basic("bob@x.test:ü:secret"))      # too many wrong ones
+        node.stop()
         node = self.web_node()
         with self.outside():
             self.ask(node, "/api/v1/messages")      # capture mode without accounts: there is nobody to log in as
@@ -8248,6 +8322,564 @@ class WebSecurity(WebCase):
                 self.assertEqual(run_main("--data", "nowhere", *options)[0], 1)
             self.assertEqual(bool(from_config.call_args[0][0].web), there, options)
         self.assertFalse(minimail.Node(domain="x.test").config.web or minimail.Node().config.web)
+
+
+class WebRequests(WebCase):
+    """How requests come in: their framing, their size, their time, their number."""
+
+    def answer(self, node, *pieces):
+        """Return (status, body) of the first answer to bytes that come in pieces, and whether the connection then ends."""
+        with Talk(node.web_address) as talk:
+            for piece in pieces:
+                talk.send(piece)
+            status = int(talk.line().split()[1])
+            headers = dict(line.lower().split(": ", 1) for line in iter(talk.line, ""))
+            body = talk.file.read(int(headers.get("content-length", 0)))
+            talk.sock.shutdown(socket.SHUT_WR)
+            return status, body, headers.get("connection") == "close"
+
+    HEAD = b"PUT /api/v1/messages HTTP/1.1\r\nHost: localhost\r\n"
+
+    def test_only_one_reading(self):
+        """RFC 9112 sections 5 and 6.3: what two parsers could read differently is refused, and nothing after it is done."""
+        node = self.web_node()
+        self.deliver(node, b"x\r\n", "b@x")
+        hidden = b"DELETE /api/v1/messages HTTP/1.1\r\nHost: localhost\r\n\r\n"
+        for fields in (b"Content-Length: 2\r\nContent-Length: 2\r\n", b"Content-Length: 2\r\nContent-Length: 90\r\n",
+                       b"Content-Length: 2, 2\r\n", b"Content-Length: +2\r\n", b"Content-Length: 0x2\r\n", b"Content-Length: 2 2\r\n",
+                       b"Content-Length: \r\n", b"Content-Length : 2\r\n", b" Content-Length: 2\r\n", b"Content-Length\t: 2\r\n",
+                       b"Transfer-Encoding : chunked\r\nContent-Length: 2\r\n", b"Transfer-Encoding: chunked\r\nContent-Length: 2\r\n",
+                       b"Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked\r\n", b"Transfer-Encoding: identity\r\n",
+                       b"Transfer-Encoding: gzip, chunked\r\n", b"Transfer-Encoding: xchunked\r\n", b"Transfer-Encoding: \x0bchunked\r\n",
+                       b"X: y\r\n Transfer-Encoding: chunked\r\n", b"X: y\rContent-Length: 2\r\n", b"X: y\nContent-Length: 2\r\n",
+                       b"X: \0\r\n", b"no field\r\n", b": x\r\n", b"X\xc3\xbc: y\r\n", b"Host: other\r\n", b"\rX: y\r\n"):
+            status, _, ends = self.answer(node, self.HEAD + fields + b"\r\n{}" + hidden)
+            self.assertIn(status, (400, 501), fields)
+            self.assertTrue(ends, fields)
+        for line in (b"GET /\r\n\r\n", b"GET  / HTTP/1.1\r\nHost: x\r\n\r\n", b"get / HTTP/1.1\r\nHost: x\r\n\r\n", b"GET / HTTP/1.1\nHost: x\n\n",
+                     b"GET / HTTP/2.0\r\nHost: x\r\n\r\n", b"GET /\tHTTP/1.1\r\nHost: x\r\n\r\n", b"GET / HTTP/1.1\r\n\r\n"):
+            self.assertEqual(self.answer(node, line)[::2], (400, True), line)
+        self.assertEqual(len(node.messages()), 1)
+        self.assertEqual(self.answer(node, self.HEAD + b"Content-Length: 2\r\n\r\n{}")[0], 200)
+        self.assertEqual(self.answer(node, b"GET http://localhost/api/v1/info HTTP/1.1\r\nHost: localhost\r\n\r\n")[0], 200)
+        self.assertEqual(self.answer(node, b"GET http://evil.test/api/v1/info HTTP/1.1\r\nHost: localhost\r\n\r\n")[0], 403)
+
+    def test_chunks(self):
+        node = self.web_node()
+        given = json.dumps({"From": "a@x", "To": ["b@x"], "Subject": "in pieces", "Text": "x" * 100000}).encode()
+        head = b"POST /api/v1/send HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: Chunked\r\n\r\n"
+        for size in (7, 1000, len(given)):
+            chunks = [b"%x;a=b\r\n%s\r\n" % (len(given[at:at + size]), given[at:at + size]) for at in range(0, len(given), size)]
+            status, body, ends = self.answer(node, head, *chunks, b"0\r\nTrailer: x\r\n\r\n")
+            self.assertEqual((status, ends), (200, False), body)
+        self.assertEqual(self.found(node), ["in pieces"] * 3)
+        for wrong in (b"5\r\nhello0\r\n\r\n", b"g\r\n", b"\r\n", b"0x1\r\na\r\n0\r\n\r\n", b"1\na\r\n", b"123456789\r\n", b"1 \x01\r\na\r\n",
+                      b"2\r\n{}\r\n0\r\n folded\r\n\r\n", b"1" * 2000):
+            self.assertEqual(self.answer(node, head + wrong)[::2], (400, True), wrong)
+        with contextlib.closing(http.client.HTTPConnection(*node.web_address, timeout=PATIENCE)) as connection:
+            connection.request("POST", "/api/v1/send", iter([given[:10], given[10:]]), encode_chunked=True,
+                               headers={"Transfer-Encoding": "chunked"})
+            self.assertEqual(connection.getresponse().status, 200)
+
+    def test_who_asks_first_is_told_to_go_on(self):
+        node = self.web_node()
+        for more, first in ((b"Content-Length: 2\r\n", "100"), (b"Content-Length: 99999999999\r\n", "413"),
+                            (b"Origin: http://evil.test\r\nContent-Length: 2\r\n", "403")):
+            with Talk(node.web_address) as talk:
+                talk.send(b"POST /api/v1/send HTTP/1.1\r\nHost: localhost\r\nExpect: 100-continue\r\n" + more + b"\r\n")
+                self.assertEqual(talk.line().split()[1], first)
+                if first == "100":
+                    self.assertEqual(talk.line(), "")
+                    self.assertEqual(talk.send(b"{}").line().split()[1], "400")
+
+    def test_limits_by_route(self):
+        """A body is refused before it is read, and the client that sends it all gets to see why."""
+        node = self.web_node()
+        for method, target, size, status in (
+                ("PUT", "/api/v1/messages", minimail.MAX_SMALL_BODY + 1, 413), ("DELETE", "/api/v1/messages", minimail.MAX_SMALL_BODY + 1, 413),
+                ("POST", "/api/v1/send", minimail.MAX_HTTP_BODY + 1, 413), ("POST", "/nonsense", 1 << 24, 404), ("GET", "/", 1 << 24, 200)):
+            with contextlib.closing(http.client.HTTPConnection(*node.web_address, timeout=PATIENCE)) as connection:
+                connection.putrequest(method, target)
+                connection.putheader("Content-Length", str(size))
+                connection.endheaders()
+                with contextlib.suppress(ConnectionError):
+                    connection.send(b" " * min(size, 1 << 20))
+                self.assertEqual(connection.getresponse().status, status, target)
+
+    def test_json_bombs(self):
+        node = self.web_node()
+        self.deliver(node, b"x\r\n", "b@x")
+        for body in (b"[" * 100000, b'{"IDs": [' + b"[]," * 300000 + b"[]]}", b'{"IDs": [' + b'"",' * 300000 + b'""]}', b'{"IDs": ' + b"9" * 1000000 + b"}",
+                     b'{"IDs": 1.' + b"9" * 1000000 + b"}", b'"' + b"\\" * 999999, b'{"a":' * 50000 + b"1" + b"}" * 50000):
+            self.assertSoon(lambda body=body: self.ask(node, "/api/v1/messages", "DELETE", body, 400), 5)
+        many = {"IDs": ["id,[{%d" % number for number in range(60000)]}
+        self.ask(node, "/api/v1/messages", "DELETE", many)
+        self.assertEqual(len(node.messages()), 1)
+
+    def test_who_drips_is_cut_off(self):
+        node = self.web_node(timeout=0.5)
+        for begin in (b"", b"GET / HT", b"GET / HTTP/1.1\r\nHost: localhost\r\nX: ", self.HEAD + b"Content-Length: 1000\r\n\r\n{",
+                      self.HEAD + b"Transfer-Encoding: chunked\r\n\r\n"):
+            with Talk(node.web_address) as talk:
+                talk.send(begin)
+                talk.sock.settimeout(0.02)
+                deadline = time.monotonic() + PATIENCE
+                while time.monotonic() < deadline:
+                    with contextlib.suppress(socket.timeout):
+                        try:
+                            talk.sock.send(b"1")
+                            if not talk.sock.recv(1000):
+                                break
+                        except ConnectionError:
+                            break
+                self.assertLess(time.monotonic(), deadline, begin)
+        self.eventually(lambda: not node.site.inbox.visitors)
+
+    def test_a_share_of_the_connections(self):
+        """What the web has is bounded: mail goes on when it is used up, and who left makes room."""
+        node = self.web_node(max_connections=8)
+        with contextlib.ExitStack() as held:
+            talks = [held.enter_context(Talk(node.web_address)) for _ in range(4)]
+            self.eventually(lambda: len(node.site.inbox.visitors) == 4)
+            with Talk(node.web_address) as one_more:
+                self.assertIn(" 503 ", one_more.send(b"GET /livez HTTP/1.1\r\nHost: localhost\r\n\r\n").line())
+            for _ in range(3):
+                self.deliver(node, b"x\r\n", "b@x")
+            talks[0].close()
+            self.eventually(lambda: len(node.site.inbox.visitors) == 3)
+            self.ask(node, "/livez")
+
+    def test_without_more_threads(self):
+        node = self.web_node()
+        with mock.patch.object(threading.Thread, "start", side_effect=RuntimeError("can't start new thread")):
+            with Talk(node.web_address) as talk:
+                self.assertIn(" 503 ", talk.send(b"GET /livez HTTP/1.1\r\nHost: localhost\r\n\r\n").line())
+        self.deliver(node, b"x\r\n", "b@x")
+        self.ask(node, "/livez")
+        self.eventually(lambda: not node.site.inbox.visitors)
+
+    def test_who_waits_and_goes(self):
+        node = self.web_node()
+        for target in ("/api/v1/wait?query=subject:never&timeout=60", "/api/events"):
+            with Talk(node.web_address) as talk:
+                talk.send("GET %s HTTP/1.1\r\nHost: localhost\r\n\r\n" % target)
+                self.eventually(lambda: node.site.inbox.changed._waiters)
+            self.eventually(lambda: not node.site.inbox.visitors)
+
+    def test_pipelined(self):
+        node = self.web_node()
+        self.deliver(node, b"Subject: s\r\n\r\nx\r\n", "b@x")
+        with Talk(node.web_address) as talk:
+            talk.send("GET /api/v1/wait?query=subject:never&timeout=0.3 HTTP/1.1\r\nHost: localhost\r\n\r\n"
+                      "GET /livez HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            for status in ("404", "200"):
+                self.assertEqual(talk.line().split()[1], status)
+                headers = dict(line.lower().split(": ", 1) for line in iter(talk.line, ""))
+                talk.file.read(int(headers["content-length"]))
+
+    def test_a_large_message_is_not_held(self):
+        node = self.web_node()
+        self.deliver(node, b"Subject: large\r\n\r\n" + b"x" * 998 + (b"\r\n" + b"y" * 998) * 5000 + b"\r\n", "b@x")
+        raw = self.ask(node, "/api/v1/message/latest/raw")
+        self.assertEqual((raw.body, int(raw.headers["Content-Length"])), (node.messages()[0].read(), len(raw.body)))
+        head = self.ask(node, "/api/v1/message/latest/raw", "HEAD")
+        self.assertEqual((head.body, head.headers["Content-Length"]), (b"", raw.headers["Content-Length"]))
+        with Talk(node.web_address) as talk:        # who does not take it is not waited for when the node stops
+            talk.send("GET /api/v1/message/latest/raw HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            self.assertIn(" 200 ", talk.line())
+            self.assertSoon(node.stop, 9)
+
+
+class WebAllowed(WebCase):
+    def test_names_and_origins(self):
+        node = self.web_node(web_allow=["inbox.example.org", "http://app.test:3000", "proxy.test:8080"])
+        for host, status in (("inbox.example.org", 200), ("Inbox.Example.org:8025", 200), ("app.test", 403), ("app.test:3000", 200), ("proxy.test:8080", 200),
+                             ("proxy.test", 403), ("x.inbox.example.org", 403), ("inbox.example.org.evil.test", 403)):
+            answer = self.ask(node, "/api/v1/messages", status=status, headers={"Host": host})
+            if status == 403:
+                self.assertIn("--web-allow", answer.text)
+        for origin, status in (("http://app.test:3000", 200), ("https://inbox.example.org", 200), ("https://proxy.test:8080", 200),
+                               ("https://app.test:3000", 403), ("http://app.test", 403), ("http://evil.test", 403), ("null", 403)):
+            for method, body in (("GET", None), ("PUT", {"Read": True})):
+                answer = self.ask(node, "/api/v1/messages", method, body, status, {"Origin": origin, "Sec-Fetch-Site": "cross-site"})
+                allowed = origin if status == 200 else None
+                self.assertEqual(answer.headers["Access-Control-Allow-Origin"], allowed)
+                self.assertEqual(answer.headers["Vary"], "Origin" if allowed else None)
+            answer = self.ask(node, "/api/v1/messages", "OPTIONS", status=status, headers={
+                "Origin": origin, "Access-Control-Request-Method": "DELETE"})
+            self.assertEqual("DELETE" in (answer.headers["Access-Control-Allow-Methods"] or ""), status == 200)
+            if status == 403:
+                self.assertIn("--web-allow", answer.text)
+        self.assertIsNone(self.ask(node, "/api/v1/messages").headers["Access-Control-Allow-Origin"])
+
+
+class WebViewers(WebCase):
+    """Node mode: who logs in has the own mailbox; --web-admin names who has them all."""
+
+    def setUp(self):
+        self.data, self.pem = self.directory(), self.file("cert.pem", CERTIFICATE)
+        with open(os.path.join(self.data, "users"), "w") as file:
+            file.write("".join("%s@x.test:%s\n" % (name, minimail.hash_password("secret")) for name in ("ann", "bob", "root")))
+
+    def as_(self, name, password="secret"):
+        return {"Authorization": "Basic " + base64.b64encode(("%s@x.test:%s" % (name, password)).encode()).decode()}
+
+    def secure_node(self, **options):
+        return self.web_node(**dict(dict(domain="x.test", data=self.data, webs="127.0.0.1:0", tls_cert=self.pem, transcripts=True,
+                                         web_admin="root@x.test"), **options))
+
+    def tls(self, node):
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+        return http.client.HTTPSConnection(*node.webs_address, timeout=PATIENCE, context=context)
+
+    def ask(self, node, target, method="GET", body=None, status=200, headers=None, name="ann"):
+        """Ask over TLS as a person who has logged in."""
+        with contextlib.closing(self.tls(node)) as connection:
+            connection.request(method, target, None if body is None else json.dumps(body), dict(self.as_(name), **headers or {}))
+            answer = WebAnswer(connection.getresponse())
+        self.assertEqual(answer.status, status, "%s %s: %r" % (method, target, answer.body[:300]))
+        return answer
+
+    def outside(self):
+        return mock.patch.object(minimail, "is_loopback", lambda host: False)
+
+    def test_the_own_mailbox_only(self):
+        node = self.secure_node()
+        with self.outside():
+            both = self.deliver(node, b"Subject: both\r\nTo: ann@x.test\r\n\r\nx\r\n", "ann@x.test", "bob@x.test")
+            bobs = self.deliver(node, b"Subject: bob's\r\n\r\nx\r\n", "bob@x.test")
+            for name, subjects in (("ann", ["both"]), ("bob", ["bob's", "both"]), ("root", ["bob's", "both"])):
+                entries = self.ask(node, "/api/v1/messages", name=name).json
+                self.assertEqual([entry["Subject"] for entry in entries["messages"]], subjects)
+                self.assertEqual((entries["total"], self.ask(node, "/api/v1/info", name=name).json["Messages"]), (len(subjects),) * 2)
+            info = self.ask(node, "/api/v1/info").json
+            self.assertEqual((info["user"], info["all"], info["Database"]), ("ann@x.test", False, ""))
+            self.assertTrue(self.ask(node, "/api/v1/info", name="root").json["all"])
+            for target in ("", "/raw", "/headers", "/session", "/links", "/part/1"):
+                self.ask(node, "/api/v1/message/%s%s" % (bobs, target), status=404)
+            self.ask(node, "/view/%s.txt" % bobs, status=404)
+            whole = self.ask(node, "/api/v1/message/" + both).json
+            self.assertEqual((whole["Bcc"], whole["Read"]), ([], True))
+            record = self.ask(node, "/api/v1/message/%s/session" % both).json
+            self.assertEqual((record["recipients"], record["bcc"], record["transcript"]), (["ann@x.test"], [], []))
+            self.assertEqual(len(self.ask(node, "/api/v1/message/%s/session" % both, name="root").json["recipients"]), 2)
+            self.assertEqual(self.ask(node, "/api/v1/messages", name="bob").json["unread"], 2, "read by another")
+            self.ask(node, "/api/v1/search?query=subject:bob%27s", "DELETE")
+            self.ask(node, "/api/v1/messages", "DELETE", {"IDs": [bobs]})
+            self.ask(node, "/api/v1/messages", "DELETE")
+            self.assertEqual([message.recipient for message in node.messages()], ["bob@x.test"] * 2)
+            self.ask(node, "/api/v1/wait?query=subject:bob&timeout=0", status=404)
+            self.assertEqual(self.ask(node, "/api/v1/wait?query=subject:bob&timeout=0", name="bob").json["ID"], bobs)
+
+    def test_what_only_an_administrator_may(self):
+        node = self.secure_node()
+        with self.outside():
+            for method, target in (("GET", "/metrics"), ("GET", "/api/v1/faults"), ("PUT", "/api/v1/faults"), ("DELETE", "/api/v1/faults")):
+                self.ask(node, target, method, [], 403)
+                self.ask(node, target, method, [], 200, name="root")
+
+    def test_sending_as_oneself(self):
+        node = self.secure_node()
+        with self.outside():
+            for sender, status in (("ann@x.test", 200), ("bob@x.test", 400), ("boss@elsewhere.test", 400)):
+                self.ask(node, "/api/v1/send", "POST", {"From": sender, "To": ["bob@x.test"]}, status)
+        self.assertEqual(len(node.messages("bob@x.test")), 1)
+
+    def test_passwords_over_tls_or_from_here_only(self):
+        node = self.secure_node()
+        plain = functools.partial(WebCase.ask, self, node, "/api/v1/messages")
+        with self.outside():
+            self.assertIn("--webs", plain(status=403).text)
+            plain(status=403, headers=self.as_("ann"))
+            with contextlib.closing(self.tls(node)) as connection:
+                for headers in ({}, self.as_("ann", "wrong"), self.as_("nobody"), {"Authorization": "Basic x"}):
+                    connection.request("GET", "/", headers=headers)
+                    answer = connection.getresponse()
+                    answer.read()
+                    self.assertEqual(answer.status, 401)
+                    self.assertTrue(answer.headers["WWW-Authenticate"].startswith("Basic realm="))
+
+    def test_on_this_machine(self):
+        """Nobody has to log in; who does has the own mailbox; what some other program left in the browser harms nobody."""
+        node = self.secure_node()
+        self.deliver(node, b"Subject: bob's\r\n\r\nx\r\n", "bob@x.test")
+        plain = functools.partial(WebCase.ask, self, node, "/api/v1/messages")
+        for headers, count in (({}, 1), (self.as_("ann"), 0), (self.as_("bob"), 1), (self.as_("root"), 1)):
+            self.assertEqual(plain(headers=headers).json["total"], count, headers)
+        with mock.patch.object(minimail.Throttle, "charge", side_effect=AssertionError("counted")):
+            for stray in (self.as_("admin"), {"Authorization": "Basic x"}, {"Authorization": "Bearer x"}):
+                self.assertEqual(plain(headers=stray).json["total"], 1)
+        plain(status=401, headers=self.as_("ann", "wrong"))
+
+    def test_events_of_the_own_mailbox(self):
+        node = self.secure_node()
+        with self.outside(), contextlib.closing(self.tls(node)) as connection:
+            connection.request("GET", "/api/events", headers=self.as_("ann"))
+            stream = connection.getresponse()
+            self.assertEqual(stream.readline(), b": hello\n")
+            self.deliver(node, b"x\r\n", "bob@x.test")
+            self.eventually(lambda: self.ask(node, "/api/v1/messages", name="bob").json["total"] == 1)
+            self.deliver(node, b"x\r\n", "ann@x.test")
+            self.assertEqual([line for line in (stream.readline() for _ in range(4)) if line.startswith(b"event")], [b"event: new\n"])
+            self.ask(node, "/api/v1/messages", "DELETE", name="ann")
+            self.assertEqual(next(line for line in iter(stream.readline, b"") if line.startswith(b"event")), b"event: delete\n")
+
+    def test_webs_needs_a_certificate(self):
+        with self.assertRaises(ValueError) as caught:
+            minimail.Node(webs="127.0.0.1:0")
+        self.assertIn("tls_cert", str(caught.exception))
+
+    def test_a_handshake_that_stalls(self):
+        node = self.secure_node(timeout=0.5)
+        with socket.create_connection(node.webs_address, PATIENCE) as sock:
+            self.assertEqual(sock.recv(1), b"", "cut off")
+        with socket.create_connection(node.webs_address, PATIENCE) as sock:
+            sock.send(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            with contextlib.suppress(ConnectionError):
+                while sock.recv(1000):
+                    pass
+        self.eventually(lambda: not node.site.inbox.visitors)
+
+
+class WebChanges(WebCase):
+    """What deletes or changes does what its words say, or nothing."""
+
+    def test_words_that_we_do_not_know(self):
+        node = self.web_node()
+        for name in (b"one", b"two"):
+            self.deliver(node, b"Subject: %s\r\n\r\nx\r\n" % name, "b@x")
+        for query in ("is:nonsense", "has:nonsense", "before:soon", "larger:x", "-after:nonsense", "-is:nonsense", "nonsense:x -one"):
+            self.ask(node, "/api/v1/search?query=" + quote(query), "DELETE", status=400)
+            self.ask(node, "/api/v1/messages", "DELETE", {"Search": query}, 400)
+            self.ask(node, "/api/v1/messages", "PUT", {"Search": query, "Read": True}, 400)
+            self.ask(node, "/api/v1/search?query=" + quote(query))
+        ids = [message.id for message in node.messages()]
+        for wrong in ({"IDs": ids, "Search": "one"}, {"IDs": ids, "Nonsense": 1}, {"Search": ["one"]}, {"Search": " "}, {"IDs": {"a": 1}}):
+            self.ask(node, "/api/v1/messages", "DELETE", wrong, 400)
+            self.ask(node, "/api/v1/messages", "PUT", wrong, 400)
+        self.assertEqual((len(node.messages()), self.ask(node, "/api/v1/messages").json["unread"]), (2, 2))
+        self.ask(node, "/api/v1/search?query=before:2000-01-01", "DELETE")
+        self.assertEqual(len(node.messages()), 2)
+        self.ask(node, "/api/v1/search?query=after:2000-01-01%20subject:one", "DELETE")
+        self.assertEqual(self.found(node), ["two"])
+
+    def test_tags(self):
+        node = self.web_node(data=self.directory())
+        first = self.deliver(node, b"Subject: one\r\nX-Tags: Shop, two words, b\xc3\xa4d;, \r\n\r\nx\r\n", "bob+plus+more@x")
+        second = self.deliver(node, b"Subject: two\r\n\r\nx\r\n", "bob@x")
+        self.assertEqual([entry["Tags"] for entry in self.ask(node, "/api/v1/messages").json["messages"]], [[], ["Shop", "more", "plus", "two words"]])
+        self.assertEqual((self.found(node, 'tag:"two words"'), self.found(node, "is:tagged"), self.found(node, "-tag:shop")), (["one"], ["one"], ["two"]))
+        self.ask(node, "/api/v1/tags", "PUT", {"IDs": [first, second], "Tags": ["new", "a.b_c-d@e", "new "]})
+        self.assertEqual(self.ask(node, "/api/v1/tags").json, ["a.b_c-d@e", "new"])
+        self.assertEqual(self.ask(node, "/api/v1/message/" + first).json["Tags"], ["a.b_c-d@e", "new"])
+        self.assertEqual(self.ask(node, "/api/v1/message/%s/session" % first).json["recipients"], ["bob+plus+more@x"])
+        node.stop()
+        node.start()
+        self.assertEqual(self.found(node, "tag:new"), ["two", "one"])
+        self.ask(node, "/api/v1/tags", "PUT", {"IDs": [first], "Tags": []})
+        self.assertEqual(self.found(node, "tag:new"), ["two"])
+        for wrong in ({"IDs": [first]}, {"Tags": ["x"]}, {"IDs": [], "Tags": ["x"]}, {"IDs": [first], "Tags": "x"}, {"IDs": [first], "Tags": ["<b>"]},
+                      {"IDs": [first], "Tags": [""]}, {"IDs": [first], "Tags": ["x" * 101]}, {"IDs": [first], "Tags": [7]}):
+            self.ask(node, "/api/v1/tags", "PUT", wrong, 400)
+        self.assertEqual(self.found(node, "tag:new"), ["two"])
+        self.ask(self.web_node(transcripts=False), "/api/v1/tags", "PUT", {"IDs": ["x"], "Tags": ["x"]}, 400)
+
+    def test_send_on_every_python(self):
+        """UTF-8 addresses, long subjects and names: as they were given."""
+        node = self.web_node()
+        subject, name = "Grüße aus 日本 " * 60, "Jürgen 📬 " * 30
+        id = self.ask(node, "/api/v1/send", "POST", {
+            "From": {"Email": "jürgen@bücher.example", "Name": name}, "To": ["用户@例え.example", {"Email": "b@x", "Name": 'a "b" \\ c, d'}],
+            "Subject": subject, "Text": "x" * 2000 + "\n.\nFrom x", "HTML": "<img src=cid:p1>ü", "Headers": {"X-Long": "ö" * 300, "X-Plain": "y" * 2000},
+            "Attachments": [{"Filename": "日本" * 40 + ".txt", "Content": "data:text/plain;base64,aGk=", "ContentType": "text/plain"},
+                            {"Filename": "p.png", "Content": "iVBORw0KGgo=", "ContentType": "image/png", "ContentID": "p1"}]}).json["ID"]
+        whole = self.ask(node, "/api/v1/message/" + id).json
+        self.assertEqual((whole["Subject"], whole["From"]), (subject, {"Name": name, "Address": "jürgen@bücher.example"}))
+        self.assertEqual([(person["Name"], person["Address"]) for person in whole["To"]], [("", "用户@例え.example"), ('a "b" \\ c, d', "b@x")])
+        self.assertEqual(whole["Bcc"], [])
+        self.assertEqual(whole["Text"].split(), ["x" * 2000, ".", "From", "x"])
+        raw = self.ask(node, "/api/v1/message/%s/raw" % id).body
+        self.assertNotRegex(raw, rb"(?<!\r)\n|\r(?!\n)")
+        self.assertLess(max(map(len, raw.split(b"\r\n"))), 999)
+        self.assertIn("data:image/png;base64,iVBORw0KGgo=", self.ask(node, "/view/%s.html" % id).text)
+        message = email.message_from_bytes(raw, policy=email.policy.default)
+        attached, = message.iter_attachments()
+        self.assertEqual((attached.get_filename(), attached.get_content()), ("日本" * 40 + ".txt", "hi"))
+        for wrong in ({"Attachments": [{"Content": "a", "Filename": "x"}]}, {"Attachments": [{"Content": "aGk=", "ContentType": "text/plain\r\nX: y"}]},
+                      {"Attachments": [{"Content": "aGk=", "ContentID": "<x>"}]}, {"Attachments": [{"Content": "aGk=", "Filename": "a\r\nX: y"}]},
+                      {"To": ["b%d@x" % number for number in range(minimail.MAX_RECIPIENTS + 1)]}, {"Attachments": 7}):
+            self.ask(node, "/api/v1/send", "POST", dict({"From": "a@x", "To": ["b@x"]}, **wrong), 400)
+        self.assertEqual(len(node.messages("b@x")), 1)
+
+    def test_the_policy_is_asked(self):
+        asked = []
+
+        class No(minimail.Policy):
+            def on_message(self, envelope, path):
+                with open(path, "rb") as file:
+                    asked.append(b"Subject: s" in file.read())
+                raise minimail.Refused(550, "5.7.1", "no")
+        node = self.web_node(policy=No())
+        self.assertIn("5.7.1", self.ask(node, "/api/v1/send", "POST", {"From": "a@x", "To": ["b@x"], "Subject": "s"}, 400).json["Error"])
+        self.assertEqual((asked, node.messages()), ([True], []))
+
+
+class WebReleases(WebCase):
+    def test_one_message_goes_out(self):
+        far = self.node(transcripts=True)
+        node = self.web_node(release="smtp://127.0.0.1:%d" % far.smtp_address[1])
+        content = b"Subject: \xfcber\r\nReturn-Path: <kept@x>\r\n\r\n.dot\r\nlong " + b"x" * 5000 + b"\r\n"
+        ids = [self.deliver(node, content, *recipients, sender="prog@app.test") for recipients in (["bob@x"], ["bob@x", "c@x"])]
+        self.assertEqual(self.ask(node, "/api/v1/info").json["release"], "127.0.0.1:%d" % far.smtp_address[1])
+        self.assertTrue(self.ask(node, "/api/v1/webui").json["MessageRelay"]["Enabled"])
+        for number, id in enumerate(ids, 1):
+            self.ask(node, "/api/v1/message/%s/release" % id, "POST", {"To": ["me@real.test"]})
+            message = far.wait_for("me@real.test", timeout=PATIENCE, count=number)[-1]
+            self.assertEqual((message.sender, message.recipients), ("prog@app.test", ["me@real.test"]))
+            self.assertEqual(body_of(message.read()), content)
+            self.assertNotIn(b"bob@x", message.read())
+        self.assertEqual(len(far.messages()), 2, "and nothing else")
+        self.assertEqual(len(node.messages()), 3)
+        for wrong in ({"To": []}, {"To": "me@real.test"}, {}, [], {"To": ["nonsense"]}, {"To": ["a@b@c"]}, {"To": ["x@y.test"] * 101}):
+            self.assertTrue(self.ask(node, "/api/v1/message/%s/release" % ids[0], "POST", wrong, 400).json["Error"], wrong)
+        self.ask(node, "/api/v1/message/nonsense/release", "POST", {"To": ["me@real.test"]}, 404)
+
+    def test_a_bounce_comes_back_here(self):
+        far = self.node(faults=["rcpt 550 5.1.1 nobody"])
+        node = self.web_node(release="smtp://127.0.0.1:%d" % far.smtp_address[1])
+        id = self.deliver(node, b"Subject: s\r\n\r\nx\r\n", "bob@x", sender="prog@app.test")
+        self.ask(node, "/api/v1/message/%s/release" % id, "POST", {"To": ["me@real.test"]})
+        self.assertIn(b"me@real.test", node.wait_for("prog@app.test", timeout=PATIENCE).read())
+
+    def test_not_without_the_option(self):
+        for options in ({}, {"domain": "x.test", "catch_all": "all@x.test"}):
+            node = self.web_node(**options)
+            id = self.deliver(node, b"x\r\n", "bob@x.test")
+            answer = self.ask(node, "/api/v1/message/%s/release" % id, "POST", {"To": ["me@real.test"]}, 403)
+            self.assertIn("--release", answer.text)
+            self.assertIsNone(self.ask(node, "/api/v1/info").json["release"])
+            self.assertFalse(self.ask(node, "/api/v1/webui").json["MessageRelay"]["Enabled"])
+
+
+class WebHooks(WebCase):
+    def setUp(self):
+        self.came, self.answers = [], []
+        test = self
+
+        class Taker(http.server.BaseHTTPRequestHandler):
+            def do_POST(self):
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                test.came.append((self.path, self.headers["Authorization"], body))
+                self.send_response(test.answers.pop(0) if test.answers else 200)
+                self.end_headers()
+
+            def log_message(self, *_):
+                pass
+        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Taker)
+        threading.Thread(target=self.server.serve_forever, args=(0.01,)).start()
+        self.addCleanup(self.server.server_close)
+        self.addCleanup(self.server.shutdown)
+        self.url = "http://me:pass%%20word@127.0.0.1:%d/hook?a=b" % self.server.server_port
+
+    def test_each_message_is_told_of(self):
+        node = self.node(pop3="off", webhook=self.url)  # also where there is no web inbox
+        with mock.patch.object(minimail.WebHook, "WAITS", (0.0, 0.01, 0.01)):
+            self.answers = [500, 200]
+            ids = [self.deliver(node, b"Subject: s%d\r\n\r\nx\r\n" % number, "b@x", "c@x") for number in range(3)]
+            self.eventually(lambda: len(self.came) == 4)
+        self.assertEqual([body["ID"] for _, _, body in self.came], [ids[0], *ids])
+        path, authorization, body = self.came[0]
+        self.assertEqual((path, base64.b64decode(authorization[6:])), ("/hook?a=b", b"me:pass word"))
+        self.assertEqual((body["Subject"], body["Read"], body["Size"] > 10), ("s0", False, True))
+
+    def test_never_in_the_way(self):
+        self.server.shutdown()
+        self.server.server_close()
+        with mock.patch.object(minimail.WebHook, "WAITS", (0.0, 0.01)), self.assertLogs("minimail", "WARNING") as logs:
+            node = self.web_node(webhook=self.url)
+            for _ in range(20):
+                self.deliver(node, b"Subject: s\r\n\r\nx\r\n", "b@x")
+            self.eventually(lambda: len(logs.records) >= 20)
+            self.assertSoon(node.stop, 5)
+        self.assertTrue(all("webhook" in record.getMessage() and "pass" not in record.getMessage() for record in logs.records))
+
+
+class WebIndex(WebCase):
+    """What is known of the mailboxes is brought up to date, not made anew."""
+
+    def old(self, node):
+        """Let the directories look as if nothing had happened for a while."""
+        for place, _, _ in os.walk(os.path.join(node.data, "mail")):
+            os.utime(place, (1e9, 1e9))
+
+    def test_only_what_changed_is_read(self):
+        node = self.web_node()
+        for number in range(20):
+            self.deliver(node, b"Subject: s%d\r\n\r\nx\r\n" % number, "box%d@x" % number, "both@y")
+        self.old(node)
+        self.assertEqual(self.ask(node, "/api/v1/messages").json["total"], 20)
+        listed = []
+        listing = node.site.mailboxes.listing
+        with mock.patch.object(node.site.mailboxes, "listing", lambda mailbox: listed.append(mailbox) or listing(mailbox)):
+            for target in ("/api/v1/messages", "/api/v1/search?query=s7", "/api/v1/wait?query=subject:never&timeout=0", "/api/v1/info"):
+                self.ask(node, target, status=None)
+            self.assertEqual(listed, [])
+            node.messages("box7@x")
+            listed.clear()
+            os.unlink(node.messages("box7@x")[0].path)
+            listed.clear()
+            self.assertEqual(self.ask(node, "/api/v1/messages").json["total"], 20, "there is another copy")
+            self.assertEqual(set(listed), {"box7@x"})
+
+    def test_what_happens_on_disk(self):
+        node = self.web_node()
+        ids = [self.deliver(node, b"Subject: s%d\r\n\r\nx\r\n" % number, "a@x", "b@y") for number in range(3)]
+        for settled in (False, True):
+            if settled:
+                self.old(node)
+            self.assertEqual(self.found(node), ["s2", "s1", "s0"])
+        shutil.rmtree(os.path.join(node.data, "mail", "y"))
+        self.assertEqual(self.ask(node, "/api/v1/message/%s/session" % ids[0]).json["recipients"], ["a@x", "b@y"])
+        self.assertEqual(self.found(node), ["s2", "s1", "s0"])
+        shutil.rmtree(os.path.join(node.data, "mail", "x", "a", "cur"))
+        os.mkdir(os.path.join(node.data, "mail", "x", "a", "cur"))
+        self.assertEqual(len(self.found(node)), 3)
+        shutil.rmtree(os.path.join(node.data, "mail", "x"))
+        self.assertEqual(self.found(node), [])
+        self.assertIsNone(node.site.inbox.summaries.get(ids[0]), "and is forgotten")
+        self.deliver(node, b"Subject: again\r\n\r\nx\r\n", "a@x")
+        self.assertEqual(self.found(node), ["again"])
+
+    def test_a_wait_judges_each_message_once(self):
+        node = self.web_node()
+        for number in range(5):
+            self.deliver(node, b"Subject: s%d\r\n\r\nx\r\n" % number, "b@x")
+        judged = []
+        matches = minimail.Query.matches
+        with mock.patch.object(minimail.Query, "matches", lambda query, letter: judged.append(letter.id) or matches(query, letter)):
+            result = self.in_background(self.ask, node, "/api/v1/wait?query=subject:last&timeout=30")
+            self.eventually(lambda: len(judged) == 5)
+            ids = [self.deliver(node, b"Subject: %s\r\n\r\nx\r\n" % subject, "b@x") for subject in (b"other", b"last")]
+            self.assertEqual(result().json["ID"], ids[1])
+        self.assertEqual(len(judged), len(set(judged)))
+        result = self.in_background(self.ask, node, "/api/v1/wait?query=is:read%20subject:s1&timeout=30")
+        self.ask(node, "/api/v1/messages", "PUT", {"Search": "subject:s1", "Read": True})
+        self.assertEqual(result().json["Subject"], "s1", "another flag is another question")
+
+
+class OldMail(WebCase):
+    def test_max_age(self):
+        """What is too old is removed also where nothing new comes, and each one is logged."""
+        with self.assertLogs("minimail", "INFO") as logs:
+            node = self.web_node(data=self.directory(), max_age=1000)
+            for recipient in ("a@x", "b@y"):
+                self.deliver(node, b"x\r\n", recipient)
+            self.assertEqual(len(node.messages()), 2)
+            node.stop()
+            node = self.web_node(data=node.data, max_age=0.1)
+            self.eventually(lambda: not node.messages())
+        self.assertEqual(len([record for record in logs.records if record.getMessage() == "pruned"]), 2)
 
 
 class WebEvents(WebCase):
@@ -8692,8 +9324,9 @@ class FaultRules(WebCase):
 
 class WaitForMail(WebCase):
     def asleep(self, node):
-        """Return how many wait for mail in this node."""
-        return len(node._arrived._waiters)
+        """Return how many wait for mail in this node, in Python or over HTTP."""
+        inbox = node.site.inbox
+        return len(node._arrived._waiters) + (len(inbox.changed._waiters) if inbox else 0)
 
     def test_by_http(self):
         node = self.web_node()
@@ -8767,7 +9400,7 @@ class WaitForMail(WebCase):
                 b"<a href='http://a.test/2?a=1&amp;b=2'>x</a>\r\n--b--\r\n")
         processes = [self.wait(node.data, "--subject", "sign", "--print", "raw", "--timeout", "30"),
                      self.wait(node.data, "B@x", "--from", "shop", "--text", "hällo", "--print", "links", "--timeout", "30"),
-                     self.wait(node.data, "c@x", "--timeout", "2")]
+                     self.wait(node.data, "c@x", "--timeout", "30")]
         self.deliver(node, b"Subject: other\r\n\r\nx\r\n", "b@x")
         self.assertTrue(all(process.poll() is None for process in processes))
         self.deliver(node, html, "b@x")
@@ -8902,7 +9535,7 @@ class WebWhenOff(WebCase):
         with open(SOURCE, encoding="utf-8") as file:
             text = file.read()
         starts = [match.start() for match in BANNER.finditer(text)] + [len(text)]
-        at = next(number for number, start in enumerate(starts) if "Web inbox" in text[start:start + 300])
+        at = next(index for index, start in enumerate(starts[:-1]) if "Web inbox" in text[start:start + 300])
         directory = self.directory()
         path = os.path.join(directory, "minimail.py")
         with open(path, "w", encoding="utf-8") as file:
