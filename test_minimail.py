@@ -1485,6 +1485,8 @@ class Readiness(Case):
             ours.send(b"go\r\n")
             await ours.start_tls(server, server_side=True)
             self.assertEqual(ours.input, b"", "what came before the handshake is thrown away")
+            ours.send(b"")
+            await ours.flush()
             ours.send(big + b"\r\n")
             return await ours.line(100)
         theirs.send(b"STARTTLS\r\nevil\r\n")
@@ -6581,7 +6583,7 @@ class TLS(Case):
         self.dialog(talk, "S: 220\nC: EHLO x\nS: 250\n" + "C: NOOP\n" * 900 + "S: 250 2.0.0 ok\n" * 900)
 
     def test_handshakes_that_do_not_come(self):
-        node = self.start(timeout=2)
+        node = self.start(timeout=1)
         silent = [self.talk(node.smtps_address, hello=False) for _ in range(10)]
         noise = self.talk(node.smtps_address, hello=False)
         noise.send("EHLO not tls\r\n")
