@@ -43,6 +43,7 @@ import contextlib
 import dataclasses
 import email.utils
 import errno
+import fnmatch
 import functools
 import hashlib
 import heapq
@@ -66,8 +67,9 @@ import tempfile
 import threading
 import time
 import types
-from typing import (TYPE_CHECKING, Any, BinaryIO, Callable, Coroutine, Deque, Dict, Generator, Iterable, Iterator, List,
-                    NamedTuple, NoReturn, Optional, Sequence, Set, Tuple, Type, Union)
+from queue import Empty, SimpleQueue
+from typing import (TYPE_CHECKING, Any, BinaryIO, Callable, Container, Coroutine, Deque, Dict, Generator, Iterable,
+                    Iterator, List, NamedTuple, NoReturn, Optional, Sequence, Set, Tuple, Type, Union)
 
 try:
     import fcntl
@@ -92,8 +94,6 @@ log.addHandler(logging.NullHandler())               # the library prints nothing
 MAX_RECIPIENTS = 1000               # in one transaction (RFC 5321 section 4.5.3.1.8 asks for at least 100)
 MAX_COMMAND = 4096                  # bytes in a command line; the RFC's 512 do not hold for long UTF-8 addresses
 MAX_AUTH_LINE = 12288               # RFC 4954 section 4
-MAX_REPLY_LINE = 2048               # bytes in one line of a peer's reply, and ...
-MAX_REPLY_LINES = 100               # ... its lines
 MAX_ERRORS = 10                     # wrong commands in one session, then 421 (RFC 5321 section 4.3.2)
 MAX_REFUSALS = 100                  # refused recipients in one session, then 421: somebody is guessing names
 MAX_RECEIVED = 50                   # trace headers, then the message is in a loop (RFC 5321 section 6.3)
@@ -102,12 +102,6 @@ MAX_ALIAS_STEPS = 10 * MAX_EXPANSION   # targets looked at for one recipient: li
 MAX_ALIAS_DEPTH = 50                # lists inside lists
 MAX_REMEMBERED = 100_000            # destinations of aliases kept in memory, so that naming one again costs nothing
 MAX_NAME = 255                      # bytes in a file name: what ext4, NTFS and APFS take
-MAX_EXCHANGERS = 10                 # hosts tried for one delivery attempt
-MAX_SENDERS = 128                   # outbound connections at once, and ...
-MAX_SENDERS_PER_HOST = 10           # ... to one destination
-MAX_ACTIVE = 2000                   # queue entries held in memory; the others wait on disk
-MAX_QUEUE = 1_000_000               # messages in the queue, then 452: something is badly wrong
-MAX_WAITING = 500                   # of them for one destination, so that a slow one does not fill them all
 MAX_HTTP_BODY = 1 << 26             # bytes in a request to the JSON API that brings a message, and ...
 MAX_SMALL_BODY = 1 << 22            # ... in any other: a hundred thousand IDs
 MAX_HTTP_HEAD = 1 << 16             # bytes in a request's header fields, and ...
@@ -179,6 +173,27 @@ CACHE_BYTES = 16 << 20              # of DNS answers in memory, roughly; then th
 SERVER_PAUSE = 60                   # seconds for which a name server that did not answer is asked last
 EDNS_PAUSE = 900                    # seconds for which one that cannot cope with EDNS is asked without
 
+# The queue, and mail that leaves.
+MAX_QUEUE = 1_000_000               # messages in the queue, then 452: something is badly wrong
+MAX_ACTIVE = 2000                   # entries held in memory; the others wait on disk
+MAX_WAITING = 500                   # of them for one destination, so that a slow one does not fill them all
+MAX_SENDERS = 128                   # outbound connections at once, and ...
+MAX_SENDERS_PER_HOST = 10           # ... to one destination; --limit says otherwise, as it does of the next two
+MAX_MESSAGES = 100                  # on one connection: many hosts take no more
+MAX_RECIPIENTS_AT_ONCE = 100        # in one transaction: what each host has to take (RFC 5321 section 4.5.3.1.8)
+MAX_EXCHANGERS = 10                 # hosts tried for one delivery attempt, and addresses of each
+MAX_REPLY_LINE = 2048               # bytes looked at in one line of a peer's reply, ...
+MAX_REPLY_LINES = 100               # ... lines kept of it, and ...
+MAX_REPLY = 1 << 20                 # ... bytes until it has to end
+PIPELINE = 4096                     # bytes of commands under way: what fits into the smallest socket buffer anybody has
+FINAL_WAIT = 600.0                  # seconds for the reply to the final dot (RFC 5321 section 4.5.3.2.6)
+MAX_PAUSE = 300.0                   # seconds a destination that cannot be reached is left alone
+NARROW = 300.0                      # seconds one that refused a connection too many gets no more of them
+MAX_REWRITTEN = 1 << 18             # bytes of headers in which --rewrite looks for From
+MAX_PATH = 1024                     # bytes in an address it looks at
+TICK = 0.1                          # seconds between two looks at what other processes did
+AGAIN = 5.0                         # seconds until what the disk refused is done again
+
 
 class Reply(NamedTuple):
     """An SMTP reply (RFC 5321 section 4.2) with its enhanced status code (RFC 3463); `close` ends the session after it."""
@@ -231,6 +246,9 @@ class Extension:
     def listeners(self, config: "Config") -> List[Any]:
         """Return the listeners that the options ask for, their ports taken; OSError."""
         return []
+
+    def outbound(self, config: "Config", stores: Any) -> Any:
+        """Return what has a say in mail that leaves (Outbound), None without one."""
 
     def equip(self, node: "Node") -> None:
         """Give the site what this section has for its sessions, before the first of them."""
@@ -3963,54 +3981,94 @@ class Zone:
 # ======================================================================================================================
 # 9  Queue.  Messages that still have to go out, and when. Knows files and locks; nothing of DNS, SMTP or routes.
 #
-#    files under queue/          state                        a crash leaves it so, and then
-#    --------------------------  ---------------------------  ---------------------------------------------------------
-#    ID.msg                      being accepted (no 250 yet)  sweep() removes it once the accepting process is dead
-#    ID.msg  new/ID              due now                      the next start, or another process at once, sends it
-#    ID.msg  due/SECONDS/ID      waits until SECONDS          is due then
-#    ID.msg  busy/DEST/ID        due; DEST has enough to do   the next scan gives it to DEST
-#    ID.msg  + lock on ID.msg    somebody works on it         the lock ends with its process: free for others
-#    ID.msg  ID*.tmp too         its envelope is (re)written  the old envelope counts; sweep() removes the other
-#            new/ID              done, ID.msg is removed      (cannot be: the envelope goes first)
-#    ID.msg                      done, the envelope is gone   as in the first line
+#    Two files in queue/ are the truth about a message: ID.msg, its content, and ID.env, its envelope, which is JSON and
+#    replaced whole. Neither ever moves. Who holds the lock on ID.msg, from its first byte to its last, is the only one
+#    to touch what belongs to ID; the lock ends with its process. A hint is an empty file that says where to look:
+#
+#    files under queue/            state                       a crash leaves it so, and then
+#    ----------------------------  --------------------------  -------------------------------------------------------
+#    ID.msg                        being accepted (no 250 yet)  sweep() removes it once its lock is gone
+#    ID.msg ID.env                 waits in a process's memory  sweep() at the next start gives it the hint new/ID
+#    ID.msg ID.env new/ID          due, for whoever comes      any process takes it up
+#    ID.msg ID.env due/SECONDS/ID  waits until SECONDS         is due then
+#    ID.msg ID.env busy/DEST/ID    due; DEST has enough to do,  looked at when DEST has less to do, or at the next start
+#                                  or cannot be reached now
+#      + lock on ID.msg            somebody works on it        free for others
+#      + ID.env*.tmp               its envelope is (re)written  the old envelope counts; sweep() removes the other
+#    ID.msg                        done, the envelope is gone  as in the first line
+#    new/ID alone                  done, or never was          removed when somebody looks at it
 #
 #         DATA's 250               taken up                    2xx or 5xx for every recipient
 #     --> [ new ] ---------------> [ locked ] ----------------------------------------------> (bounce, removed)
 #            ^   \                   |     ^
 #            |    `-> [ busy ] ------'     | SECONDS are over, or `queue flush`
 #            |                       v     |
-#            `------ flush -------- [ due ]'      4xx, lost, timed out: envelope replaced, then moved
+#            `------ flush -------- [ due ]'      4xx, lost, timed out: envelope replaced, then hinted at
 #
-#    The envelope is JSON and holds the truth; the directory it is in is only where to look. A move is one rename().
+#    So nothing that matters depends on two directories being on disk in the right order, and two processes that look
+#    at the same hint cannot both send: one has the lock, the other finds what became of it.
 # ======================================================================================================================
+
+ENTRY_ID = re.compile(r"[0-9a-f]+-[0-9a-f]+-[0-9a-f]+", re.ASCII)
+
 
 @dataclasses.dataclass
 class Entry:
-    """A message in the queue: its envelope file, and while somebody works on it the lock."""
+    """The envelope of a message in the queue: what stands in ID.env, and nothing else."""
     id: str
     sender: str
     size: int                                       # bytes of content
     offset: int                                     # of the content in ID.msg that goes to other hosts
-    queued_at: float
+    queued_at: float                                # as the clock showed it
     next_attempt: float
-    recipients: List[Dict[str, Any]]                # address, state (waiting, delivered, failed), last_reply
-    attempts: int = 0
+    recipients: List[Dict[str, Any]]                # address, state (waiting, delivered, failed), last_reply, and once
+    attempts: int = 0                               # there was one: status, remote; as asked for: notify, orcpt (RFC 3461)
     eightbit: bool = False
     smtputf8: bool = False
-    place: str = ""                                 # path of the envelope
-    draft: int = -1                                 # fd of the envelope until it is published
-    pending: int = 0                                # destinations in this process that still have to try
-    lost: bool = False                              # another process has it
-    mutex: Any = dataclasses.field(default_factory=threading.Lock)      # held to claim, record and settle it
-    lock: int = -1                                  # fd of ID.msg while claimed
-    PASSING = ("place", "draft", "pending", "lost", "mutex", "lock")    # not in the envelope file
+    age: float = 0.0                                # seconds that passed since it was accepted until ...
+    noted: List[Any] = dataclasses.field(default_factory=list)      # ... [boot, seconds since it, time of day]
+    extra: Dict[str, Any] = dataclasses.field(default_factory=dict)     # ret, envid; what standing keeps of a message
+
+    KINDS = (("id", str), ("sender", str), ("size", int), ("offset", int), ("queued_at", (int, float)),
+             ("next_attempt", (int, float)), ("recipients", list), ("attempts", int), ("age", (int, float)),
+             ("noted", list), ("extra", dict))
 
     def encode(self) -> bytes:
-        fields = {name: value for name, value in vars(self).items() if name not in self.PASSING}
-        return (json.dumps(fields, indent=1, ensure_ascii=False) + "\n").encode("utf-8")
+        return (json.dumps(vars(self), indent=1, ensure_ascii=False) + "\n").encode("utf-8")
+
+    @classmethod
+    def decode(cls, text: bytes) -> "Entry":
+        """Return the entry in an envelope file; ValueError, TypeError, KeyError, Refused when it is none."""
+        entry = cls(**json.loads(text))
+        for name, kind in cls.KINDS:
+            if not isinstance(getattr(entry, name), kind):
+                raise TypeError("%s is of the wrong type" % name)
+        for recipient in entry.recipients:
+            parse_address(recipient["address"])
+            for name in ("state", "last_reply"):
+                if not isinstance(recipient[name], str):
+                    raise TypeError("%s is of the wrong type" % name)
+        return entry
 
     def waiting(self) -> List[Dict[str, Any]]:
         return [recipient for recipient in self.recipients if recipient["state"] == "waiting"]
+
+
+class Dispatch:
+    """What goes on with an entry in this process; never on disk. One thread has it at a time, or holds `mutex`."""
+
+    def __init__(self, entry: Entry, hint: str = "") -> None:
+        self.entry = entry
+        self.hint = hint                            # path of the hint it was found by
+        self.draft = -1                             # fd of the envelope until it is published
+        self.copy = -1                              # fd of ID.msg where that is a copy of the draft
+        self.lock = -1                              # fd of ID.msg while claimed
+        self.lost = False                           # another process has it, or it is done
+        self.pending = 0                            # destinations that still have to try
+        self.tried = False                          # one of them did, and it has to be tried again
+        self.aside = ""                             # a destination that has not been tried
+        self.message: Any = None                    # section 11's Outgoing, once made
+        self.mutex = threading.Lock()               # destinations of one message may be served at the same time
 
 
 class Queue:
@@ -4023,194 +4081,310 @@ class Queue:
         self.due = os.path.join(self.root, "due")
         self.busy = os.path.join(self.root, "busy")
         self.clock = clock
-        self.submitted: Callable[[Entry], None] = lambda entry: None    # the relay of this process
+        self.steady = time.monotonic if clock is time.time else clock   # seconds that nobody sets back or forth, ...
+        self.boot = boot_id()                       # ... since when
+        self.submitted: Callable[[Dispatch], bool] = lambda dispatch: False     # the relay of this process
         self.horizon = 1.2 * max(config.retry) + 120    # seconds
         self._counted = (0.0, 0)                    # when its messages were counted, and how many there were
 
     def is_full(self) -> bool:
         """True when no more can be taken; counted every now and then, as that takes a while."""
         if self.clock() - self._counted[0] > 10:
-            self._counted = self.clock(), len(list_directory(self.root))
+            self._counted = self.clock(), len(list_directory(self.root)) // 2
         return self._counted[1] >= MAX_QUEUE
 
-    def message(self, id: str) -> str:
-        return os.path.join(self.root, id + ".msg")
+    def path(self, id: str, kind: str = "msg") -> str:
+        """Return where the message (msg) or the envelope (env) of an entry is."""
+        return os.path.join(self.root, id + "." + kind)
+
+    # Coming in.
 
     def open_draft(self, id: str) -> Tuple[int, str]:
-        """Make a message file that has no envelope yet and return (fd, path); OSError."""
-        try:
-            return self.storage.create(self.message(id)), self.message(id)
-        except FileNotFoundError:
-            self.storage.make_directory(self.root)
-            return self.storage.create(self.message(id)), self.message(id)
+        """Make a locked message file that has no envelope yet and return (fd, path); OSError."""
+        return self._create(self.path(id)), self.path(id)
 
-    def add(self, parcel: Parcel) -> Entry:
-        """Put a finished draft into the queue, and return its entry, not published yet; OSError."""
+    def _create(self, path: str) -> int:
+        try:
+            return self.storage.create(path)
+        except FileNotFoundError:
+            self.storage.make_directory(os.path.dirname(path))
+            return self.storage.create(path)
+
+    def add(self, parcel: Parcel) -> Dispatch:
+        """Put a finished draft into the queue, and return it with its entry, not published yet; OSError."""
         draft, envelope = parcel.draft, parcel.envelope
         now = self.clock()
-        path = self.message(draft.id)
-        if draft.path != path:
-            self.storage.make_directory(self.root)
-            link_or_copy(draft.path, path)
         entry = Entry(draft.id, envelope.sender, draft.written - parcel.own, parcel.own, now, now,
                       [{"address": str(address), "state": "waiting", "last_reply": ""} for address in parcel.remote],
-                      eightbit=draft.eightbit, place=os.path.join(self.new, draft.id),
+                      eightbit=draft.eightbit, noted=[self.boot, self.steady(), now],
                       smtputf8=envelope.smtputf8 and not draft.head.partition(b"\r\n\r\n")[0].isascii())
+        dispatch = Dispatch(entry)
         try:
-            entry.draft = self._open_envelope(entry.place + ".tmp")
-            lock_file(draft.fd)                     # until the draft is closed nobody takes the entry up
-            write_all(entry.draft, entry.encode())
+            if draft.path != self.path(draft.id):
+                dispatch.copy = self._take_over(draft, self.path(draft.id))
+            flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | O_EXTRA
+            dispatch.draft = os.open(self.path(draft.id, "env.tmp"), flags, 0o600)
+            write_all(dispatch.draft, entry.encode())
         except BaseException:
-            self.withdraw(entry)
+            self.withdraw(dispatch)
             raise
-        return entry
+        return dispatch
 
-    def _open_envelope(self, path: str) -> int:
+    def _take_over(self, draft: Draft, path: str) -> int:
+        """Give the draft of a mailbox a name here, too, and return -1; the fd of a copy where there are no links. OSError."""
+        self.storage.make_directory(self.root)
         try:
-            return self.storage.create(path)
-        except FileNotFoundError:
-            self.storage.make_directory(self.new)
-            return self.storage.create(path)
+            os.link(draft.path, path)               # one file: the draft's lock holds for both names
+            return -1
+        except OSError as error:
+            if error.errno not in NO_LINKS:
+                raise
+        fd, _ = self.open_draft(draft.id)
+        try:
+            with open(draft.path, "rb") as file:
+                for block in iter(lambda: file.read(BIG_BLOCK), b""):
+                    write_all(fd, block)
+            self.storage.sync_file(fd)
+        except BaseException:
+            close_quietly(fd)
+            raise
+        return fd
 
-    def publish(self, entry: Entry) -> List[Union[int, str]]:
+    def publish(self, dispatch: Dispatch) -> List[Union[int, str]]:
         """Put the envelope in place, now that it and the message are on disk; return the directories to flush. OSError."""
-        close_quietly(entry.draft)
-        entry.draft = -1
-        os.rename(entry.place + ".tmp", entry.place)
-        return [self.root, self.new]
+        close_quietly(dispatch.draft)
+        dispatch.draft = -1
+        os.rename(self.path(dispatch.entry.id, "env.tmp"), self.path(dispatch.entry.id, "env"))
+        return [self.root]
 
-    def withdraw(self, entry: Entry) -> None:
+    def withdraw(self, dispatch: Dispatch) -> None:
         """Take an entry out that did not come to count."""
-        if entry.draft >= 0:
-            close_quietly(entry.draft)
-            entry.draft = -1
-        for path in (entry.place, entry.place + ".tmp", self.message(entry.id)):
+        for kind in ("env", "env.tmp", "msg"):
             with contextlib.suppress(OSError):
-                os.unlink(path)
+                os.unlink(self.path(dispatch.entry.id, kind))
+        self._close(dispatch)
 
-    def submit(self, entry: Entry) -> None:
+    def submit(self, dispatch: Dispatch) -> None:
         """Let the entry be sent, here or by other processes."""
-        self.submitted(entry)
-        self.storage.wake("queue")
+        self._close(dispatch)
+        if not self.submitted(dispatch):
+            try:
+                self.place_hint(dispatch, self.new)
+            except OSError as error:                # it counts all the same: the next start finds it
+                log.warning("queue entry %s waits for the next start: %s", dispatch.entry.id, error)
+            self.storage.wake("queue")
 
-    def read(self, place: str) -> Optional[Entry]:
-        """Return the entry whose envelope is at `place`; None when it is not there any more, or cannot be read."""
+    def _close(self, dispatch: Dispatch) -> None:
+        for fd in (dispatch.draft, dispatch.copy, dispatch.lock):
+            if fd >= 0:
+                close_quietly(fd)
+        dispatch.draft = dispatch.copy = dispatch.lock = -1
+
+    # Working on it.
+
+    def read(self, id: str) -> Optional[Entry]:
+        """Return an entry; None when it is not there any more, or no envelope that we understand. OSError."""
         try:
-            with open(place, "rb") as file:
-                entry = Entry(place=place, **json.loads(file.read()))
-            entry.size + entry.offset + entry.queued_at + entry.next_attempt + entry.attempts   # numbers, or TypeError
-            for recipient in entry.recipients:
-                parse_address(recipient["address"]), recipient["state"], recipient["last_reply"]
-            return entry
+            with open(self.path(id, "env"), "rb") as file:
+                return Entry.decode(file.read())
         except FileNotFoundError:
             return None
-        except (ValueError, TypeError, KeyError, OSError, Refused) as error:
-            log.warning("queue entry %s cannot be read, left alone: %s", place, error)
+        except (ValueError, TypeError, KeyError, Refused, RecursionError) as error:
+            log.warning("queue entry %s cannot be read, left alone: %s", self.path(id, "env"), error)
             return None
 
-    def claim(self, entry: Entry) -> bool:
-        """Lock an entry and read it anew; False when another process has it or it is gone."""
+    def exists(self, id: str) -> bool:
+        return os.path.exists(self.path(id, "env"))
+
+    def claim(self, dispatch: Dispatch) -> bool:
+        """Lock an entry and read it anew; False when another process has it, or it is gone. OSError."""
+        entry = dispatch.entry
         try:
-            fd = os.open(self.message(entry.id), os.O_RDWR | O_EXTRA)
+            fd = os.open(self.path(entry.id), os.O_RDWR | O_EXTRA)
         except FileNotFoundError:
-            if os.path.exists(entry.place):
+            self._drop_hint(dispatch)
+            if self.exists(entry.id):
                 log.error("queue entry %s has no message file: dropped", entry.id)
                 with contextlib.suppress(OSError):
-                    os.unlink(entry.place)
+                    os.unlink(self.path(entry.id, "env"))
             return False
-        fresh = self.read(entry.place) if lock_file(fd) else None
+        try:
+            fresh = self.read(entry.id) if self._lock(fd) else None
+        except OSError:
+            os.close(fd)
+            raise
         if fresh is None:
             os.close(fd)
             return False
-        entry.recipients, entry.attempts, entry.next_attempt = fresh.recipients, fresh.attempts, fresh.next_attempt
-        entry.lock = fd
+        dispatch.entry, dispatch.lock = fresh, fd
         return True
 
-    def release(self, entry: Entry) -> None:
-        if entry.lock >= 0:
-            close_quietly(entry.lock)
-            entry.lock = -1
+    def _lock(self, fd: int) -> bool:
+        """Lock a message file; False when somebody else has it. Where there are no locks, there is one process, we hope."""
+        try:
+            return lock_file(fd)
+        except OSError as error:
+            self.storage.complain("locks", "no locks on this file system: run one process only (%s)" % error)
+            return True
 
-    def save(self, entry: Entry) -> None:
+    def release(self, dispatch: Dispatch) -> None:
+        self._close(dispatch)
+
+    def age(self, entry: Entry) -> float:
+        """Return the seconds since an entry was accepted: what passed since it was noted, by a clock that nobody sets as
+        long as the machine was not started anew; after that by the time of day, which may have been wrong then or now.
+        """
+        boot, steady, wall = entry.noted if len(entry.noted) == 3 else ("", 0.0, entry.queued_at)
+        passed = self.steady() - steady if boot == self.boot else self.clock() - wall
+        return entry.age + max(0.0, passed)
+
+    def save(self, dispatch: Dispatch) -> None:
         """Replace the envelope of a claimed entry, durably; OSError."""
-        self.storage.write(entry.place, entry.encode())
+        entry = dispatch.entry
+        entry.age, entry.noted = self.age(entry), [self.boot, self.steady(), self.clock()]
+        self.storage.write(self.path(entry.id, "env"), entry.encode())
 
-    def postpone(self, entry: Entry, until: float) -> None:
-        """Record a claimed entry as due at `until` and move it there; OSError."""
-        step = max(1, int(until - self.clock()) // 60)      # long waits share directories
-        seconds = -int(-until // step) * step
-        entry.next_attempt = until
-        self.save(entry)
-        self.move(entry, os.path.join(self.due, "%012d" % seconds))
+    def postpone(self, dispatch: Dispatch, until: float) -> None:
+        """Record a claimed entry as due at `until` and hint at it there; OSError."""
+        dispatch.entry.next_attempt = until
+        self.save(dispatch)
+        self.place_hint(dispatch, self.due_directory(until))
 
-    def move(self, entry: Entry, directory: str) -> None:
-        """Move the envelope into another directory; should it not happen, the envelope still says when it is due."""
-        place = os.path.join(directory, entry.id)
+    def due_directory(self, moment: float) -> str:
+        step = max(1, int(moment - self.clock()) // 60)     # long waits share directories
+        return os.path.join(self.due, "%012d" % (-int(-moment // step) * step))
+
+    def place_hint(self, dispatch: Dispatch, directory: str) -> None:
+        """Hint at an entry in this directory, and nowhere else; OSError. Not flushed: sweep() finds what has no hint."""
+        hint = os.path.join(directory, dispatch.entry.id)
+        if dispatch.hint == hint and os.path.exists(hint):
+            return
         for _ in range(10):                         # whoever emptied the directory may be removing it
             try:
-                os.rename(entry.place, place)
-                entry.place = place
-                return
+                if dispatch.hint:
+                    os.rename(dispatch.hint, hint)
+                else:
+                    os.close(os.open(hint, os.O_CREAT | os.O_WRONLY | O_EXTRA, 0o600))
+                break
             except FileNotFoundError:
-                if not os.path.exists(entry.place):
-                    return
-                os.makedirs(directory, mode=0o700, exist_ok=True)
+                if dispatch.hint and not os.path.exists(dispatch.hint):
+                    dispatch.hint = ""
+                self._make_private(directory)
+        dispatch.hint = hint
 
-    def finish(self, entry: Entry) -> None:
-        """Remove a claimed entry: all its recipients are served."""
-        for path in (entry.place, self.message(entry.id)):
+    def _make_private(self, directory: str) -> None:
+        for path in (self.root, os.path.dirname(directory), directory):     # makedirs() would make them 0755 above
+            with contextlib.suppress(FileExistsError):
+                os.mkdir(path, 0o700)
+
+    def _drop_hint(self, dispatch: Dispatch) -> None:
+        if dispatch.hint:
+            with contextlib.suppress(OSError):
+                os.unlink(dispatch.hint)
+            dispatch.hint = ""
+
+    def finish(self, dispatch: Dispatch) -> None:
+        """Remove a claimed entry: all its recipients are served. OSError."""
+        for path in (self.path(dispatch.entry.id, "env"), self.path(dispatch.entry.id)):
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(path)
-        self.release(entry)
+        self._drop_hint(dispatch)
+        self.release(dispatch)
+
+    # Looking for it.
+
+    def is_later(self, moment: float, now: float) -> bool:
+        """Return whether something is due later. What is further off than anybody puts it is due: the clock was set back."""
+        return now < moment < now + self.horizon
+
+    def _moments(self) -> List[int]:
+        return sorted(int(name) for name in list_directory(self.due) if re.fullmatch(r"\d{12}", name, re.ASCII))
 
     def due_directories(self, now: float) -> Iterator[str]:
-        """Yield the directories whose entries are due, the longest waiting ones last; empty old ones are removed."""
+        """Yield the directories whose hints are due, the longest waiting ones last; OSError. Empty old ones are removed."""
         yield self.new
-        for name in sorted(list_directory(self.due)):
-            if not name.isdigit() or self.is_later(int(name), now):
+        for moment in self._moments():
+            if self.is_later(moment, now):
                 continue
-            directory = os.path.join(self.due, name)
+            directory = os.path.join(self.due, "%012d" % moment)
             try:
                 os.rmdir(directory)
             except OSError:
                 yield directory
 
     def next_due(self, now: float) -> Optional[float]:
-        """Return when the next directory is due."""
-        return min((float(name) for name in list_directory(self.due) if name.isdigit() and self.is_later(int(name), now)),
-                   default=None)
+        """Return when the next directory is due; OSError."""
+        return min((float(moment) for moment in self._moments() if self.is_later(moment, now)), default=None)
 
-    def is_later(self, moment: float, now: float) -> bool:
-        """Return whether something is due later. What is further off than anybody puts it is due: the clock was set back."""
-        return now < moment < now + self.horizon
+    def busy_directories(self) -> List[str]:
+        return [os.path.join(self.busy, name) for name in list_directory(self.busy)]
 
-    def directories(self) -> List[str]:
-        """Return all directories that hold envelopes."""
-        return [self.new] + [os.path.join(above, name) for above in (self.due, self.busy)
-                             for name in sorted(list_directory(above))]
-
-    def places(self) -> Iterator[str]:
-        """Yield the path of every envelope."""
-        for directory in self.directories():
-            for name in sorted(list_directory(directory)):
-                if not name.endswith(".tmp"):
+    def hints(self) -> Iterator[str]:
+        """Yield the path of every hint."""
+        for directory in [self.new] + [os.path.join(above, name) for above in (self.due, self.busy)
+                                       for name in list_directory(above)]:
+            for name in list_directory(directory):
+                if ENTRY_ID.fullmatch(name):
                     yield os.path.join(directory, name)
 
-    def find(self, id: str) -> Optional[Entry]:
-        return next((self.read(place) for place in self.places() if os.path.basename(place) == id), None)
+    def ids(self) -> List[str]:
+        """Return the ids of all entries, oldest first."""
+        ids = [name[:-4] for name in list_directory(self.root) if name.endswith(".env")]
+        return sorted(filter(ENTRY_ID.fullmatch, ids))
 
-    def sweep(self) -> None:
-        """Remove what dead processes left half done."""
-        ids = {os.path.basename(place) for place in self.places()}
-        for name in list_directory(self.root):
-            id = name[:-4]
-            if name.endswith(".msg") and id not in ids and self.storage.is_abandoned(os.path.join(self.root, name)):
-                if self.find(id) is None:           # not one that was moved while we looked
-                    self.storage.remove_abandoned(os.path.join(self.root, name))
-        for directory in self.directories():
-            for name in list_directory(directory):
-                if name.endswith(".tmp"):
-                    self.storage.remove_abandoned(os.path.join(directory, name))
+    def entries(self) -> Iterator[Entry]:
+        """Yield every entry that can be read."""
+        for id in self.ids():
+            with contextlib.suppress(OSError):
+                entry = self.read(id)
+                if entry:
+                    yield entry
+
+    def sweep(self, in_memory: Container[str] = ()) -> None:
+        """Remove what dead processes left half done, and hint at what nobody could find; OSError."""
+        self._adopt()
+        hinted = {os.path.basename(hint) for hint in self.hints()}
+        names = list_directory(self.root)
+        envelopes = {name[:-4] for name in names if name.endswith(".env")}
+        for name in names:
+            id, _, kind = name.partition(".")
+            with contextlib.suppress(OSError):
+                if ENTRY_ID.fullmatch(id) and (kind.endswith("tmp") or (kind == "msg" and id not in envelopes)):
+                    self._remove_if_dead(id, name)
+        for id in envelopes - hinted:
+            if ENTRY_ID.fullmatch(id) and id not in in_memory:
+                self.place_hint(Dispatch(Entry(id, "", 0, 0, 0.0, 0.0, [])), self.new)
+
+    def _remove_if_dead(self, id: str, name: str) -> None:
+        """Remove a draft that nobody works on; OSError."""
+        path = os.path.join(self.root, name)
+        try:
+            fd = os.open(self.path(id), os.O_RDWR | O_EXTRA)
+        except FileNotFoundError:
+            os.unlink(path)
+            return
+        try:
+            if self._lock(fd) and not (name.endswith(".msg") and self.exists(id)):
+                os.unlink(path)
+        finally:
+            os.close(fd)
+
+    def _adopt(self) -> None:
+        """Turn what version 1.0 left, whose hints were the envelopes, into what we have; OSError."""
+        for hint in self.hints():
+            id = os.path.basename(hint)
+            if os.path.getsize(hint) and os.path.exists(self.path(id)) and not self.exists(id):
+                os.rename(hint, self.path(id, "env"))
+                self.storage.sync_directory(self.root)
+
+
+def boot_id() -> str:
+    """Return what stays the same until the machine starts anew; where nobody knows that, until this process ends."""
+    try:
+        with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+            return file.read().strip()
+    except (OSError, ValueError):
+        return secrets.token_hex(16)
 
 
 # ======================================================================================================================
@@ -4219,7 +4393,7 @@ class Queue:
 
 def bounce_message(hostname: str, sender: str, recipients: Sequence[Dict[str, Any]], headers: bytes, id: str,
                    queued_at: float, now: float) -> bytes:
-    """Return a multipart/report to `sender` about recipients (address, last_reply, remote) of the message `id`.
+    """Return a multipart/report to `sender` about recipients (address, last_reply, status, remote) of the message `id`.
 
     `headers` are the original's, as they went out. It goes out with the null reverse-path, so nobody answers it.
     """
@@ -4228,21 +4402,8 @@ def bounce_message(hostname: str, sender: str, recipients: Sequence[Dict[str, An
     encoding = "Content-Transfer-Encoding: %s" % ("8bit" if utf8 or not headers.isascii() else "7bit")
     status_type = "message/global-delivery-status" if utf8 else "message/delivery-status"
     headers_type = "message/global-headers" if utf8 else "text/rfc822-headers"
-
-    def fold(text: str, indent: str) -> str:
-        """Return a reply in lines of decent length; what is not ASCII is escaped where the bounce has to be ASCII."""
-        text = text if utf8 else text.encode("ascii", "backslashreplace").decode()
-        return ("\r\n" + indent).join(re.findall(r"\S.{0,75}(?=\s|$)|\S{76}|\S+", text)) or "no answer"
-    reasons = "\r\n".join("<%s>:\r\n    %s" % (r["address"], fold(r["last_reply"], "    ")) for r in recipients)
-    fields = []
-    for recipient in recipients:
-        reply = recipient["last_reply"]
-        status = re.search(r"\b[45]\.\d{1,3}\.\d{1,3}\b", reply)
-        fields.append("Final-Recipient: %s; %s\r\nAction: failed\r\nStatus: %s\r\n%sDiagnostic-Code: smtp; %s\r\n" % (
-            "rfc822" if recipient["address"].isascii() else "utf-8", recipient["address"],
-            status.group() if status else "5.0.0",
-            "Remote-MTA: dns; %s\r\n" % recipient["remote"] if recipient.get("remote") else "",
-            fold(re.sub(r"^.*? said: ", "", reply), " ")))
+    reasons = "\r\n".join("<%s>:\r\n    %s" % (r["address"], fold(r["last_reply"], "    ", utf8)) for r in recipients)
+    fields = [delivery_status(recipient, utf8) for recipient in recipients]
     text = "\r\n".join([
         "From: Mail Delivery System <mailer-daemon@%s>" % hostname, "To: <%s>" % sender,
         "Subject: Undelivered mail returned to sender", "Date: " + rfc5322_date(int(now)),
@@ -4259,12 +4420,40 @@ def bounce_message(hostname: str, sender: str, recipients: Sequence[Dict[str, An
     return text.encode("utf-8") + headers.rstrip(b"\r\n") + ("\r\n\r\n--%s--\r\n" % boundary).encode()
 
 
+def delivery_status(recipient: Dict[str, Any], utf8: bool) -> str:
+    """Return the fields about one recipient (RFC 3464 section 2.3)."""
+    reply = recipient["last_reply"]
+    return "Final-Recipient: %s; %s\r\nAction: failed\r\nStatus: %s\r\n%sDiagnostic-Code: smtp; %s\r\n" % (
+        "rfc822" if recipient["address"].isascii() else "utf-8", recipient["address"], status_code(recipient),
+        "Remote-MTA: dns; %s\r\n" % recipient["remote"] if recipient.get("remote") else "",
+        fold(re.sub(r"^.*? said: ", "", reply), " ", utf8))
+
+
+def status_code(recipient: Dict[str, Any]) -> str:
+    """Return the enhanced code of the reply itself (RFC 3463): a text may hold much that looks like one, an address say."""
+    known = str(recipient.get("status") or "")
+    if not known:
+        said = re.sub(r"^.*? said: ", "", recipient["last_reply"])
+        match = re.match(r"[2-5]\d\d[ -]([45]\.\d{1,3}\.\d{1,3})\b", said, re.ASCII)
+        known = match.group(1) if match else ""
+    return known if re.fullmatch(r"[45]\.\d{1,3}\.\d{1,3}", known, re.ASCII) else "5.0.0"
+
+
+def fold(text: str, indent: str, utf8: bool) -> str:
+    """Return a reply in lines of decent length; what is not ASCII is escaped where the bounce has to be ASCII."""
+    text = text if utf8 else text.encode("ascii", "backslashreplace").decode()
+    return ("\r\n" + indent).join(re.findall(r"\S.{0,75}(?=\s|$)|\S{76}|\S+", text)) or "no answer"
+
+
 # ======================================================================================================================
 # 11  SMTP client.  One connection to another server, on the same wire as our own server's. Knows no queue.
 # ======================================================================================================================
 
+REPLY_LINE = re.compile(rb"(\d\d\d)(?:([ -])(.*))?", re.DOTALL)
+
+
 class PeerFailed(Exception):
-    """The other server cannot be used now; `reply` says why, `address` which one it was."""
+    """The other server cannot be used now; `reply` says why."""
 
     def __init__(self, reply: Reply) -> None:
         super().__init__(str(reply))
@@ -4272,18 +4461,23 @@ class PeerFailed(Exception):
 
 
 class Outgoing(NamedTuple):
-    """A message as the client needs it: an open file, where its content begins, and what it is like."""
+    """A message as the client needs it: `head`, then an open file from where its content begins; and what it is like."""
     fd: int
     offset: int
-    size: int
+    size: int                                       # bytes of both
     sender: str
     recipients: List[str]
     eightbit: bool
     smtputf8: bool
+    head: bytes = b""                               # stands before what the file has
+    asked: Dict[str, Dict[str, str]] = {}           # DSN (RFC 3461), as xtext: ret, envid under "", notify, orcpt by recipient
 
 
 class Peer:
-    """An SMTP connection to another server (RFC 5321 as client). Every step has `timeout` seconds."""
+    """An SMTP connection to another server (RFC 5321 as client). Every step has `timeout` seconds.
+
+    Its methods are coroutines on the wire; run_blocking() runs them where a thread may wait.
+    """
 
     def __init__(self, sock: socket.socket, name: str, hostname: str, timeout: float) -> None:
         self.wire = Wire(sock, timeout)
@@ -4291,12 +4485,18 @@ class Peer:
         self.host: Optional[str] = None             # whose connection this is, as the MX record has it
         self.hostname = hostname
         self.extensions: Dict[str, str] = {}
+        self.secrets: List[str] = []                # what no text may show, should the peer say it
+        self.messages = 0                           # sent over it
+        self.mail_refused = False                   # the last MAIL was
         self.broken = False                         # it cannot be used any more
+        self._budget = 0                            # bytes that the reply may still have
+
+    # Replies.
 
     @contextlib.contextmanager
-    def step(self, what: str) -> Iterator[None]:
-        """Turn whatever goes wrong on the wire into PeerFailed."""
-        self.wire.renew()
+    def step(self, what: str, seconds: Optional[float] = None) -> Iterator[None]:
+        """Turn whatever goes wrong on the wire into PeerFailed. `what` is shown: never what was sent."""
+        self.wire.renew(0.0 if seconds is None else seconds - self.wire.timeout)
         try:
             yield
         except TimedOut:
@@ -4306,32 +4506,52 @@ class Peer:
             raise PeerFailed(Reply(451, "4.4.2", "%s: connection lost in %s%s" % (
                 self.name, what, printable(reason, 200)))) from None
 
-    def reply(self, what: str) -> Reply:
-        """Return the next reply; PeerFailed when there is none, it is not SMTP, or it is 421."""
-        lines: List[str] = []
-        code = ""
-        with self.step(what):
-            while True:
-                try:
-                    raw = run_blocking(self.wire, self.wire.line(MAX_REPLY_LINE))
-                except LineTooLong:
-                    raise PeerFailed(Reply(451, "4.5.0", "%s: reply line too long" % self.name)) from None
-                match = re.fullmatch(rb"([2-5]\d\d)([ -]?)(.*)", raw, re.DOTALL)
-                if not match or (code and match.group(1).decode() != code) or len(lines) >= MAX_REPLY_LINES:
-                    raise PeerFailed(Reply(451, "4.5.0", "%s: not an SMTP reply: %s" % (self.name, printable(raw, 100))))
-                code = match.group(1).decode()
-                lines.append(printable(match.group(3), 500))
-                if match.group(2) != b"-":
-                    break
-        enhanced = re.match(r"([245]\.\d{1,3}\.\d{1,3})(?: |$)", lines[-1])
-        if enhanced and enhanced.group(1)[0] == code[0]:
-            prefix = enhanced.group(1) + " "
-            lines = [line[len(prefix):] if line.startswith(prefix) else line for line in lines]
-        reply = Reply(int(code), enhanced.group(1) if enhanced and enhanced.group(1)[0] == code[0] else "",
-                      "\n".join(lines))
-        if reply.code == 421:
+    async def reply(self, what: str, seconds: Optional[float] = None) -> Reply:
+        """Return the next reply; PeerFailed when there is none, or it is 421.
+
+        As Postfix reads them: the last line has the code, noise is skipped, and a reply may be as long as it likes, of
+        which only so much is kept.
+        """
+        texts: List[bytes] = []
+        self._budget, code, more = MAX_REPLY, 0, True
+        with self.step(what, seconds):
+            while more:
+                match = REPLY_LINE.fullmatch(await self._line())
+                if match:
+                    code, more = int(match.group(1)), match.group(2) == b"-"
+                    if len(texts) < MAX_REPLY_LINES:
+                        texts.append(match.group(3) or b"")
+                    else:
+                        texts[-2:] = b"...", match.group(3) or b""
+        lines = list(map(self._shown, texts))
+        if not 200 <= code <= 599:
+            raise PeerFailed(Reply(451, "4.5.0", "%s: not an SMTP reply: %d %s" % (self.name, code, lines[-1][:100])))
+        reply = with_enhanced_code(code, lines)
+        if code == 421:
             raise PeerFailed(self.said(reply))
         return reply
+
+    async def _line(self) -> bytes:
+        """Return a line without its end, as much of it as is looked at; PeerFailed when a reply has no end at all."""
+        line = b""
+        while True:
+            end = self.wire.input.find(b"\n")
+            taken = len(self.wire.input) if end < 0 else end + 1
+            line += bytes(self.wire.input[:min(taken, MAX_REPLY_LINE - len(line))])
+            del self.wire.input[:taken]
+            self._budget -= taken
+            if end >= 0:
+                return line.rstrip(b"\r\n")
+            if self._budget < 0:
+                raise PeerFailed(Reply(451, "4.5.0", "%s: a reply without end" % self.name))
+            self.wire.input += await self.wire.fill(BLOCK)
+
+    def _shown(self, text: bytes) -> str:
+        """Return a line of a reply as it may stand in logs and bounces."""
+        shown = printable(text, MAX_REPLY_LINE)
+        for secret in self.secrets:
+            shown = shown.replace(secret, "***")
+        return printable(shown, 500)
 
     def said(self, reply: Reply) -> Reply:
         """Return the reply with the name of who gave it, on one line."""
@@ -4339,84 +4559,124 @@ class Peer:
         return Reply(reply.code, reply.enhanced or default, "%s said: %d %s%s" % (
             self.name, reply.code, reply.enhanced + " " if reply.enhanced else "", reply.text.replace("\n", " / ")))
 
-    def command(self, text: str) -> Reply:
-        with self.step(text.partition(" ")[0]):
-            self.wire.send(text.encode("utf-8") + b"\r\n")
-        return self.reply(text.partition(" ")[0])
+    def away(self, reply: Reply) -> PeerFailed:
+        """Return the failure of a host that does not want to talk: that speaks for it alone, and for now."""
+        said = self.said(reply)
+        if reply.code // 100 == 4:
+            return PeerFailed(said)
+        return PeerFailed(Reply(450, "4" + reply.enhanced[1:] if reply.enhanced[:1] == "5" else "4.3.2", said.text))
 
-    def greet(self) -> None:
+    # Commands.
+
+    async def command(self, text: str, what: str = "") -> Reply:
+        """Return the reply to a command line; where that has secrets, `what` is how it is called. PeerFailed."""
+        self.wire.send(text.encode("utf-8") + b"\r\n")
+        return await self.reply(what or text.partition(" ")[0])
+
+    async def greet(self) -> None:
         """Take the greeting and introduce ourselves; PeerFailed."""
-        reply = self.reply("greeting")
+        reply = await self.reply("greeting")
         if reply.code // 100 != 2:
-            raise PeerFailed(self.said(reply))
-        self.hello()
+            raise self.away(reply)
+        await self.hello()
 
-    def hello(self) -> None:
+    async def hello(self) -> None:
         name = self.hostname if "." in self.hostname else address_literal(self.wire.sock.getsockname()[0])
-        reply = self.command("EHLO " + name)
+        reply = await self.command("EHLO " + name)
         self.extensions = {}
         if reply.code // 100 == 2:
             for line in reply.text.split("\n")[1:]:
-                keyword, _, value = line.strip().partition(" ")
-                self.extensions[keyword.upper()] = value
+                self._learn(line)
             return
-        reply = self.command("HELO " + name)        # RFC 5321 section 3.2
+        reply = await self.command("HELO " + name)      # RFC 5321 section 3.2
         if reply.code // 100 != 2:
-            raise PeerFailed(self.said(reply))
+            raise self.away(reply)
 
-    def start_tls(self, context: "ssl.SSLContext", hostname: str) -> None:
+    def _learn(self, line: str) -> None:
+        """Note an extension; `AUTH=LOGIN PLAIN`, as old servers have it, says the same as AUTH, and may stand beside it."""
+        keyword, _, value = line.strip().partition(" ")
+        if keyword.upper().startswith("AUTH="):
+            keyword, value = "AUTH", keyword[5:] + " " + value
+        if keyword.upper() == "AUTH":
+            value = self.extensions.get("AUTH", "") + " " + value
+        self.extensions[keyword.upper()] = value
+
+    async def start_tls(self, context: "ssl.SSLContext", hostname: str) -> None:
         """Switch to TLS and introduce ourselves again; PeerFailed."""
-        reply = self.command("STARTTLS")
+        reply = await self.command("STARTTLS")
         if reply.code != 220:
-            raise PeerFailed(self.said(reply))
-        self.handshake(context, hostname)
-        self.hello()
+            raise self.away(reply)
+        await self.handshake(context, hostname)
+        await self.hello()
 
-    def handshake(self, context: "ssl.SSLContext", hostname: str) -> None:
-        with self.step("TLS handshake"):
-            run_blocking(self.wire, self.wire.start_tls(context, server_hostname=hostname))
+    async def handshake(self, context: "ssl.SSLContext", hostname: str) -> None:
+        with self.step("TLS handshake"):            # in certificates a name has no dot at its end (RFC 6066 section 3)
+            await self.wire.start_tls(context, server_side=False, server_hostname=hostname.rstrip("."))
+        self.extensions = {}
 
-    def log_in(self, user: str, password: str) -> None:
-        """AUTH PLAIN, or LOGIN where that is all there is (RFC 4954); PeerFailed."""
-        words = self.extensions.get("AUTH", "").upper().split()
-        if "PLAIN" in words:
-            secret = base64.b64encode(("\0%s\0%s" % (user, password)).encode("utf-8")).decode()
-            reply = self.command("AUTH PLAIN " + secret)
-        elif "LOGIN" in words:
-            reply = self.command("AUTH LOGIN")
-            for text in (user, password):
-                if reply.code == 334:
-                    reply = self.command(base64.b64encode(text.encode("utf-8")).decode())
-        else:
-            raise PeerFailed(Reply(451, "4.7.0", "%s offers no log-in we know" % self.name))
+    # Log-in (RFC 4954).
+
+    async def log_in(self, server: Server) -> None:
+        """Log in by the mechanism the URL names, else the best that both know; PeerFailed."""
+        offered = self.extensions.get("AUTH", "").lower().split()
+        self.secrets = sasl_secrets(server)
+        mechanism = server.mechanism or next((name for name in BEST_FIRST if name in offered), "")
+        if mechanism not in offered:
+            raise PeerFailed(Reply(451, "4.7.0", "%s offers no log-in %s" % (
+                self.name, "by " + mechanism if mechanism else "that we know")))
+        try:
+            reply = await self._authenticate(mechanism, server)
+        except ValueError:                          # a Python without MD5
+            raise PeerFailed(Reply(451, "4.7.0", "this Python has no " + mechanism)) from None
         if reply.code != 235:
-            raise PeerFailed(Reply(451, "4.7.8", "%s did not let us log in: %s" % (self.name, reply)))
+            words = str(reply).replace("\n", " / ")
+            raise PeerFailed(Reply(451, "4.7.8", "%s did not let us log in: %s" % (self.name, words)))
 
-    def send(self, message: Outgoing) -> Dict[str, Reply]:
+    async def _authenticate(self, mechanism: str, server: Server) -> Reply:
+        """Return the last reply of the exchange: each 334 asks for the next response."""
+        first, responses = sasl_responses(mechanism, server)
+        reply = await self.command("AUTH %s%s" % (mechanism.upper(), " " + in_base64(first) if first else ""), "AUTH")
+        for respond in responses:
+            if reply.code != 334:
+                break
+            try:
+                challenge = base64.b64decode(reply.text.encode("ascii", "replace"))
+            except ValueError:
+                challenge = b""
+            reply = await self.command(in_base64(respond(challenge)), "AUTH")
+        return reply
+
+    # Messages.
+
+    async def send(self, message: Outgoing, at_once: int = MAX_RECIPIENTS_AT_ONCE) -> Dict[str, Reply]:
         """Send a message in as few transactions as the peer takes; return {recipient: reply}.
 
         PeerFailed when the connection failed before anything was certain; later, `broken` says that it did.
         """
         replies: Dict[str, Reply] = {}
         left = self.acceptable(message, replies)
+        self.messages += 1
         while left:
+            batch, left = left[:at_once], left[at_once:]
             try:
-                some = self.transaction(message, left)
+                some, surplus = await self.transaction(message, batch)
             except PeerFailed as error:
-                if not any(reply.code // 100 == 2 for reply in replies.values()):
+                if not replies:
                     raise
-                some = dict.fromkeys(left, error.reply)     # those of the transaction before have it for sure
+                some, surplus = dict.fromkeys(batch, error.reply), []   # what was said before counts
             replies.update(some)
-            served = [recipient for recipient in left if some[recipient].code // 100 == 2]
-            again = [recipient for recipient in left if some[recipient].code == 452]
-            left = again if served and not self.broken else []  # RFC 5321 section 4.5.3.1.10: the rest in another transaction
+            left = surplus + left
+            if self.broken and left:
+                replies.update((recipient, replies.get(recipient) or Reply(
+                    451, "4.4.2", self.name + ": connection lost before this recipient's turn")) for recipient in left)
+                break
         return replies
 
     def acceptable(self, message: Outgoing, replies: Dict[str, Reply]) -> List[str]:
         """Return the recipients worth trying; the others get a reply of our own, and nothing is sent for them."""
-        limit = self.extensions.get("SIZE", "")
+        limit = self.extensions.get("SIZE", "").strip()
         refusal = None
-        if limit.isdigit() and 0 < int(limit) < message.size:
+        if re.fullmatch(r"\d{1,18}", limit, re.ASCII) and 0 < int(limit) < message.size:
             refusal = Reply(552, "5.3.4", "%s takes %s bytes at most, the message has %d" % (self.name, limit, message.size))
         elif message.eightbit and "8BITMIME" not in self.extensions:
             refusal = Reply(554, "5.6.3", "%s takes no 8-bit content (8BITMIME)" % self.name)
@@ -4440,8 +4700,37 @@ class Peer:
         except ValueError:
             return address                          # then only SMTPUTF8 will do
 
-    def transaction(self, message: Outgoing, recipients: List[str]) -> Dict[str, Reply]:
-        """MAIL, RCPT, DATA for one message, pipelined where the peer takes that (RFC 2920)."""
+    async def transaction(self, message: Outgoing, recipients: List[str]) -> Tuple[Dict[str, Reply], List[str]]:
+        """MAIL, RCPT, DATA for one message; return ({recipient: reply}, those for whom another one is worth it).
+
+        PeerFailed when the connection failed before anything was certain.
+        """
+        answers: List[Reply] = []
+        lost = None
+        try:
+            data = await self.envelope(self.commands(message, recipients), answers)
+            final = await self.content(message, answers, data)
+        except PeerFailed as error:
+            self.broken, lost, final = True, error, error.reply
+            self.wire.close()
+        self.mail_refused = bool(answers) and answers[0].code // 100 != 2
+        taken = not self.mail_refused and any(answer.code // 100 == 2 for answer in answers[1:])
+        replies: Dict[str, Reply] = {}
+        surplus = []
+        for number, recipient in enumerate(recipients, 1):
+            answer = answers[0] if self.mail_refused else answers[number] if number < len(answers) else final
+            if answer.code // 100 == 2:
+                answer = final
+            elif taken and answer.code in (452, 552):   # RFC 5321 section 4.5.3.1.10: the rest in another transaction
+                surplus.append(recipient)
+                answer = answer._replace(code=452, enhanced="4" + answer.enhanced[1:])
+            replies[recipient] = answer if lost and answer is final else self.said(answer)
+        if lost and not any(reply.code // 100 == 5 for reply in replies.values()):
+            raise lost
+        return replies, surplus if final.code // 100 != 4 else []
+
+    def commands(self, message: Outgoing, recipients: List[str]) -> List[str]:
+        """Return MAIL and the RCPTs of a transaction."""
         utf8 = "SMTPUTF8" in self.extensions and (message.smtputf8 or not all(
             self.plain(address).isascii() for address in [message.sender] + recipients))
         spell = str if utf8 else self.plain
@@ -4452,55 +4741,55 @@ class Peer:
             mail += " BODY=8BITMIME"
         if utf8:
             mail += " SMTPUTF8"
-        commands = [mail] + ["RCPT TO:<%s>" % spell(recipient) for recipient in recipients]
-        answers: List[Reply] = []
-        try:
-            data = self.envelope(commands, answers)
-            final = self.content(message, answers, data)
-            lost = None
-        except PeerFailed as error:
-            self.broken, lost, final = True, error, error.reply
-            self.wire.close()
-        replies: Dict[str, Reply] = {}
-        for number, recipient in enumerate(recipients, 1):
-            answer = answers[number] if number < len(answers) else final
-            if answers and answers[0].code // 100 != 2:
-                answer = answers[0]
-            elif answer.code // 100 == 2:
-                answer = final
-            replies[recipient] = answer if lost and answer is final else self.said(answer)
-        if lost and not any(reply.code // 100 == 5 for reply in replies.values()):
-            raise lost
-        return replies
+        return [mail + self.asked(message, "", "RET", "ENVID")] + ["RCPT TO:<%s>%s" % (
+            spell(recipient), self.asked(message, recipient, "NOTIFY", "ORCPT")) for recipient in recipients]
 
-    def envelope(self, commands: List[str], answers: List[Reply]) -> Reply:
+    def asked(self, message: Outgoing, whom: str, *keywords: str) -> str:
+        """Return the parameters by which the sender asked for notices, for a peer that gives some (RFC 3461)."""
+        given = message.asked.get(whom, {}) if "DSN" in self.extensions else {}
+        return "".join(" %s=%s" % (keyword, given[keyword.lower()]) for keyword in keywords if given.get(keyword.lower()))
+
+    async def envelope(self, commands: List[str], answers: List[Reply]) -> Reply:
         """Send MAIL and RCPTs, the answers into `answers`, and DATA if it makes sense; return its reply. PeerFailed."""
         if "PIPELINING" in self.extensions:
-            with self.step("MAIL"):
-                self.wire.send(("\r\n".join(commands + ["DATA"]) + "\r\n").encode("utf-8"))
-            for text in commands:
-                answers.append(self.reply(text.partition(" ")[0]))
-            return self.reply("DATA")
+            await self.pipeline(commands + ["DATA"], answers)
+            return answers.pop()
         for text in commands:
-            answers.append(self.command(text))
+            answers.append(await self.command(text))
             if answers[0].code // 100 != 2:
                 break
         if any(answer.code // 100 == 2 for answer in answers[1:]):
-            return self.command("DATA")
+            return await self.command("DATA")
         return Reply(503, "5.5.1", "no recipients")
 
-    def content(self, message: Outgoing, answers: List[Reply], data: Reply) -> Reply:
+    async def pipeline(self, commands: List[str], answers: List[Reply]) -> None:
+        """Send commands without waiting for each answer (RFC 2920), the answers into `answers`; PeerFailed.
+
+        Never more of them than fit into the smallest buffer are under way: with two small windows both sides would wait
+        for the other to read (section 3.1).
+        """
+        lines = [text.encode("utf-8") + b"\r\n" for text in commands]
+        sent = under_way = 0
+        for number, text in enumerate(commands):
+            while sent < len(lines) and (sent <= number or under_way + len(lines[sent]) <= PIPELINE):
+                self.wire.send(lines[sent])
+                under_way += len(lines[sent])
+                sent += 1
+            answers.append(await self.reply(text.partition(" ")[0]))
+            under_way -= len(lines[number])
+
+    async def content(self, message: Outgoing, answers: List[Reply], data: Reply) -> Reply:
         """Send the content if somebody is to get it; return the final reply. PeerFailed."""
         taken = answers[0].code // 100 == 2 and any(answer.code // 100 == 2 for answer in answers[1:])
         if data.code == 354 and taken:
-            final = self.send_content(message)
+            final = await self.send_content(message)
         elif data.code == 354:
-            final = self.command(".")               # RFC 2920 section 3.1: nobody is to get it, but DATA was taken
+            final = await self.command(".")         # RFC 2920 section 3.1: nobody is to get it, but DATA was taken
         else:
             final = data
         if data.code != 354 or not taken:
             try:
-                self.command("RSET")
+                await self.command("RSET")
             except PeerFailed:                      # what it said before still counts
                 self.broken = True
                 self.wire.close()
@@ -4508,35 +4797,110 @@ class Peer:
             return final
         return Reply(451, "4.5.0", "unexpected reply: %s" % str(final))
 
-    def send_content(self, message: Outgoing) -> Reply:
-        offset, line_start = message.offset, True
-        while True:
-            with self.step("content"):
-                block = pread(message.fd, BIG_BLOCK, offset)
-                if not block:
-                    break
-                offset += len(block)
-                if block.endswith(b"\r") and len(block) > 1:
-                    block, offset = block[:-1], offset - 1      # never cut a CRLF in two
-                self.wire.send(stuff_dots(block, line_start))
-                run_blocking(self.wire, self.wire.drain())
+    async def send_content(self, message: Outgoing) -> Reply:
+        """Send the content to its end and return the reply to it; PeerFailed."""
+        line_start = True
+        try:
+            for block in content_blocks(message):
+                with self.step("content"):
+                    self.wire.send(stuff_dots(block, line_start))
+                    await self.wire.flush()
                 line_start = block.endswith(b"\n")
-        with self.step("end of content"):
-            self.wire.send((b"" if line_start else b"\r\n") + b".\r\n")
-        return self.reply("end of content")
+            with self.step("end of content"):
+                self.wire.send((b"" if line_start else b"\r\n") + b".\r\n")
+                await self.wire.flush()
+        except PeerFailed as lost:
+            return await self.last_words(lost)
+        return await self.reply("end of content", max(FINAL_WAIT, self.wire.timeout))
 
-    def quit(self) -> None:
+    async def last_words(self, lost: PeerFailed) -> Reply:
+        """Return why the peer closed in the middle of the content, if it said that; PeerFailed."""
+        self.broken = True
+        self.wire.output.clear()
+        try:
+            reply = await self.reply("content", min(5.0, self.wire.timeout))
+        except PeerFailed as error:
+            raise (error if error.reply.code == 421 else lost) from None
+        if reply.code // 100 not in (4, 5):
+            raise lost
+        return reply
+
+    async def quit(self) -> None:
         """Say goodbye, if there is still somebody to hear it."""
         try:
             self.wire.timeout = min(self.wire.timeout, 5.0)
-            self.command("QUIT")
+            await self.command("QUIT")
         except PeerFailed:
             pass
         self.wire.close()
 
 
+def with_enhanced_code(code: int, lines: List[str]) -> Reply:
+    """Return the Reply of these lines; the enhanced code stands in its own place when it fits (RFC 2034 section 4)."""
+    match = re.match(r"([245]\.\d{1,3}\.\d{1,3})(?: |$)", lines[-1], re.ASCII)
+    enhanced = match.group(1) if match and match.group(1)[0] == str(code)[0] else ""
+    if enhanced:
+        prefix = enhanced + " "
+        lines = [line[len(prefix):] if (line + " ").startswith(prefix) else line for line in lines]
+    return Reply(code, enhanced, "\n".join(lines))
+
+
+def content_blocks(message: Outgoing) -> Iterator[bytes]:
+    """Yield a message's content in blocks that never cut a CRLF in two."""
+    offset, block = message.offset, message.head
+    while True:
+        if block.endswith(b"\r"):
+            following = pread(message.fd, 1, offset)
+            offset, block = offset + len(following), block + following
+        if block:
+            yield block
+        block = pread(message.fd, BIG_BLOCK, offset)
+        if not block:
+            return
+        offset += len(block)
+
+
+BEST_FIRST = ("cram-md5", "plain", "login", "oauthbearer", "xoauth2")   # of these, what needs no token in the password's place
+
+
+def in_base64(data: bytes) -> str:
+    return base64.b64encode(data).decode("ascii")
+
+
+def sasl_responses(mechanism: str, server: Server) -> Tuple[bytes, List[Callable[[bytes], bytes]]]:
+    """Return (initial response, a function from challenge to response for each further step) of a SASL mechanism.
+
+    PLAIN (RFC 4616), LOGIN, CRAM-MD5 (RFC 2195), OAUTHBEARER (RFC 7628) and XOAUTH2, where an error is a challenge, too.
+    """
+    user, password = server.user.encode("utf-8"), server.password.encode("utf-8")
+    if mechanism == "plain":
+        return b"\0%s\0%s" % (user, password), []
+    if mechanism == "login":
+        return b"", [lambda challenge: user, lambda challenge: password]
+    if mechanism == "cram-md5":
+        return b"", [lambda challenge: user + b" " + hmac.new(password, challenge, "md5").hexdigest().encode("ascii")]
+    if mechanism == "xoauth2":
+        return b"user=%s\1auth=Bearer %s\1\1" % (user, password), [lambda challenge: b""]
+    name = user.replace(b"=", b"=3D").replace(b",", b"=2C")         # RFC 5801 section 4
+    return b"n,a=%s,\1host=%s\1port=%d\1auth=Bearer %s\1\1" % (
+        name, server.host.encode("utf-8"), server.port, password), [lambda challenge: b"\1"]
+
+
+def sasl_secrets(server: Server) -> List[str]:
+    """Return all forms in which the password could come back from a peer that repeats what it heard."""
+    texts = [in_base64(server.password.encode("utf-8")), server.password]
+    for mechanism in ("plain", "xoauth2", "oauthbearer"):
+        texts.append(in_base64(sasl_responses(mechanism, server)[0]))
+    return [text for text in texts if len(text) > 3]    # what is shorter stands in many a word
+
+
 # ======================================================================================================================
 # 12  Relay.  Where mail for elsewhere goes (RFC 5321 section 5.1), when, and what comes of it. Optional with 8 to 11.
+#
+#    One thread, the runner, owns what is in memory: which entries are taken up, which destinations there are, how many
+#    workers each has. It calls the functions that others put into its inbox, and does nothing that takes long but look
+#    into the queue. A worker is a thread with one connection: it takes jobs of its destination, one after the other,
+#    records what came of each, and tells the runner. A job is one message for one destination.
 # ======================================================================================================================
 
 class Undeliverable(Exception):
@@ -4545,6 +4909,14 @@ class Undeliverable(Exception):
     def __init__(self, code: int, enhanced: str, text: str) -> None:
         super().__init__(text)
         self.reply = Reply(code, enhanced, text)
+
+
+class OneTooMany(Exception):
+    """A host that talks to others of us refused one more connection: nothing was tried."""
+
+
+class OpportunityMissed(Exception):
+    """STARTTLS failed where it was not required."""
 
 
 class Exchanger(NamedTuple):
@@ -4561,37 +4933,92 @@ class Target(NamedTuple):
     domain: str = ""
     server: Optional[Server] = None
 
+    def __str__(self) -> str:
+        return str(self.server) if self.server else self.domain
+
+
+class Security(NamedTuple):
+    """What is demanded of a connection; `reason` says by whom."""
+    require: bool                                   # TLS, or nothing is sent
+    verify: bool                                    # its certificate
+    reason: str = ""
+
+
+class Outbound:
+    """What another section may do to mail that leaves, by returning its own from Extension.outbound()."""
+
+    def __init__(self, config: Config, stores: Stores) -> None:
+        self.config, self.stores = config, stores
+
+    def dress(self, entry: Entry, message: Outgoing) -> Outgoing:
+        """Return the message as it is to go out; called once for all destinations. What `entry.extra` keeps is recorded."""
+        return message
+
+    def security(self, target: Target, host: str) -> Optional[Security]:
+        """Return what the destination itself demands of a connection to this host; None for nothing."""
+        return None
+
+
+# Where to.
 
 class Routes:
     """Turns addresses into targets, and targets into the hosts to try, in order."""
 
-    def __init__(self, config: Config, hostname: str, resolver: Any, own: Sequence[Endpoint] = ()) -> None:
+    def __init__(self, config: Config, hostname: str, resolver: Any, own: Sequence[Endpoint] = (),
+                 options: Optional[Callable[[], Config]] = None) -> None:
         self.config = config
+        self.options = options or (lambda: config)  # as files say it now: what is in a URL may change
         self.hostname = hostname
         self.resolver = resolver
         self.own = own                              # where we listen for SMTP
 
-    def target(self, address: Address) -> Target:
-        """Return the target for an address: a route for its domain, the smarthost, or its own domain; ValueError."""
+    def target(self, address: Address, sender: str = "") -> Target:
+        """Return the target for an address: a route for its domain, one for the sender's, the smarthost, or its own domain.
+
+        ValueError.
+        """
+        config = self.options()
         literal = domain_literal(address.domain)
         domain = lower(address.domain) if literal else ascii_domain(lower(address.domain))
-        for pattern, server in self.config.route:
-            if covers(pattern, domain):   # two log-ins at one server are two routes
-                digest = hashlib.sha256(repr(server).encode()).hexdigest()[:12]
-                return Target("route %s %s" % (server.host, digest), "", server)
-        if self.config.smarthost:
-            return Target("smarthost", "", self.config.smarthost)
+        senders = sender.rpartition("@")[2]
+        for prefix, name in ("", domain), ("from:", senders):
+            for pattern, server in config.route:
+                start, _, rest = pattern.rpartition(":")
+                if name and start == prefix.rstrip(":") and covers(rest, name):
+                    return self._by_server(server)
+        if config.smarthost:
+            return Target("smarthost", "", config.smarthost)
         return Target(domain, domain)
 
+    @staticmethod
+    def _by_server(server: Server) -> Target:
+        """Two log-ins at one server are two targets."""
+        digest = hashlib.sha256(repr((server.host, server.port, server.tls, server.user)).encode()).hexdigest()[:12]
+        return Target("route %s %s" % (server.host, digest), "", server)
+
+    def renewed(self, server: Optional[Server]) -> Optional[Server]:
+        """Return a server as its URL is now: a token in the password's place may have been renewed."""
+        config = self.options()
+        for other in [route[1] for route in config.route] + ([config.smarthost] if config.smarthost else []):
+            if server and other[:3] + (other.user,) == server[:3] + (server.user,):
+                return other
+        return server
+
     def is_own(self, host: str, addresses: Sequence[str]) -> bool:
-        """Return whether a host is this node: by its name, or by an address and port that it listens on."""
+        """Return whether an exchanger is this node: by its name, or by an address and port that it listens on."""
         if host and ascii_domain(host) in map(ascii_domain, (self.hostname, *self.config.domain)):
             return True
-        for bound, port in self.own:
-            if port == self.config.mx_port:
-                wildcard = bound in ("0.0.0.0", "::")
-                if any(address == bound or (wildcard and is_own_address(address)) for address in addresses):
-                    return True
+        return self.leads_here(addresses, self.config.mx_port)
+
+    def leads_here(self, addresses: Sequence[str], port: int) -> bool:
+        """Return whether a connection to one of these addresses would be to ourselves."""
+        bound = [bare_address(host) for host, own_port in self.own if own_port == port]
+        wildcard = any(address and address.is_unspecified for address in bound)
+        for address in map(bare_address, addresses):
+            if address and address.is_unspecified:  # "this host": it leads to its loopback interface
+                address = ipaddress.ip_address("127.0.0.1" if address.version == 4 else "::1")
+            if address and (address in bound or (wildcard and is_own_address(str(address)))):
+                return True
         return False
 
     def exchangers(self, target: Target) -> List[Exchanger]:
@@ -4659,17 +5086,20 @@ class Routes:
         return hosts
 
     def _given(self, server: Server) -> List[Exchanger]:
+        host = server.host.rstrip(".")
         try:
-            addresses = [address for address, _ in self.resolver.addresses(server.host)]
+            addresses = [address for address, _ in self.resolver.addresses(host)]
         except NoSuchDomain:
-            addresses = local_addresses(server.host)
+            addresses = local_addresses(host)
         except DNSError as error:
-            addresses = local_addresses(server.host)
+            addresses = local_addresses(host)
             if not addresses:
-                raise Undeliverable(451, "4.4.3", "%s: %s" % (server.host, error)) from None
+                raise Undeliverable(451, "4.4.3", "%s: %s" % (host, error)) from None
         if not addresses:
-            raise Undeliverable(451, "4.4.4", "%s has no address" % server.host)
-        return [Exchanger(0, server.host, addresses)]
+            raise Undeliverable(451, "4.4.4", "%s has no address" % host)
+        if self.leads_here(addresses, server.port):
+            raise Undeliverable(554, "5.4.6", "mail loop: %s is this host, which does not keep this mail" % str(server))
+        return [Exchanger(0, host, addresses)]
 
 
 def local_addresses(host: str) -> List[str]:
@@ -4678,6 +5108,15 @@ def local_addresses(host: str) -> List[str]:
         return list(dict.fromkeys(str(found[4][0]) for found in socket.getaddrinfo(host, 25, type=socket.SOCK_STREAM)))
     except OSError:
         return []
+
+
+def bare_address(text: str) -> Any:
+    """Return an IP address as such, an IPv4-mapped one as IPv4; None for what is none."""
+    try:
+        address = ipaddress.ip_address("127.0.0.1" if text == "localhost" else text.partition("%")[0])
+    except ValueError:
+        return None
+    return getattr(address, "ipv4_mapped", None) or address
 
 
 def is_own_address(address: str) -> bool:
@@ -4691,54 +5130,179 @@ def is_own_address(address: str) -> bool:
         return False
 
 
-class Destination:
-    """What is waiting in memory for one target, and how it did lately."""
+# As whom (--rewrite).
 
-    def __init__(self, target: Target) -> None:
+FROM_TOKEN = re.compile(                            # what has no end ends with the field: so no byte is looked at twice
+    rb'"[^"\\]*(?:\\.[^"\\]*)*"?|\([^()\\]*(?:\\.[^()\\]*)*\)?|[^\s<>(),;:"\\]+', re.DOTALL)
+FIELDS = re.compile(rb"(?<=\n)(?![ \t])")
+
+
+def rewrite_address(address: str, rules: Sequence[Tuple[str, str]]) -> str:
+    """Return what the first rule whose pattern fits makes of an address; the address itself when none does."""
+    return next((target for pattern, target in rules if fnmatch.fnmatchcase(lower(address), pattern)), address)
+
+
+def rewrite_from(head: bytes, rules: Sequence[Tuple[str, str]]) -> bytes:
+    """Return headers with the addresses in From rewritten; names, comments and everything else stay."""
+    def token(match: "re.Match[bytes]") -> bytes:
+        text = match.group()
+        if text.count(b"@") != 1 or text[:1] in b'"(' or len(text) > MAX_PATH:
+            return text
+        address = text.decode("utf-8", "surrogateescape")
+        return rewrite_address(address, rules).encode("utf-8", "surrogateescape")
+    return b"".join(field[:5] + FROM_TOKEN.sub(token, field[5:]) if field[:5].lower() == b"from:" else field
+                    for field in FIELDS.split(head))
+
+
+def rewritten(message: Outgoing, rules: Sequence[Tuple[str, str]]) -> Outgoing:
+    """Return the message as --rewrite wants it to go out. The null reverse-path stays what it is."""
+    if not rules:
+        return message
+    if message.sender:
+        message = message._replace(sender=rewrite_address(message.sender, rules))
+    block = pread(message.fd, MAX_REWRITTEN, message.offset)
+    end = block.find(b"\r\n\r\n")
+    old = block[:end + 2 if end >= 0 else block.rfind(b"\n") + 1]
+    new = rewrite_from(old, rules)
+    if new == old:
+        return message
+    return message._replace(head=new, offset=message.offset + len(old), size=message.size - len(old) + len(new),
+                            smtputf8=message.smtputf8 or (old.isascii() and not new.isascii()))
+
+
+# How much at once.
+
+DEFAULT_LIMIT = Limit("", MAX_SENDERS_PER_HOST, MAX_MESSAGES, MAX_RECIPIENTS_AT_ONCE)
+
+
+def limit_for(target: Target, limits: Sequence[Limit], processes: int = 1) -> Limit:
+    """Return what a destination is given: of each kind what --limit says for it most precisely. Processes share it."""
+    name = target.server.host if target.server else target.domain
+    ranked = sorted((limit for limit in limits if not limit.domain or covers(limit.domain, name)), key=lambda limit: (
+        not limit.domain, limit.domain.startswith("."), -len(limit.domain))) + [DEFAULT_LIMIT]
+
+    def value(field: str) -> Any:
+        return next((getattr(limit, field) for limit in ranked if getattr(limit, field) is not None), None)
+    rate = value("rate")
+    if rate:
+        count, seconds = rate
+        rate = (count // processes, seconds) if count >= processes else (1, seconds * processes / count)
+    return Limit(name, max(1, value("connections") // processes), value("messages"), value("recipients"), rate)
+
+
+class Job(NamedTuple):
+    """A message for one destination."""
+    dispatch: Dispatch
+    addresses: List[str]
+
+
+class Destination:
+    """What is waiting in memory for one target, and how it did lately. The runner's, but for what is under `turn`."""
+
+    def __init__(self, target: Target, limit: Limit) -> None:
         self.target = target
-        self.jobs: "collections.deque[Tuple[Entry, List[Dict[str, Any]]]]" = collections.deque()
+        self.limit = limit
+        self.turn = threading.Lock()
+        self.jobs: Deque[Job] = collections.deque()
+        self.started: Deque[float] = collections.deque(maxlen=limit.rate[0] if limit.rate else 1)  # latest, as the rate wants
+        self.peers: Set[Peer] = set()               # connections that were greeted
         self.workers = 0
-        self.allowed = 1                            # workers, grows with success
-        self.dead_until = 0.0
-        self.failure = Reply(451, "4.4.1", "no answer")
+        self.allowed = 1                            # workers, grows with success ...
+        self.ceiling = limit.connections or 1       # ... up to this, which is less ...
+        self.narrow_until = 0.0                     # ... for a while after a connection too many
+        self.failures = 0                           # in a row, to reach any host
+        self.paused_until = 0.0
+        self.reason = Reply(451, "4.4.1", "no answer")
         self.overflow = False                       # more of it waits in busy/
+
+    def pauses(self, now: float) -> bool:
+        return now < self.paused_until
+
+    def has_room(self, now: float) -> bool:
+        """Return whether it is worth to take up more for it."""
+        return len(self.jobs) < MAX_WAITING and not self.pauses(now)
+
+    def is_idle(self, now: float) -> bool:
+        return not (self.jobs or self.workers or self.overflow or self.pauses(now) or self.ready_in(now))
+
+    def ready_in(self, now: float) -> float:
+        """Return the seconds until the rate lets another message out."""
+        if not self.limit.rate or len(self.started) < self.limit.rate[0]:
+            return 0.0
+        return max(0.0, min(self.started[0] + self.limit.rate[1] - now, self.limit.rate[1]))
+
+    def take(self, now: float) -> Optional[Job]:
+        """Return the next job, if there is one and its time has come."""
+        with self.turn:
+            if not self.jobs or self.ready_in(now):
+                return None
+            if self.limit.rate:
+                self.started.append(now)
+            return self.jobs.popleft()
+
+    def give_back(self, job: Job, now: float) -> None:
+        """Take back a job that was not tried, for there was one connection too many."""
+        with self.turn:
+            self.jobs.appendleft(job)
+            self.ceiling, self.narrow_until = max(1, len(self.peers)), now + NARROW
+            self.allowed = min(self.allowed, self.ceiling)
+
+    def succeed(self, now: float) -> None:
+        self.failures = 0
+        if now >= self.narrow_until:
+            self.ceiling = self.limit.connections or 1
+        self.allowed = min(self.ceiling, self.allowed + 1)
+
+    def fail(self, reply: Reply, now: float, retry: Sequence[float]) -> None:
+        """Pause: it cannot be reached, or nobody there wants to talk. The longer the more often that was so."""
+        seconds = min(retry[min(self.failures, len(retry) - 1)] / 2, MAX_PAUSE)
+        self.failures += 1
+        self.allowed, self.reason, self.paused_until = 1, reply, now + seconds
+        event("paused", destination=printable(str(self.target)), seconds=round(seconds), reply=printable(reply.text, 1000))
 
 
 class Relay:
-    """The runner: takes due entries from the queue into memory, a bounded number, and sends them.
+    """Takes due entries from the queue into memory, a bounded number, and sends them.
 
-    Each destination has its own threads, so that none waits for another; a thread keeps its connection while there is
-    more to send. start() runs it in threads; step() does what is due now in the caller's thread, for tests.
+    start() runs it in threads; step() does what is due now in the caller's thread, for tests.
     """
 
     def __init__(self, config: Config, stores: Stores, dns: Sequence[Endpoint] = (), own: Sequence[Endpoint] = (),
                  clock: Callable[[], float] = time.time, resolver: Any = None,
-                 connect: Callable[..., socket.socket] = socket.create_connection) -> None:
+                 connect: Callable[..., socket.socket] = socket.create_connection,
+                 options: Optional[Callable[[], Config]] = None) -> None:
         self.config = config
+        self.stores = stores
         self.queue: Queue = stores.post.queue
-        self.post = stores.post
-        self.book = stores.book
-        self.door = stores.door
+        self.storage = stores.storage
         self.hostname = stores.hostname
-        self.routes = Routes(config, stores.hostname, resolver or Resolver(dns), own)
+        self.routes = Routes(config, stores.hostname, resolver or Resolver(dns), own, options)
+        self.outbound: Outbound = next(filter(None, (
+            section.outbound(config, stores) for section in EXTENSIONS)), Outbound(config, stores))
         self.clock = clock
         self.connect = connect
         self.timeout = config.seconds(300.0)
         self.sent = self.bounced = self.deferred = 0        # recipients, since the start
-        self._active: Set[str] = set()              # ids of the entries in memory
-        self._unsettled: List[Entry] = []           # what could not be recorded, for the disk was full or broken
+        self._inbox: "SimpleQueue[Tuple[Callable[..., None], Tuple[Any, ...]]]" = SimpleQueue()
+        self._active: Dict[str, Dispatch] = {}          # id -> what is in memory
         self._destinations: Dict[str, Destination] = {}
+        self._hungry: Dict[str, Destination] = {}   # those that have jobs, but got no worker
+        self._later: List[Tuple[float, Callable[..., None], Tuple[Any, ...]]] = []      # what failed, to be done again
         self._threads: Set[threading.Thread] = set()
-        self._wakeup = threading.Condition()
+        self._workers = 0
+        self._starved = False                       # no thread was to be had
         self._rescan = True
         self._more = False                          # there was no room for all that is due
         self._next = 0.0                            # when to look into the queue again
-        self._stopping = False
+        self._ticked = 0.0
+        self._stamps: Tuple[Any, ...] = ()
+        self._running = self._stopping = False
 
-    # The runner.
+    # The runner. These methods are called in its thread, but for start(), stop(), join(), wake() and submitted().
 
     def start(self) -> None:
-        self.queue.submitted = self.submitted
+        """Begin; RuntimeError when no thread is to be had."""
+        self._running = True
         self._start_thread(self._run)
 
     def _start_thread(self, target: Callable[..., None], *arguments: Any) -> None:
@@ -4751,12 +5315,16 @@ class Relay:
                 self._threads.discard(thread)
         thread = threading.Thread(target=run, name="minimail-relay", daemon=True)
         self._threads.add(thread)
-        thread.start()
+        try:
+            thread.start()
+        except BaseException:
+            self._threads.discard(thread)
+            raise
 
     def stop(self) -> None:
         """Begin to stop: what is being sent goes to its end, nothing new begins."""
         self._stopping = True
-        self.queue.submitted = lambda entry: None
+        self.queue.submitted = lambda dispatch: False
         self.wake()
 
     def join(self, seconds: float) -> None:
@@ -4765,286 +5333,408 @@ class Relay:
             thread.join(max(0.0, deadline - time.monotonic()))
 
     def wake(self) -> None:
-        with self._wakeup:
-            self._rescan = True
-            self._wakeup.notify_all()
+        """Look into the queue at once."""
+        self._tell(self._look_at, 0.0)
 
-    def submitted(self, entry: Entry) -> None:
-        """Take up an entry that this process has just put into the queue."""
-        with self._wakeup:
-            if self._stopping or len(self._active) >= MAX_ACTIVE:
-                self._more = True
-            else:
-                self._admit(entry)
+    def submitted(self, dispatch: Dispatch) -> bool:
+        """Take up an entry that this process has just put into the queue; False when it has to wait on disk."""
+        if self._stopping or len(self._active) + self._inbox.qsize() >= MAX_ACTIVE:
+            self._more = True
+            return False
+        self._tell(self._admit, dispatch)
+        return True
+
+    def _tell(self, function: Callable[..., None], *arguments: Any) -> None:
+        """Let the runner call a function."""
+        self._inbox.put((function, arguments))
+
+    def _run(self) -> None:
+        self._guarded(self._sweep)
+        self.queue.submitted = self.submitted       # not before: what has no hint is in nobody's memory then
+        while not self._stopping:
+            self._guarded(self._turn)
+        for dispatch in list(self._active.values()):    # for other processes, and the next start
+            if not dispatch.hint:
+                self._guarded(self.queue.place_hint, dispatch, self.queue.new)
+
+    def _sweep(self) -> None:
+        self.queue.sweep(self._active)
+
+    def _guarded(self, function: Callable[..., None], *arguments: Any) -> None:
+        """Call a function; whatever happens in it stops nothing else. What the disk refused is done again later."""
+        try:
+            function(*arguments)
+        except OSError as error:
+            log.warning("queue: %s, later once more", error)
+            self._again(function, *arguments)
+        except Exception:
+            log.exception("the relay stumbled")
+
+    def _again(self, function: Callable[..., None], *arguments: Any) -> None:
+        self._later.append((self.queue.steady() + AGAIN, function, arguments))
+
+    def _turn(self) -> None:
+        """Wait for something to do, and do it."""
+        with contextlib.suppress(Empty):
+            function, arguments = self._inbox.get(timeout=TICK)
+            self._guarded(function, *arguments)
+            for _ in range(self._inbox.qsize()):
+                function, arguments = self._inbox.get_nowait()
+                self._guarded(function, *arguments)
+        if time.monotonic() >= self._ticked + TICK:
+            self._tick()
+        if self._wants_scan():
+            self._guarded(self.scan)
+
+    def _tick(self) -> None:
+        """See to what happens without anybody telling."""
+        now, self._ticked = self.clock(), time.monotonic()
+        stamps = tuple(self.storage.stamp(kind) for kind in ("queue", "flush"))
+        if stamps != self._stamps:
+            if self._stamps and stamps[1] != self._stamps[1]:
+                for destination in self._destinations.values():
+                    destination.paused_until = 0.0  # `queue flush` means now
+            self._rescan, self._stamps = True, stamps
+        steady = self.queue.steady()
+        ready = [item for item in self._later if item[0] <= steady]
+        self._later = [item for item in self._later if item[0] > steady]
+        for _, function, arguments in ready:
+            self._guarded(function, *arguments)
+        for name, destination in list(self._destinations.items()):
+            self._staff(destination)
+            if destination.overflow and len(destination.jobs) <= MAX_WAITING // 2 and not destination.pauses(now):
+                self._rescan = True
+            if destination.is_idle(now):
+                del self._destinations[name]
+
+    def _wants_scan(self) -> bool:
+        return self._rescan or self.clock() >= self._next or (self._more and len(self._active) <= MAX_ACTIVE // 2)
 
     def _look_at(self, moment: float) -> None:
         """Look into the queue again at `moment`, if not before."""
-        with self._wakeup:
-            if moment < self._next:
-                self._next = moment
-                self._wakeup.notify_all()
-
-    def _run(self) -> None:
-        storage = self.queue.storage
-        self.queue.sweep()
-        while not self._stopping:
-            stamp = storage.stamp("queue")
-            self.scan()
-            while not self._stopping and not self._rescan and self._next > self.clock():
-                with self._wakeup:
-                    self._wakeup.wait(max(0.01, min(self._next - self.clock(), storage.LOOK)))
-                if storage.stamp("queue") != stamp:
-                    for destination in list(self._destinations.values()):
-                        destination.dead_until = 0.0    # `queue flush` means now
-                    break
+        self._next = min(self._next, moment)
 
     def scan(self) -> None:
-        """Take due entries into memory, as many as there is room for."""
+        """Take due entries into memory, as many as there is room for; OSError."""
         now = self.clock()
-        with self._wakeup:
-            self._rescan = False
-            unsettled, self._unsettled = self._unsettled, []
-            self._next = min(self.queue.next_due(now) or now + 60.0, now + 60.0)
-        for entry in unsettled:
-            with entry.mutex:
-                self._settle(entry)
-        directories = list(self.queue.due_directories(now)) + [
-            os.path.join(self.queue.busy, name) for name in list_directory(self.queue.busy)]
-        for directory in directories:
-            try:
-                found = os.scandir(directory)
-            except FileNotFoundError:
-                continue
-            with found:
+        self._rescan = self._more = False
+        self._next = now + 60.0
+        self._look_at(self.queue.next_due(now) or self._next)
+        for directory in list(self.queue.due_directories(now)) + self.queue.busy_directories():
+            if len(self._active) >= MAX_ACTIVE or self._stopping:
+                self._more = True
+                return
+            self._scan_directory(directory, now)
+
+    def _scan_directory(self, directory: str, now: float) -> None:
+        """Take up the entries that a directory hints at. Nothing that is wrong with one of them stops the others."""
+        busy = os.path.basename(directory) if os.path.dirname(directory) == self.queue.busy else ""
+        if not self._opens(busy, now):
+            return
+        failed: Optional[Exception] = None
+        try:
+            with os.scandir(directory) as found:
                 for file in found:
-                    if len(self._active) >= MAX_ACTIVE or self._stopping:
+                    if len(self._active) >= MAX_ACTIVE:
                         self._more = True
                         return
-                    if file.name in self._active or file.name.endswith(".tmp"):
-                        continue
-                    if self._is_full(directory):
-                        break
-                    found_entry = self.queue.read(file.path)
+                    if not self._opens(busy, now):
+                        return
                     try:
-                        if found_entry:
-                            self._take_up(found_entry, now)
-                    except Exception:
-                        log.exception("queue entry %s cannot be taken up", file.path)
+                        if ENTRY_ID.fullmatch(file.name) and file.name not in self._active:
+                            self._take_up(file.path, now)
+                    except Exception as error:
+                        failed = error
+        except OSError as error:
+            failed = None if isinstance(error, FileNotFoundError) else error
+        if failed:
+            log.warning("queue: what %s hints at cannot be taken up, later once more: %s", directory, failed)
+            self._look_at(now + AGAIN)
+        elif directory != self.queue.new:
             with contextlib.suppress(OSError):
-                if directory != self.queue.new:
-                    os.rmdir(directory)
+                os.rmdir(directory)
 
-    def _is_full(self, directory: str) -> bool:
-        """True for a directory in busy/ whose destination still has enough to do."""
-        if os.path.dirname(directory) != self.queue.busy:
-            return False
-        destination = self._destinations.get(os.path.basename(directory))
-        if destination is None or len(destination.jobs) < MAX_WAITING:
-            return False
-        destination.overflow = True                 # to be looked at again when it has less to do
-        return True
+    def _opens(self, busy: str, now: float) -> bool:
+        """Return whether a directory in busy/ is to be looked at: not while its destination has enough to do, or pauses."""
+        destination = self._destinations.get(busy)
+        if destination:
+            destination.overflow = not destination.has_room(now)
+        return not (destination and destination.overflow)
 
-    def _take_up(self, entry: Entry, now: float) -> None:
-        if self.queue.is_later(entry.next_attempt, now + 1) and os.path.dirname(entry.place) not in (self.queue.new,):
-            if self.queue.claim(entry):             # a crash came between recording and moving it
-                self.queue.postpone(entry, entry.next_attempt)
-                self.queue.release(entry)
-            return
-        with self._wakeup:
-            self._admit(entry)
+    def _take_up(self, hint: str, now: float) -> None:
+        """Take up the entry that is hinted at; OSError. A hint at nothing is removed."""
+        entry = self.queue.read(os.path.basename(hint))
+        if entry is None:
+            with contextlib.suppress(OSError):
+                os.unlink(hint)
+        elif self.queue.is_later(entry.next_attempt, now + 1):      # a crash came before it was hinted at where it belongs
+            self.queue.place_hint(Dispatch(entry, hint), self.queue.due_directory(entry.next_attempt))
+        else:
+            self._admit(Dispatch(entry, hint))
 
-    def _admit(self, entry: Entry) -> None:
-        """Hand an entry to its destinations; with one of them full, let it wait on disk. Called with the lock held."""
+    def _admit(self, dispatch: Dispatch) -> None:
+        """Hand an entry to its destinations, but for those that have enough to do or pause; OSError."""
+        entry, now = dispatch.entry, self.clock()
         if entry.id in self._active:
             return
-        groups: Dict[Target, List[Dict[str, Any]]] = {}
+        groups: Dict[Target, List[str]] = {}
         for recipient in entry.waiting():
-            groups.setdefault(self.routes.target(parse_address(recipient["address"])), []).append(recipient)
-        destinations = {}
-        for target in groups:
-            name = encode_name(target.key)
-            destination = self._destinations.setdefault(name, Destination(target))
-            destinations[target] = destination
-            if len(destination.jobs) >= MAX_WAITING:
-                destination.overflow = True
-                self.queue.move(entry, os.path.join(self.queue.busy, name))
-                return
-        self._active.add(entry.id)
-        entry.pending = len(groups)
-        if not groups:                              # served, but a crash came before it was removed
-            if self.queue.claim(entry):
-                self._settle(entry)
+            target = self.routes.target(parse_address(recipient["address"]), entry.sender)
+            groups.setdefault(target, []).append(recipient["address"])
+        expired = entry.attempts > 0 and self.queue.age(entry) >= self.config.give_up
+        open_to = []
+        for target, addresses in groups.items():
+            destination = self._destination(target)
+            if expired or destination.has_room(now):
+                open_to.append((destination, Job(dispatch, addresses)))
             else:
-                self._active.discard(entry.id)
-        for target, recipients in groups.items():
-            destinations[target].jobs.append((entry, recipients))
-            self._staff(destinations[target])
+                destination.overflow, dispatch.aside = True, encode_name(target.key)
+        if groups and not open_to:
+            self.queue.place_hint(dispatch, os.path.join(self.queue.busy, dispatch.aside))
+            return
+        self._active[entry.id] = dispatch
+        dispatch.pending = len(open_to)
+        if not groups:                              # served, but a crash came before it was removed
+            self._part_over(dispatch)
+        for destination, job in open_to:
+            destination.jobs.append(job)
+            self._staff(destination)
+
+    def _destination(self, target: Target) -> Destination:
+        name = encode_name(target.key)
+        if name not in self._destinations:
+            self._destinations[name] = Destination(target, limit_for(target, self.config.limit, self.config.workers))
+        return self._destinations[name]
 
     def _staff(self, destination: Destination) -> None:
-        """Start a worker if there is work for one more. Called with the lock held."""
-        busy = sum(other.workers for other in self._destinations.values())
-        if destination.workers < min(destination.allowed, len(destination.jobs) + destination.workers) \
-                and destination.jobs and busy < MAX_SENDERS and not self._stopping and self._threads:
-            destination.workers += 1
+        """Start a worker if there is work for one more, and a thread to be had."""
+        if not (destination.jobs and destination.workers < destination.allowed and self._running) or self._stopping or \
+                destination.ready_in(self.clock()):
+            return
+        if self._workers >= MAX_SENDERS:
+            self._hungry[encode_name(destination.target.key)] = destination
+            return
+        try:
             self._start_thread(self._work, destination)
+        except (RuntimeError, MemoryError) as error:
+            if not self._starved:                   # said once; tried again at each tick
+                log.warning("no thread for mail to %s now: %s", printable(str(destination.target)), error)
+            self._starved = True
+            return
+        self._starved = False
+        destination.workers += 1
+        self._workers += 1
+
+    def _left(self, destination: Destination) -> None:
+        """Count off a worker, and see who wants its place."""
+        destination.workers -= 1
+        self._workers -= 1
+        self._staff(destination)
+        while self._hungry and self._workers < MAX_SENDERS:
+            self._staff(self._hungry.pop(next(iter(self._hungry))))
+
+    def _done(self, dispatch: Dispatch, sent: int, bounced: int, deferred: int) -> None:
+        """Forget an entry: it is recorded on disk, or somebody else's; OSError."""
+        self._active.pop(dispatch.entry.id, None)
+        self.sent, self.bounced, self.deferred = self.sent + sent, self.bounced + bounced, self.deferred + deferred
+        if dispatch.lost:
+            self._look_at(self.clock() + 1.0)       # see what became of it
+            if not dispatch.hint and self.queue.exists(dispatch.entry.id):
+                self.queue.place_hint(dispatch, self.queue.new)
+        elif deferred:
+            self._look_at(dispatch.entry.next_attempt + 1.0)
+
+    def step(self) -> Optional[float]:
+        """Do all that is due now, in this thread; return when the next is due, None when the queue is empty."""
+        self._tick()
+        self._guarded(self.scan)
+        for destination in list(self._destinations.values()):
+            destination.workers += 1
+            self._workers += 1
+            self._work(destination)
+        with contextlib.suppress(Empty):
+            while True:
+                function, arguments = self._inbox.get_nowait()
+                self._guarded(function, *arguments)
+        return self.queue.next_due(self.clock())
+
+    # A worker.
 
     def _work(self, destination: Destination) -> None:
         """Send what waits for one destination, over one connection as long as there is more."""
         peer: Optional[Peer] = None
-        while True:
-            job = self._next_job(destination, last=peer is None)
-            if job:
-                peer = self.attempt(destination, peer, *job)
-                if peer:
-                    with self._wakeup:
-                        destination.allowed = min(MAX_SENDERS_PER_HOST, destination.allowed + 1)
-                        self._staff(destination)
-            elif peer:
-                peer.quit()                         # may take a while; what came meanwhile is seen to
-                peer = None
-            else:
-                return
+        try:
+            while True:
+                job = None if self._stopping else destination.take(self.clock())
+                if job:
+                    peer = self.attempt(destination, peer, job)
+                elif peer:
+                    self._leave(destination, peer)  # may take a while; what came meanwhile is seen to
+                    peer = None
+                else:
+                    return
+        except OneTooMany:
+            pass
+        finally:
+            self._tell(self._left, destination)
 
-    def _next_job(self, destination: Destination, last: bool) -> Optional[Tuple[Entry, List[Dict[str, Any]]]]:
-        """Return what to send next; None when there is nothing, and with `last` the worker is counted off."""
-        with self._wakeup:
-            if self._stopping or not destination.jobs:
-                if last:
-                    destination.workers -= 1
-                    self._leave(destination)
-                return None
-            job = destination.jobs.popleft()
-            if destination.overflow and len(destination.jobs) < MAX_WAITING // 2:
-                destination.overflow = False
-                self._rescan = True
-                self._wakeup.notify_all()
-            return job
+    def _leave(self, destination: Destination, peer: Peer) -> None:
+        destination.peers.discard(peer)
+        run_blocking(peer.wire, peer.quit())
 
-    def _leave(self, destination: Destination) -> None:
-        """Forget an idle destination, and staff those that wait for a free worker."""
-        if not destination.workers and not destination.jobs and destination.dead_until <= self.clock():
-            self._destinations.pop(encode_name(destination.target.key), None)
-        for other in list(self._destinations.values()):
-            if other.jobs and not other.workers:
-                self._staff(other)
+    def _drop(self, destination: Destination, peer: Peer) -> None:
+        destination.peers.discard(peer)
+        peer.wire.close()
 
-    def step(self) -> Optional[float]:
-        """Do all that is due now, in this thread; return when the next is due, None when the queue is empty."""
-        self.scan()
-        for destination in list(self._destinations.values()):
-            peer: Optional[Peer] = None
-            while destination.jobs:
-                entry, recipients = destination.jobs.popleft()
-                peer = self.attempt(destination, peer, entry, recipients)
-            if peer:
-                peer.quit()
-        self._destinations.clear()
-        return self.queue.next_due(self.clock())
-
-    # One attempt.
-
-    def attempt(self, destination: Destination, peer: Optional[Peer], entry: Entry,
-                recipients: List[Dict[str, Any]]) -> Optional[Peer]:
-        """Try to serve some recipients of an entry; return the connection if it can be used again."""
-        if not self._claim(entry):
+    def attempt(self, destination: Destination, peer: Optional[Peer], job: Job) -> Optional[Peer]:
+        """Try to serve some recipients of an entry; return the connection if it can be used again. OneTooMany."""
+        dispatch, started = job.dispatch, self.clock()
+        if not self._claim(dispatch):
+            self._part_over(dispatch)
             return peer
-        wanted = {recipient["address"] for recipient in recipients}
-        recipients = [recipient for recipient in entry.waiting() if recipient["address"] in wanted]     # as claimed
-        started = self.clock()
+        recipients = [recipient for recipient in dispatch.entry.waiting() if recipient["address"] in job.addresses]
+        if destination.pauses(started) and (dispatch.entry.attempts or self.queue.age(dispatch.entry) < self.config.give_up):
+            destination.overflow, dispatch.aside = True, encode_name(destination.target.key)
+            self._part_over(dispatch)                   # an attempt that was not made is not counted
+            return peer
         replies: Dict[str, Reply] = {}
         try:
-            if destination.dead_until > started:
-                raise Undeliverable(*destination.failure[:3])
-            message = Outgoing(entry.lock, entry.offset, entry.size, entry.sender,
-                               [recipient["address"] for recipient in recipients], entry.eightbit, entry.smtputf8)
-            peer, replies = self.deliver(destination.target, peer, message)
+            message = self._message(dispatch)._replace(recipients=[recipient["address"] for recipient in recipients])
+            peer, replies = self.deliver(destination, peer, message)
+        except OneTooMany:
+            destination.give_back(job, self.clock())
+            raise
         except Undeliverable as error:
-            if peer:
-                peer.wire.close()
-            peer = None
-            replies = {recipient["address"]: error.reply for recipient in recipients}
-            if error.reply.code < 500 and destination.dead_until <= started:
-                destination.failure, destination.allowed = error.reply, 1
-                destination.dead_until = self.clock() + min(self.config.retry[0], 60.0) / 2
+            peer, replies = None, {recipient["address"]: error.reply for recipient in recipients}
+            if error.reply.code < 500:
+                destination.fail(error.reply, self.clock(), self.config.retry)
         except Exception:
-            log.exception("attempt for %s failed", entry.id)
-            replies = dict.fromkeys(wanted, Reply(451, "4.3.0", "something went wrong here"))
-        self._record(entry, recipients, replies, peer.name if peer else "", self.clock() - started)
-        return None if peer and peer.broken else peer
+            log.exception("attempt for %s failed", dispatch.entry.id)
+            if peer:
+                self._drop(destination, peer)
+            peer, replies = None, dict.fromkeys(job.addresses, Reply(451, "4.3.0", "something went wrong here"))
+        if peer:
+            destination.succeed(self.clock())
+            if destination.jobs and destination.workers < destination.allowed:
+                self._tell(self._staff, destination)
+        self._record(dispatch, recipients, replies, peer.name if peer else "", self.clock() - started)
+        if peer and (peer.broken or peer.messages >= (destination.limit.messages or 1)):
+            if peer.broken:
+                self._drop(destination, peer)
+            else:
+                self._leave(destination, peer)
+            peer = None
+        return peer
 
-    def _claim(self, entry: Entry) -> bool:
+    def _claim(self, dispatch: Dispatch) -> bool:
         """Claim an entry for this process, once for all its destinations; False when another process has it."""
-        with entry.mutex:
-            try:
-                entry.lost = entry.lost or (entry.lock < 0 and not self.queue.claim(entry))
-            except OSError as error:
-                log.warning("queue entry %s cannot be taken up: %s", entry.id, error)
-                entry.lost = True
-            if not entry.lost:
-                return True
-            entry.pending -= 1
-            if entry.pending <= 0:
-                self._forget(entry)
-                self._look_at(self.clock() + 1.0)   # see what became of it
-            return False
+        with dispatch.mutex:
+            if dispatch.lock < 0 and not dispatch.lost:
+                try:
+                    dispatch.lost = not self.queue.claim(dispatch)
+                    if not dispatch.lost and self.queue.is_later(dispatch.entry.next_attempt, self.clock() + 1):
+                        self.queue.release(dispatch)    # another process tried it a moment ago
+                        dispatch.lost = True
+                except OSError as error:
+                    log.warning("queue entry %s cannot be taken up: %s", dispatch.entry.id, error)
+                    dispatch.lost = True
+            return not dispatch.lost
 
-    def deliver(self, target: Target, peer: Optional[Peer], message: Outgoing) -> Tuple[Peer, Dict[str, Reply]]:
-        """Send over `peer`, else over the exchangers in turn; return (connection, {recipient: reply}). Undeliverable.
+    def _message(self, dispatch: Dispatch) -> Outgoing:
+        """Return the message as it goes out, made once for all its destinations."""
+        entry = dispatch.entry
+        with dispatch.mutex:
+            if dispatch.message is None:
+                asked: Dict[str, Dict[str, str]] = {recipient["address"]: recipient for recipient in entry.recipients}
+                asked[""] = entry.extra
+                message = Outgoing(dispatch.lock, entry.offset, entry.size, entry.sender, [], entry.eightbit, entry.smtputf8,
+                                   asked=asked)
+                dispatch.message = self.outbound.dress(entry, rewritten(message, self.routes.options().rewrite))
+            made: Outgoing = dispatch.message
+            return made
+
+    def deliver(self, destination: Destination, peer: Optional[Peer], message: Outgoing) -> Tuple[
+            Optional[Peer], Dict[str, Reply]]:
+        """Send over `peer`, else over the exchangers in turn; return (connection, {recipient: reply}).
 
         What a host answers 4xx is tried at the next one; a connection lost after the final dot counts as not sent.
+        Undeliverable when nobody there could be talked to; OneTooMany.
         """
-        best: Optional[Tuple[Peer, Dict[str, Reply]]] = None
+        at_once = destination.limit.recipients or 1
+        replies: Dict[str, Reply] = {}
+        tried, failure = None, NO_REPLY
         if peer:
-            try:
-                best = peer, peer.send(message)
-            except PeerFailed:
-                peer.wire.close()                   # it may have been idle for too long: try anew
-        failure = Reply(451, "4.4.1", "no exchanger could be tried")
-        tried = best[0].host if best else None
-        if best and all(reply.code // 100 != 4 for reply in best[1].values()):
-            return best
-        for exchanger in self.routes.exchangers(target):
-            if exchanger.host == tried:
+            replies = self._go_on(destination, peer, message, at_once)
+            peer, tried = (peer, peer.host) if replies else (None, None)
+        left = [recipient for recipient in message.recipients if replies.get(recipient, NO_REPLY).code // 100 == 4]
+        for exchanger, address in self._hosts(destination.target, left, replies):
+            if exchanger.host == tried or not left:
                 continue
-            for address in exchanger.addresses[:MAX_EXCHANGERS]:
-                peer = None
-                try:
-                    peer = self.open_peer(exchanger.host, address, target.server)
-                    left = [r for r in message.recipients if best is None or best[1][r].code // 100 == 4]
-                    replies = peer.send(message._replace(recipients=left))
-                except PeerFailed as error:
-                    failure = error.reply
-                    if peer:
-                        peer.wire.close()
-                    continue
-                if best:
-                    best[0].quit()
-                    replies = dict(best[1], **replies)
-                best = peer, replies
-                if all(reply.code // 100 != 4 for reply in replies.values()):
-                    return best
-                break                               # the same host at another address would say the same
-        if best:
-            return best
+            try:
+                fresh = self.open_peer(destination, exchanger.host, address)
+            except PeerFailed as error:
+                failure = error.reply
+                continue
+            try:
+                some = run_blocking(fresh.wire, fresh.send(message._replace(recipients=left), at_once))
+            except PeerFailed as error:             # what it said was about this message
+                self._drop(destination, fresh)
+                replies.update(dict.fromkeys(left, error.reply))
+                continue
+            except BaseException:
+                self._drop(destination, fresh)
+                raise
+            if peer:
+                self._leave(destination, peer)
+            peer, tried = fresh, exchanger.host     # the same host at another address would say the same
+            replies.update(some)
+            left = [recipient for recipient in left if replies[recipient].code // 100 == 4]
+        if replies:
+            return peer, replies
+        if destination.peers:
+            raise OneTooMany
         raise Undeliverable(*failure[:3])
 
-    def open_peer(self, host: str, address: str, server: Optional[Server]) -> Peer:
+    def _hosts(self, target: Target, left: Sequence[str], replies: Dict[str, Reply]) -> Iterator[Tuple[Exchanger, str]]:
+        """Yield each host and address to try, when there is somebody left to try it for; Undeliverable if that is all."""
+        try:
+            exchangers = self.routes.exchangers(target) if left else []
+        except Undeliverable:
+            if not replies:
+                raise
+            exchangers = []
+        for exchanger in exchangers:
+            for address in exchanger.addresses[:MAX_EXCHANGERS]:
+                yield exchanger, address
+
+    def _go_on(self, destination: Destination, peer: Peer, message: Outgoing, at_once: int) -> Dict[str, Reply]:
+        """Return the replies to one more message on a connection; none when only a new one can tell.
+
+        It may have been idle for too long, or carry no more than so many messages, whatever the words for that are.
+        """
+        try:
+            replies: Dict[str, Reply] = run_blocking(peer.wire, peer.send(message, at_once))
+        except PeerFailed:
+            replies = {}
+        if replies and not peer.mail_refused:
+            return replies
+        if peer.broken or not replies:
+            self._drop(destination, peer)
+        else:
+            self._leave(destination, peer)
+        return {}
+
+    # A connection.
+
+    def open_peer(self, destination: Destination, host: str, address: str) -> Peer:
         """Return a connection ready for MAIL; PeerFailed."""
+        server = self.routes.renewed(destination.target.server)
+        demanded = self.security(destination.target, host, address, server)
         for plain in (False, True):
             peer = self._connect(host, address, server)
             try:
-                if server and server.tls:
-                    try:
-                        peer.handshake(self._tls_context(), server.host)
-                    except CannotRun as error:
-                        raise PeerFailed(Reply(451, "4.7.4", str(error))) from None
-                peer.greet()
-                if not peer.wire.tls and not plain:
-                    self._secure(peer, host or address)
-                if server and server.user:
-                    if not peer.wire.tls and not is_loopback(address):
-                        raise PeerFailed(Reply(451, "4.7.0", peer.name + " offers no TLS: the password is not sent in clear"))
-                    peer.log_in(server.user, server.password)
+                run_blocking(peer.wire, self._prepare(peer, host or address, address, server, demanded, plain))
+                destination.peers.add(peer)
                 return peer
             except OpportunityMissed:
                 peer.wire.close()                   # TLS was only an opportunity: once more without
@@ -5053,142 +5743,203 @@ class Relay:
                 raise
         raise AssertionError
 
+    def security(self, target: Target, host: str, address: str, server: Optional[Server]) -> Security:
+        """Return what is demanded of a connection: by --relay-tls, for a password's sake, or by the destination itself.
+
+        A password is shown to nobody whose certificate was not verified, unless the URL says so, and never in clear but
+        to this machine.
+        """
+        demanded = Security(False, False)
+        if self.config.relay_tls == "require":
+            demanded = Security(True, server is None or server.verify, "--relay-tls require")
+        if server and server.user:
+            demanded = Security(demanded.require or not is_loopback(address), server.verify, demanded.reason or "the password")
+        own = self.outbound.security(target, host)
+        if own:
+            demanded = Security(demanded.require or own.require, demanded.verify or own.verify, demanded.reason or own.reason)
+        return demanded
+
     def _connect(self, host: str, address: str, server: Optional[Server]) -> Peer:
         port = server.port if server else self.config.mx_port
         name = "%s[%s]:%d" % (host or address, address, port)
         try:
             sock = self.connect((address, port), timeout=min(self.timeout, 30.0))
         except OSError as error:
-            reason = "timeout" if is_timeout(error) else error.strerror or str(error)
+            reason = "timeout" if isinstance(error, socket.timeout) else error.strerror or str(error)
             raise PeerFailed(Reply(451, "4.4.1", "cannot connect to %s: %s" % (name, reason))) from None
         peer = Peer(sock, name, self.hostname, self.timeout)
         peer.host = host
         return peer
 
-    def _secure(self, peer: Peer, host: str) -> None:
-        """Use STARTTLS when it is offered (may), or insist on it (require)."""
-        require = self.config.relay_tls == "require"
+    async def _prepare(self, peer: Peer, name: str, address: str, server: Optional[Server], demanded: Security,
+                       plain: bool) -> None:
+        """Greet, secure the connection and log in; PeerFailed, OpportunityMissed."""
+        if server and server.tls:
+            try:
+                await peer.handshake(tls_context(demanded.verify), server.host)
+            except CannotRun as error:
+                raise PeerFailed(Reply(451, "4.7.4", str(error))) from None
+        await peer.greet()
+        if not peer.wire.tls and not plain:
+            await self._secure(peer, name, demanded)
+        if server and server.user:
+            if not peer.wire.tls and not is_loopback(address):
+                raise PeerFailed(Reply(451, "4.7.0", peer.name + " offers no TLS: the password is not sent in clear"))
+            await peer.log_in(server)
+
+    async def _secure(self, peer: Peer, name: str, demanded: Security) -> None:
+        """Use STARTTLS when it is offered, or insist on it; PeerFailed, OpportunityMissed."""
         if "STARTTLS" not in peer.extensions:
-            if require:
-                raise PeerFailed(Reply(451, "4.7.4", "%s offers no TLS, which --relay-tls require asks for" % peer.name))
+            if demanded.require:
+                raise PeerFailed(Reply(451, "4.7.0" if demanded.reason == "the password" else "4.7.4",
+                                       "%s offers no TLS, which %s asks for" % (peer.name, demanded.reason)))
             return
         try:
-            context = self._tls_context()
+            context = tls_context(demanded.verify)
         except CannotRun:
-            if require:
+            if demanded.require:
                 raise PeerFailed(Reply(451, "4.7.4", "this Python has no TLS")) from None
             return
         try:
-            peer.start_tls(context, host)
+            await peer.start_tls(context, name)
         except PeerFailed:
-            if require:
+            if demanded.require:
                 raise
             raise OpportunityMissed from None
 
-    def _tls_context(self) -> "ssl.SSLContext":
-        try:
-            import ssl
-        except ImportError:
-            raise CannotRun("this Python has no ssl module") from None
-        context = ssl.create_default_context()
-        context.minimum_version = ssl.TLSVersion.TLSv1_2
-        if self.config.relay_tls == "may":
-            context.check_hostname = False
-            context.verify_mode = ssl.CERT_NONE
-        return context
-
     # What came of it.
 
-    def _record(self, entry: Entry, recipients: List[Dict[str, Any]], replies: Dict[str, Reply], remote: str,
+    def _record(self, dispatch: Dispatch, recipients: List[Dict[str, Any]], replies: Dict[str, Reply], remote: str,
                 seconds: float) -> None:
         """Note the replies; when all destinations have been tried, settle the entry."""
+        with dispatch.mutex:                        # another destination's worker may be writing the envelope
+            for recipient in recipients:
+                reply = replies.get(recipient["address"]) or NO_REPLY
+                recipient.update(
+                    last_reply=printable(str(reply.text if " said: " in reply.text else reply), 1000), status=reply.enhanced,
+                    remote=remote.partition("[")[0], state={2: "delivered", 5: "failed"}.get(reply.code // 100, "waiting"))
+                dispatch.tried = dispatch.tried or recipient["state"] == "waiting"
         for recipient in recipients:
-            reply = replies.get(recipient["address"]) or Reply(451, "4.4.1", "not tried")
-            recipient["last_reply"] = printable(str(reply.text if " said: " in reply.text else reply), 1000)
-            recipient["remote"] = remote.partition("[")[0]
-            recipient["state"] = {2: "delivered", 5: "failed"}.get(reply.code // 100, "waiting")
-            event({"delivered": "sent", "failed": "failed", "waiting": "deferred"}[recipient["state"]], id=entry.id,
+            event({"delivered": "sent", "failed": "failed", "waiting": "deferred"}[recipient["state"]], id=dispatch.entry.id,
                   recipient=printable(recipient["address"]), remote=remote, reply=recipient["last_reply"],
                   seconds=round(seconds, 3))
-        with entry.mutex:
-            entry.pending -= 1
-            if entry.pending <= 0:
-                self._settle(entry)
-            elif any(recipient["state"] == "delivered" for recipient in recipients):
-                try:
-                    self.queue.save(entry)          # never again to those who have it
-                except OSError as error:
-                    log.warning("queue entry %s not recorded, later once more: %s", entry.id, error)
+        self._part_over(dispatch, any(recipient["state"] == "delivered" for recipient in recipients))
 
-    def _settle(self, entry: Entry) -> None:
+    def _part_over(self, dispatch: Dispatch, delivered: bool = False) -> None:
+        """One of an entry's destinations is done with; after the last one, nobody else works on it."""
+        with dispatch.mutex:
+            dispatch.pending -= 1
+            if dispatch.pending > 0:
+                if delivered:
+                    try:
+                        self.queue.save(dispatch)       # never again to those who have it
+                    except OSError as error:
+                        log.warning("queue entry %s not recorded, later once more: %s", dispatch.entry.id, error)
+                return
+        if self._claim(dispatch):
+            self._settle(dispatch)
+        else:
+            self._tell(self._done, dispatch, 0, 0, 0)
+
+    def _settle(self, dispatch: Dispatch) -> None:
         """Bounce what failed, postpone what may still work, remove what is done. Nobody else works on the entry now.
 
         What cannot be recorded stays claimed and in memory, and is tried again: it must not be sent again.
         """
         try:
-            now = self.clock()
-            if now - entry.queued_at >= self.config.give_up:
-                for recipient in entry.waiting():
-                    recipient["state"] = "failed"
-                    event("given-up", id=entry.id, recipient=printable(recipient["address"]))
-            failed = [recipient for recipient in entry.recipients if recipient["state"] == "failed"]
-            if failed:
-                self.bounce(entry, failed)
-            self.sent += sum(recipient["state"] == "delivered" for recipient in entry.recipients)
-            entry.recipients = entry.waiting()
-            if entry.recipients:
-                self.deferred += len(entry.recipients)
-                wait = self.config.retry[min(entry.attempts, len(self.config.retry) - 1)]
-                wait *= secrets.SystemRandom().uniform(0.9, 1.1)        # so that not all come back at once
-                entry.attempts += 1
-                self.queue.postpone(entry, min(now + wait, max(now + 1, entry.queued_at + self.config.give_up)))
-            else:
-                self.queue.finish(entry)
+            counts = self._settled(dispatch)
         except OSError as error:
-            log.error("queue entry %s cannot be recorded, later once more: %s", entry.id, error)
-            with self._wakeup:
-                self._unsettled.append(entry)
-            self._look_at(self.clock() + 5.0)
+            log.error("queue entry %s cannot be recorded, later once more: %s", dispatch.entry.id, error)
+            self._tell(self._again, self._settle, dispatch)
             return
-        self.queue.release(entry)
-        self._forget(entry)
-        if entry.recipients:                        # not before: a scan would find it still at work
-            self._look_at(entry.next_attempt + 1.0)
+        self.queue.release(dispatch)
+        self._tell(self._done, dispatch, *counts)
 
-    def _forget(self, entry: Entry) -> None:
-        with self._wakeup:
-            self._active.discard(entry.id)
-            if self._more and len(self._active) <= MAX_ACTIVE // 2:
-                self._rescan, self._more = True, False
-                self._wakeup.notify_all()
+    def _settled(self, dispatch: Dispatch) -> Tuple[int, int, int]:
+        """Return how many recipients have the message, do not get it, may still get it; OSError."""
+        entry, before = dispatch.entry, len(dispatch.entry.recipients)
+        if (entry.attempts or dispatch.tried) and self.queue.age(entry) >= self.config.give_up:
+            self._give_up(entry)
+        failed = [recipient for recipient in entry.recipients if recipient["state"] == "failed"]
+        if failed:
+            self.bounce(dispatch, failed)
+        entry.recipients = entry.waiting()
+        left = len(entry.recipients)
+        if not left:
+            self.queue.finish(dispatch)
+        elif dispatch.tried or not dispatch.aside:
+            self._postpone(dispatch)
+        else:
+            if left < before:
+                self.queue.save(dispatch)
+            self.queue.place_hint(dispatch, os.path.join(self.queue.busy, dispatch.aside))
+        return before - len(failed) - left, len(failed), left if dispatch.tried else 0
 
-    def bounce(self, entry: Entry, failed: List[Dict[str, Any]]) -> None:
+    def _give_up(self, entry: Entry) -> None:
+        for recipient in entry.waiting():
+            recipient.update(state="failed", status=recipient.get("status") or "4.4.7")
+            event("given-up", id=entry.id, recipient=printable(recipient["address"]))
+
+    def _postpone(self, dispatch: Dispatch) -> None:
+        entry, now = dispatch.entry, self.clock()
+        wait = self.config.retry[min(entry.attempts, len(self.config.retry) - 1)]
+        wait *= secrets.SystemRandom().uniform(0.9, 1.1)        # so that not all come back at once
+        entry.attempts += 1
+        self.queue.postpone(dispatch, now + min(wait, max(1.0, self.config.give_up - self.queue.age(entry))))
+
+    def bounce(self, dispatch: Dispatch, failed: List[Dict[str, Any]]) -> None:
         """Tell the sender; a bounce is never bounced (RFC 5321 section 6.1). OSError when that cannot be stored now."""
-        self.bounced += len(failed)
+        entry = dispatch.entry
+        about = printable(" ".join(recipient["address"] for recipient in failed))
         if not entry.sender:
-            event("dropped", id=entry.id, reason="a bounce that cannot be delivered")
+            event("dropped", id=entry.id, reason="a bounce that cannot be delivered", recipients=about)
             return
-        fields, _ = split_headers(pread(entry.lock, BLOCK, entry.offset))
+        fields, _ = split_headers(pread(dispatch.lock, BLOCK, entry.offset))
         content = bounce_message(self.hostname, entry.sender, failed, b"".join(field for _, field in fields), entry.id,
                                  entry.queued_at, self.clock())
+        utf8 = entry.smtputf8 or not (entry.sender + about).isascii()
         try:
-            sender = parse_address(entry.sender)
-            envelope = Envelope(sender="", protocol="bounce",
-                                smtputf8=entry.smtputf8 or not entry.sender.isascii() or not all(
-                                    recipient["address"].isascii() for recipient in failed))
-            id = self.door.send(envelope, [sender], content).draft.id
+            id = self._send_notice(parse_address(entry.sender), content, utf8)
         except Refused as refused:
             if refused.reply.code < 500:
                 raise OSError(errno.EIO, "bounce not stored: %s" % refused) from None
-            event("dropped", id=entry.id, reason="no bounce to %s: %s" % (printable(entry.sender), refused))
+            event("dropped", id=entry.id, reason="no bounce to %s: %s" % (printable(entry.sender), refused), recipients=about)
             return
-        event("bounce", id=id, about=entry.id, sender=printable(entry.sender),
-              recipients=printable(" ".join(recipient["address"] for recipient in failed)))
+        event("bounce", id=id, about=entry.id, sender=printable(entry.sender), recipients=about)
+
+    def _send_notice(self, recipient: Address, content: bytes, utf8: bool) -> str:
+        """Send a message of our own and return its id; what is for nobody we know is for postmaster. Refused."""
+        book = self.stores.book
+        if book.is_local(recipient):
+            try:
+                book.resolve(recipient)
+            except Refused as refused:
+                log.warning("a notice for %s goes to postmaster: %s", printable(str(recipient)), refused)
+                recipient = Address("postmaster", "")
+        id: str = self.stores.door.send(Envelope(sender="", protocol="bounce", smtputf8=utf8), [recipient], content).draft.id
+        return id
 
 
-class OpportunityMissed(Exception):
-    """STARTTLS failed where it was not required."""
+NO_REPLY = Reply(451, "4.4.1", "not tried")
 
+
+def tls_context(verify: bool) -> "ssl.SSLContext":
+    """Return a client's context; CannotRun where Python has no TLS. Made anew, as the authorities trusted may change."""
+    try:
+        import ssl
+    except ImportError:
+        raise CannotRun("this Python has no ssl module") from None
+    if verify:
+        context = ssl.create_default_context()
+    else:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    return context
+
+
+# The commands.
 
 def queue_command(config: Config, arguments: List[str]) -> int:
     """Look into the queue, or move things along in it."""
@@ -5199,38 +5950,48 @@ def queue_command(config: Config, arguments: List[str]) -> int:
     given = parser.parse_args(arguments)
     if (given.action in ("retry", "drop")) is (given.id is None):
         raise UsageError("queue %s: %s" % (given.action, "needs an ID" if given.id is None else "takes no ID"))
-    storage = Storage(config.data, not config.no_sync)
-    queue = Queue(storage, config)
+    queue = Queue(Storage(config.data, not config.no_sync), config)
     if given.action == "list":
-        entries = list(filter(None, map(queue.read, queue.places())))
-        if given.json:
-            shown = ("id", "sender", "size", "queued_at", "next_attempt", "attempts")
-            print(json.dumps([dict({name: getattr(entry, name) for name in shown}, recipients=entry.waiting())
-                              for entry in entries], indent=1))
-        else:
-            for entry in entries:
-                print_entry(entry)
+        list_queue(queue, given.json)
         return 0
-    places = list(queue.places())
+    ids = queue.ids()
     if given.id is not None:
-        places = [place for place in places if os.path.basename(place) == given.id]
-        if not places:
+        ids = [id for id in ids if id == given.id]
+        if not ids:
             raise CannotRun("no message %s in the queue" % printable(given.id))
-    for place in places:
-        found = queue.read(place)
-        if found is None or not queue.claim(found):
-            if given.id is not None:
-                raise CannotRun("%s is being sent right now, try again" % given.id)
-            continue
-        if given.action == "drop":
-            queue.finish(found)
-            continue
-        found.next_attempt = time.time()
-        queue.save(found)
-        queue.move(found, queue.new)
-        queue.release(found)
-    storage.wake("queue")
+    for id in ids:
+        if not move_along(queue, id, given.action == "drop") and given.id is not None:
+            raise CannotRun("%s is being sent right now, try again" % given.id)
+    queue.storage.wake("flush")
     return 0
+
+
+def move_along(queue: Queue, id: str, drop: bool) -> bool:
+    """Remove an entry, or make it due now; False when somebody works on it. OSError."""
+    entry = queue.read(id)
+    hint = next((hint for hint in queue.hints() if os.path.basename(hint) == id), "") if drop else ""
+    dispatch = Dispatch(entry, hint) if entry else None
+    if dispatch is None or not queue.claim(dispatch):
+        return False
+    if drop:
+        queue.finish(dispatch)
+        return True
+    dispatch.entry.next_attempt = queue.clock()
+    queue.save(dispatch)
+    queue.place_hint(dispatch, queue.new)
+    queue.release(dispatch)
+    return True
+
+
+def list_queue(queue: Queue, as_json: bool) -> None:
+    entries = list(queue.entries())
+    if not as_json:
+        for entry in entries:
+            print_entry(entry)
+        return
+    shown = ("id", "sender", "size", "queued_at", "next_attempt", "attempts")
+    print(json.dumps([dict({name: getattr(entry, name) for name in shown}, recipients=entry.waiting())
+                      for entry in entries], indent=1))
 
 
 def print_entry(entry: Entry) -> None:
@@ -5691,7 +6452,7 @@ class RelayExtension(Extension):
         node.relay = None
         if node.stores.post.queue and node.relays:
             resolver = node.resolver if node.zone is None else Zone(node.zone).resolver()
-            own = [endpoint for name, endpoint in node.endpoints() if name == "smtp"]
+            own = [endpoint for name, endpoint in node.endpoints() if name in ("smtp", "smtps")]
             config = node.config
             if config.capture:                      # only what is released by hand gets there
                 config = dataclasses.replace(config, smarthost=config.release, route=())
@@ -7798,7 +8559,7 @@ def squeeze(text: str) -> str:
 
 CID = re.compile(r"((?:[=(,]|url\()\s{0,20}(?:[\"']|&quot;|&apos;|&#0*3[49];|&#x0*2[27];)?\s{0,20})"
                  r"cid(?::|&#0*58;|&#x0*3a;|&colon;)((?:[^\s\"'<>&]|&(?!quot|apos|#0*3[49]|#x0*2[27])){1,998})", re.IGNORECASE)
-ACTIVE = re.compile(r"<(?=/?(?:link|meta|base)[\s/>])(/?)", re.IGNORECASE)
+ACTIVE = re.compile(r"<(?=/?(?:link|meta|base|i?frame|frameset|object|embed)[\s/>])(/?)", re.IGNORECASE)
 REMOTE = re.compile(r"(?:\b(?:src|srcset|background|poster)\s{0,20}=\s{0,20}(?:[\"']\s{0,20})?|"
                     r"url\(\s{0,20}(?:[\"']|&quot;|&#3[49];)?)(?:https?:)?(?://|&#47;&#47;)", re.IGNORECASE)
 META_CHARSET = re.compile(rb"<meta\b[^>]{0,500}?charset\s{0,20}=\s{0,20}[\"']?\s{0,20}([\w.:-]{1,40})", re.IGNORECASE)
