@@ -1708,8 +1708,9 @@ class Wire:
 
     def send(self, data: bytes) -> None:
         """Queue bytes for the other side."""
-        self.output.append(data)
-        self.pending += len(data)
+        if data:                                    # OpenSSL may take a write of nothing for the end (Python 3.8)
+            self.output.append(data)
+            self.pending += len(data)
 
     async def drain(self) -> None:
         """Send queued output when it is much, so that it does not pile up; Disconnected, TimedOut."""

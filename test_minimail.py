@@ -63,6 +63,8 @@ except ImportError:
 HERE = os.path.dirname(os.path.abspath(__file__))
 SOURCE = os.path.join(HERE, "minimail.py")
 PATIENCE = 30.0                                     # seconds until something that does not come is missed
+RAM_DISK = "/dev/shm" if os.access("/dev/shm", os.W_OK) and "TMPDIR" not in os.environ else None
+tempfile.tempdir = RAM_DISK                         # thousands of small files are made and removed
 poplib._MAXLINE = 1 << 20                           # poplib takes no lines above 2048; servers may send them
 for name in [name for name in os.environ if name.startswith("MINIMAIL_")]:
     del os.environ[name]
@@ -960,6 +962,15 @@ class Clock:
         return self.now
 
 
+class RunningClock:
+    """A clock that can be put ahead."""
+
+    ahead = 0.0
+
+    def __call__(self):
+        return time.monotonic() + self.ahead
+
+
 class Wires(Case):
     def pair(self, timeout=PATIENCE, clock=time.monotonic):
         ours, theirs = socket.socketpair()
@@ -1171,7 +1182,7 @@ class Loops(Case):
 
     def test_deadlines(self):
         """... hold for what the other side makes us wait for, not for what we do ourselves."""
-        clock, ends, may_go_on = Clock(), collections.Counter(), threading.Event()
+        clock, ends, may_go_on = RunningClock(), collections.Counter(), threading.Event()
         loop = self.loop(clock=clock)
 
         async def hold(what, name):
@@ -1184,13 +1195,13 @@ class Loops(Case):
         with contextlib.suppress(BlockingIOError):
             while True:
                 full[0].send(b"x" * 65536)
-        loop.spawn(Job(hold(minimail.READ, "read"), sock=self.pair()[0], deadline=clock.now + 5))
-        loop.spawn(Job(hold(minimail.WRITE, "write"), sock=full[0], deadline=clock.now + 5))
-        loop.spawn(Job(hold(1000.0, "pause"), deadline=clock.now + 5))
+        loop.spawn(Job(hold(minimail.READ, "read"), sock=self.pair()[0], deadline=clock() + 1000))
+        loop.spawn(Job(hold(minimail.WRITE, "write"), sock=full[0], deadline=clock() + 1000))
+        loop.spawn(Job(hold(5000.0, "pause"), deadline=clock() + 1000))
         loop.spawn(Job(hold(minimail.READ, "patient"), sock=self.pair()[0]))
-        loop.spawn(Job(hold(lambda: may_go_on.wait(PATIENCE), "work"), deadline=clock.now + 5))
+        loop.spawn(Job(hold(lambda: may_go_on.wait(PATIENCE), "work"), deadline=clock() + 1000))
         loop.start()
-        clock.now += 10
+        clock.ahead += 1001
         self.eventually(lambda: len(ends) == 3)
         may_go_on.set()
         self.eventually(lambda: len(ends) == 4)
@@ -1353,7 +1364,7 @@ class Loops(Case):
 
     def test_the_end(self):
         """Each task ends when it is not in flight; who does not listen is ended after the grace."""
-        clock, ends = Clock(), []
+        clock, ends = RunningClock(), []
         loop = self.loop(clock=clock)
 
         async def talk(name, what=minimail.READ, stubborn=False):
@@ -1377,7 +1388,7 @@ class Loops(Case):
         self.eventually(lambda: len(ends) >= 2)
         flying.flying = False
         self.eventually(lambda: len(ends) >= 3)
-        clock.now += 5.1
+        clock.ahead += 6.0                          # the grace is over
         stopped()
         self.assertEqual(sorted(ends[:2]) + ends[2:], ["idle", "pausing", "flying", "late"])
         self.assertFalse(loop.tasks)
@@ -1475,6 +1486,8 @@ class Readiness(Case):
             ours.send(b"go\r\n")
             await ours.start_tls(server, server_side=True)
             self.assertEqual(ours.input, b"", "what came before the handshake is thrown away")
+            ours.send(b"")
+            await ours.flush()
             ours.send(big + b"\r\n")
             return await ours.line(100)
         theirs.send(b"STARTTLS\r\nevil\r\n")
@@ -2434,7 +2447,6 @@ class AwaitingMail(Case):
 
 
 
-RAM_DISK = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None      # thousands of small files are made and removed
 LETTER = b"From: me@here.test\r\nSubject: hi\r\n\r\nbody\r\n"
 
 
@@ -2446,9 +2458,7 @@ class ScriptedCase(Case):
     """A test with a temporary data directory and the log lines of the node in `self.logged`."""
 
     def setUp(self):
-        directory = tempfile.TemporaryDirectory(prefix="minimail-test-", dir=RAM_DISK)
-        self.addCleanup(directory.cleanup)
-        self.data = os.path.join(directory.name, "data")
+        self.data = os.path.join(self.directory(), "data")
         self.logged = []
         handler = logging.Handler()
         handler.emit = lambda record: self.logged.append("%s %s%s" % (
@@ -6680,7 +6690,7 @@ class Dialogs(Case):
                 "MAIL TO:<a@x>": "501", "MAIL FROM:<a@x> SIZE=x": "501 5.5.4",
                 "MAIL FROM:<a@x> BODY=9BIT": "501 5.5.4", "MAIL FROM:<a@x> NOSUCH=1": "555 5.5.4",
                 "MAIL FROM:<a@x> SMTPUTF8=1": "555",
-                "MAIL FROM:<a@x> SIZE=1 SIZE=1": "501", "MAIL FROM:<a@x> SIZE=200001": "552 5.3.4", "MAIL FROM:<bob>": "553",
+                "MAIL FROM:<a@x> SIZE=1 SIZE=1": "501", "MAIL FROM:<a@x> SIZE=200001": "552 5.3.4",
                 "MAIL FROM:<a\x00@x>": "501", "MAIL FROM:<a\x1b@x>": "501", "MAIL FROM:<j\xf6rg@x>": "553 5.6.7",
                 "EXPN x": "502 5.5.1",
                 "TURN": "502", "VRFY": "501", "VRFY bob": "252", "NOOP": "250", "DATA x": "501", "RSET x": "501",
@@ -6694,7 +6704,6 @@ class Dialogs(Case):
                 self.session("C: %s\nS: %s" % (command, reply))
         for command, reply in {
                 "RCPT": "501", "RCPT FROM:<a@x>": "501", "RCPT TO:<>": "501 5.1.3", "RCPT TO:<a@x> NOTIFY=NEVER": "555",
-                "RCPT TO:<bob>": "553",
                 "RCPT TO:<j\xf6rg@x>": "553 5.6.7", "RCPT TO:<%s@x>" % ("a" * 256): "553 5.1.3", "RCPT TO:<postmaster>": "250",
                 "RCPT TO:<@r.example,@s.example:a@x>": "250", "RCPT TO:<a@[127.0.0.1]>": "250", 'RCPT TO:<"a b"@x>': "250",
                 "RCPT TO: <a@x>": "250"}.items():
@@ -6752,18 +6761,18 @@ class Dialogs(Case):
 
     def test_pipelining_is_answered_in_one_piece(self):
         sent = []
-        flush = minimail.Wire.flush
+        send_some = minimail.Wire.send_some
 
-        async def note(wire):
+        def note(wire):
             sent.append(b"".join(wire.output))
-            await flush(wire)
+            return send_some(wire)
         talk = self.talk(self.shared.smtp_address)
-        with mock.patch.object(minimail.Wire, "flush", note):
+        with mock.patch.object(minimail.Wire, "send_some", note):
             self.dialog(talk, """\
                 C: MAIL FROM:<a@x>
                 C: RCPT TO:<pipe1@x>
                 C: RCPT TO:<pipe2@x>
-                C: RCPT TO:bad
+                C: RCPT TO:<>
                 C: DATA
                 S: 250 2.1.0
                 S: 250 2.1.5
@@ -6923,7 +6932,7 @@ class Dialogs(Case):
             self.assertEqual(client.sendmail("a@x", ["lib@x", "lib2@x"], "Subject: y\n\n.\n..\nend"), {})
             self.assertEqual(client.verify("bob")[0], 252)
             with self.assertRaises(smtplib.SMTPSenderRefused):
-                client.sendmail("not an address", ["lib@x"], b"")
+                client.sendmail("a@x", ["lib@x"], b"", mail_options=["NOSUCH=1"])
             self.assertEqual(client.rset()[0], 250)
         self.assertEqual(body_of(self.shared.wait_for("lib@x").read()), b"Subject: y\r\n\r\n.\r\n..\r\nend\r\n")
 
@@ -7033,7 +7042,7 @@ class AsOthersTakeIt(Case):
         ("AUTH FOO", "504 5.5.4", "503"))
     AFTER_EHLO = (
         ("MAIL FROM:a@x", "250", "501"), ("MAIL FROM: a@x", "250", "501"), ("MAIL FROM:a..b@x", "250", "501"),
-        ("MAIL FROM:<.a.@x>", "250", "501"), ("MAIL FROM:<bob>", "250", "553"), ("MAIL FROM:<a@x", "501", "501"),
+        ("MAIL FROM:<.a.@x>", "250", "501"), ("MAIL FROM:<a@x>\r\nRCPT TO:<bob>\r\nRCPT TO:eve", "250", "250"), ("MAIL FROM:<bob>", "250", "553"), ("MAIL FROM:<a@x", "501", "501"),
         ("AUTH PLAIN !", "501", "501"), ("AUTH PLAIN =", "235", "501"))
 
     def check(self, address, lines, column):
@@ -7047,7 +7056,7 @@ class AsOthersTakeIt(Case):
     def test_capture_mode(self):
         node = self.node()
         self.check(node.smtp_address, self.LINES, 0)
-        self.check(node.smtp_address, self.AFTER_EHLO[-3:], 0)      # the others: with the paths of section 3
+        self.check(node.smtp_address, self.AFTER_EHLO, 0)
         self.dialog(node.smtp_address, "S: 220\n" + letter(recipient="plain@x"))     # without a hello at all
         self.assertRegex(node.wait_for("plain@x").read(), rb"(?m)^Received: from ")
         talk = self.talk(node.smtp_address, hello=False)
@@ -7269,7 +7278,7 @@ class TLS(Case):
         self.dialog(talk, "S: 220\nC: EHLO x\nS: 250\n" + "C: NOOP\n" * 900 + "S: 250 2.0.0 ok\n" * 900)
 
     def test_handshakes_that_do_not_come(self):
-        node = self.start(timeout=2)
+        node = self.start(timeout=1)
         silent = [self.talk(node.smtps_address, hello=False) for _ in range(10)]
         noise = self.talk(node.smtps_address, hello=False)
         noise.send("EHLO not tls\r\n")
@@ -7300,8 +7309,11 @@ class TLS(Case):
         self.dialog(self.tls_talk(node.smtps_address), "S: 220")
 
     def test_needed(self):
-        for options in (dict(smtps="127.0.0.1:0"), dict(pop3s="127.0.0.1:0"), dict(tls_cert="/no/such.pem")):
-            self.assertRaises(OSError, minimail.Node(smtp="127.0.0.1:0", pop3="off", **options).start)
+        for name in ("smtps", "pop3s", "webs"):
+            with self.assertRaisesRegex(ValueError, name + ".*tls_cert"):
+                minimail.Node(**{name: "127.0.0.1:0"})
+        with self.assertRaisesRegex(OSError, "/no/such.pem"):
+            minimail.Node(smtp="127.0.0.1:0", tls_cert="/no/such.pem").start()
 
 
 # ======================================================================================================================
@@ -10049,12 +10061,10 @@ class WaitForMail(WebCase):
                          retry=[86400, 86400], give_up=7 * 86400, clock=clock)
         self.deliver(near, b"Subject: late\r\n\r\nx\r\n", "bob@far.test")
 
+        queue = near.stores.post.queue
+
         def attempts():
-            for folder, _, names in os.walk(os.path.join(near.data, "queue", "due")):
-                for name in names:
-                    with contextlib.suppress(FileNotFoundError), open(os.path.join(folder, name)) as file:
-                        return json.load(file)["attempts"]
-            return 0
+            return sum(entry.attempts for entry in map(queue.read, queue.places()) if entry)
         for number in (1, 2):
             self.eventually(lambda number=number: attempts() == number, "it was tried, and waits")
             clock.now += 2 * 86400
