@@ -193,6 +193,7 @@ MAX_REWRITTEN = 1 << 18             # bytes of headers in which --rewrite looks 
 MAX_PATH = 1024                     # bytes in an address it looks at
 TICK = 0.1                          # seconds between two looks at what other processes did
 AGAIN = 5.0                         # seconds until what the disk refused is done again
+SWEEP = 60.0                        # seconds between two looks for what was in the memory of a process that died
 
 
 class Reply(NamedTuple):
