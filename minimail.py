@@ -114,6 +114,19 @@ STALE_DRAFT = 36 * 3600             # seconds after which a foreign file in tmp/
 LOGIN_FAILURES = 10                 # wrong passwords from one address within ...
 LOGIN_WINDOW = 600                  # ... these seconds cut it off for as long
 SHUTDOWN_GRACE = 9.0                # seconds a message in flight has when the node stops
+MAX_SIGNED_HEADER = 1 << 20         # bytes of header held to sign it; a longer one goes out unsigned, and ...
+MAX_SIGNED_FIELDS = 2000            # ... one with more fields, each of which is named in the signature
+MAX_SIGNATURES = 8                  # keys that sign one message
+MAX_KEY_FILE = 1 << 16              # bytes in a key or certificate file
+MAX_KEY_BITS = 8192                 # of an RSA key: a longer one takes seconds for each message
+SRS_DAYS = 21                       # for which mail comes back to a forward's reverse-path, as with postsrsd
+MAX_STS_POLICY = 1 << 16            # bytes (RFC 8461 section 3.3)
+MAX_STS_HOSTS = 1000                # named in a policy
+STS_TIMEOUT = 30.0                  # seconds for fetching one
+STS_RETRY = 300.0                   # seconds after which it is tried again (RFC 8461 section 3.3)
+STS_REFRESH = 86400.0               # seconds after which an unchanged policy is fetched again, so that it does not run out
+MAX_SPF_LOOKUPS = 10                # RFC 7208 section 4.6.4, ...
+MAX_SPF_VOIDS = 2                   # ... and those of them without an answer
 
 
 class Reply(NamedTuple):
@@ -2410,8 +2423,8 @@ def open_stores(config: Config, clock: Callable[[], float] = time.time) -> Store
 #    Knows nothing of mail but the MX record. Optional, with 9 to 12.
 # ======================================================================================================================
 
-A, NS, CNAME, SOA, MX, AAAA, OPT = 1, 2, 5, 6, 15, 28, 41
-TYPES = {"A": A, "CNAME": CNAME, "SOA": SOA, "MX": MX, "AAAA": AAAA}
+A, NS, CNAME, SOA, PTR, MX, TXT, AAAA, OPT = 1, 2, 5, 6, 12, 15, 16, 28, 41
+TYPES = {"A": A, "CNAME": CNAME, "SOA": SOA, "PTR": PTR, "MX": MX, "TXT": TXT, "AAAA": AAAA}
 NOERROR, FORMERR, SERVFAIL, NXDOMAIN, NOTIMP = 0, 1, 2, 3, 4
 UDP_SIZE = 1232                                     # what we take over UDP: no fragments (DNS flag day 2020)
 MAX_CNAMES = 8
@@ -2500,6 +2513,17 @@ def decode_domain(packet: bytes, offset: int) -> Tuple[str, int]:
         offset += size
 
 
+def decode_text_record(data: bytes) -> str:
+    """Return the strings of a TXT record as one text; ValueError."""
+    parts, at = [], 0
+    while at < len(data):
+        parts.append(data[at + 1:at + 1 + data[at]])
+        at += 1 + data[at]
+    if at != len(data):
+        raise ValueError("bad TXT record")
+    return b"".join(parts).decode("utf-8", "backslashreplace")
+
+
 def decode_record(packet: bytes, offset: int) -> Tuple[Record, int]:
     """Return (record, offset behind it); ValueError."""
     name, offset = decode_domain(packet, offset)
@@ -2515,13 +2539,15 @@ def decode_record(packet: bytes, offset: int) -> Tuple[Record, int]:
         if size != (4 if type == A else 16):
             raise ValueError("bad address size")
         data = socket.inet_ntop(socket.AF_INET if type == A else socket.AF_INET6, packet[offset:end])
-    elif type in (CNAME, MX) and klass == 1:
+    elif type in (CNAME, PTR, MX) and klass == 1:
         start = offset + (2 if type == MX else 0)
         data, behind = decode_domain(packet, start)
         if behind != end or start > end:
             raise ValueError("bad record data")
         if type == MX:
             data = (packet[offset] << 8 | packet[offset + 1], data)
+    elif type == TXT and klass == 1:
+        data = decode_text_record(packet[offset:end])
     elif type == SOA and klass == 1:
         _, behind = decode_domain(packet, offset)
         _, behind = decode_domain(packet, behind)
@@ -2609,6 +2635,19 @@ class Resolver:
         if failure and not found:
             raise failure
         return found
+
+    def texts(self, name: str) -> List[str]:
+        """Return the TXT records of a name, each as one text. NoSuchDomain, DNSFailure."""
+        return [record.data for record in self.query(name, TXT)]
+
+    def names(self, address: str) -> List[str]:
+        """Return the names of an IP address. NoSuchDomain, DNSFailure."""
+        return [record.data for record in self.query(ipaddress.ip_address(address).reverse_pointer, PTR)]
+
+    def texts_of(self, name: str, type: str) -> List[str]:
+        """Return a name's records of a type, as texts; of an MX the host, the best first. NoSuchDomain, DNSFailure."""
+        found = [record.data for record in self.query(name, TYPES[type])]
+        return [host for _, host in sorted(found)] if type == "MX" else found
 
     def _cached(self, name: str, type: int) -> List[Record]:
         key = (name.lower().rstrip("."), type)
@@ -2735,6 +2774,9 @@ def encode_answer(query: bytes, records: Sequence[Record], rcode: int = NOERROR,
             data = socket.inet_pton(socket.AF_INET if record.type == A else socket.AF_INET6, record.data)
         elif record.type == MX:
             data = struct.pack(">H", record.data[0]) + encode_domain(record.data[1])
+        elif record.type == TXT:
+            text = record.data.encode("utf-8")
+            data = b"".join(bytes([len(text[i:i + 255])]) + text[i:i + 255] for i in range(0, len(text), 255)) or b"\0"
         else:
             data = encode_domain(record.data)
         packet += encode_domain(record.name) + struct.pack(">HHIH", record.type, 1, record.ttl, len(data)) + data
@@ -2763,7 +2805,7 @@ class Zone:
         for _ in range(MAX_CNAMES):
             if name not in self.names:
                 return found, NXDOMAIN
-            items = [item.split() for item in self.names[name]]
+            items = [item.split(" ", 1) if item.startswith("TXT ") else item.split() for item in self.names[name]]
             if ["SERVFAIL"] in items or ["REFUSED"] in items:
                 return [], SERVFAIL if ["SERVFAIL"] in items else 5
             found += [Record(name, type, self.ttl, (int(item[1]), item[2].rstrip(".")) if type == MX else item[-1])
@@ -4290,6 +4332,1548 @@ def submission_headers(fields: List[Tuple[str, bytes]], sender: str, name: Optio
 
 REGISTRY["relay"] = {"Queue": Queue, "Relay": Relay, "Zone": Zone}
 COMMANDS.update(queue=queue_command, mx=mx_command, sendmail=sendmail_command)
+
+
+# ======================================================================================================================
+# 12b  Standing: what makes others trust this node. DKIM signatures, SRS for forwards, the MTA-STS policies of others, SPF as
+#      others read it, and `check`, which looks at all of it. Keys, addresses, records and policies are read and written by
+#      pure functions; the queue and the client know nothing of them but the one call each in REGISTRY["standing"].
+#      Optional, needs 8 to 12.
+# ======================================================================================================================
+
+# Keys: DER (ITU-T X.690) and PEM, just as much of both as keys and certificates need.
+
+BOOLEAN, INTEGER, BIT_STRING, OCTET_STRING, NULL, OID, SEQUENCE = 1, 2, 3, 4, 5, 6, 0x30
+RSA_OID, ED25519_OID, SAN_OID = (bytes.fromhex(text) for text in ("2a864886f70d010101", "2b6570", "551d11"))
+PEM = re.compile(rb"-----BEGIN ([A-Z0-9 ]{1,40})-----([^-]+)-----END ")
+
+
+class DER:
+    """Reads one element after the other; nothing in it calls itself, so no nesting can exhaust it."""
+
+    def __init__(self, data: bytes) -> None:
+        self.data = data
+        self.at = 0
+
+    def next_tag(self) -> int:
+        """Return the tag of the next element; -1 at the end."""
+        return self.data[self.at] if self.at < len(self.data) else -1
+
+    def take(self, *tags: int) -> bytes:
+        """Return the content of the next element, which must have one of these tags (none given: any); ValueError."""
+        tag, at = self.next_tag(), self.at + 2
+        if tag < 0 or at > len(self.data) or (tags and tag not in tags):
+            raise ValueError("not the DER element that belongs here")
+        size = self.data[at - 1]
+        if size > 127:
+            count = size & 127
+            if not 1 <= count <= 4 or at + count > len(self.data):
+                raise ValueError("bad DER length")
+            size = int.from_bytes(self.data[at:at + count], "big")
+            at += count
+        if at + size > len(self.data):
+            raise ValueError("DER element runs over the end")
+        self.at = at + size
+        return self.data[at:at + size]
+
+    def inside(self, *tags: int) -> "DER":
+        return DER(self.take(*tags))
+
+    def integer(self) -> int:
+        """Return a number that is not negative; ValueError."""
+        content = self.take(INTEGER)
+        if not content or content[0] & 128:
+            raise ValueError("not a positive number")
+        return int.from_bytes(content, "big")
+
+
+def der(tag: int, *contents: bytes) -> bytes:
+    """Return an element in DER."""
+    content = b"".join(contents)
+    if len(content) < 128:
+        return bytes([tag, len(content)]) + content
+    size = len(content).to_bytes((len(content).bit_length() + 7) // 8, "big")
+    return bytes([tag, 128 | len(size)]) + size + content
+
+
+def der_integer(number: int) -> bytes:
+    return der(INTEGER, number.to_bytes(number.bit_length() // 8 + 1, "big"))
+
+
+def pem(label: str, data: bytes) -> bytes:
+    text = base64.b64encode(data).decode()
+    lines = [text[start:start + 64] for start in range(0, len(text), 64)]
+    return "\n".join(["-----BEGIN %s-----" % label] + lines + ["-----END %s-----" % label, ""]).encode()
+
+
+def unpem(text: bytes, *labels: bytes) -> Iterator[Tuple[bytes, bytes]]:
+    """Yield (label, DER) of what a PEM file holds under these labels; ValueError."""
+    if len(text) > MAX_KEY_FILE:
+        raise ValueError("larger than %d bytes: no key" % MAX_KEY_FILE)
+    for label, body in PEM.findall(text):
+        if label in labels:
+            yield label, base64.b64decode(b"".join(body.split()), validate=True)
+
+
+class RSAKey:
+    """An RSA key pair (RFC 8017). Signs with the Chinese remainders, which takes a quarter of the time."""
+
+    kind, algorithm = "rsa", "rsa-sha256"
+    PREFIX = bytes.fromhex("3031300d060960864801650304020105000420")    # DigestInfo of SHA-256 (RFC 8017 section 9.2)
+
+    def __init__(self, p: int, q: int, e: int = 65537) -> None:
+        """ValueError when these cannot be a key's numbers, or are too small or large to be of use."""
+        self.n, self.e, self.p, self.q = p * q, e, p, q
+        self.bits = self.n.bit_length()
+        if not 1024 <= self.bits <= MAX_KEY_BITS:
+            raise ValueError("an RSA key of %d bits; 1024 to %d are possible" % (self.bits, MAX_KEY_BITS))  # RFC 8301
+        if p == q or not p & q & e & 1 or not 3 <= e < 1 << 64 or min(p, q) < 1 << 256:
+            raise ValueError("not the numbers of an RSA key")
+        self.dp, self.dq, self.inverse = pow(e, -1, p - 1), pow(e, -1, q - 1), pow(q, -1, p)
+        self.sign(bytes(32))
+
+    @classmethod
+    def generate(cls, bits: int) -> "RSAKey":
+        """Return a new key; 2,048 bits take a second or so."""
+        while True:
+            p, q = random_prime(bits // 2), random_prime(bits - bits // 2)
+            if abs(p - q) >> (bits // 2 - 100):     # FIPS 186-5 section A.1.3; all but impossible
+                return cls(p, q)
+
+    @classmethod
+    def read(cls, numbers: DER) -> "RSAKey":
+        """Return the key in an RSAPrivateKey (RFC 8017 section A.1.2); ValueError."""
+        version, n, e, _, p, q = [numbers.integer() for _ in range(6)]
+        if version or p * q != n:
+            raise ValueError("not the numbers of an RSA key")
+        return cls(p, q, e)
+
+    def encode(self) -> bytes:
+        """Return the key as PKCS#8 (RFC 5958)."""
+        d = pow(self.e, -1, (self.p - 1) * (self.q - 1))
+        numbers = (0, self.n, self.e, d, self.p, self.q, self.dp, self.dq, self.inverse)
+        return der(SEQUENCE, der_integer(0), der(SEQUENCE, der(OID, RSA_OID), der(NULL)),
+                   der(OCTET_STRING, der(SEQUENCE, *map(der_integer, numbers))))
+
+    def public(self) -> bytes:
+        """Return what goes into the record's p= (RFC 6376 section 3.6.1): a SubjectPublicKeyInfo."""
+        key = der(SEQUENCE, der_integer(self.n), der_integer(self.e))
+        return der(SEQUENCE, der(SEQUENCE, der(OID, RSA_OID), der(NULL)), der(BIT_STRING, b"\0", key))
+
+    def sign(self, digest: bytes) -> bytes:
+        """Return the signature over a SHA-256 digest. ValueError when it is wrong: half of a wrong one tells the key."""
+        message = rsa_padded(digest, self.n)
+        blind = secrets.randbelow(self.n - 2) + 2   # the time it takes says nothing about the key
+        hidden = message * pow(blind, self.e, self.n) % self.n
+        by_p, by_q = pow(hidden, self.dp, self.p), pow(hidden, self.dq, self.q)
+        signed = (by_q + (by_p - by_q) * self.inverse % self.p * self.q) * pow(blind, -1, self.n) % self.n
+        if pow(signed, self.e, self.n) != message:
+            raise ValueError("not the numbers of an RSA key")
+        return signed.to_bytes((self.bits + 7) // 8, "big")
+
+
+def rsa_padded(digest: bytes, n: int) -> int:
+    """Return EMSA-PKCS1-v1_5 of a digest (RFC 8017 section 9.2)."""
+    size = (n.bit_length() + 7) // 8
+    return int.from_bytes(b"\0\1" + (b"\0" + RSAKey.PREFIX + digest).rjust(size - 2, b"\xff"), "big")
+
+
+def rsa_verifies(public: bytes, signature: bytes, digest: bytes) -> bool:
+    """Return whether a signature is that of the key in a SubjectPublicKeyInfo, or bare; ValueError when that is none."""
+    key = DER(public).inside(SEQUENCE)
+    if key.next_tag() == SEQUENCE:
+        if key.inside(SEQUENCE).take(OID) != RSA_OID:
+            raise ValueError("not an RSA key")
+        key = DER(key.take(BIT_STRING)[1:]).inside(SEQUENCE)
+    n, e = key.integer(), key.integer()
+    if n.bit_length() > MAX_KEY_BITS or e >= 1 << 64 or n < 1 << 512:
+        raise ValueError("an RSA key of %d bits" % n.bit_length())
+    return pow(int.from_bytes(signature, "big"), e, n) == rsa_padded(digest, n)
+
+
+def random_prime(bits: int) -> int:
+    """Return a random prime, its two topmost bits set, that fits an exponent of 65537."""
+    small = [n for n in range(3, 1000, 2) if all(n % divisor for divisor in range(3, 32, 2) if divisor < n)]
+    while True:
+        n = secrets.randbits(bits) | 3 << (bits - 2) | 1
+        if n % 65537 != 1 and all(n % prime for prime in small) and is_prime(n):
+            return n
+
+
+def is_prime(n: int, rounds: int = 20) -> bool:
+    """Return whether an odd number is a prime, wrong at most once in 4**rounds (Miller and Rabin)."""
+    odd, twos = n - 1, 0
+    while not odd & 1:
+        odd, twos = odd >> 1, twos + 1
+    for _ in range(rounds):
+        x = pow(secrets.randbelow(n - 3) + 2, odd, n)
+        if x in (1, n - 1):
+            continue
+        for _ in range(twos - 1):
+            x = x * x % n
+            if x == n - 1:
+                break
+        else:
+            return False
+    return True
+
+
+Point = Tuple[int, int, int, int]                   # X, Y, Z, T: x = X/Z, y = Y/Z, xy = T/Z (RFC 8032 section 5.1.4)
+FIELD = 2 ** 255 - 19
+ORDER = 2 ** 252 + 27742317777372353535851937790883648493
+CURVE = -121665 * pow(121666, FIELD - 2, FIELD) % FIELD
+
+
+def curve_add(a: Point, b: Point) -> Point:
+    u, v = (a[1] - a[0]) * (b[1] - b[0]) % FIELD, (a[1] + a[0]) * (b[1] + b[0]) % FIELD
+    w, z = 2 * a[3] * b[3] * CURVE % FIELD, 2 * a[2] * b[2] % FIELD
+    e, f, g, h = v - u, z - w, z + w, v + u
+    return e * f % FIELD, g * h % FIELD, f * g % FIELD, e * h % FIELD
+
+
+def curve_multiply(number: int, point: Point) -> Point:
+    result: Point = (0, 1, 1, 0)
+    while number:
+        if number & 1:
+            result = curve_add(result, point)
+        point = curve_add(point, point)
+        number >>= 1
+    return result
+
+
+def curve_encode(point: Point) -> bytes:
+    scale = pow(point[2], FIELD - 2, FIELD)
+    x, y = point[0] * scale % FIELD, point[1] * scale % FIELD
+    return (y | (x & 1) << 255).to_bytes(32, "little")
+
+
+def curve_decode(data: bytes) -> Point:
+    """Return the point (RFC 8032 section 5.1.3); ValueError when there is none."""
+    y = int.from_bytes(data, "little")
+    sign, y = y >> 255, y & ((1 << 255) - 1)
+    square = (y * y - 1) * pow(CURVE * y * y + 1, FIELD - 2, FIELD) % FIELD
+    x = pow(square, (FIELD + 3) // 8, FIELD)
+    if (x * x - square) % FIELD:
+        x = x * pow(2, (FIELD - 1) // 4, FIELD) % FIELD
+    if len(data) != 32 or y >= FIELD or (x * x - square) % FIELD or (sign and not x):
+        raise ValueError("not a point of the curve")
+    x = FIELD - x if x & 1 != sign else x
+    return x, y, 1, x * y % FIELD
+
+
+BASE = curve_decode(bytes([0x58]) + bytes([0x66]) * 31)
+
+
+class Ed25519Key:
+    """An Ed25519 key pair (RFC 8032 section 5.1)."""
+
+    kind, algorithm, bits = "ed25519", "ed25519-sha256", 256
+
+    def __init__(self, seed: bytes) -> None:
+        if len(seed) != 32:
+            raise ValueError("an Ed25519 key of %d bytes" % len(seed))
+        self.seed = seed
+        digest = hashlib.sha512(seed).digest()
+        self.scalar = int.from_bytes(digest[:32], "little") & ((1 << 254) - 8) | 1 << 254
+        self.prefix = digest[32:]
+        self._public = curve_encode(curve_multiply(self.scalar, BASE))
+
+    @classmethod
+    def generate(cls, bits: int) -> "Ed25519Key":
+        return cls(secrets.token_bytes(32))
+
+    def encode(self) -> bytes:
+        """Return the key as PKCS#8 (RFC 8410 section 7)."""
+        return der(SEQUENCE, der_integer(0), der(SEQUENCE, der(OID, ED25519_OID)),
+                   der(OCTET_STRING, der(OCTET_STRING, self.seed)))
+
+    def public(self) -> bytes:
+        """Return what goes into the record's p= (RFC 8463 section 4): the bare 32 bytes."""
+        return self._public
+
+    def sign(self, digest: bytes) -> bytes:
+        """Return the signature over a SHA-256 digest (RFC 8463 section 3)."""
+        r = number_of(self.prefix, digest)
+        point = curve_encode(curve_multiply(r, BASE))
+        s = (r + number_of(point, self._public, digest) * self.scalar) % ORDER
+        return point + s.to_bytes(32, "little")
+
+
+def number_of(*parts: bytes) -> int:
+    return int.from_bytes(hashlib.sha512(b"".join(parts)).digest(), "little") % ORDER
+
+
+def ed25519_verifies(public: bytes, signature: bytes, digest: bytes) -> bool:
+    """Return whether a signature is that of a public key (RFC 8032 section 5.1.7); ValueError when that is none."""
+    key = curve_decode(public)
+    s = int.from_bytes(signature[32:], "little")
+    right = curve_add(curve_decode(signature[:32]), curve_multiply(number_of(signature[:32], public, digest), key))
+    return len(signature) == 64 and s < ORDER and curve_encode(curve_multiply(s, BASE)) == curve_encode(right)
+
+
+SigningKey = Union[RSAKey, Ed25519Key]
+
+
+def read_key(text: bytes) -> SigningKey:
+    """Return the private key in a PEM file as OpenSSL and OpenDKIM write it, PKCS#1 or PKCS#8; ValueError says why not."""
+    if b"ENCRYPTED" in text:
+        raise ValueError("the key has a passphrase: take it off, as with `openssl pkey -in FILE -out FILE2`")
+    for label, data in unpem(text, b"RSA PRIVATE KEY", b"PRIVATE KEY"):
+        outer = DER(data).inside(SEQUENCE)
+        if label == b"RSA PRIVATE KEY":
+            return RSAKey.read(outer)
+        outer.integer()
+        kind = outer.inside(SEQUENCE).take(OID)
+        inner = outer.inside(OCTET_STRING)
+        if kind == RSA_OID:
+            return RSAKey.read(inner.inside(SEQUENCE))
+        if kind == ED25519_OID:
+            return Ed25519Key(inner.take(OCTET_STRING))
+        raise ValueError("neither an RSA nor an Ed25519 key")
+    raise ValueError("no private key in PEM form")
+
+
+class Certificate(NamedTuple):
+    """What `check` wants to know of a certificate."""
+    names: List[str]                                # of hosts, in lower case, maybe with a leading *.
+    not_after: float                                # seconds since 1970
+
+
+def read_certificate(text: bytes) -> Certificate:
+    """Return names and end of the first certificate in a PEM file (RFC 5280 section 4.1); ValueError."""
+    for _, data in unpem(text, b"CERTIFICATE"):
+        fields = DER(data).inside(SEQUENCE).inside(SEQUENCE)
+        if fields.next_tag() == 0xA0:               # version
+            fields.take()
+        fields.take(INTEGER)
+        fields.take(SEQUENCE), fields.take(SEQUENCE)    # algorithm, issuer
+        validity = fields.inside(SEQUENCE)
+        validity.take()
+        form = "%y%m%d%H%M%SZ" if validity.next_tag() == 0x17 else "%Y%m%d%H%M%SZ"
+        import calendar
+        end = calendar.timegm(time.strptime(validity.take().decode("ascii"), form))
+        return Certificate(certificate_names(fields), end)
+    raise ValueError("no certificate in PEM form")
+
+
+def certificate_names(fields: DER) -> List[str]:
+    """Return the DNS names among what follows the validity; ValueError."""
+    while fields.next_tag() not in (0xA3, -1):
+        fields.take()
+    extensions = fields.inside(0xA3).inside(SEQUENCE) if fields.next_tag() == 0xA3 else DER(b"")
+    names = []
+    while extensions.next_tag() == SEQUENCE:
+        extension = extensions.inside(SEQUENCE)
+        if extension.take(OID) != SAN_OID:
+            continue
+        if extension.next_tag() == BOOLEAN:
+            extension.take()
+        alternatives = extension.inside(OCTET_STRING).inside(SEQUENCE)
+        while alternatives.next_tag() >= 0:
+            is_name = alternatives.next_tag() == 0x82
+            name = alternatives.take()
+            if is_name:
+                names.append(name.decode("ascii", "replace").lower())
+    return names
+
+
+# DKIM (RFC 6376): the signature of a message whose content comes in blocks.
+
+OVERSIGNED = ("from", "sender", "reply-to", "subject", "date", "message-id", "to", "cc", "in-reply-to", "references",
+              "mime-version", "content-type", "content-transfer-encoding")
+SIGNED = ("resent-date", "resent-from", "resent-to", "resent-cc", "resent-message-id", "list-id", "list-help",
+          "list-unsubscribe", "list-unsubscribe-post", "list-subscribe", "list-post", "list-owner", "list-archive")
+Fields = List[Tuple[str, bytes]]
+
+
+class BodyHash:
+    """The SHA-256 of a body in relaxed canonicalization (RFC 6376 section 3.4.4), block by block, whatever the blocks."""
+
+    BLANKS = re.compile(rb"[ \t]{2,}|\t")
+
+    def __init__(self) -> None:
+        self._hash = hashlib.sha256()
+        self._rest = b""                            # a blank or CR at the end: what it is depends on what follows
+        self._newlines = 0                          # line ends that count only when something follows
+        self._empty = True
+
+    def update(self, block: bytes) -> None:
+        data = self.BLANKS.sub(b" ", self._rest + block).replace(b" \r\n", b"\r\n")
+        text = data[:-1] if data.endswith(b"\r") else data
+        text = text[:-1] if text.endswith(b" ") else text
+        self._rest = data[len(text):]
+        content = text.rstrip(b"\r\n")
+        ends = text[len(content):]
+        whole = len(re.match(rb"(?:\n\r)*", ends[::-1]).group())    # type: ignore[union-attr]
+        self._add(text[:len(text) - whole])
+        self._newlines += whole // 2
+
+    def _add(self, content: bytes) -> None:
+        if not content:
+            return
+        while self._newlines:
+            count = min(self._newlines, BLOCK)
+            self._hash.update(b"\r\n" * count)
+            self._newlines -= count
+        self._hash.update(content)
+        self._empty = False
+
+    def digest(self) -> bytes:
+        """Return the hash of all; a body that is not empty ends in one line end, the empty one is nothing."""
+        self._add(self._rest.strip(b" "))
+        self._rest, self._newlines = b"", 0
+        if not self._empty:
+            self._hash.update(b"\r\n")
+        return self._hash.digest()
+
+
+def header_fields(head: bytes) -> Fields:
+    """Return (lower-case name, field without its last line end) of each; only CRLF ends a line, as for who verifies."""
+    fields = re.split(rb"\r\n(?![ \t])", head)
+    return [(field.partition(b":")[0].rstrip(b" \t").decode("ascii", "replace").lower(), field) for field in fields if field]
+
+
+def relaxed(field: bytes) -> bytes:
+    """Return a field in relaxed canonicalization, without a line end (RFC 6376 section 3.4.2)."""
+    name, _, value = field.partition(b":")
+    value = re.sub(rb"[ \t]+", b" ", value.replace(b"\r\n", b""))
+    return name.rstrip(b" \t").lower() + b":" + value.strip(b" ")
+
+
+def signed_names(fields: Fields) -> List[str]:
+    """Return h=: RFC 6376 section 5.4.1's list, each name once more than it is there, so that nobody adds another (8.15).
+
+    What a mailing list adds when it passes mail on unchanged is signed only if it is there already.
+    """
+    counts = collections.Counter(name for name, _ in fields)
+    return [name for name in OVERSIGNED + SIGNED if counts[name] or name in OVERSIGNED for _ in range(counts[name] + 1)]
+
+
+def fold_list(words: Sequence[str], separator: str) -> str:
+    """Return words joined, on lines of decent length: blanks may stand beside the separator."""
+    lines = [""]
+    for word in words:
+        if len(lines[-1]) + len(word) > 70:
+            lines.append("")
+        lines[-1] += word + separator
+    return "\r\n\t ".join(lines)[:-len(separator)] if words else ""
+
+
+def dkim_signature(key: SigningKey, domain: str, selector: str, fields: Fields, body: bytes, now: float) -> bytes:
+    """Return a DKIM-Signature header for a message with these fields and this body hash."""
+    names = signed_names(fields)
+    bare = "DKIM-Signature: v=1; a=%s; c=relaxed/relaxed; d=%s;\r\n\ts=%s; t=%d;\r\n\th=%s;\r\n\tbh=%s;\r\n\tb=" % (
+        key.algorithm, domain, selector, now, fold_list(names, ":"), base64.b64encode(body).decode())
+    left: Dict[str, List[bytes]] = {}
+    for name, field in fields:
+        left.setdefault(name, []).append(field)
+    hashed = hashlib.sha256()
+    for name in names:
+        if left.get(name):                          # several of a name: from the bottom up (RFC 6376 section 5.4.2)
+            hashed.update(relaxed(left[name].pop()) + b"\r\n")
+    hashed.update(relaxed(bare.encode()))
+    text = base64.b64encode(key.sign(hashed.digest())).decode()
+    return (bare + "\r\n\t ".join(text[i:i + 72] for i in range(0, len(text), 72)) + "\r\n").encode()
+
+
+def sign_content(blocks: Iterable[bytes], choose: Callable[[Fields], Sequence[Tuple[str, str, SigningKey]]],
+                 now: float) -> bytes:
+    """Return the DKIM-Signature headers of a message; `choose` names (domain, selector, key) for its header fields.
+
+    Memory stays flat: of the content only the header is held, and one that is too long gets no signature.
+    """
+    source = iter(blocks)
+    start: List[bytes] = []
+    tail, size = b"", 0                             # where the blank line may be cut in two
+    for block in source:
+        start.append(block)
+        size += len(block)
+        if b"\r\n\r\n" in tail + block or size > MAX_SIGNED_HEADER:
+            break
+        tail = (tail + block)[-3:]
+    head, blank, body = b"".join(start).partition(b"\r\n\r\n")
+    fields = header_fields(head)
+    if len(head) > MAX_SIGNED_HEADER or len(fields) > MAX_SIGNED_FIELDS:
+        return b""
+    keys = choose(fields)
+    if not keys:
+        return b""
+    hashed = BodyHash()
+    hashed.update(body)
+    for block in source:
+        hashed.update(block)
+    digest = hashed.digest()
+    return b"".join(dkim_signature(key, domain, selector, fields, digest, now) for domain, selector, key in keys)
+
+
+def author_domains(fields: Fields) -> List[str]:
+    """Return the domains of the addresses in From, lower case as A-labels; of what is no address, none."""
+    value = b" ".join(field.partition(b":")[2] for name, field in fields if name == "from")[:MAX_COMMAND]
+    kept: List[str] = []
+    depth, quoted, escaped = 0, False, False
+    for c in value.decode("utf-8", "replace"):      # without comments and quoted names
+        if escaped or (c == "\\" and (depth or quoted)):
+            escaped = not escaped
+        elif c == '"' and not depth:
+            quoted = not quoted
+        elif c in "()" and not quoted:
+            depth = max(0, depth + (1 if c == "(" else -1))
+        elif not depth and not quoted:
+            kept.append(c)
+    text = "".join(kept)
+    found = re.findall(r"<[^<>@]*@([^<>@]*)>", text) or re.findall(r"@([^<>@,;:\s]*)", text)
+    domains = []
+    for domain in map(str.strip, found):
+        with contextlib.suppress(ValueError):
+            domains.append(ascii_domain(domain))
+    return domains
+
+
+def parse_tags(text: str) -> Dict[str, str]:
+    """Return the tags of a DKIM, DMARC or TLSRPT record (RFC 6376 section 3.2); of what is no tag, none."""
+    tags: Dict[str, str] = {}
+    for part in text.split(";"):
+        name, equals, value = part.partition("=")
+        if equals:
+            tags.setdefault(name.strip(), value.strip())
+    return tags
+
+
+def key_record(key: SigningKey) -> str:
+    """Return the text of the TXT record for a key (RFC 6376 section 3.6.1, RFC 8463 section 4)."""
+    return "v=DKIM1; k=%s; p=%s" % (key.kind, base64.b64encode(key.public()).decode())
+
+
+def record_misfit(text: str, key: SigningKey) -> str:
+    """Return why signatures of a key do not verify with a published record; "" when they do."""
+    tags = parse_tags(text)
+    if tags.get("v", "DKIM1") != "DKIM1":
+        return "v= is not DKIM1"
+    if not tags.get("p"):
+        return "the key was revoked: p= is empty" if "p" in tags else "no key in it: there is no p="
+    if tags.get("k", "rsa") != key.kind:
+        return "it is for another kind of key: k=%s" % printable(tags.get("k", "rsa"), 20)
+    if "sha256" not in tags.get("h", "sha256").replace(" ", "").split(":"):
+        return "h= does not allow sha256"
+    if not {"*", "email"} & set(tags.get("s", "*").replace(" ", "").split(":")):
+        return "s= does not allow e-mail"
+    digest = hashlib.sha256(b"test").digest()
+    try:
+        public = base64.b64decode("".join(tags["p"].split()), validate=True)
+        verifies = (rsa_verifies if key.kind == "rsa" else ed25519_verifies)(public, key.sign(digest), digest)
+    except ValueError as error:
+        return "p= is broken: %s" % error
+    return "" if verifies else "it holds another key"
+
+
+def zone_record(name: str, text: str) -> str:
+    """Return a TXT record as zone files want it: in strings of at most 255 bytes (RFC 1035 section 3.3)."""
+    strings = [text[start:start + 250] for start in range(0, len(text), 250)] or [""]
+    quoted = ['"%s"' % re.sub(r'([\\"])', r"\\\1", string) for string in strings]
+    return "%s. IN TXT %s" % (name, quoted[0] if len(quoted) == 1 else "(\n\t%s )" % "\n\t".join(quoted))
+
+
+class Keyring:
+    """The keys of our domains: those of --dkim, else what `dkim` left in DATA/dkim/DOMAIN/SELECTOR.pem.
+
+    A file is read again when it changed; one that cannot be used is complained of once, and the last good key stays.
+    """
+
+    def __init__(self, config: Config, hostname: str = "") -> None:
+        self.config = config
+        self.hostname = hostname
+        self.root = os.path.join(config.data, "dkim")
+        self._read: Dict[str, Tuple[Any, Optional[SigningKey]]] = {}
+
+    def file(self, domain: str, selector: str) -> str:
+        return os.path.join(self.root, encode_name(ascii_domain(domain)), encode_name(selector) + ".pem")
+
+    def files(self, domain: str) -> List[Tuple[str, str]]:
+        """Return (selector, file) of each key for a domain of ours."""
+        given = [(selector, file) for own, selector, file in self.config.dkim if own in ("", domain)]
+        directory = os.path.dirname(self.file(domain, ""))
+        made = [] if given else [(decode_name(name[:-4]), os.path.join(directory, name))
+                                 for name in sorted(list_directory(directory)) if name.endswith(".pem")]
+        return (given or made)[:MAX_SIGNATURES]
+
+    def load(self, file: str) -> SigningKey:
+        """Return the key in a file; OSError, ValueError."""
+        info = os.stat(file)
+        stamp = info.st_mtime_ns, info.st_size, info.st_ino
+        known = self._read.get(file)
+        if known and known[0] == stamp and known[1]:
+            return known[1]
+        with open(file, "rb") as opened:
+            key = read_key(opened.read(MAX_KEY_FILE + 1))
+        self._read[file] = stamp, key
+        return key
+
+    def keys(self, domain: str) -> List[Tuple[str, str, SigningKey]]:
+        """Return (domain, selector, key) of each key for a domain of ours that can be used."""
+        found = []
+        for selector, file in self.files(domain):
+            try:
+                key: Optional[SigningKey] = self.load(file)
+            except (OSError, ValueError) as error:
+                known = self._read.get(file)
+                key = known[1] if known else None
+                if known is None or known[0] != str(error):
+                    self._read[file] = str(error), key
+                    log.warning("cannot use the key %s: %s", file, error)
+            if key:
+                found.append((ascii_domain(domain), selector, key))
+        return found
+
+    def check(self) -> None:
+        """Raise CannotRun when a file of --dkim cannot be used."""
+        for _, _, file in self.config.dkim:
+            try:
+                self.load(file)
+            except (OSError, ValueError) as error:
+                raise CannotRun("--dkim: cannot use %s: %s" % (file, getattr(error, "strerror", None) or error)) from None
+
+    def signing_domain(self, authors: Sequence[str], sender: str, trusted: bool) -> str:
+        """Return which of our domains answers for a message: From's, else the reverse-path's; "" for none.
+
+        Strangers' mail that an alias sends on is ours to sign by its rewritten reverse-path only, and not when that
+        would vouch for a From near our own domains (the alignment of RFC 7489 section 3.1): anybody can write that.
+        """
+        ours = {ascii_domain(domain): domain for domain in self.config.domain}
+        home = next((domain for domain in ours if covers("." + domain, self.hostname)), next(iter(ours), ""))
+        ours.setdefault(self.hostname, home)        # bounces are from there
+        by_author = next((ours[domain] for domain in authors if domain in ours), "")
+        by_sender = ours.get(sender, "")
+        if trusted:
+            return by_author or by_sender
+        near = [author for author in authors for domain in ours if author.split(".")[-2:] == domain.split(".")[-2:]]
+        return "" if near or not authors else by_sender
+
+    def sign(self, blocks: Iterable[bytes], sender: str, trusted: bool, now: float) -> bytes:
+        """Return the DKIM-Signature headers for a message that leaves; b"" when it is not ours to sign."""
+        if not any(map(self.files, self.config.domain)):
+            return b""
+
+        def choose(fields: Fields) -> List[Tuple[str, str, SigningKey]]:
+            path = sender.rpartition("@")[2]
+            with contextlib.suppress(ValueError):
+                path = ascii_domain(path)
+            domain = self.signing_domain(author_domains(fields), path, trusted)
+            return self.keys(domain) if domain else []
+        return sign_content(blocks, choose, now)
+
+
+def dkim_command(config: Config, arguments: List[str]) -> int:
+    """Make a key that signs a domain's mail, or show those there are, as the DNS records to publish."""
+    parser = Parser(prog="minimail.py dkim", description=dkim_command.__doc__)
+    parser.add_argument("domain", metavar="DOMAIN")
+    parser.add_argument("selector", nargs="?", metavar="SELECTOR", help="name of the key (default: mail)")
+    parser.add_argument("--type", choices=["rsa", "ed25519"], default="rsa", help="default: rsa")
+    parser.add_argument("--bits", type=int, choices=[1024, 2048, 3072, 4096], default=2048, help="of an RSA key")
+    given = parser.parse_args(arguments)
+    try:
+        domain, selector = ascii_domain(parse_domain(given.domain)), (given.selector or "mail").lower()
+        if not is_domain(selector) or not selector.isascii():
+            raise ValueError("expected a selector, as mail or 2026a")
+    except ValueError as error:
+        raise UsageError("dkim: %s" % error) from None
+    keyring = Keyring(config)
+    if given.selector or not keyring.files(domain):
+        make_key(config, keyring.file(domain, selector), given.type, given.bits)
+    for name, file in keyring.files(domain):
+        if given.selector in (None, name):
+            try:
+                print(show_key(name + "._domainkey." + domain, keyring.load(file)))
+            except ValueError as error:
+                raise CannotRun("%s: %s" % (file, error)) from None
+    return 0
+
+
+def make_key(config: Config, file: str, kind: str, bits: int) -> None:
+    """Put a new key into a file, durably, 0600; one that is there stays. OSError."""
+    storage = Storage(config.data, not config.no_sync)
+    storage.make_directory(os.path.dirname(file))
+    if not os.path.exists(file):
+        key: SigningKey = Ed25519Key.generate(bits) if kind == "ed25519" else RSAKey.generate(bits)
+        storage.write(file, pem("PRIVATE KEY", key.encode()))
+        print("; a new key, in %s" % file)
+
+
+def show_key(name: str, key: SigningKey) -> str:
+    text = key_record(key)
+    return "%s\n; where a form asks for it as one text, at %s:\n; %s" % (zone_record(name, text), name, text)
+
+
+# SRS: the Sender Rewriting Scheme, as libsrs2 and postsrsd have it. A forward's reverse-path becomes one of ours, so that SPF
+# holds at the next host, and what comes back to it finds its way.
+
+SRS_DIGITS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ234567"
+SRS_SEPARATORS = "=+-"
+
+
+def srs_hash(secret: str, *parts: str) -> str:
+    text = "".join(parts).encode("utf-8").lower()   # mail hosts may change the case
+    return base64.b64encode(hmac.new(secret.encode(), text, hashlib.sha1).digest()).decode()[:4]
+
+
+def srs_day(now: float) -> str:
+    day = int(now // 86400) % 1024
+    return SRS_DIGITS[day >> 5] + SRS_DIGITS[day & 31]
+
+
+def srs_forward(sender: Address, domain: str, secret: str, now: float) -> Address:
+    """Return the reverse-path, at our domain, under which mail from `sender` is sent on."""
+    tag, separator = sender.local[:4].upper(), sender.local[4:5]
+    if tag == "SRS0" and separator in SRS_SEPARATORS and separator:
+        host, rest = sender.domain, sender.local[4:]
+        return Address("SRS1=%s=%s=%s" % (srs_hash(secret, host, rest), host, rest), domain)
+    if tag == "SRS1" and sender.local[4:].count("=") >= 3 and separator in SRS_SEPARATORS:
+        _, host, rest = sender.local[5:].split("=", 2)
+        return Address("SRS1=%s=%s=%s" % (srs_hash(secret, host, rest), host, rest), domain)
+    day = srs_day(now)
+    return Address("SRS0=%s=%s=%s=%s" % (srs_hash(secret, day, sender.domain, sender.local), day, sender.domain, sender.local),
+                   domain)
+
+
+def srs_reverse(local: str, keys: Sequence[str], now: float) -> Optional[Address]:
+    """Return where mail to a local part of the kind goes back to; None for any other; Refused when it is forged or late."""
+    tag, separator, rest = local[:4].upper(), local[4:5], local[5:]
+    if tag not in ("SRS0", "SRS1") or not separator or separator not in SRS_SEPARATORS:
+        return None
+    parts = rest.split("=", 3 if tag == "SRS0" else 2)
+    if len(parts) != (4 if tag == "SRS0" else 3) or not all(parts) or not is_domain(parts[-2]):
+        raise Refused(550, "5.1.1", "not an address that this node made")
+    signed = parts[1:]
+    if not any(hmac.compare_digest(srs_hash(key, *signed).lower().encode(), parts[0].lower().encode()) for key in keys):
+        raise Refused(550, "5.1.1", "not an address that this node made")
+    if tag == "SRS1":
+        return Address("SRS0" + parts[2], parts[1])
+    if not is_recent(parts[1], now):
+        raise Refused(550, "5.1.1", "too late: mail could come back to this address for %d days" % SRS_DAYS)
+    return Address(parts[3], parts[2])
+
+
+def is_recent(day: str, now: float) -> bool:
+    """Return whether an SRS day is one of the last; they come round after 1,024."""
+    digits = [SRS_DIGITS.find(c) for c in day.upper()]
+    return len(digits) == 2 and min(digits) >= 0 and (int(now // 86400) - digits[0] * 32 - digits[1]) % 1024 <= SRS_DAYS
+
+
+class SRS:
+    """Rewrites reverse-paths with the secrets in DATA/srs, made when first needed; the first one signs, all are good."""
+
+    def __init__(self, config: Config, storage: Storage, clock: Callable[[], float] = time.time) -> None:
+        self.domains = [lower(domain) for domain in config.domain]
+        self.storage = storage
+        self.path = os.path.join(storage.root, "srs")
+        self.clock = clock
+        self._secrets = Reloaded(self.path, lambda lines, complain: [line for _, line in lines])
+
+    def secrets(self) -> List[str]:
+        found: List[str] = self._secrets.get()
+        if not found:
+            self._make_secret()
+            found = self._secrets.get(fresh=True)
+        return found
+
+    def _make_secret(self) -> None:
+        """Make the file, which another process may be doing, too: the first one counts. OSError."""
+        draft = self.path + "." + secrets.token_hex(4)
+        self.storage.write(draft, secrets.token_urlsafe(24).encode() + b"\n")
+        with contextlib.suppress(FileExistsError):
+            os.link(draft, self.path)
+        os.unlink(draft)
+        self.storage.sync_directory(self.storage.root)
+
+    def forward(self, sender: str) -> str:
+        """Return the reverse-path for mail that an alias sends on: ours and the null one stay. OSError."""
+        if not sender:
+            return sender
+        address = parse_address(sender)
+        if lower(address.domain) in self.domains or not address.domain or domain_literal(address.domain):
+            return sender
+        return str(srs_forward(address, self.domains[0], self.secrets()[0], self.clock()))
+
+    def reverse(self, address: Address) -> Optional[Address]:
+        """Return where mail to an address of ours goes back to; None when it is none of the kind; Refused."""
+        if lower(address.domain) not in self.domains or address.local[:3].upper() != "SRS":
+            return None
+        return srs_reverse(address.local, self.secrets(), self.clock())
+
+
+# MTA-STS (RFC 8461): what others publish about TLS to their exchangers.
+
+class STSPolicy(NamedTuple):
+    """A domain's policy, and when we got it."""
+    id: str
+    mode: str                                       # enforce, testing, none
+    mx: List[str]
+    max_age: int                                    # seconds
+    fetched_at: float = 0.0
+
+    def allows(self, host: str) -> bool:
+        """Return whether an exchanger is one of the policy's (RFC 8461 section 4.1): a * stands for one label."""
+        host = host.lower().rstrip(".")
+        return host in self.mx or "*." + host.partition(".")[2] in self.mx
+
+
+def parse_sts_record(texts: Sequence[str]) -> str:
+    """Return the id= of a domain's _mta-sts record; "" when there is none, or not just one (RFC 8461 section 3.1)."""
+    found = [text for text in texts if re.match(r"v=STSv1[ \t]*;", text)]
+    id = parse_tags(found[0]).get("id", "") if len(found) == 1 else ""
+    return id if re.fullmatch(r"[A-Za-z0-9]{1,32}", id) else ""
+
+
+def parse_sts_policy(text: bytes, id: str, now: float) -> STSPolicy:
+    """Return the policy in a file (RFC 8461 section 3.2); ValueError."""
+    values: Dict[str, List[str]] = {}
+    for line in text[:MAX_STS_POLICY].decode("utf-8", "replace").splitlines():
+        name, _, value = line.partition(":")
+        values.setdefault(name.strip(), []).append(value.strip())
+    mode, age = (values.get(name, [""])[0] for name in ("mode", "max_age"))
+    mx = [pattern.lower().rstrip(".") for pattern in values.get("mx", [])]
+    if values.get("version", [""])[0] != "STSv1":
+        raise ValueError("its version is not STSv1")
+    if mode not in ("enforce", "testing", "none"):
+        raise ValueError("its mode is none of enforce, testing, none")
+    if not re.fullmatch(r"[0-9]{1,10}", age):
+        raise ValueError("its max_age is no number of seconds")
+    if mode != "none" and not mx:
+        raise ValueError("it names no mx")
+    if not all(is_domain(pattern[2:] if pattern.startswith("*.") else pattern) for pattern in mx):
+        raise ValueError("its mx is no host")
+    return STSPolicy(id, mode, mx[:MAX_STS_HOSTS], min(int(age), 31557600), now)
+
+
+def parse_http_answer(data: bytes, limit: int) -> Tuple[int, Dict[str, str], bytes]:
+    """Return (status, headers, body so far) of an HTTP answer; ValueError for what is none or too long."""
+    head, blank, body = data.partition(b"\r\n\r\n")
+    lines = head.decode("latin-1").split("\r\n")
+    match = re.match(r"HTTP/1\.[01] (\d{3})(?: |$)", lines[0])
+    headers = {name.strip().lower(): value.strip() for name, _, value in (line.partition(":") for line in lines[1:])}
+    if not blank or not match or len(head) > 1 << 14:
+        raise ValueError("not an HTTP answer")
+    if len(body) > limit:
+        raise ValueError("longer than %d bytes" % limit)
+    return int(match.group(1)), headers, body
+
+
+class STS:
+    """The policies of others, kept in DATA/mta-sts until they are too old (RFC 8461 section 3.3)."""
+
+    def __init__(self, root: str, resolver: Any, write: Callable[[str, bytes], None],
+                 clock: Callable[[], float] = time.time, port: int = 443) -> None:
+        self.root = os.path.join(root, "mta-sts")
+        self.resolver = resolver
+        self.write = write                          # puts a file in place
+        self.clock = clock
+        self.port = port
+        self._failed: Dict[str, float] = {}         # until when not to ask again
+
+    def policy(self, domain: str) -> Optional[STSPolicy]:
+        """Return the policy that holds for mail to a domain now; None when there is none, or its mode is none.
+
+        What was once fetched holds until max_age, also when the record is gone or nothing can be fetched (section 5.1):
+        who can make them vanish must not win by it.
+        """
+        now = self.clock()
+        known = self.kept(domain)
+        try:
+            id = parse_sts_record(self.resolver.texts("_mta-sts." + domain))
+        except DNSError:
+            id = ""
+        fresh = known and known.id == id and now - known.fetched_at < STS_REFRESH
+        if id and not fresh and self._failed.get(domain, 0.0) <= now:
+            try:
+                known = self.fetch(domain, id)
+                self.keep(domain, known)
+            except (OSError, ValueError, DNSError, CannotRun) as error:
+                if len(self._failed) > 10000:
+                    self._failed = {}
+                self._failed[domain] = now + STS_RETRY      # section 3.3: not for each message
+                event("sts-failed", domain=domain, reason=printable(str(error), 200))
+        return known if known and known.mode != "none" else None
+
+    def kept(self, domain: str) -> Optional[STSPolicy]:
+        """Return the policy that was kept, if it is not too old."""
+        try:
+            with open(os.path.join(self.root, encode_name(domain)), "rb") as file:
+                policy = STSPolicy(**json.loads(file.read(4 * MAX_STS_POLICY)))
+            return policy if 0 <= self.clock() - policy.fetched_at <= policy.max_age else None
+        except (OSError, ValueError, TypeError):
+            return None
+
+    def keep(self, domain: str, policy: STSPolicy) -> None:
+        """Keep a policy over restarts; when that fails it holds for this time only."""
+        try:
+            os.makedirs(self.root, 0o700, exist_ok=True)
+            self.write(os.path.join(self.root, encode_name(domain)), json.dumps(policy._asdict()).encode())
+        except OSError as error:
+            log.warning("cannot keep the MTA-STS policy of %s: %s", domain, error)
+
+    def fetch(self, domain: str, id: str) -> STSPolicy:
+        """Fetch a policy: HTTPS, verified, no redirects, bounded size and time. OSError, ValueError, DNSError, CannotRun."""
+        try:
+            import ssl
+        except ImportError:
+            raise CannotRun("this Python has no ssl module") from None
+        host = "mta-sts." + domain
+        deadline = time.monotonic() + STS_TIMEOUT
+        failure: Optional[OSError] = None
+        for address, _ in self.resolver.addresses(host)[:MAX_EXCHANGERS]:
+            try:
+                context = ssl.create_default_context()
+                with socket.create_connection((address, self.port), timeout=STS_TIMEOUT / 3) as plain, \
+                        context.wrap_socket(plain, server_hostname=host, suppress_ragged_eofs=False) as sock:
+                    return parse_sts_policy(self._get(sock, host, deadline), id, self.clock())
+            except OSError as error:
+                failure = error
+        raise failure or OSError(errno.EHOSTUNREACH, host + " has no address")
+
+    @staticmethod
+    def _get(sock: "ssl.SSLSocket", host: str, deadline: float) -> bytes:
+        """Ask for the policy file and return it; OSError, ValueError. As HTTP/1.0: nothing comes in chunks."""
+        sock.sendall(("GET /.well-known/mta-sts.txt HTTP/1.0\r\nHost: %s\r\nUser-Agent: minimail/%s\r\n"
+                      "Connection: close\r\n\r\n" % (host, __version__)).encode())
+        data, wanted = bytearray(), 2 * MAX_STS_POLICY
+        while len(data) < wanted:
+            sock.settimeout(max(0.001, deadline - time.monotonic()))
+            block = sock.recv(BLOCK)
+            if not block:
+                break
+            at = max(0, len(data) - 3)
+            data.extend(block)
+            end = data.find(b"\r\n\r\n", at) if wanted == 2 * MAX_STS_POLICY else -1
+            length = parse_http_answer(bytes(data), 2 * MAX_STS_POLICY)[1].get("content-length", "") if end >= 0 else ""
+            if length.isdecimal() and len(length) < 10:
+                wanted = min(wanted - 1, end + 4 + int(length))
+        status, headers, body = parse_http_answer(bytes(data), MAX_STS_POLICY)
+        if status != 200 or "transfer-encoding" in headers:
+            raise ValueError("%s answered with status %d" % (host, status))     # section 3.3: no redirects
+        return body
+
+
+# SPF (RFC 7208), as others read ours: pure but for `lookup(name, type) -> texts`, which raises DNSError.
+
+SPF_TERM = re.compile(r"([+?~-]?)([A-Za-z][A-Za-z0-9_.-]*)(.*)", re.DOTALL)
+SPF_MACRO = re.compile(r"%(?:([%_-])|\{([slodiphvSLODIPHV])([0-9]{0,3})([rR]?)([.+,/_=-]*)\})")
+SPF_RESULTS = {"+": "pass", "-": "fail", "~": "softfail", "?": "neutral"}
+
+
+class SPFError(Exception):
+    """The record cannot be evaluated; `result` is permerror or temperror."""
+
+    def __init__(self, result: str, text: str) -> None:
+        super().__init__(text)
+        self.result = result
+
+
+class SPFTerm(NamedTuple):
+    """A mechanism or modifier of a record."""
+    result: str                                     # when it matches
+    name: str
+    value: str                                      # behind : or =, a domain maybe with macros
+    size4: int                                      # prefix lengths to compare by
+    size6: int
+
+
+def parse_spf(text: str) -> List[SPFTerm]:
+    """Return the terms of a record behind its version (RFC 7208 section 4.6.1); SPFError."""
+    terms = []
+    for word in text.split(" ")[1:]:
+        if word:
+            terms.append(parse_spf_term(word))
+    for name in "redirect", "exp":
+        if sum(term.name == name + "=" for term in terms) > 1:
+            raise SPFError("permerror", "more than one %s=" % name)
+    return terms
+
+
+def parse_spf_term(word: str) -> SPFTerm:
+    """Return one term, its name with a = behind when it is a modifier; SPFError."""
+    wrong = SPFError("permerror", "wrong term: " + printable(word, 80))
+    match = SPF_TERM.fullmatch(word)
+    if not match or not word.isascii():
+        raise wrong
+    sign, name, rest = match.groups()
+    name = name.lower()
+    if rest.startswith("="):
+        if sign or (name in ("redirect", "exp") and len(rest) < 2):
+            raise wrong
+        spf_check_macros(rest)
+        return SPFTerm("", name + "=", rest[1:], 0, 0)
+    result = SPF_RESULTS[sign or "+"]
+    if name in ("ip4", "ip6"):
+        address, _, size = rest[1:].partition("/")
+        limit = 32 if name == "ip4" else 128
+        try:
+            parsed = (ipaddress.IPv4Address if name == "ip4" else ipaddress.IPv6Address)(address)
+            sizes = prefix_length(size, limit) if "/" in rest else limit
+        except ValueError:
+            raise wrong from None
+        if not rest.startswith(":"):
+            raise wrong
+        return SPFTerm(result, name, str(parsed), sizes, sizes)
+    value, size4, size6 = rest, 32, 128
+    if name in ("a", "mx"):
+        found = re.fullmatch(r"(.*?)(?:/([0-9]+))?(?://([0-9]+))?", rest)
+        try:
+            assert found
+            value = found.group(1)
+            size4 = prefix_length(found.group(2), 32) if found.group(2) else 32
+            size6 = prefix_length(found.group(3), 128) if found.group(3) else 128
+        except ValueError:
+            raise wrong from None
+    optional = name in ("a", "mx", "ptr")
+    if name not in ("all", "include", "exists", "a", "mx", "ptr") or (name == "all" and value) or (
+            name != "all" and not value.startswith(":") and not (optional and not value)) or value == ":":
+        raise wrong
+    spf_check_macros(value)
+    return SPFTerm(result, name, value[1:], size4, size6)
+
+
+def prefix_length(text: str, limit: int) -> int:
+    """Return the number behind a slash; ValueError."""
+    if not re.fullmatch(r"0|[1-9][0-9]{0,2}", text) or int(text) > limit:
+        raise ValueError("bad prefix length")
+    return int(text)
+
+
+def spf_check_macros(text: str) -> None:
+    if "%" in SPF_MACRO.sub("", text):
+        raise SPFError("permerror", "bad macro in " + printable(text, 80))
+
+
+class SPF:
+    """One evaluation: may a host send mail from `sender`? `lookups` counts the terms that cost the reader a question."""
+
+    def __init__(self, lookup: Callable[[str, str], List[str]], host: str, sender: str, helo: str = "") -> None:
+        self.lookup = lookup
+        self.host = ipaddress.ip_address(host)
+        self.sender = sender if "@" in sender else "postmaster@" + (sender or helo)
+        self.helo = helo
+        self.lookups = self.voids = 0
+        self.reason = ""                            # what decided
+
+    def check(self, domain: str) -> str:
+        """Return none, neutral, pass, fail, softfail, temperror or permerror (RFC 7208 section 2.6)."""
+        try:
+            return self._evaluate(domain.lower().rstrip("."), 0)
+        except SPFError as error:
+            self.reason = str(error)
+            return error.result
+
+    def _ask(self, name: str, type: str) -> List[str]:
+        """Return what DNS says; SPFError. More than two questions without an answer are an error (section 4.6.4)."""
+        try:
+            found = self.lookup(name, type)
+        except NoSuchDomain:
+            found = []
+        except DNSError as error:
+            raise SPFError("temperror", "%s: %s" % (name, error)) from None
+        if not found and type != "TXT":
+            self.voids += 1
+            if self.voids > MAX_SPF_VOIDS:
+                raise SPFError("permerror", "more than %d names without an answer" % MAX_SPF_VOIDS)
+        return found
+
+    def record(self, domain: str) -> Optional[str]:
+        """Return the record of a domain; SPFError when there are several (section 4.5)."""
+        if not is_domain(domain) or "." not in domain:
+            return None
+        found = [text for text in self._ask(domain, "TXT") if re.match(r"v=spf1(?: |$)", text, re.IGNORECASE)]
+        if len(found) > 1:
+            raise SPFError("permerror", "%s has %d SPF records" % (domain, len(found)))
+        return found[0] if found else None
+
+    def _evaluate(self, domain: str, depth: int) -> str:
+        text = self.record(domain)
+        if text is None:
+            return "none"
+        terms = parse_spf(text)
+        for term in terms:
+            if not term.name.endswith("=") and self._matches(term, domain, depth):
+                self.reason = self.reason if term.name == "include" else "%s in the record of %s" % (term.name, domain)
+                return term.result
+        for term in terms:
+            if term.name == "redirect=" and not any(term.name == "all" for term in terms):
+                self._count(depth)
+                result = self._evaluate(self._expand(term.value, domain), depth + 1)
+                if result == "none":
+                    raise SPFError("permerror", "redirect= leads to no record")
+                return result
+        self.reason = "nothing in the record of %s matches" % domain
+        return "neutral"
+
+    def _count(self, depth: int) -> None:
+        self.lookups += 1
+        if self.lookups > MAX_SPF_LOOKUPS or depth > MAX_SPF_LOOKUPS:
+            raise SPFError("permerror", "more than %d look-ups" % MAX_SPF_LOOKUPS)
+
+    def _matches(self, term: SPFTerm, domain: str, depth: int) -> bool:
+        if term.name == "all":
+            return True
+        if term.name in ("ip4", "ip6"):
+            return self._is_in(term.value, term)
+        self._count(depth)
+        target = self._expand(term.value, domain) if term.value else domain
+        if term.name == "include":
+            result = self._evaluate(target, depth + 1)
+            if result == "none":
+                raise SPFError("permerror", "include:%s has no record" % target)
+            return result == "pass"
+        if term.name == "exists":
+            return bool(self._ask(target, "A"))
+        if term.name == "ptr":
+            return any(name == target or name.endswith("." + target) for name in self._names())
+        hosts = self._ask(target, "MX") if term.name == "mx" else [target]
+        if len(hosts) > MAX_SPF_LOOKUPS:
+            raise SPFError("permerror", "%s has more than %d exchangers" % (target, MAX_SPF_LOOKUPS))
+        type = "A" if self.host.version == 4 else "AAAA"
+        return any(self._is_in(address, term) for host in hosts if host for address in self._ask(host, type))
+
+    def _is_in(self, address: str, term: SPFTerm) -> bool:
+        size = term.size4 if self.host.version == 4 else term.size6
+        return ipaddress.ip_address(address).version == self.host.version and \
+            self.host in ipaddress.ip_network("%s/%d" % (address, size), strict=False)
+
+    def _names(self) -> List[str]:
+        """Return the host's names that lead back to it (section 5.5)."""
+        type = "A" if self.host.version == 4 else "AAAA"
+        found = []
+        for name in self._ask(self.host.reverse_pointer, "PTR")[:MAX_SPF_LOOKUPS]:
+            try:
+                if str(self.host) in self._ask(name, type):
+                    found.append(name.lower().rstrip("."))
+            except SPFError:
+                break
+        return found
+
+    def _expand(self, text: str, domain: str) -> str:
+        """Return a domain with its macros replaced (section 7)."""
+        local, _, sender_domain = self.sender.rpartition("@")
+        host = ".".join("%x" % (byte >> shift & 15) for byte in self.host.packed for shift in (4, 0)) \
+            if self.host.version == 6 else str(self.host)
+        values = {"s": self.sender, "l": local, "o": sender_domain, "d": domain, "i": host, "p": "unknown",
+                  "v": "in-addr" if self.host.version == 4 else "ip6", "h": self.helo or domain}
+
+        def replace(match: "re.Match[str]") -> str:
+            literal, letter, digits, turned, delimiters = match.groups()
+            if literal:
+                return {"%": "%", "_": " ", "-": "%20"}[literal]
+            parts = re.split("[%s]" % re.escape(delimiters or "."), values[letter.lower()])
+            parts = parts[::-1] if turned else parts
+            value = ".".join(parts[-int(digits):] if digits and int(digits) else parts)
+            from urllib.parse import quote
+            return quote(value, safe="") if letter.isupper() else value
+        expanded = SPF_MACRO.sub(replace, text).lower().rstrip(".")
+        while len(expanded) > 253 and "." in expanded:
+            expanded = expanded.partition(".")[2]
+        return expanded
+
+
+# The doctor.
+
+class Finding(NamedTuple):
+    """What `check` found: ok, note (not wrong, but look at it), wrong or skipped; and the records to publish."""
+    domain: str
+    check: str
+    status: str
+    text: str
+    advice: str = ""
+    records: Tuple[str, ...] = ()
+
+
+class Doctor:
+    """Looks at a node's standing from outside and inside. A method check_NAME() yields what it found out about NAME.
+
+    It asks DNS only, and with `connect` the node's own addresses.
+    """
+
+    ORDER = ("hostname", "mx", "ptr", "spf", "dkim", "dmarc", "mta_sts", "certificate", "addresses")
+    MACHINE = ("clock", "data", "queue")
+
+    def __init__(self, config: Config, hostname: str, resolver: Any, connect: bool = False,
+                 clock: Callable[[], float] = time.time) -> None:
+        self.config = config
+        self.hostname = hostname
+        self.resolver = resolver
+        self.connect = connect
+        self.clock = clock
+        self.domain = ""                            # the one that is looked at
+        self.addresses: List[str] = []              # of the hostname
+        self.keyring = Keyring(config, hostname)
+
+    def examine(self, domains: Sequence[str]) -> Iterator[Finding]:
+        """Yield all findings, domain by domain, then those about the machine."""
+        for domain in domains:
+            self.domain = ascii_domain(domain)
+            yield from self._run(self.ORDER)
+        self.domain = ""
+        yield from self._run(self.MACHINE)
+
+    def _run(self, names: Sequence[str]) -> Iterator[Finding]:
+        for name in names:
+            try:
+                yield from getattr(self, "check_" + name)()
+            except DNSFailure as error:
+                yield self.wrong(name, "no answer from DNS: %s" % error, "ask again; if it stays so, look at the name servers")
+
+    def found(self, check: str, status: str, text: str, advice: str = "", *records: str) -> Finding:
+        return Finding(self.domain, check.replace("_", "-"), status, printable(text, 1000), advice, records)
+
+    def ok(self, check: str, text: str) -> Finding:
+        return self.found(check, "ok", text)
+
+    def note(self, check: str, text: str, advice: str = "", *records: str) -> Finding:
+        return self.found(check, "note", text, advice, *records)
+
+    def wrong(self, check: str, text: str, advice: str, *records: str) -> Finding:
+        return self.found(check, "wrong", text, advice, *records)
+
+    def texts(self, name: str, version: str) -> List[str]:
+        """Return the TXT records at a name that begin with a version tag; DNSFailure."""
+        try:
+            return [text for text in self.resolver.texts(name) if re.match(re.escape(version) + r"\s*(;|$)", text)]
+        except NoSuchDomain:
+            return []
+
+    def check_hostname(self) -> Iterator[Finding]:
+        name, advice = self.hostname, "give the machine's name in DNS: --hostname NAME"
+        self.addresses = []
+        if "." not in name:
+            yield self.wrong("hostname", "%s is not a full name" % name, advice)
+            return
+        with contextlib.suppress(NoSuchDomain):
+            self.addresses = [address for address, _ in self.resolver.addresses(name)]
+        private = [address for address in self.addresses if not ipaddress.ip_address(address).is_global]
+        if not self.addresses:
+            yield self.wrong("hostname", "%s has no address in DNS" % name, "publish one (with this machine's address)",
+                             "%s. IN A 192.0.2.1" % name)
+        elif private:
+            yield self.note("hostname", "%s has an address that nobody else reaches: %s" % (name, ", ".join(private)))
+        else:
+            yield self.ok("hostname", "%s has the addresses %s" % (name, ", ".join(self.addresses)))
+
+    def check_mx(self) -> Iterator[Finding]:
+        record = "%s. IN MX 10 %s." % (self.domain, self.hostname)
+        try:
+            records = sorted(self.resolver.mx(self.domain))
+        except NoSuchDomain:
+            yield self.wrong("mx", "the domain %s does not exist in DNS" % self.domain, "register it, and publish", record)
+            return
+        leads = []
+        for preference, host, _ in records:
+            with contextlib.suppress(NoSuchDomain):
+                if host == self.hostname or (host and {address for address, _ in self.resolver.addresses(host)}
+                                             & set(self.addresses)):
+                    leads.append((preference, host))
+        if not leads:
+            shown = ", ".join(host or "." for _, host, _ in records)
+            yield self.wrong("mx", "MX leads to %s, not here" % shown if records else "no MX record", "publish", record)
+        elif leads[0][0] > records[0][0]:
+            yield self.note("mx", "MX leads here, but to %s before" % records[0][1], "as a backup only?")
+        else:
+            yield self.ok("mx", "MX leads here, to %s" % leads[0][1])
+
+    def check_ptr(self) -> Iterator[Finding]:
+        for address in self.addresses:
+            names: List[str] = []
+            with contextlib.suppress(NoSuchDomain):
+                names = self.resolver.names(address)
+            if self.hostname in names:
+                yield self.ok("ptr", "%s is %s" % (address, self.hostname))
+            else:
+                yield self.wrong("ptr", "%s is %s, not %s" % (address, " ".join(names) or "nobody", self.hostname),
+                                 "have the owner of the address (the VPS's provider) name it",
+                                 "%s. IN PTR %s." % (ipaddress.ip_address(address).reverse_pointer, self.hostname))
+
+    def check_spf(self) -> Iterator[Finding]:
+        record, advice = zone_record(self.domain, "v=spf1 mx -all"), "publish"
+        first = SPF(self.resolver.texts_of, "192.0.2.1", "postmaster@" + self.domain, self.hostname)
+        result = first.check(self.domain)           # of an address that nobody has: every term is looked at
+        if result == "none":
+            yield self.wrong("spf", "no SPF record", advice, record)
+        elif result in ("permerror", "temperror"):
+            yield self.wrong("spf", "the record cannot be used: %s" % first.reason, "correct it, maybe to", record)
+        elif result == "pass":
+            yield self.wrong("spf", "the record lets anybody send: %s" % first.reason, "end it in -all or ~all", record)
+        elif self.config.smarthost:
+            yield self.note("spf", "the record uses %d of %d look-ups" % (first.lookups, MAX_SPF_LOOKUPS),
+                            "it has to let the smarthost %s send: see what its owner says" % self.config.smarthost.host)
+        else:
+            for address in self.addresses:
+                spf = SPF(self.resolver.texts_of, address, "postmaster@" + self.domain, self.hostname)
+                result = spf.check(self.domain)
+                text = "%s: %s (%s); %d of %d look-ups" % (address, result, spf.reason, first.lookups, MAX_SPF_LOOKUPS)
+                yield self.ok("spf", text) if result == "pass" else self.wrong(
+                    "spf", text, "let the record allow this address, maybe with", record)
+
+    def check_dkim(self) -> Iterator[Finding]:
+        if not self.keyring.files(self.domain):
+            yield self.wrong("dkim", "no key: mail leaves unsigned", "make one: minimail.py dkim %s" % self.domain)
+        for selector, file in self.keyring.files(self.domain):
+            name = selector + "._domainkey." + self.domain
+            try:
+                key = self.keyring.load(file)
+                unsafe = os.name != "nt" and os.stat(file).st_mode & 0o077
+            except (OSError, ValueError) as error:
+                yield self.wrong("dkim", "%s: %s" % (file, error), "make another: minimail.py dkim %s NAME" % self.domain)
+                continue
+            texts: List[str] = []
+            with contextlib.suppress(NoSuchDomain):
+                texts = self.resolver.texts(name)
+            misfits = [record_misfit(text, key) for text in texts]
+            record = zone_record(name, key_record(key))
+            if unsafe:
+                yield self.wrong("dkim", "others may read the key %s" % file, "chmod 600 %s" % file)
+            if not texts:
+                yield self.wrong("dkim", "the key %s is not published" % selector, "publish", record)
+            elif len(texts) > 1 or misfits[0]:
+                yield self.wrong("dkim", "%s: %s" % (name, misfits[0] or "several records"), "publish in its place", record)
+            elif key.kind == "rsa" and key.bits < 2048:
+                yield self.note("dkim", "the key %s fits, but has %d bits only" % (selector, key.bits),
+                                "make another: minimail.py dkim %s NAME" % self.domain)
+            else:
+                yield self.ok("dkim", "the key %s (%s, %d bits) is published, and a test signature verifies" % (
+                    selector, key.kind, key.bits))
+
+    def check_dmarc(self) -> Iterator[Finding]:
+        record = zone_record("_dmarc." + self.domain, "v=DMARC1; p=none; rua=mailto:postmaster@" + self.domain)
+        place, found = "", []
+        labels = self.domain.split(".")
+        for start in range(max(1, len(labels) - 1)):    # RFC 7489 section 6.6.3: else that of the domain above
+            place = "_dmarc." + ".".join(labels[start:])
+            found = self.texts(place, "v=DMARC1")
+            if found:
+                break
+        policy = parse_tags(found[0]).get("p", "") if found else ""
+        if not found:
+            yield self.wrong("dmarc", "no DMARC record", "publish, and p=quarantine once all is well", record)
+        elif len(found) > 1 or policy.lower() not in ("none", "quarantine", "reject"):
+            yield self.wrong("dmarc", "%s: %s" % (place, "several records" if len(found) > 1 else "its p= is none of "
+                             "none, quarantine, reject"), "publish in its place", record)
+        else:                                       # we sign with d= and send with a reverse-path of the very domain
+            yield self.ok("dmarc", "p=%s at %s; what we sign is aligned with From" % (policy, place))
+
+    def check_mta_sts(self) -> Iterator[Finding]:
+        reports = self.texts("_smtp._tls." + self.domain, "v=TLSRPTv1")
+        if len(reports) > 1 or (reports and not re.match(r"(mailto|https):", parse_tags(reports[0]).get("rua", ""))):
+            yield self.wrong("mta_sts", "the TLS reporting record is wrong: it needs one rua=mailto: or https:", "publish",
+                             zone_record("_smtp._tls." + self.domain, "v=TLSRPTv1; rua=mailto:postmaster@" + self.domain))
+        texts = self.texts("_mta-sts." + self.domain, "v=STSv1")
+        if not texts:
+            yield self.ok("mta_sts", "none published: TLS to here is an opportunity")
+            return
+        if not parse_sts_record(texts):
+            yield self.wrong("mta_sts", "the record at _mta-sts.%s is wrong" % self.domain, "publish in its place",
+                             zone_record("_mta-sts." + self.domain, "v=STSv1; id=%d" % self.clock()))
+            return
+        if not self.connect:
+            yield self.note("mta_sts", "published; the policy itself is fetched with --connect only")
+            return
+        try:
+            policy = STS(self.config.data, self.resolver, lambda path, data: None, self.clock).fetch(self.domain, "check")
+        except (OSError, ValueError, DNSError, CannotRun) as error:
+            yield self.wrong("mta_sts", "the policy of %s cannot be fetched: %s" % (self.domain, error),
+                             "let https://mta-sts.%s/.well-known/mta-sts.txt answer with it" % self.domain)
+            return
+        missing = [host for _, host, _ in self.resolver.mx(self.domain) if not policy.allows(host)]
+        if missing and policy.mode != "none":
+            yield self.wrong("mta_sts", "the policy does not name the exchanger %s" % missing[0], "add it: mx: " + missing[0])
+        else:
+            yield self.ok("mta_sts", "policy %s, for %d days, names all exchangers" % (policy.mode, policy.max_age // 86400))
+
+    def check_certificate(self) -> Iterator[Finding]:
+        if not self.config.tls_cert:
+            yield self.wrong("certificate", "no certificate: mail comes in clear", "get one for %s, and --tls-cert FILE "
+                             "--tls-key FILE" % self.hostname)
+            return
+        try:
+            with open(self.config.tls_cert, "rb") as file:
+                certificate = read_certificate(file.read(MAX_KEY_FILE + 1))
+        except (OSError, ValueError) as error:
+            yield self.wrong("certificate", "%s: %s" % (self.config.tls_cert, error), "give a certificate in PEM form")
+            return
+        days = (certificate.not_after - self.clock()) / 86400
+        fits = STSPolicy("", "", certificate.names, 0).allows(self.hostname)
+        text = "for %s, %d days left" % (", ".join(certificate.names[:5]) or "nobody", days)
+        if days <= 0 or not fits:
+            yield self.wrong("certificate", text if days > 0 else "it has ended", "get a new one for %s" % self.hostname)
+        elif days < 14:
+            yield self.note("certificate", text, "is it renewed by itself?")
+        else:
+            yield self.ok("certificate", text)
+
+    def check_addresses(self) -> Iterator[Finding]:
+        accounts = Accounts(self.config.file("users"))
+        book = AddressBook(self.config.domain, accounts, self.config.file("aliases"), self.config.catch_all, self.hostname)
+        for name in "postmaster", "abuse":
+            try:
+                found = book.resolve(Address(name, self.domain))
+            except Refused as refused:
+                yield self.wrong("addresses", "%s@%s: %s" % (name, self.domain, refused.reply),
+                                 "add an alias: %s@%s: YOU@%s" % (name, self.domain, self.domain))
+                continue
+            readers = [box for box in found.mailboxes if box in accounts.names()] + [str(address) for address in found.remote]
+            if readers:
+                yield self.ok("addresses", "%s@%s arrives at %s" % (name, self.domain, ", ".join(readers[:5])))
+            else:
+                yield self.note("addresses", "%s@%s is kept, but nobody can log in to read it" % (name, self.domain),
+                                "add an alias in %s: %s@%s: YOU@%s" % (
+                                    self.config.file("aliases"), name, self.domain, self.domain))
+        if self.connect:
+            yield from self.ports()
+
+    def ports(self) -> Iterator[Finding]:
+        """Yield whether the node's own addresses answer on the port to which others send."""
+        for address in self.addresses:
+            try:
+                with socket.create_connection((address, self.config.mx_port), timeout=10.0) as sock:
+                    greeting = sock.recv(MAX_REPLY_LINE)
+            except OSError as error:
+                yield self.wrong("port", "%s does not answer on port %d: %s" % (address, self.config.mx_port, error),
+                                 "listen there (--smtp 0.0.0.0:25), and open the port in firewall and provider's panel")
+                continue
+            if greeting.startswith(b"220") and self.hostname.encode() in greeting:
+                yield self.ok("port", "%s answers on port %d as %s" % (address, self.config.mx_port, self.hostname))
+            else:
+                yield self.wrong("port", "at %s somebody else answers: %s" % (address, printable(greeting, 100)),
+                                 "does another mail server run there?")
+
+    def check_clock(self) -> Iterator[Finding]:
+        synchronized = clock_is_synchronized()
+        if synchronized is None:
+            yield self.found("clock", "skipped", "this platform does not tell whether something sets it")
+        elif synchronized:
+            yield self.ok("clock", "set by NTP")
+        else:
+            yield self.note("clock", "nobody sets it", "install a time service, as chrony or systemd-timesyncd")
+
+    def check_data(self) -> Iterator[Finding]:
+        root = self.config.data
+        try:
+            info = os.stat(root)
+        except OSError as error:
+            yield self.wrong("data", "%s: %s" % (root, error.strerror), "start the node once, or give its --data DIR")
+            return
+        if os.name != "nt" and info.st_mode & 0o077:
+            yield self.wrong("data", "others may look into %s" % root, "chmod 700 %s" % root)
+        kind = file_system(root)
+        missing = broken_promises(root)
+        if missing:
+            yield self.wrong("data", "%s (%s) breaks promises: %s" % (root, kind, ", ".join(missing)), "use a local disk")
+        elif kind in ("tmpfs", "ramfs"):
+            yield self.wrong("data", "%s is in memory (%s): all mail is gone at a reboot" % (root, kind), "use a disk")
+        elif kind in ("nfs", "nfs4", "cifs", "smb3", "9p", "fuse.sshfs"):
+            yield self.note("data", "%s is on a network (%s)" % (root, kind), "one node only, and a server that keeps locks")
+        else:
+            yield self.ok("data", "%s is ours alone, on %s, which flushes, links, renames and locks" % (root, kind))
+
+    def check_queue(self) -> Iterator[Finding]:
+        """What the queue knows about the way out: when nobody at all can be reached, the port is closed."""
+        queue = Queue(Storage(self.config.data), self.config)
+        replies = [recipient["last_reply"] for entry in map(queue.read, itertools.islice(queue.places(), 1000)) if entry
+                   for recipient in entry.waiting() if recipient["last_reply"]]
+        silent = sum("cannot connect" in reply for reply in replies)
+        if silent > 1 and silent == len(replies):
+            yield self.wrong("queue", "all %d recipients that wait cannot be connected to" % silent,
+                             "is port 25 closed on the way out? Ask the provider, or use --smarthost")
+        else:
+            yield self.ok("queue", "%d recipients wait, %d of them for a host that does not answer" % (len(replies), silent))
+
+
+def clock_is_synchronized() -> Optional[bool]:
+    """Return what the kernel knows (adjtimex(2)); None when it does not tell."""
+    if not sys.platform.startswith("linux"):
+        return None
+    try:
+        import ctypes
+        state: int = ctypes.CDLL(None).adjtimex(ctypes.create_string_buffer(512))
+    except (ImportError, OSError, AttributeError):
+        return None
+    return None if state < 0 else state != 5        # TIME_ERROR
+
+
+def file_system(path: str) -> str:
+    """Return the kind of file system a path is on, "unknown" where /proc does not tell."""
+    best, kind = "", "unknown"
+    path = os.path.realpath(path) + "/"
+    with contextlib.suppress(OSError), open("/proc/self/mounts", encoding="utf-8", errors="replace") as file:
+        for line in file:
+            _, place, name = line.split(" ")[:3]
+            if path.startswith(place.rstrip("/") + "/") and len(place) >= len(best):
+                best, kind = place, name
+    return kind
+
+
+def must_lock(fd: int) -> None:
+    if not lock_file(fd):
+        raise OSError(errno.ENOLCK, "no locks")
+
+
+def broken_promises(root: str) -> List[str]:
+    """Return what the file system of a directory does not do of all we rely on."""
+    missing = []
+    first, second = (os.path.join(root, ".check-" + secrets.token_hex(4)) for _ in range(2))
+    try:
+        fd = os.open(first, os.O_CREAT | os.O_EXCL | os.O_RDWR | O_EXTRA, 0o600)
+    except OSError as error:
+        return ["making files (%s)" % error.strerror]
+    steps: List[Tuple[str, Callable[[], Any]]] = [
+        ("fsync", lambda: os.fsync(fd)), ("locks", lambda: must_lock(fd)),
+        ("links", lambda: os.link(first, second)), ("rename", lambda: os.replace(second, first + "x"))]
+    for name, act in steps:
+        try:
+            act()
+        except OSError:
+            missing.append(name)
+    close_quietly(fd)
+    for path in first, second, first + "x":
+        with contextlib.suppress(OSError):
+            os.unlink(path)
+    return missing
+
+
+def check_command(config: Config, arguments: List[str]) -> int:
+    """Look at the node's standing: what others' servers see of it, and what to do about it. Status 1 if something is wrong."""
+    parser = Parser(prog="minimail.py check", description=check_command.__doc__)
+    parser.add_argument("domain", nargs="?", metavar="DOMAIN", help="default: every --domain")
+    parser.add_argument("--json", action="store_true", help="print a JSON list")
+    parser.add_argument("--connect", action="store_true", help="also connect to the node's own addresses")
+    given = parser.parse_args(arguments)
+    try:
+        domains = [parse_domain(given.domain)] if given.domain else list(config.domain)
+    except ValueError as error:
+        raise UsageError("check %s: %s" % (printable(given.domain), error)) from None
+    if not domains:
+        raise UsageError("check: which domain? Name it, or give --domain or --data of the node")
+    if given.domain and domains[0] not in config.domain:
+        config = dataclasses.replace(config, domain=config.domain + (domains[0],))
+    hostname = config.hostname or socket.gethostname().lower()
+    doctor = Doctor(config, hostname, Resolver(config.dns), given.connect)
+    findings = []
+    for finding in doctor.examine(domains):
+        findings.append(finding)
+        if not given.json:
+            print("%-7s %s: %s%s" % (finding.status, finding.check, finding.text, finding.advice and " -- " + finding.advice),
+                  flush=True)
+    wrong = [finding for finding in findings if finding.status == "wrong"]
+    if given.json:
+        print(json.dumps([finding._asdict() for finding in findings], indent=1))
+    else:
+        print_records(findings)
+        print("%d things are wrong" % len(wrong) if wrong else "nothing is wrong")
+    return 1 if wrong else 0
+
+
+def print_records(findings: Sequence[Finding]) -> None:
+    records = list(dict.fromkeys(record for finding in findings for record in finding.records))
+    if records:
+        print("\n; to publish:\n" + "\n".join(records) + "\n")
+
+
+REGISTRY["standing"] = {"Keyring": Keyring, "SRS": SRS, "STS": STS}
+COMMANDS.update(dkim=dkim_command, check=check_command)
 
 
 # ======================================================================================================================
