@@ -2423,8 +2423,8 @@ def open_stores(config: Config, clock: Callable[[], float] = time.time) -> Store
 #    Knows nothing of mail but the MX record. Optional, with 9 to 12.
 # ======================================================================================================================
 
-A, NS, CNAME, SOA, PTR, MX, TXT, AAAA, OPT = 1, 2, 5, 6, 12, 15, 16, 28, 41
-TYPES = {"A": A, "CNAME": CNAME, "SOA": SOA, "PTR": PTR, "MX": MX, "TXT": TXT, "AAAA": AAAA}
+A, NS, CNAME, SOA, MX, AAAA, OPT = 1, 2, 5, 6, 15, 28, 41
+TYPES = {"A": A, "CNAME": CNAME, "SOA": SOA, "MX": MX, "AAAA": AAAA}
 NOERROR, FORMERR, SERVFAIL, NXDOMAIN, NOTIMP = 0, 1, 2, 3, 4
 UDP_SIZE = 1232                                     # what we take over UDP: no fragments (DNS flag day 2020)
 MAX_CNAMES = 8
@@ -2513,17 +2513,6 @@ def decode_domain(packet: bytes, offset: int) -> Tuple[str, int]:
         offset += size
 
 
-def decode_text_record(data: bytes) -> str:
-    """Return the strings of a TXT record as one text; ValueError."""
-    parts, at = [], 0
-    while at < len(data):
-        parts.append(data[at + 1:at + 1 + data[at]])
-        at += 1 + data[at]
-    if at != len(data):
-        raise ValueError("bad TXT record")
-    return b"".join(parts).decode("utf-8", "backslashreplace")
-
-
 def decode_record(packet: bytes, offset: int) -> Tuple[Record, int]:
     """Return (record, offset behind it); ValueError."""
     name, offset = decode_domain(packet, offset)
@@ -2539,15 +2528,13 @@ def decode_record(packet: bytes, offset: int) -> Tuple[Record, int]:
         if size != (4 if type == A else 16):
             raise ValueError("bad address size")
         data = socket.inet_ntop(socket.AF_INET if type == A else socket.AF_INET6, packet[offset:end])
-    elif type in (CNAME, PTR, MX) and klass == 1:
+    elif type in (CNAME, MX) and klass == 1:
         start = offset + (2 if type == MX else 0)
         data, behind = decode_domain(packet, start)
         if behind != end or start > end:
             raise ValueError("bad record data")
         if type == MX:
             data = (packet[offset] << 8 | packet[offset + 1], data)
-    elif type == TXT and klass == 1:
-        data = decode_text_record(packet[offset:end])
     elif type == SOA and klass == 1:
         _, behind = decode_domain(packet, offset)
         _, behind = decode_domain(packet, behind)
@@ -2635,19 +2622,6 @@ class Resolver:
         if failure and not found:
             raise failure
         return found
-
-    def texts(self, name: str) -> List[str]:
-        """Return the TXT records of a name, each as one text. NoSuchDomain, DNSFailure."""
-        return [record.data for record in self.query(name, TXT)]
-
-    def names(self, address: str) -> List[str]:
-        """Return the names of an IP address. NoSuchDomain, DNSFailure."""
-        return [record.data for record in self.query(ipaddress.ip_address(address).reverse_pointer, PTR)]
-
-    def texts_of(self, name: str, type: str) -> List[str]:
-        """Return a name's records of a type, as texts; of an MX the host, the best first. NoSuchDomain, DNSFailure."""
-        found = [record.data for record in self.query(name, TYPES[type])]
-        return [host for _, host in sorted(found)] if type == "MX" else found
 
     def _cached(self, name: str, type: int) -> List[Record]:
         key = (name.lower().rstrip("."), type)
@@ -2774,9 +2748,6 @@ def encode_answer(query: bytes, records: Sequence[Record], rcode: int = NOERROR,
             data = socket.inet_pton(socket.AF_INET if record.type == A else socket.AF_INET6, record.data)
         elif record.type == MX:
             data = struct.pack(">H", record.data[0]) + encode_domain(record.data[1])
-        elif record.type == TXT:
-            text = record.data.encode("utf-8")
-            data = b"".join(bytes([len(text[i:i + 255])]) + text[i:i + 255] for i in range(0, len(text), 255)) or b"\0"
         else:
             data = encode_domain(record.data)
         packet += encode_domain(record.name) + struct.pack(">HHIH", record.type, 1, record.ttl, len(data)) + data
@@ -2805,7 +2776,7 @@ class Zone:
         for _ in range(MAX_CNAMES):
             if name not in self.names:
                 return found, NXDOMAIN
-            items = [item.split(" ", 1) if item.startswith("TXT ") else item.split() for item in self.names[name]]
+            items = [item.split() for item in self.names[name]]
             if ["SERVFAIL"] in items or ["REFUSED"] in items:
                 return [], SERVFAIL if ["SERVFAIL"] in items else 5
             found += [Record(name, type, self.ttl, (int(item[1]), item[2].rstrip(".")) if type == MX else item[-1])
@@ -5178,7 +5149,7 @@ class STS:
         now = self.clock()
         known = self.kept(domain)
         try:
-            id = parse_sts_record(self.resolver.texts("_mta-sts." + domain))
+            id = parse_sts_record(self.resolver.lookup("_mta-sts." + domain))
         except DNSError:
             id = ""
         fresh = known and known.id == id and now - known.fetched_at < STS_REFRESH
@@ -5533,7 +5504,7 @@ class Doctor:
     def texts(self, name: str, version: str) -> List[str]:
         """Return the TXT records at a name that begin with a version tag; DNSFailure."""
         try:
-            return [text for text in self.resolver.texts(name) if re.match(re.escape(version) + r"\s*(;|$)", text)]
+            return [text for text in self.resolver.lookup(name) if re.match(re.escape(version) + r"\s*(;|$)", text)]
         except NoSuchDomain:
             return []
 
@@ -5589,7 +5560,7 @@ class Doctor:
 
     def check_spf(self) -> Iterator[Finding]:
         record, advice = zone_record(self.domain, "v=spf1 mx -all"), "publish"
-        first = SPF(self.resolver.texts_of, "192.0.2.1", "postmaster@" + self.domain, self.hostname)
+        first = SPF(self.lookup_of, "192.0.2.1", "postmaster@" + self.domain, self.hostname)
         result = first.check(self.domain)           # of an address that nobody has: every term is looked at
         if result == "none":
             yield self.wrong("spf", "no SPF record", advice, record)
@@ -5602,7 +5573,7 @@ class Doctor:
                             "it has to let the smarthost %s send: see what its owner says" % self.config.smarthost.host)
         else:
             for address in self.addresses:
-                spf = SPF(self.resolver.texts_of, address, "postmaster@" + self.domain, self.hostname)
+                spf = SPF(self.lookup_of, address, "postmaster@" + self.domain, self.hostname)
                 result = spf.check(self.domain)
                 text = "%s: %s (%s); %d of %d look-ups" % (address, result, spf.reason, first.lookups, MAX_SPF_LOOKUPS)
                 yield self.ok("spf", text) if result == "pass" else self.wrong(
@@ -5621,7 +5592,7 @@ class Doctor:
                 continue
             texts: List[str] = []
             with contextlib.suppress(NoSuchDomain):
-                texts = self.resolver.texts(name)
+                texts = self.resolver.lookup(name)
             misfits = [record_misfit(text, key) for text in texts]
             record = zone_record(name, key_record(key))
             if unsafe:
