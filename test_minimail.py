@@ -2000,9 +2000,8 @@ class ResolverTest(unittest.TestCase):
             with self.assertRaises(minimail.DNSFailure):
                 self.ask(server)
 
-    def test_answers_are_cached_between_floor_and_cap(self):
-        for ttl, held, gone in (60, 59, 61), (0, minimail.TTL_FLOOR - 1, minimail.TTL_FLOOR + 1), \
-                (1 << 30, minimail.TTL_CAP - 1, minimail.TTL_CAP + 1):
+    def test_answers_are_cached_as_long_as_they_say(self):
+        for ttl, held, gone in (60, 59, 61), (1, 0.9, 1.1), (1 << 30, minimail.TTL_CAP - 1, minimail.TTL_CAP + 1):
             clock = ScriptedClock()
             with self.subTest(ttl=ttl), ScriptedDNS(lambda query, ttl=ttl: scripted_answer(
                     query, ("example.com", "A", "192.0.2.1", ttl))) as server:
@@ -2020,7 +2019,8 @@ class ResolverTest(unittest.TestCase):
             with self.subTest(rcode=rcode, seconds=seconds), ScriptedDNS(
                     lambda query, r=rcode, a=authority: scripted_answer(query, rcode=r, authority=a)) as server:
                 resolver = self.resolver(server, clock=clock)
-                for later, count in (0, 1), (seconds - 1, 1), (seconds + 1, 2):
+                each = 2 if rcode == 2 else 1       # once more without EDNS
+                for later, count in (0, each), (seconds - 1, each), (seconds + 1, 2 * each):
                     clock.now = 1_700_000_000.0 + later
                     with contextlib.suppress(minimail.DNSError) if rcode else contextlib.nullcontext():
                         self.assertEqual(resolver.query("example.com", minimail.A), [])
@@ -2037,33 +2037,330 @@ class ResolverTest(unittest.TestCase):
             minimail.Resolver([("127.0.0.1", 9)]).query("a..b", minimail.A)
 
 
+class ScriptedServers:
+    """Stands for exchange(): {host: answer(query, tcp)}, which returns a packet, or None for silence; knows who was asked what."""
+
+    def __init__(self, **hosts):
+        self.hosts = {name.replace("_", "."): answer for name, answer in hosts.items()}
+        self.asked = []                             # (host, name, edns, tcp, seconds)
+
+    def __call__(self, server, query, tcp, seconds):
+        (name, _), _ = minimail.decode_question(query)
+        self.asked.append((server[0], name, query[11] > 0, tcp, seconds))
+        packet = self.hosts[server[0]](query, tcp)
+        answer = minimail.answer_to(query, packet) if packet else None
+        if answer is None:
+            raise socket.timeout("timed out")
+        return answer
+
+    def resolver(self, clock=None, **options):
+        return minimail.Resolver([(host, 53) for host in self.hosts], exchange=self, clock=clock or ScriptedClock(),
+                                 etc="/nonexistent", **options)
+
+
+OPT_RECORD = b"\0\0\x29\x04\xd0\0\0\0\0\0\0"
+BAD_VERSION = b"\0\0\x29\x04\xd0\x01\0\0\0\0\0"
+SOA_RECORD = b"\4test\0\0\6\0\1\0\0\x0e\x10\0\x16\0\0" + b"\0\0\0\1" * 4 + b"\0\0\0\5"      # remember it for 5 seconds
+NS_RECORD = b"\4test\0\0\2\0\1\0\0\x0e\x10\0\4\2ns\0"
+
+
+def scripted_packet(query, rcode=0, flags=0x8180, answer=(), authority=(), additional=()):
+    """Return a response made of encoded records."""
+    _, end = minimail.decode_question(query)
+    counts = len(answer), len(authority), len(additional)
+    return query[:2] + struct.pack(">5H", flags | rcode, 1, *counts) + query[12:end] + b"".join([*answer, *authority, *additional])
+
+
+def address_record(query, address="192.0.2.1", ttl=60):
+    (name, _), _ = minimail.decode_question(query)
+    return minimail.encode_domain(name) + struct.pack(">HHIH", minimail.A, 1, ttl, 4) + socket.inet_aton(address)
+
+
+def truth(query, tcp=False):
+    return scripted_packet(query, answer=[address_record(query)])
+
+
+class NameServersTest(unittest.TestCase):
+    """Servers that cannot do what they should; no sockets."""
+
+    ODD = {"no answer": lambda query: None,
+           "FORMERR": lambda query: scripted_packet(query, 1), "SERVFAIL": lambda query: scripted_packet(query, 2),
+           "NOTIMP": lambda query: scripted_packet(query, 4), "REFUSED": lambda query: scripted_packet(query, 5),
+           "BADVERS": lambda query: scripted_packet(query, additional=[BAD_VERSION]),
+           "a bare header, FORMERR": lambda query: query[:2] + b"\x81\x81" + bytes(8),
+           "a bare header, NOTIMP": lambda query: query[:2] + b"\x81\x84\0\1" + bytes(6),
+           "garbage": lambda query: query[:2] + b"\x81\x80" + b"\xff" * 20}
+
+    def test_the_plain_question_decides_and_that_is_remembered(self):
+        for name, odd in self.ODD.items():
+            clock = ScriptedClock()
+            servers = ScriptedServers(one=lambda query, tcp, odd=odd: odd(query) if query[11] else truth(query))
+            resolver = servers.resolver(clock)
+            with self.subTest(name):
+                self.assertEqual(resolver.lookup("a.test", minimail.A), ["192.0.2.1"])
+                self.assertEqual(resolver.lookup("b.test", minimail.A), ["192.0.2.1"])
+                clock.now += minimail.EDNS_PAUSE + 1
+                resolver.lookup("c.test", minimail.A)
+                self.assertEqual([asked[1:3] for asked in servers.asked],
+                                 [("a.test", True), ("a.test", False), ("b.test", False), ("c.test", True), ("c.test", False)])
+
+    def test_what_the_plain_question_does_not_mend_is_no_matter_of_edns(self):
+        for name, odd in self.ODD.items():
+            servers = ScriptedServers(one=lambda query, tcp, odd=odd: odd(query))
+            resolver = servers.resolver(attempts=1)
+            for domain in "a.test", "b.test":
+                with self.subTest(name, domain=domain), self.assertRaises(minimail.DNSFailure):
+                    resolver.query(domain, minimail.A)
+            self.assertEqual([asked[2] for asked in servers.asked], [True, False, True, False])
+
+    def test_no_such_domain_needs_no_second_question(self):
+        servers = ScriptedServers(one=lambda query, tcp: scripted_packet(query, 3))
+        with self.assertRaises(minimail.NoSuchDomain):
+            servers.resolver().query("a.test", minimail.A)
+        self.assertEqual(len(servers.asked), 1)
+
+    def test_opt_stands_anywhere(self):
+        for place in range(6):
+            def opt(query, tcp, place=place):
+                sections = [[address_record(query)], [NS_RECORD], []]
+                sections[place // 2].insert(0 if place % 2 else len(sections[place // 2]), OPT_RECORD)
+                return scripted_packet(query, 0, 0x8180, *sections)
+            with self.subTest(place):
+                servers = ScriptedServers(one=opt)
+                self.assertEqual(servers.resolver().lookup("a.test", minimail.A), ["192.0.2.1"])
+                self.assertEqual(len(servers.asked), 1)
+
+    def test_empty_answers(self):
+        """(flags, authority, additional) of an empty NOERROR answer -> whether it says that there is nothing."""
+        plain, recursive, authoritative = 0x8100, 0x8180, 0x8500
+        for flags, authority, additional, says in (
+                (plain, [], [], False), (plain, [], [OPT_RECORD], False), (plain, [OPT_RECORD], [], False),
+                (recursive, [], [], True), (authoritative, [], [], True), (plain, [SOA_RECORD], [], True),
+                (plain, [NS_RECORD], [], False), (recursive, [NS_RECORD], [], False), (authoritative, [NS_RECORD], [], True),
+                (plain, [NS_RECORD, SOA_RECORD], [], True), (recursive, [SOA_RECORD, NS_RECORD], [], True)):
+            servers = ScriptedServers(odd=lambda query, tcp, f=flags, n=authority, m=additional: scripted_packet(query, 0, f, (), n, m),
+                                      good=truth)
+            with self.subTest(flags=hex(flags), authority=authority, additional=additional):
+                self.assertEqual(servers.resolver().lookup("a.test", minimail.A), [] if says else ["192.0.2.1"])
+        servers = ScriptedServers(odd=lambda query, tcp: scripted_packet(query, flags=plain))
+        for ask in (lambda resolver: resolver.mx("a.test")), (lambda resolver: resolver.addresses("a.test")):
+            with self.assertRaisesRegex(minimail.DNSFailure, "says nothing"):
+                ask(servers.resolver())
+
+    def test_nothing_is_remembered_as_long_as_the_soa_says(self):
+        clock = ScriptedClock()
+        servers = ScriptedServers(one=lambda query, tcp: scripted_packet(query, authority=[SOA_RECORD, NS_RECORD]))
+        resolver = servers.resolver(clock)
+        for later, count in (0, 1), (4.9, 1), (5.1, 2):
+            clock.now = 1_700_000_000.0 + later
+            self.assertEqual(resolver.query("a.test", minimail.A), [])
+            self.assertEqual(len(servers.asked), count)
+
+    def test_a_ttl_of_0_is_for_those_who_asked_already(self):
+        servers = ScriptedServers(one=lambda query, tcp: scripted_packet(query, answer=[address_record(query, ttl=0)]))
+        resolver = servers.resolver()
+        for count in 1, 2, 3:
+            resolver.query("a.test", minimail.A)
+            self.assertEqual(len(servers.asked), count)
+
+    def test_a_dead_server_is_asked_last_for_a_while(self):
+        clock = ScriptedClock()
+        servers = ScriptedServers(dead=lambda query, tcp: None, good=truth)
+        resolver = servers.resolver(clock)
+        for name in "a.test", "b.test":
+            resolver.query(name, minimail.A)
+        clock.now += minimail.SERVER_PAUSE + 1
+        servers.hosts["dead"] = truth               # it lives again
+        resolver.query("c.test", minimail.A)
+        resolver.query("d.test", minimail.A)
+        self.assertEqual([asked[:2] for asked in servers.asked], [
+            ("dead", "a.test"), ("dead", "a.test"), ("good", "a.test"), ("good", "b.test"), ("dead", "c.test"), ("dead", "d.test")])
+
+    def test_all_are_dead(self):
+        servers = ScriptedServers(one=lambda query, tcp: None, two=lambda query, tcp: None)
+        resolver = servers.resolver(attempts=3, timeout=7.0)
+        with self.assertRaisesRegex(minimail.DNSFailure, "two:53: timed out"):
+            resolver.query("a.test", minimail.A)
+        self.assertEqual([(asked[0], asked[4]) for asked in servers.asked],
+                         [("one", 3.5), ("one", 7.0), ("two", 3.5), ("two", 7.0)] * 3)
+        servers.hosts["one"] = truth                # a second later, nobody counts as alive: all are asked
+        self.assertEqual(resolver.lookup("b.test", minimail.A), ["192.0.2.1"])
+
+    def test_identical_questions_at_the_same_moment_are_asked_once(self):
+        release, entered = threading.Event(), threading.Event()
+
+        def slow(query, tcp):
+            entered.set()
+            release.wait(PATIENCE)
+            return truth(query)
+        servers = ScriptedServers(one=slow)
+        resolver, came = servers.resolver(), []
+        threads = [threading.Thread(target=lambda: came.append(resolver.lookup("a.test", minimail.A))) for _ in range(20)]
+        for thread in threads:
+            thread.start()
+        entered.wait(PATIENCE)
+        release.set()
+        for thread in threads:
+            thread.join(PATIENCE)
+        self.assertEqual((came, len(servers.asked)), ([["192.0.2.1"]] * 20, 1))
+
+    def test_an_error_of_ours_leaves_nobody_waiting(self):
+        servers = ScriptedServers(one=lambda query, tcp: 1 // 0)
+        resolver = servers.resolver()
+        for count in 1, 2:
+            with self.assertRaises(ZeroDivisionError):
+                resolver.query("a.test", minimail.A)
+            self.assertEqual(len(servers.asked), count)
+
+    def test_the_cache_is_bounded_in_bytes(self):
+        long = "TXT " + "x" * 20_000
+        zone = minimail.Zone({"n%d.test" % number: long for number in range(200)})
+        with mock.patch.object(minimail, "CACHE_BYTES", 1 << 20):
+            resolver = zone.resolver()
+            for number in range(200):
+                self.assertEqual(resolver.lookup("n%d.test" % number, minimail.TXT), ["x" * 20_000])
+            for known, number in (True, 199), (False, 0):
+                zone.queries.clear()
+                resolver.query("n%d.test" % number, minimail.TXT)
+                self.assertEqual(zone.queries == [], known)
+        self.assertLess(sum(len(str(lookup.value)) for lookup in resolver._cache.values()), 1 << 20)
+        self.assertEqual(resolver._weight, sum(lookup.weight for lookup in resolver._cache.values()))
+
+    def test_texts_and_pointers(self):
+        long = "v=DKIM1; p=" + "A" * 600
+        zone = minimail.Zone({"a.test": ["TXT v=spf1 -all", "TXT " + long], "1.2.0.192.in-addr.arpa": ["PTR mx.a.test."]})
+        resolver = zone.resolver()
+        self.assertEqual(resolver.lookup("a.test", minimail.TXT), ["v=spf1 -all", long])
+        self.assertEqual(resolver.lookup("1.2.0.192.in-addr.arpa", minimail.PTR), ["mx.a.test"])
+        for data in b"", b"\0", b"\1a\2bc", b"\1\xff":
+            self.assertEqual(minimail.decode_strings(data), {b"": "", b"\0": "", b"\1a\2bc": "abc"}.get(data, "\ufffd"))
+        with self.assertRaises(ValueError):
+            minimail.decode_strings(b"\3ab")
+
+
+class SystemNamesTest(ScriptedCase):
+    """resolv.conf, hosts, nsswitch.conf: read anew when they change."""
+
+    def setUp(self):
+        super().setUp()
+        self.etc = tempfile.mkdtemp()
+        self.addCleanup(shutil.rmtree, self.etc)
+
+    def write(self, name, text):
+        with open(os.path.join(self.etc, name + ".new"), "w") as file:
+            file.write(text)
+        os.replace(os.path.join(self.etc, name + ".new"), os.path.join(self.etc, name))
+
+    def resolver(self, names=None):
+        zone = minimail.Zone(names or {})
+        return minimail.Resolver(exchange=zone.exchange, etc=self.etc)
+
+    def parsed(self, text):
+        self.write("resolv.conf", text)
+        return minimail.Reloaded(os.path.join(self.etc, "resolv.conf"), minimail.parse_resolv_conf).get()
+
+    def test_resolv_conf(self):
+        for text, hosts, timeout, attempts, rotate, tcp in (
+                ("", ["127.0.0.1"], 4.0, 2, False, False),
+                ("nameserver 10.9.0.1\nnameserver  ::1 # c\n;nameserver 10.9.0.2\n#nameserver 10.9.0.3\nsearch a b\nnameserver\n",
+                 ["10.9.0.1", "::1"], 4.0, 2, False, False),
+                ("nameserver fe80::53%eth0\nnameserver nowhere.test\nnameserver 10.9.0.1%eth0", ["fe80::53%eth0"], 4.0, 2, False, False),
+                ("options timeout:1 attempts:3\noptions rotate use-vc edns0 trust-ad\n", ["127.0.0.1"], 1, 3, True, True),
+                ("options timeout:0 attempts:0", ["127.0.0.1"], 1, 1, False, False),
+                ("options timeout:99999 attempts:99", ["127.0.0.1"], 30, 5, False, False),
+                ("options timeout:\u00b2 attempts:x ndots:2 timeout attempts: timeout:123456789 :", ["127.0.0.1"], 4.0, 2, False, False),
+                ("nameserver 10.9.0.1\n" * 9, ["10.9.0.1"] * 3, 4.0, 2, False, False)):
+            with self.subTest(text):
+                found = self.parsed(text)
+                self.assertEqual([server.endpoint for server in found.servers], [(host, 53) for host in hosts])
+                self.assertEqual((found.timeout, found.attempts, found.rotate, found.tcp), (timeout, attempts, rotate, tcp))
+        self.assertIn("nowhere.test", "".join(self.logged))
+
+    def test_rotate_begins_anywhere_and_use_vc_is_tcp(self):
+        self.write("resolv.conf", "nameserver 10.9.0.1\nnameserver 10.9.0.2\nnameserver 10.9.0.3\noptions rotate use-vc\n")
+        servers = ScriptedServers(**{"10_9_0_%d" % number: truth for number in (1, 2, 3)})
+        resolver = minimail.Resolver(exchange=servers, etc=self.etc)
+        for number in range(100):                   # by chance only one or two of them with 3 * (2/3)**100
+            resolver.query("n%d.test" % number, minimail.A)
+        self.assertEqual({asked[0] for asked in servers.asked}, set(servers.hosts))
+        self.assertEqual({asked[3] for asked in servers.asked}, {True})
+
+    def test_resolv_conf_that_cannot_be_read(self):
+        self.write("resolv.conf", "nameserver 10.9.0.1\n")
+        with mock.patch.object(minimail.Reloaded, "lines", side_effect=PermissionError(13, "Permission denied")):
+            with self.assertRaisesRegex(minimail.DNSFailure, "^cannot read .*resolv.conf: Permission denied$"):
+                self.resolver().query("a.test", minimail.A)
+
+    def test_options_of_servers_given(self):
+        for text, endpoint in (("fe80::53%eth0", ("fe80::53%eth0", 53)), ("[fe80::53%eth0.10]:5353", ("fe80::53%eth0.10", 5353)),
+                               ("[fe80::53%br-lan]", ("fe80::53%br-lan", 53)), ("::ffff:10.9.0.1", ("10.9.0.1", 53)),
+                               ("10.9.0.1:5353", ("10.9.0.1", 5353)), ("[::1]:5353", ("::1", 5353))):
+            with self.subTest(text):
+                self.assertEqual(minimail.parse_server(text), endpoint)
+        for text in "10.9.0.1%eth0", "fe80::53%", "fe80::53%e h", "fe80::53%eth0%eth1", "fe80::53%\u00e9", "fe80::53%" + "x" * 65, "%eth0":
+            with self.subTest(text), self.assertRaises(ValueError):
+                minimail.parse_server(text)
+
+    def test_hosts_come_where_the_system_says(self):
+        self.write("hosts", "127.0.0.1 localhost\n10.9.0.10\tRelay.lan relay # 10.9.0.99 not.this\n#10.9.0.11 not.that\n"
+                            "fe80::1%lo0 localhost\n   10.9.0.12 indented.lan\n2001:db8::7 both.lan\n10.9.0.7 both.lan\nbad bad.lan\n")
+        names = {"relay.lan": ["A 192.0.2.1"], "dns.lan": ["A 192.0.2.2"], "empty.lan": [], "broken.lan": "SERVFAIL"}
+        files_first = ["hosts: files dns\n", None, "passwd: files\n", "hosts:files mdns4_minimal [NOTFOUND=return] dns\n",
+                       "hosts: mymachines resolve [!UNAVAIL=return] files myhostname dns\n", "hosts: files # only\n"]
+        for text in files_first + ["hosts: dns files\n", "hosts: dns\n"]:
+            if text is not None:
+                self.write("nsswitch.conf", text)
+            elif os.path.exists(os.path.join(self.etc, "nsswitch.conf")):
+                os.unlink(os.path.join(self.etc, "nsswitch.conf"))
+            resolver = self.resolver(names)
+            with self.subTest(text):
+                self.assertEqual(resolver.addresses("RELAY.lan.")[0][0], "10.9.0.10" if text in files_first else "192.0.2.1")
+                self.assertEqual(resolver.addresses("dns.lan"), [("192.0.2.2", 60)])
+                if text == "hosts: dns\n":
+                    with self.assertRaises(minimail.NoSuchDomain):
+                        resolver.addresses("relay")
+                    continue
+                self.assertEqual(resolver.addresses("relay"), [("10.9.0.10", 0)])
+                self.assertEqual(resolver.addresses("indented.lan"), [("10.9.0.12", 0)])
+                self.assertEqual(resolver.addresses("both.lan"), [("10.9.0.7", 0), ("2001:db8::7", 0)])
+                for name in "not.this", "not.that", "bad.lan":
+                    with self.assertRaises(minimail.NoSuchDomain):
+                        resolver.addresses(name)
+                with self.assertRaises(minimail.DNSFailure):
+                    resolver.addresses("broken.lan")
+                self.assertEqual(resolver.addresses("empty.lan"), [])
+
+    def test_ipv4_in_ipv6_is_ipv4(self):
+        resolver = self.resolver({"a.test": ["AAAA ::ffff:127.0.0.1"], "b.test": ["AAAA 2001:db8::1"]})
+        self.assertEqual([resolver.addresses(host)[0][0] for host in ("a.test", "b.test", "::ffff:192.0.2.1", "2001:DB8::1")],
+                         ["127.0.0.1", "2001:db8::1", "192.0.2.1", "2001:db8::1"])
+
+
 class ZoneTest(unittest.TestCase):
 
     def test_fixture(self):
         names = {"a.test": ["MX 20 mx2.a.test", "MX 10 mx.a.test."], "mx.a.test": ["A 192.0.2.1", "AAAA 2001:db8::1"],
                  "null.test": "MX 0 .", "alias.test": ["CNAME a.test"], "fail.test": "SERVFAIL", "refused.test": "REFUSED",
                  "big.test": ["TRUNCATED"] + ["A 192.0.2.%d" % n for n in range(100)], "empty.test": [],
-                 "slow.test": ["SLOW 0.05", "A 192.0.2.2"], "silent.test": ["SILENT"]}
-        with minimail.Zone(names) as zone:
-            resolver = minimail.Resolver([zone.address], timeout=PATIENCE, attempts=1)
-            self.assertEqual(sorted(resolver.mx("a.test")), [(10, "mx.a.test", 60), (20, "mx2.a.test", 60)])
-            self.assertEqual(resolver.mx("alias.test"), resolver.mx("a.test"))
-            self.assertEqual(resolver.mx("null.test"), [(0, "", 60)])
-            self.assertEqual([address for address, _ in resolver.addresses("mx.a.test")], ["192.0.2.1", "2001:db8::1"])
-            self.assertEqual(len(resolver.addresses("big.test")), 100)
-            self.assertEqual([resolver.addresses("empty.test"), resolver.mx("empty.test")], [[], []])
-            started = time.monotonic()
-            self.assertEqual(resolver.addresses("slow.test"), [("192.0.2.2", 60)])
-            self.assertGreaterEqual(time.monotonic() - started, 0.05)
-            for name in "fail.test", "refused.test":
+                 "slow.test": ["SLOW 0.05", "A 192.0.2.2"], "too-slow.test": ["SLOW 60"], "silent.test": ["SILENT"]}
+        zone = minimail.Zone(names)
+        resolver = zone.resolver()
+        self.assertEqual(sorted(resolver.mx("a.test")), [(10, "mx.a.test", 60), (20, "mx2.a.test", 60)])
+        self.assertEqual(resolver.mx("alias.test"), resolver.mx("a.test"))
+        self.assertEqual(resolver.mx("null.test"), [(0, "", 60)])
+        self.assertEqual([address for address, _ in resolver.addresses("mx.a.test")], ["192.0.2.1", "2001:db8::1"])
+        self.assertEqual(len(resolver.addresses("big.test")), 100)
+        self.assertEqual([resolver.addresses("empty.test"), resolver.mx("empty.test")], [[], []])
+        started = time.monotonic()
+        self.assertEqual(resolver.addresses("slow.test"), [("192.0.2.2", 60)])
+        self.assertGreaterEqual(time.monotonic() - started, 0.05)
+        with mock.patch.object(time, "sleep"):
+            for name in "fail.test", "refused.test", "silent.test", "too-slow.test":
                 with self.subTest(name), self.assertRaises(minimail.DNSFailure):
                     resolver.mx(name)
-            with self.assertRaises(minimail.NoSuchDomain):
-                resolver.mx("none.test")
-            resolver.timeout = 0.05
-            with self.assertRaises(minimail.DNSFailure):
-                resolver.mx("silent.test")
-            self.assertIn(("null.test", minimail.MX), zone.queries)
+        with self.assertRaises(minimail.NoSuchDomain):
+            resolver.mx("none.test")
+        self.assertIn(("null.test", minimail.MX), zone.queries)
 
 
 # ======================================================================================================================
@@ -3671,13 +3968,13 @@ class MXCommandTest(ScriptedCase):
 
     def setUp(self):
         super().setUp()
-        self.zone = minimail.Zone(self.NAMES)
-        self.zone.start()
-        self.addCleanup(self.zone.stop)
+        zone = minimail.Zone(self.NAMES)
+        self.server = ScriptedDNS(lambda query: zone.reply(query, tcp=False)).__enter__()
+        self.addCleanup(self.server.__exit__)
 
     def mx(self, where, *options):
         """Return (status, first line, other lines)."""
-        status, out, err = scripted_command("mx", where, "--dns", "%s:%d" % self.zone.address, "--data", self.data,
+        status, out, err = scripted_command("mx", where, "--dns", "%s:%d" % self.server.address, "--data", self.data,
                                             "--hostname", "mx.here.test", *options)
         self.assertEqual(err, "")
         first, *rest = out.splitlines()
