@@ -3315,49 +3315,214 @@ class Queue:
 
 
 # ======================================================================================================================
-# 10  Bounces.  Pure: what could not be delivered in, a message to its sender out (RFC 3464, RFC 6533).
+# 10  Bounces and other reports (DSN).  Pure: what a sender wants to be told (RFC 3461), and the message that tells it
+#     (RFC 3464, RFC 6533).
 # ======================================================================================================================
+
+XTEXT = re.compile(r"(?:[!-*,-<>-~]|\+[0-9A-F]{2})*")                               # RFC 3461 section 4
+UTF8_XTEXT = re.compile(r"(?:[!-*,-<>-\[\]-~\u0080-\U0010ffff]|\\x\{[0-9A-F]{1,6}\})*")    # RFC 6533 section 3
+NOTIFY = ("SUCCESS", "FAILURE", "DELAY")
+
+
+class Wish(NamedTuple):
+    """What a sender wants to be told about one recipient, and by which name it knows it; both as it wrote them."""
+    notify: str = ""                                # NEVER, or words of NOTIFY with commas; "" for FAILURE, maybe DELAY
+    orcpt: str = ""                                 # TYPE;TEXT, in xtext or utf-8-addr-xtext
+
+    def wants(self, what: str, otherwise: bool = False) -> bool:
+        """Return whether the sender is to be told of a SUCCESS, FAILURE or DELAY; `otherwise` when it did not say."""
+        return what in self.notify.split(",") if self.notify else otherwise
+
+    def without_success(self) -> "Wish":
+        """Return what is left to ask of others once we have reported that the mail was sent on to several."""
+        if self.notify in ("", "NEVER"):
+            return self
+        return self._replace(notify=",".join(w for w in self.notify.split(",") if w != "SUCCESS") or "NEVER")
+
+
+def xtext_encode(text: str) -> str:
+    """Return a text as an xtext (RFC 3461 section 4)."""
+    return "".join(chr(byte) if 33 <= byte <= 126 and byte not in b"+=" else "+%02X" % byte for byte in text.encode("utf-8"))
+
+
+def xtext_decode(text: str) -> str:
+    """Return what an xtext stands for; ValueError."""
+    if not XTEXT.fullmatch(text):
+        raise ValueError("not an xtext")
+    return re.sub(r"\+(..)", lambda match: chr(int(match.group(1), 16)), text)
+
+
+def utf8_xtext_encode(text: str) -> str:
+    """Return a UTF-8 address in ASCII (RFC 6533 section 3: utf-8-addr-xtext)."""
+    return "".join(c if "!" <= c <= "~" and c not in "+=\\" else "\\x{%02X}" % ord(c) for c in text)
+
+
+def utf8_xtext_decode(text: str) -> str:
+    """Return what a utf-8-addr-xtext or utf-8-addr-unitext stands for; ValueError."""
+    if not UTF8_XTEXT.fullmatch(text):
+        raise ValueError("not a utf-8-addr-xtext")
+    return re.sub(r"\\x\{([0-9A-F]+)\}", lambda match: chr(int(match.group(1), 16)), text)
+
+
+def parse_dsn_of_mail(parameters: Dict[str, str]) -> Tuple[str, str]:
+    """Take RET= and ENVID= out of the parameters of MAIL and return both, "" for what is not there; Refused."""
+    ret, envid = parameters.pop("RET", ""), parameters.pop("ENVID", "")
+    if ret.upper() not in ("", "FULL", "HDRS"):
+        raise Refused(501, "5.5.4", "RET is FULL or HDRS")
+    if len(envid) > 100 or not XTEXT.fullmatch(envid):
+        raise Refused(501, "5.5.4", "ENVID is an xtext of at most 100 characters")
+    return ret.upper(), envid
+
+
+def parse_dsn_of_rcpt(parameters: Dict[str, str], smtputf8: bool = False) -> Wish:
+    """Take NOTIFY= and ORCPT= out of the parameters of RCPT and return the wish; Refused."""
+    words = parameters.pop("NOTIFY", "").upper().split(",")
+    if words != [""] and words != ["NEVER"] and (set(words) - set(NOTIFY) or len(set(words)) < len(words)):
+        raise Refused(501, "5.5.4", "NOTIFY is NEVER, or some of SUCCESS,FAILURE,DELAY")
+    orcpt = parameters.pop("ORCPT", "")
+    kind, semicolon, text = orcpt.partition(";")
+    valid = UTF8_XTEXT if kind.lower() == "utf-8" else XTEXT
+    if orcpt and (not re.fullmatch(r"[A-Za-z0-9-]{1,40}", kind) or not text or len(orcpt) > 500 or not valid.fullmatch(text)
+                  or not (smtputf8 or orcpt.isascii())):
+        raise Refused(501, "5.5.4", "ORCPT is TYPE;ADDRESS, the address in xtext")
+    return Wish(",".join(words), orcpt)
+
+
+def dsn_for_mail(ret: str, envid: str) -> str:
+    """Return the parameters of MAIL for a peer that announces DSN, with a blank before each."""
+    return (" RET=" + ret if ret else "") + (" ENVID=" + envid if envid else "")
+
+
+def dsn_for_rcpt(wish: Wish, smtputf8: bool) -> str:
+    """Return the parameters of RCPT for a peer that announces DSN, and maybe SMTPUTF8, with a blank before each."""
+    orcpt = wish.orcpt
+    if orcpt and not orcpt.isascii() and not smtputf8:
+        kind, _, text = orcpt.partition(";")
+        with contextlib.suppress(ValueError):
+            text = utf8_xtext_decode(text)
+        orcpt = kind + ";" + utf8_xtext_encode(text)
+    return (" NOTIFY=" + wish.notify if wish.notify else "") + (" ORCPT=" + orcpt if orcpt else "")
+
+
+def original_recipient(orcpt: str, utf8: bool) -> str:
+    """Return an ORCPT= as the Original-Recipient of a report, in ASCII unless `utf8`; what would break a line stays coded."""
+    kind, _, text = orcpt.partition(";")
+    plain = text
+    with contextlib.suppress(ValueError):
+        plain = utf8_xtext_decode(text) if kind.lower() == "utf-8" else xtext_decode(text)
+    if plain.isprintable() and (utf8 or plain.isascii()):
+        return "%s;%s" % (kind, plain)
+    return "%s;%s" % (kind, utf8_xtext_encode(plain) if kind.lower() == "utf-8" else text)
+
+
+class Action(NamedTuple):
+    """What is to be told, as the field of RFC 3464 section 2.3.3 has it, and in words."""
+    subject: str
+    before: str                                     # ... the addresses
+    after: str
+    digit: str                                      # with which its status begins
+
+
+ACTIONS = {
+    "failed": Action("Undelivered mail returned to sender", "could not be delivered to:",
+                     "It was taken over on %(taken)s as %(id)s and is not tried again.", "5"),
+    "delayed": Action("Delayed mail, still being tried", "could not be delivered yet to:",
+                      "It was taken over on %(taken)s as %(id)s and is tried until %(until)s.\r\n"
+                      "You need not send it again.", "4"),
+    "delivered": Action("Successful mail delivery report", "was delivered to:",
+                        "It was taken over on %(taken)s as %(id)s.", "2"),
+    "relayed": Action("Mail relay report", "was passed on to a server that will not report its delivery, for:",
+                      "It was taken over on %(taken)s as %(id)s.", "2"),
+    "expanded": Action("Mail expansion report", "was sent on to all who stand behind:",
+                       "It was taken over on %(taken)s as %(id)s.", "2")}
+
+
+class Report(NamedTuple):
+    """All that a report says but its recipients."""
+    hostname: str
+    sender: str                                     # whom it goes to
+    id: str                                         # of the message it is about
+    queued_at: float
+    now: float
+    envid: str = ""                                 # ENVID= as written
+    until: float = 0.0                              # when a delayed message is given up
+    full: bool = False                              # the whole message is enclosed, not its header
+    eightbit: bool = False                          # and it has bytes above 127
+
 
 def bounce_message(hostname: str, sender: str, recipients: Sequence[Dict[str, Any]], headers: bytes, id: str,
                    queued_at: float, now: float) -> bytes:
-    """Return a multipart/report to `sender` about recipients (address, last_reply, remote) of the message `id`.
+    """Return a whole report to `sender` about recipients (address, last_reply, remote) that failed."""
+    """Return an ORCPT= as the Original-Recipient of a report, in ASCII unless `utf8`; what would break a line stays coded."""
 
-    `headers` are the original's, as they went out. It goes out with the null reverse-path, so nobody answers it.
+
+def report_message(report: Report, recipients: Sequence[Dict[str, Any]], original: bytes) -> Tuple[bytes, bytes, bytes]:
+    """Return a multipart/report in three pieces: what stands before the original message, that, and what stands behind.
+
+    Each recipient has an address, and may have action (else failed), last_reply, remote, orcpt. `original` are the
+    message's header fields, as they went out; with `full` the caller puts the whole message in their place. The report goes
+    out with the null reverse-path, so that nobody answers it.
     """
-    boundary = "=_%s.%s" % (id, hashlib.sha256(headers + id.encode()).hexdigest()[:16])
-    utf8 = not (sender.isascii() and all(recipient["address"].isascii() for recipient in recipients))
-    encoding = "Content-Transfer-Encoding: %s" % ("8bit" if utf8 or not headers.isascii() else "7bit")
-    status_type = "message/global-delivery-status" if utf8 else "message/delivery-status"
-    headers_type = "message/global-headers" if utf8 else "text/rfc822-headers"
-
-    def fold(text: str, indent: str) -> str:
-        """Return a reply in lines of decent length; what is not ASCII is escaped where the bounce has to be ASCII."""
-        text = text if utf8 else text.encode("ascii", "backslashreplace").decode()
-        return ("\r\n" + indent).join(re.findall(r"\S.{0,75}(?=\s|$)|\S{76}|\S+", text)) or "no answer"
-    reasons = "\r\n".join("<%s>:\r\n    %s" % (r["address"], fold(r["last_reply"], "    ")) for r in recipients)
-    fields = []
+    boundary = "=_%s.%s" % (report.id, hashlib.sha256(original + report.id.encode()).hexdigest()[:16])
+    utf8 = not (report.sender.isascii() and all(recipient["address"].isascii() for recipient in recipients))
+    clean = not utf8 and original.isascii() and not (report.full and report.eightbit)
+    encoding = "Content-Transfer-Encoding: %s" % ("7bit" if clean else "8bit")
+    dates = {"taken": rfc5322_date(int(report.queued_at)), "until": rfc5322_date(int(report.until)), "id": report.id}
+    text = ["This is the mail server at %s." % report.hostname, ""]
+    present = [name for name in ACTIONS if any(recipient.get("action", "failed") == name for recipient in recipients)]
+    for name in present:
+        text += ["Your message " + ACTIONS[name].before, ""]
+        text += [words_for(recipient, utf8) for recipient in recipients if recipient.get("action", "failed") == name]
+        text += ["", ACTIONS[name].after % dates, ""]
+    status = ["Original-Envelope-Id: " + envelope_id(report.envid)] if report.envid else []
+    status += ["Reporting-MTA: dns; " + report.hostname, "Arrival-Date: " + dates["taken"], ""]
     for recipient in recipients:
-        reply = recipient["last_reply"]
-        status = re.search(r"\b[45]\.\d{1,3}\.\d{1,3}\b", reply)
-        fields.append("Final-Recipient: %s; %s\r\nAction: failed\r\nStatus: %s\r\n%sDiagnostic-Code: smtp; %s\r\n" % (
-            "rfc822" if recipient["address"].isascii() else "utf-8", recipient["address"],
-            status.group() if status else "5.0.0",
-            "Remote-MTA: dns; %s\r\n" % recipient["remote"] if recipient.get("remote") else "",
-            fold(re.sub(r"^.*? said: ", "", reply), " ")))
-    text = "\r\n".join([
-        "From: Mail Delivery System <mailer-daemon@%s>" % hostname, "To: <%s>" % sender,
-        "Subject: Undelivered mail returned to sender", "Date: " + rfc5322_date(int(now)),
-        "Message-ID: <%s.bounce@%s>" % (boundary[2:], hostname), "Auto-Submitted: auto-replied", "MIME-Version: 1.0",
-        'Content-Type: multipart/report; report-type=delivery-status;\r\n\tboundary="%s"' % boundary,
-        encoding, "",
-        "--" + boundary, "Content-Type: text/plain; charset=%s" % ("utf-8" if utf8 else "us-ascii"), encoding, "",
-        "This is the mail server at %s. Your message could not be delivered to:" % hostname, "", reasons, "",
-        "It was taken over on %s as %s and is not tried again." % (rfc5322_date(int(queued_at)), id),
-        "The headers of the message are attached.", "",
-        "--" + boundary, "Content-Type: " + status_type, encoding, "",
-        "Reporting-MTA: dns; %s\r\nArrival-Date: %s\r\n" % (hostname, rfc5322_date(int(queued_at))), "\r\n".join(fields),
-        "--" + boundary, "Content-Type: " + headers_type, encoding, "", ""])
-    return text.encode("utf-8") + headers.rstrip(b"\r\n") + ("\r\n\r\n--%s--\r\n" % boundary).encode()
+        status += status_fields(recipient, utf8, dates["until"]) + [""]
+    kind = ("global" if utf8 else "rfc822") if report.full else "global-headers" if utf8 else "rfc822-headers"
+    parts = "\r\n".join([
+        "From: Mail Delivery System <mailer-daemon@%s>" % report.hostname, "To: <%s>" % report.sender,
+        "Subject: " + ACTIONS[present[0]].subject, "Date: " + rfc5322_date(int(report.now)),
+        "Message-ID: <%s.%s@%s>" % (boundary[2:], "bounce" if present[0] == "failed" else present[0], report.hostname),
+        "Auto-Submitted: auto-replied", "MIME-Version: 1.0",
+        'Content-Type: multipart/report; report-type=delivery-status;\r\n\tboundary="%s"' % boundary, encoding, "",
+        "--" + boundary, "Content-Type: text/plain; charset=%s" % ("utf-8" if utf8 else "us-ascii"), encoding, ""] + text + [
+        "The message is attached." if report.full else "The headers of the message are attached.", "",
+        "--" + boundary, "Content-Type: message/%sdelivery-status" % ("global-" if utf8 else ""), encoding, ""] + status + [
+        "--" + boundary, "Content-Type: %s/%s" % ("text" if kind == "rfc822-headers" else "message", kind), encoding, "", ""])
+    return parts.encode("utf-8"), original, ("\r\n--%s--\r\n" % boundary).encode()
+
+
+def fold_reply(text: str, indent: str, utf8: bool) -> str:
+    """Return a reply in lines of decent length; what is not ASCII is escaped where the report has to be ASCII."""
+    text = text if utf8 else text.encode("ascii", "backslashreplace").decode()
+    return ("\r\n" + indent).join(re.findall(r"\S.{0,75}(?=\s|$)|\S{76}|\S+", text)) or "no answer"
+
+
+def envelope_id(envid: str) -> str:
+    """Return an ENVID= decoded, unless that would break the line it stands in."""
+    plain = xtext_decode(envid)
+    return plain if plain.isascii() and plain.isprintable() else envid
+
+
+def words_for(recipient: Dict[str, Any], utf8: bool) -> str:
+    reply = recipient.get("last_reply", "")
+    return "<%s>%s" % (recipient["address"], ":\r\n    " + fold_reply(reply, "    ", utf8) if reply else "")
+
+
+def status_fields(recipient: Dict[str, Any], utf8: bool, until: str) -> List[str]:
+    """Return the fields about one recipient (RFC 3464 section 2.3)."""
+    action, reply = recipient.get("action", "failed"), recipient.get("last_reply", "")
+    digit = ACTIONS[action].digit
+    found = re.search(r"\b[%s]\.\d{1,3}\.\d{1,3}\b" % ("45" if digit == "5" else digit), reply)
+    fields = ["Original-Recipient: " + original_recipient(recipient["orcpt"], utf8)] if recipient.get("orcpt") else []
+    fields += ["Final-Recipient: %s; %s" % ("rfc822" if recipient["address"].isascii() else "utf-8", recipient["address"]),
+               "Action: " + action, "Status: " + (found.group() if found else digit + ".0.0")]
+    if recipient.get("remote"):
+        fields.append("Remote-MTA: dns; " + recipient["remote"])
+    if reply or action == "failed":                 # X-: our own words, where no server said anything (section 2.3.6)
+        kind = "smtp" if " said: " in reply else "X-Minimail"
+        fields.append("Diagnostic-Code: %s; %s" % (kind, fold_reply(re.sub(r"^.*? said: ", "", reply), " ", utf8)))
+    return fields + (["Will-Retry-Until: " + until] if action == "delayed" else [])
 
 
 # ======================================================================================================================
