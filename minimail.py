@@ -3453,7 +3453,8 @@ class Report(NamedTuple):
 def bounce_message(hostname: str, sender: str, recipients: Sequence[Dict[str, Any]], headers: bytes, id: str,
                    queued_at: float, now: float) -> bytes:
     """Return a whole report to `sender` about recipients (address, last_reply, remote) that failed."""
-    """Return an ORCPT= as the Original-Recipient of a report, in ASCII unless `utf8`; what would break a line stays coded."""
+    original = headers.rstrip(b"\r\n") + b"\r\n"
+    return b"".join(report_message(Report(hostname, sender, id, queued_at, now), recipients, original))
 
 
 def report_message(report: Report, recipients: Sequence[Dict[str, Any]], original: bytes) -> Tuple[bytes, bytes, bytes]:
@@ -5053,7 +5054,7 @@ class BodyHash:
 
     def digest(self) -> bytes:
         """Return the hash of all; a body that is not empty ends in one line end, the empty one is nothing."""
-        self._add(self._rest.strip(b" "))
+        self._add(self._rest.rstrip(b" "))
         self._rest, self._newlines = b"", 0
         if not self._empty:
             self._hash.update(b"\r\n")
@@ -5224,7 +5225,7 @@ class Keyring:
     def files(self, domain: str) -> List[Tuple[str, str]]:
         """Return (selector, file) of each key for a domain of ours."""
         given = [(selector, file) for own, selector, file in self.config.dkim if own in ("", domain)]
-        directory = os.path.dirname(self.file(domain, ""))
+        directory = os.path.join(self.root, encode_name(ascii_domain(domain)))
         made = [] if given else [(decode_name(name[:-4]), os.path.join(directory, name))
                                  for name in sorted(list_directory(directory)) if name.endswith(".pem")]
         return (given or made)[:MAX_SIGNATURES]
@@ -5472,7 +5473,7 @@ def parse_sts_policy(text: bytes, id: str, now: float) -> STSPolicy:
         raise ValueError("its max_age is no number of seconds")
     if mode != "none" and not mx:
         raise ValueError("it names no mx")
-    if not all(is_domain(pattern[2:] if pattern.startswith("*.") else pattern) for pattern in mx):
+    if not all(pattern.isascii() and is_domain(pattern[2:] if pattern.startswith("*.") else pattern) for pattern in mx):
         raise ValueError("its mx is no host")
     return STSPolicy(id, mode, mx[:MAX_STS_HOSTS], min(int(age), 31557600), now)
 
@@ -5932,9 +5933,11 @@ class Doctor:
         record, advice = zone_record(self.domain, "v=spf1 mx -all"), "publish"
         first = SPF(self.lookup_of, "192.0.2.1", "postmaster@" + self.domain, self.hostname)
         result = first.check(self.domain)           # of an address that nobody has: every term is looked at
+        if result == "temperror":
+            raise DNSFailure(first.reason)
         if result == "none":
             yield self.wrong("spf", "no SPF record", advice, record)
-        elif result in ("permerror", "temperror"):
+        elif result == "permerror":
             yield self.wrong("spf", "the record cannot be used: %s" % first.reason, "correct it, maybe to", record)
         elif result == "pass":
             yield self.wrong("spf", "the record lets anybody send: %s" % first.reason, "end it in -all or ~all", record)
