@@ -5581,6 +5581,8 @@ class STS:
             if length.isdecimal() and len(length) < 10:
                 wanted = min(wanted - 1, end + 4 + int(length))
         status, headers, body = parse_http_answer(bytes(data), MAX_STS_POLICY)
+        if int(headers.get("content-length", len(body))) != len(body):
+            raise ValueError("%s sent %d bytes and said another number" % (host, len(body)))
         if status != 200 or "transfer-encoding" in headers:
             raise ValueError("%s answered with status %d" % (host, status))     # section 3.3: no redirects
         return body
