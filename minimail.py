@@ -42,8 +42,10 @@ import contextlib
 import dataclasses
 import email.utils
 import errno
+import fnmatch
 import functools
 import hashlib
+import heapq
 import hmac
 import io
 import ipaddress
@@ -53,18 +55,20 @@ import logging
 import os
 import re
 import secrets
-import select
+import selectors
 import shutil
 import socket
 import socketserver
+import stat
 import struct
 import sys
 import tempfile
 import threading
 import time
 import types
-from typing import (TYPE_CHECKING, Any, Callable, Deque, Dict, Iterable, Iterator, List, NamedTuple, NoReturn, Optional,
-                    Sequence, Set, Tuple, Type, Union)
+from queue import Empty, SimpleQueue
+from typing import (TYPE_CHECKING, Any, Callable, Coroutine, Deque, Dict, Generator, Iterable, Iterator, List, NamedTuple,
+                    NoReturn, Optional, Sequence, Set, Tuple, Type, Union)
 
 try:
     import fcntl
@@ -89,40 +93,51 @@ log.addHandler(logging.NullHandler())               # the library prints nothing
 MAX_RECIPIENTS = 1000               # in one transaction (RFC 5321 section 4.5.3.1.8 asks for at least 100)
 MAX_COMMAND = 4096                  # bytes in a command line; the RFC's 512 do not hold for long UTF-8 addresses
 MAX_AUTH_LINE = 12288               # RFC 4954 section 4
-MAX_REPLY_LINE = 2048               # bytes in one line of a peer's reply, and ...
-MAX_REPLY_LINES = 100               # ... its lines
 MAX_ERRORS = 10                     # wrong commands in one session, then 421 (RFC 5321 section 4.3.2)
 MAX_REFUSALS = 100                  # refused recipients in one session, then 421: somebody is guessing names
 MAX_RECEIVED = 50                   # trace headers, then the message is in a loop (RFC 5321 section 6.3)
 MAX_EXPANSION = 1000                # addresses one recipient may become through aliases
 MAX_NAME = 255                      # bytes in a file name: what ext4, NTFS and APFS take
-MAX_EXCHANGERS = 10                 # hosts tried for one delivery attempt
-MAX_SENDERS = 128                   # outbound connections at once, and ...
-MAX_SENDERS_PER_HOST = 10           # ... to one destination
-MAX_ACTIVE = 2000                   # queue entries held in memory; the others wait on disk
-MAX_QUEUE = 1_000_000               # messages in the queue, then 452: something is badly wrong
-MAX_WAITING = 500                   # of them for one destination, so that a slow one does not fill them all
 MAX_HTTP_BODY = 1 << 26             # bytes in a request to the JSON API
 MIN_RATE = 1024                     # bytes/s below which a message transfer runs into the command's deadline
 BLOCK = 1 << 16                     # bytes read from a socket at once, and ...
 BIG_BLOCK = 1 << 18                 # ... while content flows
-TURN = 100                          # commands a session may have answered before others have their turn
-EVENTS = 64                         # taken from the poller at once
-LINGER = 0.01                       # seconds the only session's next command is waited for before looking elsewhere
-SPARE_THREADS = 8                   # that are kept for when the one that carries the sessions has to wait
+MAX_TURN = 50                       # commands a session may have answered before others have their turn
+MAX_HELPERS = 32                    # threads for what conversations wait for and the loop does not do itself
+MAX_TRANSCRIPT = 1 << 16            # bytes of a conversation that are kept with a message, and ...
+MAX_INTRODUCTION = 20               # ... lines of what was said before the first one
+MAX_LISTED = 1000                   # messages POP3 lists before others have their turn
+MAX_REMOVED = 50                    # messages a POP3 QUIT removes without a thread of its own
+MAX_STRANGE = 3                     # wrong commands before any right one, then the end: that is no mail client
+MAX_IDLE_COMMANDS = 1000            # commands in a row that lead nowhere (NOOP, RSET, VRFY), then 421
+HEAVY_MESSAGE = 1 << 20             # bytes, and ...
+HEAVY_DELIVERY = 16                 # ... mailboxes of one message from which on others do not wait for its commit
 STALE_DRAFT = 36 * 3600             # seconds after which a foreign file in tmp/ is rubbish (maildir(5))
 LOGIN_FAILURES = 10                 # wrong passwords from one address within ...
-LOGIN_WINDOW = 600                  # ... these seconds cut it off for as long
+LOGIN_WINDOW = 600                  # ... these seconds cut it off, and ...
+ACCOUNT_FAILURES = 100              # ... so many for one account, from wherever: its owner may be known already
 SHUTDOWN_GRACE = 9.0                # seconds a message in flight has when the node stops
-UDP_SIZE = 1232                     # bytes of a DNS answer we take over UDP: no fragments (DNS flag day 2020)
-MAX_RECORDS = 500                   # looked at in one DNS answer
-MAX_CNAMES = 8                      # followed from one name
-MAX_NAME_SERVERS = 3                # of resolv.conf that are asked, as glibc does
-TTL_CAP, NEGATIVE_CAP = 86400, 3600     # seconds a DNS answer is remembered at most; that there is nothing (RFC 2308)
-FAILURE_TTL = 5                     # seconds for no answer, or for nothing without a SOA that says how long
-CACHE_BYTES = 16 << 20              # of DNS answers in memory, roughly; then the oldest go
-SERVER_PAUSE = 60                   # seconds for which a name server that did not answer is asked last
-EDNS_PAUSE = 900                    # seconds for which one that cannot cope with EDNS is asked without
+
+# The queue and mail that leaves.
+MAX_QUEUE = 1_000_000               # messages in the queue, then 452: something is badly wrong
+MAX_ACTIVE = 2000                   # entries held in memory; the others wait on disk
+MAX_WAITING = 500                   # of them for one destination, so that a slow one does not fill them all
+MAX_SENDERS = 128                   # outbound connections at once, and ...
+MAX_SENDERS_PER_HOST = 10           # ... to one destination; --limit says otherwise, as it does of the next two
+MAX_MESSAGES = 100                  # on one connection: many hosts take no more
+MAX_RECIPIENTS_AT_ONCE = 100        # in one transaction: what each host has to take (RFC 5321 section 4.5.3.1.8)
+MAX_EXCHANGERS = 10                 # hosts tried for one delivery attempt, and addresses of each
+MAX_REPLY_LINE = 2048               # bytes looked at in one line of a peer's reply, ...
+MAX_REPLY_LINES = 100               # ... lines kept of it, and ...
+MAX_REPLY = 1 << 20                 # ... bytes until it has to end
+PIPELINE = 4096                     # bytes of commands under way: what fits into the smallest socket buffer anybody has
+FINAL_WAIT = 600.0                  # seconds for the reply to the final dot (RFC 5321 section 4.5.3.2.6)
+MAX_PAUSE = 300.0                   # seconds a destination that cannot be reached is left alone
+NARROW = 300.0                      # seconds one that refused a connection too many gets no more of them
+MAX_REWRITTEN = 1 << 18             # bytes of headers in which --rewrite looks for From
+MAX_PATH = 1024                     # bytes in an address it looks at
+TICK = 0.1                          # seconds between two looks at what other processes did
+AGAIN = 5.0                         # seconds until what the disk refused is done again
 MAX_SIGNED_HEADER = 1 << 20         # bytes of header held to sign it; a longer one goes out unsigned, and ...
 MAX_SIGNED_FIELDS = 2000            # ... one with more fields, each of which is named in the signature
 MAX_SIGNATURES = 8                  # keys that sign one message
@@ -174,15 +189,52 @@ class CannotRun(OSError):
     """What was asked for cannot be done on this machine; the message says what to do (exit status 1)."""
 
 
-REGISTRY: Dict[str, Any] = {}       # the optional sections enter themselves here: "relay", "pop3", "web"
-COMMANDS: Dict[str, Callable[["Config", List[str]], int]] = {}      # and their commands here
+class Extension:
+    """What an optional section adds to the node: it overrides what it has and enters itself into EXTENSIONS."""
+
+    name = ""
+    commands: Dict[str, Callable[["Config", List[str]], int]] = {}
+
+    def queue(self, storage: "Storage", config: "Config", clock: Callable[[], float]) -> Any:
+        """Return the queue for mail that goes elsewhere, None without one."""
+
+    def listeners(self, config: "Config") -> List[Any]:
+        """Return the listeners that the options ask for, their ports taken; OSError."""
+        return []
+
+    def outbound(self, config: "Config", stores: Any) -> Any:
+        """Return what has a say in mail that leaves (Outbound), None without one."""
+
+    def equip(self, node: "Node") -> None:
+        """Give the site what this section has for its sessions, before the first of them."""
+
+    def start(self, node: "Node") -> None:
+        """Begin to work: the node takes connections."""
+
+    def stop(self, node: "Node") -> None:
+        """Begin nothing new; also called where start() was not."""
+
+    def join(self, node: "Node", seconds: float) -> None:
+        """Return when what was begun has come to its end, or after so many seconds."""
+
+    def matcher(self, node: "Node", search: str) -> Callable[["Message"], bool]:
+        """Return a function that tells whether a message matches a search."""
+        raise NotImplementedError
+
+    def parse_fault(self, text: str) -> Any:
+        """Return the rule of --fault; ValueError."""
+        raise NotImplementedError
 
 
-def optional_section(name: str) -> Any:
-    """Return what section `name` put into the registry; CannotRun when this copy of the file lacks the section."""
-    if name not in REGISTRY:
-        raise CannotRun("this copy of minimail has no %s section" % name)
-    return REGISTRY[name]
+EXTENSIONS: List[Extension] = []
+
+
+def extension(name: str) -> Extension:
+    """Return the section of that name; CannotRun when this copy of the file lacks it."""
+    for section in EXTENSIONS:
+        if section.name == name:
+            return section
+    raise CannotRun("this copy of minimail has no %s section" % name)
 
 
 def event(_name: str, **fields: Any) -> None:
@@ -312,7 +364,7 @@ def parse_address(text: str) -> Address:
 
 
 @functools.lru_cache(maxsize=1000)
-def parse_path(text: str) -> Tuple[Optional[Address], str]:
+def parse_path(text: str, lenient: bool = False) -> Tuple[Optional[Address], str]:
     """Return (address, parameters) of `<path> parameters`; None for the null reverse-path <>. Refused 501 or 553.
 
     A source route is ignored, as RFC 5321 appendix C allows.
@@ -360,6 +412,15 @@ def clients_address(host: str) -> str:
     """Return a client's IP address in one spelling: without IPv6 scope, IPv4-mapped addresses as IPv4."""
     host = host.partition("%")[0]
     return host[7:] if host.lower().startswith("::ffff:") and "." in host else host
+
+
+def client_network(host: str) -> str:
+    """Return what stands for one client when connections and tries are counted: the address, for IPv6 its /64."""
+    try:
+        address = ipaddress.ip_address(clients_address(host))
+        return str(ipaddress.ip_network((int(address) >> 64 << 64, 64))) if address.version == 6 else str(address)
+    except ValueError:
+        return host
 
 
 def is_loopback(host: str) -> bool:
@@ -481,19 +542,10 @@ def show_endpoint(endpoint: Endpoint) -> str:
 def parse_server(text: str) -> Endpoint:
     """Return (host, port) of a name server: an IP address, port 53 unless one is given; ValueError."""
     try:
-        return parse_ip(text.strip().strip("[]")), 53
+        return str(ipaddress.ip_address(text.strip("[]"))), 53
     except ValueError:
         host, port = parse_endpoint(text)
-        return parse_ip(host), port
-
-
-def parse_ip(text: str) -> str:
-    """Return an IP address in one spelling, IPv4 in IPv6 as IPv4, IPv6 with its zone (fe80::1%eth0); ValueError."""
-    address, percent, zone = text.partition("%")
-    ip = ipaddress.ip_address(address)
-    if percent and (ip.version == 4 or not re.fullmatch(r"[\w.-]{1,64}", zone, re.ASCII)):
-        raise ValueError("not an IP address: " + printable(text, 100))
-    return str(getattr(ip, "ipv4_mapped", None) or ip) + percent + zone
+        return str(ipaddress.ip_address(host)), port
 
 
 def parse_size(text: Union[str, int]) -> int:
@@ -575,11 +627,12 @@ class Server(NamedTuple):
     def __str__(self) -> str:
         return "%s://%s" % ("smtps" if self.tls else "smtp", show_endpoint((self.host, self.port)))
 
-    __repr__ = __str__                                  # a password never enters a text
+    def __repr__(self) -> str:
+        return str(self)                                # a password never enters a text
 
 
 def parse_url(text: Union[str, Server]) -> Server:
-    """Return the Server of an smtp:// or smtps:// URL; user and password may be %-encoded; ValueError, which shows no secret."""
+    """Return the Server of an smtp:// or smtps:// URL; user and password may be %-encoded; ValueError."""
     from urllib.parse import parse_qsl, unquote, urlsplit
     if isinstance(text, Server):
         return text
@@ -698,7 +751,7 @@ def parse_text(text: Union[str, "os.PathLike[str]"]) -> str:
 
 
 def parse_rule(text: str) -> Any:
-    return optional_section("web")["parse_fault"](text)
+    return extension("web").parse_fault(text)
 
 
 def option(parse: Callable[[Any], Any], default: Any, metavar: str, help: str, many: bool = False) -> Any:
@@ -813,30 +866,334 @@ def read_options(given: Dict[str, Any], name: Callable[[str], str]) -> Dict[str,
 
 
 # ======================================================================================================================
-# 4  Wire: bounded lines, deadlines, dot transparency, TLS switch.  Knows bytes and sockets, no protocol, no file.
+# 4  How it waits, and the wire.  One loop, conversations that are coroutines, sockets that never block: what has to be
+#    waited for is awaited with wait(), and nothing else ever waits. Knows bytes, sockets and threads; no protocol, no file.
+#
+#    await wait(READ), wait(WRITE)    until the task's socket can be read or written; TimedOut when its deadline passes
+#    await wait(TURN), wait(seconds)  until others have had their turn, for so many seconds
+#    await wait(parcel)               until a message is on disk, committed together with others'; gives its refusal or None
+#    await wait(function)             until another thread has done function(); gives its result
 # ======================================================================================================================
+
+READ, WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
+TURN = 0.0
+
 
 class Disconnected(Exception):
     """The other side is gone."""
 
 
-class Silent(Exception):
-    """Nothing to read now; the session is parked until there is."""
-
-
-class Suspended(Exception):
-    """Another thread goes on with this session: touch nothing of it any more."""
-
-
 class TimedOut(Exception):
-    """The deadline passed before what was asked for was there."""
+    """The deadline passed before what was asked for was there, or the node stops."""
 
 
 class LineTooLong(Exception):
     """A line is longer than allowed; it was thrown away up to its end."""
 
 
-EPOLL = hasattr(select, "epoll")                            # elsewhere each session has its thread
+@types.coroutine
+def wait(what: Any) -> Generator[Any, Any, Any]:
+    """Let others go on until `what` has come; return what came of it, or raise its error."""
+    return (yield what)
+
+
+class Task:
+    """What the loop carries: a coroutine, the socket it may wait for, and until when."""
+
+    coroutine: Coroutine[Any, Any, None]
+    waiting: Any = None                             # what it awaits
+    armed = 0                                       # what the poller watches its socket for
+    talks = True                                    # it is a conversation: a message may come from it
+
+    @property
+    def sock(self) -> socket.socket:
+        raise NotImplementedError
+
+    @property
+    def deadline(self) -> float:
+        return float("inf")
+
+    def in_flight(self) -> bool:
+        """True while it is to be let alone although the node stops."""
+        return False
+
+
+class Crew:
+    """At most `size` threads that do what takes long, one thing after another; one with nothing to do ends after a while."""
+
+    IDLE = 5.0                                      # seconds
+
+    def __init__(self, size: int, name: str = "minimail-helper") -> None:
+        self.size, self.name = size, name
+        self._jobs: Deque[Callable[[], None]] = collections.deque()
+        self._threads: Set[threading.Thread] = set()
+        self._idle = 0
+        self._changed = threading.Condition()
+
+    def do(self, job: Callable[[], None]) -> None:
+        """Let a thread run job(), which does not raise; RuntimeError when there is no thread and none can be had."""
+        with self._changed:
+            self._jobs.append(job)
+            if self._idle < len(self._jobs) and len(self._threads) < self.size:
+                thread = threading.Thread(target=self._work, name=self.name, daemon=True)
+                try:
+                    thread.start()
+                    self._threads.add(thread)
+                except RuntimeError:
+                    if not self._threads:
+                        self._jobs.pop()
+                        raise
+            self._changed.notify()
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                self._idle += 1
+                while not self._jobs:
+                    if not self._changed.wait(self.IDLE) and not self._jobs:
+                        self._threads.discard(threading.current_thread())
+                        self._idle -= 1
+                        return
+                self._idle -= 1
+                job = self._jobs.popleft()
+            try:
+                job()
+            except BaseException:                   # nobody is above this: the thread must go on
+                log.exception("a helper stumbled")
+
+    def close(self) -> None:
+        """Drop what has not begun; what has is not waited for."""
+        with self._changed:
+            self._jobs.clear()
+
+
+class Work(NamedTuple):
+    """A function for a crew of its own, not done when nobody wants its result any more."""
+    function: Callable[[], Any]
+    crew: Crew
+    wanted: Callable[[], bool]
+
+
+class Loop:
+    """Carries all tasks in one thread, and commits what came together when nobody has anything to say.
+
+    `commit(parcels)` puts messages on disk and returns for each its refusal or None; `is_heavy(parcel)` says that this
+    takes long. A batch that does, or follows one that the disk took long for, is committed in another thread.
+    """
+
+    BATCH = 100                                     # messages committed together at most
+    PATIENCE = 0.05                                 # seconds a message waits while others talk
+    SLOW = 0.02                                     # seconds for a batch: from there on others do not wait for the disk
+    TICK = 0.5                                      # seconds between looks at the deadlines
+
+    def __init__(self, commit: Callable[[List[Any]], List[Optional[Exception]]], is_heavy: Callable[[Any], bool],
+                 clock: Callable[[], float] = time.monotonic, selector: Callable[[], Any] = selectors.DefaultSelector) -> None:
+        self.commit, self.is_heavy, self.clock = commit, is_heavy, clock
+        self.selector = selector()
+        self.crew = Crew(MAX_HELPERS)
+        self.tasks: Set[Task] = set()
+        self.talking = 0                            # of them, those that are conversations
+        self._parcels: List[Tuple[Task, Any]] = []  # to commit, ...
+        self._since = 0.0                           # ... and when the first of them came
+        self._committing = self._slow = False
+        self._soon: Deque[Tuple[Task, Any, Optional[BaseException]]] = collections.deque()  # to go on with; threads append
+        self._paused: List[Tuple[float, int, Task]] = []    # a heap: when, serial number, task
+        self._serial = itertools.count()
+        self._swept = 0.0
+        self._ends: Optional[float] = None          # when a stopping loop gives up waiting for messages in flight
+        self._thread: Optional[threading.Thread] = None
+        self._ear, self._mouth = socket.socketpair()    # a byte wakes the loop
+        self._ear.setblocking(False)
+        self._mouth.setblocking(False)
+        self.selector.register(self._ear, READ, None)
+
+    def start(self) -> None:
+        """Carry the tasks in a thread of its own; RuntimeError when there is none to be had."""
+        self._thread = threading.Thread(target=self._run, name="minimail-loop", daemon=True)
+        self._thread.start()
+
+    def stop(self, grace: float) -> None:
+        """End all tasks, each once it is not in flight, or after `grace` seconds; return when they have ended."""
+        self._ends = self.clock() + grace
+        self._wake()
+        if self._thread:
+            self._thread.join(grace + 2 * self.TICK + 1.0)
+        else:
+            self._end_all()
+        self.crew.close()
+        self.selector.close()
+        self._ear.close()
+        self._mouth.close()
+
+    def _wake(self) -> None:
+        with contextlib.suppress(OSError):          # full: it is awake. Closed: nobody is there
+            self._mouth.send(b"\n")
+
+    def _run(self) -> None:
+        while self._ends is None or (self.tasks and self.clock() < self._ends + 2 * self.TICK):
+            try:
+                self._pass()
+            except Exception:                       # nobody is above this
+                log.exception("the loop stumbled")
+        self._end_all()
+
+    def _end_all(self) -> None:
+        for task in list(self.tasks):
+            self._go_on(task, error=Disconnected())
+
+    def _pass(self) -> None:
+        """Run the tasks whose time has come; commit and look at deadlines when those are due."""
+        ready = self._parcels and not self._committing
+        events = self.selector.select(0 if ready or self._soon else self._time_left())
+        for key, _ in events:
+            task = key.data
+            if task is None:
+                with contextlib.suppress(OSError):
+                    self._ear.recv(4096)
+            elif task.waiting is key.events:
+                self._go_on(task)
+            else:                                   # it waits for something else: to be told no more of this
+                self._arm(task, 0)
+        now = self.clock()
+        if self._parcels and not self._committing and (not events or now > self._since + self.PATIENCE
+                                                       or len(self._parcels) >= min(self.BATCH, self.talking)):
+            self._commit(now)
+        while self._paused and self._paused[0][0] <= now:
+            self._soon.append((heapq.heappop(self._paused)[2], None, None))
+        for _ in range(len(self._soon)):
+            task, value, error = self._soon.popleft()
+            if task.waiting is not None:
+                self._go_on(task, value, error)
+        if now >= self._swept + self.TICK or self._ends is not None:
+            self._sweep(now)
+
+    def _time_left(self) -> float:
+        """Return for how long nothing is due."""
+        return max(0.0, min(self.TICK, self._paused[0][0] - self.clock())) if self._paused else \
+            self.TICK if self._ends is None else 0.02
+
+    def _sweep(self, now: float) -> None:
+        """Tell the tasks whose deadline has passed, and when the node stops, those that are not in flight."""
+        self._swept = now
+        stopping = self._ends is not None
+        for task in list(self.tasks):
+            waits = task.waiting is READ or task.waiting is WRITE or type(task.waiting) is float
+            if waits and (task.deadline <= now or (stopping and not (task.in_flight() and now < self._ends))):  # type: ignore
+                self._go_on(task, error=TimedOut())
+
+    def spawn(self, task: Task) -> None:
+        """Begin to carry a task: it runs at once, until it waits. For the loop's own thread, or before start()."""
+        self.tasks.add(task)
+        self.talking += task.talks
+        self._go_on(task)
+
+    def _go_on(self, task: Task, value: Any = None, error: Optional[BaseException] = None) -> None:
+        """Run a task until it waits again."""
+        try:
+            what = task.coroutine.send(value) if error is None else task.coroutine.throw(error)
+        except BaseException as end:
+            self._end(task)
+            if not isinstance(end, StopIteration):
+                log.exception("a task failed")
+            return
+        task.waiting = what
+        if what is READ or what is WRITE:
+            if task.armed is not what:
+                self._arm(task, what)
+        elif type(what) is float:
+            if what <= 0:
+                self._soon.append((task, None, None))
+            else:
+                heapq.heappush(self._paused, (self.clock() + what, next(self._serial), task))
+        elif callable(what) or isinstance(what, Work):
+            self._do(task, what)
+        else:
+            self._since = self._since if self._parcels else self.clock()
+            self._parcels.append((task, what))
+
+    def _end(self, task: Task) -> None:
+        task.waiting = None
+        if task in self.tasks:
+            self.tasks.discard(task)
+            self.talking -= task.talks
+
+    def _arm(self, task: Task, events: int) -> None:
+        """Let the poller watch a task's socket for READ, WRITE or, with 0, nothing."""
+        if not task.armed:
+            self.selector.register(task.sock, events, task)
+        elif events:
+            self.selector.modify(task.sock, events, task)
+        else:
+            self.selector.unregister(task.sock)
+        task.armed = events
+
+    def forget(self, task: Task) -> None:
+        """Be told that a task is about to close its socket, or to put another one in its place."""
+        if task.armed:
+            self._arm(task, 0)
+
+    def _commit(self, now: float) -> None:
+        batch, self._parcels = self._parcels[:self.BATCH], self._parcels[self.BATCH:]
+        self._committing = True
+
+        def run() -> None:
+            parcels = [parcel for _, parcel in batch]
+            try:
+                results = self.commit(parcels)
+            except Exception as error:
+                log.exception("%d messages not stored, or nobody knows", len(batch))
+                results = [error] * len(batch)
+            self._slow = self.clock() - now > self.SLOW * max(1.0, len(batch) / 20)
+            self._soon.extend((task, refused, None) for (task, _), refused in zip(batch, results))
+            self._committing = False
+            if threading.current_thread() is not self._thread:
+                self._wake()
+        if not (self._slow or any(self.is_heavy(parcel) for _, parcel in batch)):
+            return run()
+        try:
+            self.crew.do(run)
+        except RuntimeError:                        # without threads the disk is waited for
+            run()
+
+    def _do(self, task: Task, what: Any) -> None:
+        """Let another thread do what a task waits for."""
+        work = what if isinstance(what, Work) else Work(what, self.crew, lambda: True)
+
+        def run() -> None:
+            value, error = None, None
+            try:
+                if self._ends is not None and self.clock() > self._ends or not work.wanted():
+                    raise Disconnected
+                value = work.function()
+            except BaseException as what:
+                error = what
+            self._soon.append((task, value, error))
+            self._wake()
+        try:
+            work.crew.do(run)
+        except RuntimeError as error:
+            self._soon.append((task, None, error))
+
+
+def run_blocking(wire: "Wire", coroutine: Coroutine[Any, Any, Any]) -> Any:
+    """Drive a coroutine that talks over one wire in this thread, and return its result: for workers, which may wait."""
+    error: Optional[BaseException] = None
+    while True:
+        try:
+            what = coroutine.send(None) if error is None else coroutine.throw(error)
+        except StopIteration as end:
+            return end.value
+        left = wire.deadline - wire.clock()
+        error = None if left > 0 and is_ready(wire.sock, what, left) else TimedOut()
+
+
+def is_ready(sock: socket.socket, events: int, seconds: float) -> bool:
+    """Wait until a socket can be read or written, at most so many seconds; return whether it can. ValueError when closed."""
+    with getattr(selectors, "PollSelector", selectors.SelectSelector)() as selector:
+        selector.register(sock, events)
+        return bool(selector.select(seconds))
+
+
 END_OF_DATA = b"\r\n.\r\n"
 UNDECIDED = (b"\r\n.\r", b"\r\n.", b"\r\n", b"\r", b"\n.", b"\n")     # what a block may end with and say nothing yet
 LEADING_DOT = re.compile(rb"\n(?=\.)")                      # memchr finds the newlines: twice as fast as find(b"\n.")
@@ -899,6 +1256,33 @@ class Content:
         return b"\r\n" if held else b""
 
 
+class Stuffed:
+    """A message of whatever line ends as it goes over the wire, in blocks (RFC 1939 section 3, RFC 5321 section 4.5.2)."""
+
+    def __init__(self) -> None:
+        self._held = b""                            # a CR whose LF may be in the next block
+        self._line_start = True
+        self._ended = True                          # the last line has its end, or there is none
+
+    def lines(self, block: bytes) -> bytes:
+        """Return the block with CRLF line ends."""
+        data = self._held + block if self._held else block
+        self._held = b"\r" if data.endswith(b"\r") else b""
+        data = data[:-1] if self._held else data
+        self._ended = data.endswith(b"\n") if data else self._ended
+        return re.sub(rb"(?<!\r)\n", b"\r\n", data)
+
+    def last_end(self) -> bytes:
+        """Return what the last line lacks."""
+        return b"\r\n" if self._held or not self._ended else b""
+
+    def stuff(self, data: bytes) -> bytes:
+        """Return what lines() gave with its leading dots doubled."""
+        stuffed = stuff_dots(data, self._line_start)
+        self._line_start = data.endswith(b"\n") if data else self._line_start
+        return stuffed
+
+
 def stuff_dots(block: bytes, at_line_start: bool) -> bytes:
     """Return block with leading dots doubled (RFC 5321 section 4.5.2, RFC 1939 section 3)."""
     if b"." in block and LEADING_DOT.search(block):
@@ -906,46 +1290,31 @@ def stuff_dots(block: bytes, at_line_start: bool) -> bytes:
     return b"." + block if at_line_start and block.startswith(b".") else block
 
 
-def never() -> bool:
-    return False
-
-
 class Wire:
-    """A socket with a bounded line reader, batched output and a deadline that no dripping client can move.
+    """A socket that never blocks: bounded lines, batched output, a deadline that no dripping client can move.
 
-    Output is sent when it is large or before input is waited for, and never later: so pipelined commands are answered
-    in one piece (RFC 2920) and nobody waits for a reply that we hold. `clock` gives the seconds deadlines count in.
+    Output is sent before input is waited for, and never later: so pipelined commands are answered in one piece (RFC 2920)
+    and nobody waits for a reply that we hold. `clock` gives the seconds deadlines count in.
     """
 
-    def __init__(self, sock: socket.socket, timeout: float, clock: Callable[[], float] = time.monotonic,
-                 tuned: bool = False) -> None:
+    def __init__(self, sock: socket.socket, timeout: float, clock: Callable[[], float] = time.monotonic) -> None:
         self.sock = sock
         self.timeout = timeout
         self.clock = clock
         self.deadline = clock() + timeout
         self.input = bytearray()
-        self.output: List[bytes] = []
+        self.output: List[Union[bytes, memoryview]] = []
         self.pending = 0                            # bytes in `output`
         self.skipping = False                       # inside a line that was too long
         self.tls = False
-        self.ready = False                          # the poller has seen input: look before parking
-        self.may_linger: Callable[[], bool] = never
-        self.blocked: Callable[[], Any] = contextlib.nullcontext
-        self.seen: Optional[Callable[[str, bytes], None]] = None
-        if sock.gettimeout() is not None:           # socket.setdefaulttimeout() is the program's, not ours
-            sock.settimeout(None)
-        if not tuned:
-            tune(sock)
+        sock.setblocking(False)
 
     def renew(self, extra: float = 0.0) -> None:
         """Give the next step its full time."""
         self.deadline = self.clock() + self.timeout + extra
 
-    def line(self, limit: int, park: bool = False) -> bytes:
-        """Return the next line without its end (CRLF, or a bare LF); LineTooLong above `limit` bytes.
-
-        With `park`, Silent is raised rather than waited when there is nothing to read; call again later.
-        """
+    async def line(self, limit: int) -> bytes:
+        """Return the next line without its end (CRLF, or a bare LF); LineTooLong (more than `limit` bytes), Disconnected, TimedOut."""
         start = 0
         while True:
             end = self.input.find(b"\n", start)
@@ -959,190 +1328,105 @@ class Wire:
             if len(self.input) > limit:
                 self.skipping = True
                 self.input.clear()
-                if self.clock() >= self.deadline:
-                    raise TimedOut
-                if park:
-                    self.flush()
-                    raise Silent                    # there may be more of it, but others are waiting
             start = len(self.input)
-            self.input += self.receive(BLOCK, park)
+            self.input += await self.fill()
 
-    def receive(self, size: int, park: bool = False) -> bytes:
-        """Return up to `size` bytes from the socket, unsent output sent first; Disconnected, Silent, TimedOut."""
+    async def take(self, size: int) -> bytes:
+        """Return up to `size` bytes, of what has been read already or is read now; Disconnected, TimedOut."""
+        if not self.input:
+            return await self.fill(size)
+        data = bytes(self.input[:size])
+        del self.input[:size]
+        return data
+
+    async def fill(self, size: int = BLOCK) -> bytes:
+        """Return input from the socket, unsent output sent first; Disconnected, TimedOut."""
         if self.output:
-            self.flush()
-        if park and not self.ready and not self.may_linger() and not self.unread():
-            raise Silent
+            await self.flush()
+        event = 0 if self.tls and self.sock.pending() else READ     # type: ignore[attr-defined]
         while True:
+            if event:
+                await wait(event)
             try:
-                if self.tls or not EPOLL:
-                    data = self._receive_with_timeout(size, park)
-                else:
-                    data = self.sock.recv(size)
-            except (BlockingIOError, InterruptedError):
-                if park:
-                    raise Silent from None
-                self._wait_readable()
-                continue
+                data = self.sock.recv(size)
             except (OSError, ValueError) as error:
-                raise Disconnected from error
+                event = blocked_on(error)
+                continue
             if not data:
                 raise Disconnected
-            self.ready = False
             return data
-
-    def unread(self) -> int:
-        """Return how many bytes the TLS layer holds decrypted: the poller would not see them."""
-        return self.sock.pending() if self.tls else 0   # type: ignore[attr-defined]
-
-    def has_line(self) -> bool:
-        """Return whether a whole line is there already, without waiting."""
-        if not self.tls and EPOLL:
-            with contextlib.suppress(OSError):
-                self.input += self.sock.recv(BLOCK, socket.MSG_DONTWAIT)
-        return b"\n" in self.input
-
-    def _receive_with_timeout(self, size: int, park: bool) -> bytes:
-        try:
-            if park:
-                self.sock.settimeout(LINGER if self.may_linger() else 0)
-                return self.sock.recv(size)
-            self.sock.settimeout(max(0.001, self.deadline - self.clock()))
-            with self.blocked():
-                return self.sock.recv(size)
-        except OSError as error:
-            if not is_timeout(error):
-                raise
-            if not park and self.clock() >= self.deadline:
-                raise TimedOut from None
-            raise BlockingIOError from None
-
-    def _wait_readable(self) -> None:
-        left = self.deadline - self.clock()
-        if left <= 0:
-            raise TimedOut
-        if self.tls or not EPOLL:
-            return
-        with self.blocked():
-            poll = select.poll()
-            poll.register(self.sock, select.POLLIN)
-            poll.poll(left * 1000)
 
     def send(self, data: bytes) -> None:
         """Queue bytes for the other side."""
         self.output.append(data)
         self.pending += len(data)
+
+    async def drain(self) -> None:
+        """Send queued output when it is much, so that it does not pile up; Disconnected, TimedOut."""
         if self.pending >= BLOCK:
-            self.flush()
+            await self.flush()
 
-    def flush(self) -> None:
-        """Send all queued output now; Disconnected, TimedOut."""
-        data: Union[bytes, memoryview] = b"".join(self.output)
-        self.output.clear()
-        self.pending = 0
-        while data:
-            try:
-                if self.tls or not EPOLL:
-                    sent = self._send_with_timeout(data)
-                else:
-                    sent = self.sock.send(data, socket.MSG_DONTWAIT)
-            except (BlockingIOError, InterruptedError):
-                self.wait_writable()
-                continue
-            except OSError as error:
-                if is_timeout(error):
-                    raise TimedOut from None
-                raise Disconnected from error
-            if sent == len(data):
-                return
-            data = memoryview(data)[sent:]
+    async def flush(self) -> None:
+        """Send all queued output; Disconnected, TimedOut."""
+        while self.output:
+            event = self.send_some()
+            if event:
+                await wait(event)
 
-    def _send_with_timeout(self, data: Union[bytes, memoryview]) -> int:
-        if EPOLL:
-            self.sock.settimeout(0)
-            try:
-                return self.sock.send(data)
-            except OSError as error:
-                if not is_timeout(error):
-                    raise
-        with self.blocked():
-            self.sock.settimeout(max(0.001, self.deadline - self.clock()))
-            return self.sock.send(data)
-
-    def send_some(self) -> bool:
-        """Send queued output as far as that needs no waiting; return whether all of it went."""
-        if self.tls or not self.output:
-            return not self.output
-        data = b"".join(self.output)
+    def send_some(self) -> int:
+        """Send queued output as far as that needs no waiting; return what the rest waits for, else 0. Disconnected."""
+        data = self.output[0] if len(self.output) == 1 else b"".join(self.output)
         try:
-            sent = self.sock.send(data, socket.MSG_DONTWAIT)
-        except OSError:
-            sent = 0
-        self.output = [data[sent:]] if sent < len(data) else []
-        self.pending = len(data) - sent
-        return not self.output
+            sent = self.sock.send(data)
+        except (OSError, ValueError) as error:
+            self.output = [data]
+            return blocked_on(error)
+        self.pending -= sent
+        self.output = [memoryview(data)[sent:]] if self.pending else []
+        return WRITE if self.pending else 0
 
-    def wait_writable(self) -> None:
-        """Return when the socket takes more output; TimedOut."""
-        left = self.deadline - self.clock()
-        if left <= 0:
-            raise TimedOut
-        with self.blocked():
-            poll = select.poll()
-            poll.register(self.sock, select.POLLOUT)
-            poll.poll(left * 1000)
-
-    def send_file(self, fd: int, offset: int, count: int) -> None:
-        """Send `count` bytes of a file from `offset`, in the kernel where it can."""
-        if self.tls or not hasattr(os, "sendfile") or not EPOLL:
+    async def send_file(self, fd: int, offset: int, count: int) -> None:
+        """Send `count` bytes of a file from `offset`, in the kernel where it can; Disconnected, TimedOut."""
+        if self.tls or not hasattr(os, "sendfile"):
             self.send(pread(fd, count, offset))
-            return
-        self.flush()
-        set_kernel_timeout(self.sock, socket.SO_SNDTIMEO, LINGER)
+            return await self.flush()
+        await self.flush()
         while count:
             try:
                 sent = os.sendfile(self.sock.fileno(), fd, offset, count)
-            except (BlockingIOError, InterruptedError):
-                self.wait_writable()
-                continue
             except OSError as error:
-                raise Disconnected from error
+                await wait(blocked_on(error) and WRITE)
+                continue
             if not sent:
                 raise Disconnected                  # the file became shorter: the length we promised cannot be kept
             offset, count = offset + sent, count - sent
 
-    def take(self, size: int, park: bool = False) -> bytes:
-        """Return up to `size` bytes, of what has been read already or is read now."""
-        if not self.input:
-            return self.receive(size, park)
-        data = bytes(self.input[:size])
-        del self.input[:size]
-        return data
-
-    def start_tls(self, context: "ssl.SSLContext", server_side: bool, hostname: Optional[str] = None) -> None:
-        """Switch to TLS. Whatever was buffered before the handshake is thrown away (RFC 3207 section 4.2).
+    async def start_tls(self, context: "ssl.SSLContext", **how: Any) -> None:
+        """Switch to TLS (`how` as for wrap_socket). What came before the handshake is thrown away (RFC 3207 section 4.2).
 
         Disconnected when the handshake fails, its text saying why; TimedOut.
         """
-        self.flush()
+        await self.flush()
         self.input.clear()
         self.skipping = False
-        self.sock.settimeout(max(0.001, self.deadline - self.clock()))
         try:
-            with self.blocked():
-                self.sock = context.wrap_socket(self.sock, server_side=server_side, server_hostname=hostname)
-        except OSError as error:
-            if is_timeout(error):
-                raise TimedOut from None
-            raise Disconnected("TLS: %s" % error) from error
-        except ValueError as error:
+            self.sock = context.wrap_socket(self.sock, do_handshake_on_connect=False, **how)
+        except (OSError, ValueError) as error:
             raise Disconnected("TLS: %s" % error) from error
         self.tls = True
+        while True:
+            try:
+                return self.sock.do_handshake()
+            except (OSError, ValueError) as error:
+                try:
+                    event = blocked_on(error)
+                except Disconnected:
+                    raise Disconnected("TLS: %s" % error) from error
+            await wait(event)
 
     def close(self) -> None:
         """Close so that the last reply still arrives: what the client went on sending would make the kernel reset it."""
         try:
-            self.sock.settimeout(0)
             if self.tls:
                 with contextlib.suppress(OSError, ValueError):
                     self.sock.unwrap()              # type: ignore[attr-defined]
@@ -1152,23 +1436,18 @@ class Wire:
         self.sock.close()
 
 
+def blocked_on(error: Exception) -> int:
+    """Return what an operation that would have had to wait is to wait for; Disconnected when the error is a real one."""
+    if isinstance(error, (BlockingIOError, InterruptedError)) or type(error).__name__ == "SSLWantReadError":
+        return READ
+    if type(error).__name__ == "SSLWantWriteError":
+        return WRITE
+    raise Disconnected(str(error)) from error
+
+
 def is_timeout(error: OSError) -> bool:
-    """True when an operation was not done in its time; with a timeout of 0, because it would have had to wait."""
-    return isinstance(error, (socket.timeout, BlockingIOError)) or "timed out" in str(error) or \
-        type(error).__name__ in ("SSLWantReadError", "SSLWantWriteError")
-
-
-def tune(sock: socket.socket) -> None:
-    """Let replies leave at once and reads end after LINGER. On Linux connections have it from their listener."""
-    with contextlib.suppress(OSError):
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    if EPOLL:
-        set_kernel_timeout(sock, socket.SO_RCVTIMEO, LINGER)
-
-
-def set_kernel_timeout(sock: socket.socket, option: int, seconds: float) -> None:
-    """Let a blocking socket give up after `seconds`: one system call where a Python timeout takes two."""
-    sock.setsockopt(socket.SOL_SOCKET, option, struct.pack("@ll", int(seconds), int(seconds % 1 * 1e6)))
+    """True when a blocking operation was not done in its time."""
+    return isinstance(error, (socket.timeout, BlockingIOError))
 
 
 def pread(fd: int, count: int, offset: int) -> bytes:
@@ -1183,8 +1462,12 @@ def pread(fd: int, count: int, offset: int) -> bytes:
 # 5  Durable files.  Writes that survive a crash, locks that end with their process; knows no mail and no protocol.
 # ======================================================================================================================
 
+O_EXTRA = getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
+O_PLAIN = O_EXTRA | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+
+
 def lock_file(fd: int, wait: bool = False) -> bool:
-    """Lock an open file until it is closed or the process ends; False when somebody else has it."""
+    """Lock an open file until it is closed or the process ends; False when somebody else has it. OSError: no locks here."""
     try:
         if fcntl:
             fcntl.flock(fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
@@ -1218,102 +1501,142 @@ def write_all(fd: int, data: Union[bytes, memoryview]) -> None:
         data = memoryview(data)[os.write(fd, data):]
 
 
-class Flush:
-    """One directory's flushes to disk, shared: who comes while one runs waits for the next, which serves them all."""
+def open_regular(path: str, flags: int = os.O_RDONLY) -> int:
+    """Open a file that others may have put there and return its fd: no link is followed, no FIFO waited for. OSError."""
+    fd = os.open(path, flags | O_PLAIN)
+    if stat.S_ISREG(os.fstat(fd).st_mode):
+        return fd
+    os.close(fd)
+    raise OSError(errno.EINVAL, "not a regular file", path)
 
-    def __init__(self) -> None:
-        self.turn = threading.Lock()
-        self.tickets = itertools.count(1)
-        self.begun = 0                              # the ticket of the last one that is done
+
+def list_directory(path: str) -> List[str]:
+    """Return the names in a directory; none when it is not there."""
+    try:
+        return os.listdir(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
 
 
 class Storage:
-    """The data directory: durable writes, who is alive in it, and how processes wake each other.
+    """The data directory: durable writes, drafts whose writer is known to live, and how processes tell each other.
 
-    Each process holds a lock on run/TOKEN.lock while it lives and puts TOKEN into the names of its drafts, so that any
-    other process can tell what a dead one left behind (also on a shared file system, if that has locks).
+    Whoever writes a draft holds a lock on it from its first byte until it is in place, so that any other process (on a
+    shared file system, too, if that has locks) can tell what a dead one left behind. Who did something that others wait
+    for puts the time on a file in run/; who waits looks at that, at most a tenth of a second apart.
     """
+
+    LOOK = 0.1                                      # seconds between looks at a stamp
 
     def __init__(self, root: str, sync: bool = True) -> None:
         self.root = os.path.abspath(root)
         self.run = os.path.join(self.root, "run")
         self.sync = sync
-        self.token = ""
-        self._lock = -1
-        self._flushes: Dict[str, Flush] = {}
+        self.token = secrets.token_hex(4)           # of this process, in the ids of its messages
         self._sequence = itertools.count(1)
-        self._wakers: Tuple[int, List[str]] = (0, [])
+        self._complained: Set[str] = set()
 
     def open(self) -> None:
-        """Make the directory and enter this process in it; OSError."""
-        while self._lock < 0:
-            self.token = secrets.token_hex(4)
-            self._enter()
-
-    def _enter(self) -> None:
+        """Make the directory; OSError, also when nothing can be written there or others than its owner may."""
         self.make_directory(self.run)
-        path = os.path.join(self.run, self.token + ".lock")
-        fd = os.open(path, os.O_CREAT | os.O_RDWR | O_EXTRA, 0o600)
-        if lock_file(fd) and is_same_file(fd, path):
-            self._lock = fd
-        else:                                       # a sweeping process came between the two, and removes it
+        if os.name != "nt" and os.stat(self.root).st_mode & 0o022:
+            raise OSError(errno.EPERM, "others may write to it: chmod go-w, or choose another", self.root)
+        path = os.path.join(self.run, self.token + ".try")
+        try:
+            fd = self.create(path)
             os.close(fd)
-
-    def stay(self) -> None:
-        """Enter again if somebody removed the directory underneath us; OSError."""
-        if self._lock >= 0 and not is_same_file(self._lock, os.path.join(self.run, self.token + ".lock")):
-            os.close(self._lock)
-            self._lock = -1
-            self._enter()
-
-    def close(self) -> None:
-        if self._lock >= 0:
+        finally:
             with contextlib.suppress(OSError):
-                os.unlink(os.path.join(self.run, self.token + ".lock"))
-            os.close(self._lock)
-            self._lock = -1
+                os.unlink(path)
 
     def new_id(self, now: float) -> str:
         """Return a new message id: time, token of this process, serial number."""
         return "%08x-%05x-%s%x" % (int(now), int(now % 1 * 1e6), self.token, next(self._sequence))
 
-    def is_alive(self, token: str) -> bool:
-        """True when the process that had `token` still lives."""
-        if token == self.token:
-            return True
+    # Drafts.
+
+    def create(self, path: str) -> int:
+        """Make a file, locked while its writer lives, and return its fd; OSError."""
+        while True:
+            fd = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | O_EXTRA, 0o600)
+            try:
+                if lock_file(fd) and os.fstat(fd).st_nlink:
+                    return fd
+            except OSError as error:
+                self.complain("locks", "no locks on this file system, what a crash leaves is not cleaned up: %s" % error)
+                return fd
+            os.close(fd)                            # who sweeps came between the two, and has removed it
+
+    @staticmethod
+    def is_abandoned(path: str) -> bool:
+        """Return whether a draft's writer is dead; False also when that cannot be known."""
         try:
-            fd = os.open(os.path.join(self.run, token + ".lock"), os.O_RDWR | O_EXTRA)
-        except FileNotFoundError:
-            return False
+            fd = open_regular(path, os.O_RDWR)
         except OSError:
-            return True
+            return False
         try:
-            if not lock_file(fd):
-                return True
-            with contextlib.suppress(OSError):
-                os.unlink(os.path.join(self.run, token + ".lock"))
+            return lock_file(fd) and is_same_file(fd, path)
+        except OSError:
             return False
         finally:
             os.close(fd)
 
-    def sweep(self) -> None:
-        """Remove what dead processes left in run/."""
-        for name in list_directory(self.run):
-            token, _, kind = name.partition(".")
-            if not self.is_alive(token) and kind != "lock":
-                with contextlib.suppress(OSError):
-                    os.unlink(os.path.join(self.run, name))
+    def remove_abandoned(self, path: str) -> None:
+        """Remove a draft whose writer is dead, while nobody else can begin to write it."""
+        with contextlib.suppress(OSError):
+            fd = open_regular(path, os.O_RDWR)
+            try:
+                if lock_file(fd) and is_same_file(fd, path):
+                    os.unlink(path)
+            finally:
+                os.close(fd)
+
+    # Who waits for what.
+
+    def wake(self, kind: str) -> None:
+        """Tell all processes on this directory that wait for `kind`: a hint, after the fact, that never fails."""
+        path, now = os.path.join(self.run, kind), time.time_ns()
+        try:
+            os.utime(path, ns=(now, now))
+        except OSError:                             # the first one, or somebody removed the directory underneath us
+            with contextlib.suppress(OSError):
+                self.make_directory(self.run)
+                os.close(os.open(path, os.O_CREAT | os.O_WRONLY | O_EXTRA, 0o600))
+
+    def stamp(self, kind: str) -> int:
+        """Return a number that changes when somebody calls wake(kind)."""
+        try:
+            return os.stat(os.path.join(self.run, kind)).st_mtime_ns
+        except OSError:
+            return 0
+
+    # Durable writes.
+
+    def complain(self, what: str, text: str) -> None:
+        """Log a warning about this file system, once."""
+        if what not in self._complained:
+            self._complained.add(what)
+            log.warning("%s: %s", self.root, text)
 
     def make_directory(self, path: str) -> None:
         """Make a directory (0700) and what is missing above it, durably; OSError."""
-        missing = []
-        while not os.path.isdir(path):
-            missing.append(path)
-            path = os.path.dirname(path)
-        for path in reversed(missing):
-            with contextlib.suppress(FileExistsError):
-                os.mkdir(path, 0o700)
-            self.sync_directory(os.path.dirname(path))
+        for above in self.make_directories([path]):
+            self.sync_directory(above)
+
+    @staticmethod
+    def make_directories(paths: Sequence[str]) -> List[str]:
+        """Make directories (0700) and what is missing above them; return those that must be flushed for it. OSError."""
+        changed: Dict[str, None] = {}
+        for path in paths:
+            missing = []
+            while not os.path.isdir(path):
+                missing.append(path)
+                path = os.path.dirname(path)
+            for path in reversed(missing):
+                with contextlib.suppress(FileExistsError):
+                    os.mkdir(path, 0o700)
+                changed[os.path.dirname(path)] = None
+        return list(changed)
 
     def sync_file(self, fd: int) -> None:
         if self.sync:
@@ -1323,22 +1646,15 @@ class Storage:
         """Return when all that happened in the directory before this call is on disk; OSError."""
         if not self.sync or os.name == "nt":        # NTFS journals names itself, and Windows opens no directories
             return
-        flush = self._flushes.get(path)
-        if flush is None:
-            if len(self._flushes) > 5000:
-                self._flushes = {}                  # only a memory of who is flushing what: losing it costs a flush
-            flush = self._flushes.setdefault(path, Flush())
-        ticket = next(flush.tickets)
-        with flush.turn:
-            if flush.begun > ticket:                # one that began after us is done
-                return
-            begun = next(flush.tickets)
-            fd = os.open(path, os.O_RDONLY | O_EXTRA)
-            try:
-                os.fsync(fd)
-            finally:
-                os.close(fd)
-            flush.begun = begun
+        fd = os.open(path, os.O_RDONLY | O_EXTRA)
+        try:
+            os.fsync(fd)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS):
+                raise
+            self.complain("sync", "this file system flushes no directories (%s): a power cut may lose what was taken" % error)
+        finally:
+            os.close(fd)
 
     def flush(self, things: Iterable[Union[int, str]]) -> Dict[Union[int, str], OSError]:
         """Return when files (fd) and directories (path) are on disk, with the errors of those that are not.
@@ -1365,100 +1681,32 @@ class Storage:
                 errors[thing] = error
         return errors
 
-    def write(self, path: str, data: bytes, sync: bool = True) -> None:
-        """Put a file in place with all of `data` or not at all, an older one replaced at once; OSError."""
-        draft = "%s.%s%x.tmp" % (path, self.token or secrets.token_hex(4), next(self._sequence))
-        fd = os.open(draft, os.O_CREAT | os.O_EXCL | os.O_WRONLY | O_EXTRA, 0o600)
+    def write(self, path: str, data: bytes) -> None:
+        """Put a file in place with all of `data` or not at all, an older one replaced at once, durably; OSError."""
+        draft = "%s.%s%x.tmp" % (path, self.token, next(self._sequence))
+        fd = self.create(draft)
         try:
             try:
                 write_all(fd, data)
-                if sync:
-                    self.sync_file(fd)
+                self.sync_file(fd)
+                os.replace(draft, path)             # while it is locked: nobody takes it for abandoned
             finally:
                 os.close(fd)
-            os.replace(draft, path)
         except BaseException:
             with contextlib.suppress(OSError):
                 os.unlink(draft)
             raise
-        if sync:
-            self.sync_directory(os.path.dirname(path))
-
-    @contextlib.contextmanager
-    def waker(self, kind: str) -> Iterator[Optional[socket.socket]]:
-        """Yield a socket that gets a datagram when another process calls wake(kind); None where there is no such thing."""
-        path = os.path.join(self.run, "%s.%s%d" % (self.token, kind, next(self._sequence)))
-        sock = None
-        try:
-            if hasattr(socket, "AF_UNIX"):
-                try:
-                    sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-                    sock.settimeout(None)
-                    with short_path(path) as name:
-                        sock.bind(name)
-                except OSError as error:
-                    log.warning("cannot listen for other processes at %s: %s", path, error)
-                    sock.close() if sock else None
-                    sock = None
-            yield sock
-        finally:
-            if sock:
-                sock.close()
-                with contextlib.suppress(OSError):
-                    os.unlink(path)
-
-    def wake(self, kind: str, own: bool = False) -> None:
-        """Tell all (other) processes on this directory that wait for `kind`; costs one stat() when there are none.
-
-        A hint, after the fact: never fails, and who misses it looks by itself in time.
-        """
-        try:
-            stamp = os.stat(self.run).st_mtime_ns
-            if self._wakers[0] != stamp or time.time_ns() - stamp < 2_000_000_000:  # a clock tick may hide a change
-                self._wakers = stamp, [name for name in list_directory(self.run) if not name.endswith(".lock")]
-        except OSError:                             # no descriptor, or somebody removed the directory underneath us
-            with contextlib.suppress(OSError):
-                self.stay()
-            return
-        for name in self._wakers[1]:
-            token, _, rest = name.partition(".")
-            if not rest.startswith(kind) or (token == self.token and not own):
-                continue
-            with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
-                sock.setblocking(False)
-                with short_path(os.path.join(self.run, name)) as path:
-                    sock.sendto(b"\n", path)
-
-
-O_EXTRA = getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
-
-
-@contextlib.contextmanager
-def short_path(path: str) -> Iterator[str]:
-    """Yield a name for `path` that fits into a socket address (108 bytes)."""
-    if len(os.fsencode(path)) < 100 or not os.path.isdir("/proc/self/fd"):
-        yield path
-        return
-    fd = os.open(os.path.dirname(path), os.O_RDONLY | O_EXTRA)
-    try:
-        yield "/proc/self/fd/%d/%s" % (fd, os.path.basename(path))
-    finally:
-        os.close(fd)
-
-
-def list_directory(path: str) -> List[str]:
-    """Return the names in a directory; none when it is not there."""
-    try:
-        return os.listdir(path)
-    except (FileNotFoundError, NotADirectoryError):
-        return []
+        self.sync_directory(os.path.dirname(path))
 
 
 class Draft:
-    """A message file while its content comes in; `open_file(name)` makes it on the first write and returns (fd, path).
+    """A message file while its content comes in; `open_file()` makes it on the first write and returns (fd, path).
 
-    An error of the disk is kept and raised by finish(), so that the rest of the content can be read past it.
+    An error of the disk is kept and raised by complete(), so that the rest of the content can be read past it.
     """
+
+    __slots__ = ("id", "limit", "size", "path", "head", "keep_head", "eightbit", "error", "ends_with_newline", "header",
+                 "written", "fd", "_open_file", "_buffer", "_buffered")
 
     def __init__(self, id: str, header: bytes, limit: int, open_file: Callable[[], Tuple[int, str]]) -> None:
         self.id = id
@@ -1472,8 +1720,8 @@ class Draft:
         self.ends_with_newline = True
         self.header = header
         self.written = 0                            # bytes in the file: header and content
-        self._open_file = open_file
         self.fd = -1
+        self._open_file = open_file
         self._buffer = [header]
         self._buffered = len(header)
 
@@ -1482,7 +1730,7 @@ class Draft:
         return self.size > self.limit
 
     def write(self, block: bytes) -> None:
-        """Append content; errors wait for finish()."""
+        """Append content; errors wait for complete()."""
         if not block:
             return
         self.size += len(block)
@@ -1539,47 +1787,81 @@ class Draft:
             self.path = ""
 
 
-class Reloaded:
+class Watched:
+    """A value made from files, and made anew when one of them changed: users, aliases, certificates.
+
+    `load()` returns it, or raises OSError or ValueError: then the last good one serves on.
+    """
+
+    PAUSE = 0.02                                    # seconds for which a look at the files is good enough
+
+    def __init__(self, paths: Sequence[str], load: Callable[[], Any]) -> None:
+        self.paths = [path for path in paths if path]
+        self.load = load
+        self.value: Any = None
+        self._stamp: Any = None                     # None: never loaded
+        self._checked = 0.0
+        self._complaint = ""                        # the last one: said once
+        self._lock = threading.Lock()
+
+    def is_stale(self) -> bool:
+        """Return whether get() would have to load; cheap enough for the loop."""
+        now = time.monotonic()
+        if self._stamp is not None and now - self._checked < self.PAUSE:
+            return False
+        self._checked = now
+        return bool(self._stamp is None or self._look() != self._stamp)
+
+    def _look(self) -> Any:
+        stamps = []
+        for path in self.paths:
+            try:
+                found = os.stat(path)
+                stamps.append((found.st_mtime_ns, found.st_size, found.st_ino))
+            except FileNotFoundError:
+                stamps.append((0, 0, 0))
+            except OSError as error:
+                self._complain(error)
+                return self._stamp
+        return stamps
+
+    def get(self, fresh: bool = False) -> Any:
+        """Return the value, loaded first if a file changed; who comes while somebody loads waits for that.
+
+        OSError or ValueError when there is none yet and none can be made.
+        """
+        if not fresh and not self.is_stale():
+            return self.value
+        with self._lock:
+            stamp = self._look()
+            if stamp != self._stamp or stamp is None:
+                try:
+                    self.value = self.load()
+                    self._stamp, self._complaint = stamp or [], ""
+                except (OSError, ValueError) as error:
+                    if self._stamp is None:         # nothing known: better say "later" than "no such user"
+                        raise
+                    self._complain(error)
+        return self.value
+
+    def _complain(self, error: Exception) -> None:
+        if self._complaint != str(error):
+            self._complaint = str(error)
+            log.warning("cannot use %s, going on with what was there: %s", " and ".join(self.paths), error)
+
+
+class Reloaded(Watched):
     """A small text file, parsed when it is first needed and again whenever it changed.
 
     `parse` gets the lines as [(number, text)] and a function to complain with; a line it cannot use locks nobody out.
     """
 
-    PAUSE = 0.02                                    # seconds for which a look at the file is good enough
-
     def __init__(self, path: str, parse: Callable[[List[Tuple[int, str]], Callable[[int, str], None]], Any]) -> None:
         self.path = path
-        self._parse = parse
-        self._checked = 0.0
-        self._stamp: Any = ()
-        self._value: Any = parse([], self._complain)
+        super().__init__([path], lambda: parse(self.lines(), self._complain_about))
 
-    def _complain(self, number: int, reason: str) -> None:
+    def _complain_about(self, number: int, reason: str) -> None:
         log.warning("%s line %d: %s", self.path, number, reason)
-
-    def get(self, fresh: bool = False) -> Any:
-        """Return the parsed value; the last good one when the file cannot be read."""
-        now = time.monotonic()
-        if now - self._checked < self.PAUSE and not fresh:
-            return self._value
-        self._checked = now
-        try:
-            info: Any = os.stat(self.path)
-            stamp = (info.st_mtime_ns, info.st_size, info.st_ino)
-        except FileNotFoundError:
-            stamp = (0, 0, 0)
-        except OSError as error:
-            log.warning("cannot read %s: %s", self.path, error)
-            return self._value
-        if stamp != self._stamp:
-            try:
-                self._value = self._parse(self.lines(), self._complain)
-                self._stamp = stamp
-            except OSError as error:
-                log.warning("cannot read %s: %s", self.path, error)
-                if self._stamp == ():               # nothing known: better say "later" than "no such user"
-                    raise
-        return self._value
 
     def lines(self) -> List[Tuple[int, str]]:
         """Return the file as numbered lines without comments; one that begins with a space continues the line above."""
@@ -1588,21 +1870,21 @@ class Reloaded:
                 raw = file.read().splitlines()
         except FileNotFoundError:
             return []
-        lines: List[Tuple[int, str]] = []
+        lines: List[Tuple[int, List[str]]] = []
         for number, line in enumerate(raw, 1):
             if not line.strip() or line.lstrip().startswith("#"):
                 continue
             if line[0] in " \t" and lines:
-                lines[-1] = (lines[-1][0], lines[-1][1] + " " + line.strip())
+                lines[-1][1].append(line.strip())
             else:
-                lines.append((number, line.strip()))
-        return lines
+                lines.append((number, [line.strip()]))
+        return [(number, " ".join(pieces)) for number, pieces in lines]
 
 
 # ======================================================================================================================
 # 6  Mailboxes and accounts.  A Maildir per address, who may open it, what an address stands for; knows no protocol.
 #
-#    tmp/NAME            being written by the process whose token is in NAME; rubbish when that is dead
+#    tmp/NAME            being written by whoever holds a lock on it; rubbish when nobody does
 #    new/NAME, cur/NAME  a whole message, on disk; mutt, Dovecot and others move it from new/ to cur/ and add flags
 #    NAME                SECONDS.ID.HOST,S=SIZE,W=SIZE: the UID is what stands before the comma. W is the size with CRLF
 #                        line ends (Maildir++), which is what POP3 counts; ours have no others, so S and W are the same.
@@ -1610,7 +1892,7 @@ class Reloaded:
 
 SAFE = re.compile(r"[a-z0-9._+=-]*")
 DEVICE = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\.|$)")
-OWN_NAME = re.compile(r"\d+\.([0-9a-f]{8}-[0-9a-f]{5}-([0-9a-f]{8})[0-9a-f]+)\.")
+OWN_NAME = re.compile(r"\d+\.([0-9a-f]{8}-[0-9a-f]{5}-[0-9a-f]{9,})\.")
 SIZED_NAME = re.compile(r"([!-+\--9<-~]{1,70}),(?:[^:]*,)?W=(\d+)(?=$|[:;,])")
 FLAGS = ";2," if os.name == "nt" else ":2,"         # no colons in Windows file names
 
@@ -1683,38 +1965,37 @@ class Mailboxes:
                     if self.exists(mailbox):
                         yield mailbox
 
-    def _make(self, mailbox: str) -> None:
-        path = self.path(mailbox)
-        for place in ("tmp", "cur", "new"):         # new last: a mailbox exists once it has that
-            self.storage.make_directory(os.path.join(path, place))
-
-    def _retry_made(self, mailbox: str, action: Callable[[], Any]) -> Any:
-        """Do what needs the mailbox's directories; make them when they turn out to be missing."""
+    def _retry_made(self, mailbox: str, made: List[str], action: Callable[[], Any]) -> Any:
+        """Do what needs the mailbox's directories, made when missing; those to be flushed for it go into `made`."""
         try:
             return action()
         except FileNotFoundError:
-            self._make(mailbox)
+            path = self.path(mailbox)               # new/ last: a mailbox exists once it has that
+            made += self.storage.make_directories([os.path.join(path, place) for place in ("tmp", "cur", "new")])
             return action()
 
     def file_name(self, id: str) -> str:
         return "%d.%s.%s" % (int(id[:8], 16), id, self.host)
 
-    def open_draft(self, mailbox: str, id: str) -> Tuple[int, str]:
-        """Make a file in the mailbox's tmp/ and return (fd, path); OSError."""
+    def open_draft(self, mailbox: str, id: str, made: List[str]) -> Tuple[int, str]:
+        """Make a file in the mailbox's tmp/ and return (fd, path); OSError. See _retry_made() for `made`."""
         path = os.path.join(self.path(mailbox), "tmp", self.file_name(id))
-        flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | O_EXTRA
-        return self._retry_made(mailbox, lambda: os.open(path, flags, 0o600)), path
+        return self._retry_made(mailbox, made, lambda: self.storage.create(path)), path
 
-    def place(self, draft: Draft, mailboxes: Sequence[str], placed: List[str]) -> None:
+    def place(self, draft: Draft, mailboxes: Sequence[str], placed: List[str], made: List[str]) -> None:
         """Put a completed draft into all mailboxes, the paths into `placed`; OSError, with some of it done.
 
         The first mailbox's tmp/ has the draft; the others get a link to the same file.
         """
         name = "%s,S=%d,W=%d" % (self.file_name(draft.id), draft.written, draft.written)
         for mailbox in reversed(mailboxes):
-            target = os.path.join(self.path(mailbox), "new", name)
-            put = os.rename if mailbox == mailboxes[0] else link_or_copy
-            self._retry_made(mailbox, functools.partial(put, draft.path, target))
+            path = self.path(mailbox)
+            target = os.path.join(path, "new", name)
+            if mailbox == mailboxes[0]:
+                put = functools.partial(os.rename, draft.path, target)
+            else:
+                put = functools.partial(link_or_copy, draft.path, target, os.path.join(path, "tmp", name))
+            self._retry_made(mailbox, made, put)
             placed.append(target)
         draft.path = ""
 
@@ -1722,15 +2003,12 @@ class Mailboxes:
         """Return a mailbox's messages, oldest first, from the file names alone; empty when there is no such mailbox."""
         try:
             path = self.path(mailbox)
-            stats = [os.stat(os.path.join(path, place)) for place in ("new", "cur")]
-            stamp = [(stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino) for stat in stats]
+            stamp = self._stamp(path)
         except (OSError, Refused):
             return []
-        with self._listing_lock:
-            cached = self._listings.get(path)
-            if cached and cached[0] == stamp:
-                self._listings.move_to_end(path)
-                return cached[1]
+        cached = self._recall(path, stamp)
+        if cached is not None:
+            return cached
         items: Dict[str, Item] = {}
         for place in ("new", "cur"):                # in this order: what is moved meanwhile is seen twice, not never
             for name in list_directory(os.path.join(path, place)):
@@ -1750,6 +2028,28 @@ class Mailboxes:
                     self._listings.popitem(last=False)
         return listing
 
+    @staticmethod
+    def _stamp(path: str) -> List[Tuple[int, int, int]]:
+        """Return what changes when a message comes, goes or is renamed; OSError."""
+        found = [os.stat(os.path.join(path, place)) for place in ("new", "cur")]
+        return [(place.st_mtime_ns, place.st_ctime_ns, place.st_ino) for place in found]
+
+    def _recall(self, path: str, stamp: List[Tuple[int, int, int]]) -> Optional[List[Item]]:
+        with self._listing_lock:
+            cached = self._listings.get(path)
+            if not cached or cached[0] != stamp:
+                return None
+            self._listings.move_to_end(path)
+            return cached[1]
+
+    def remembered(self, mailbox: str) -> Optional[List[Item]]:
+        """Return what listing() would, if that takes no time; None when it does."""
+        try:
+            path = self.path(mailbox)
+            return self._recall(path, self._stamp(path))
+        except (OSError, Refused):
+            return []
+
     def _foreign_item(self, path: str, place: str, name: str) -> Optional[Item]:
         """Return the Item of a file that another program delivered: its size has to be counted."""
         base = name.partition(FLAGS)[0].partition(",")[0]
@@ -1757,20 +2057,21 @@ class Mailboxes:
             base = hashlib.sha256(os.fsencode(base)).hexdigest()
         size, last = 0, b""
         try:
-            with open(os.path.join(path, place, name), "rb") as file:
+            with open(open_regular(os.path.join(path, place, name)), "rb", buffering=0) as file:
                 for block in iter(lambda: file.read(BIG_BLOCK), b""):
                     crlf = block.count(b"\r\n") + (last + block[:1] == b"\r\n")
                     size += len(block) + block.count(b"\n") - crlf
                     last = block[-1:]
-        except OSError:                             # a directory, or gone
+        except OSError:                             # a directory, a link, or gone
             return None
-        return Item(base, size + (2 if last not in (b"", b"\n") else 0), place, name)
+        lacks = {b"": 0, b"\n": 0, b"\r": 1}.get(last, 2)     # of the last line's end
+        return Item(base, size + lacks, place, name)
 
     def find(self, mailbox: str, item: Item) -> str:
         """Return where an item's file is now, if another program moved it or changed its flags; FileNotFoundError."""
         path = self.path(mailbox)
         file = os.path.join(path, item.place, item.name)
-        if os.path.exists(file):
+        if os.path.lexists(file):
             return file
         base = item.name.partition(FLAGS)[0]
         for place in ("new", "cur"):
@@ -1782,15 +2083,15 @@ class Mailboxes:
     def open(self, mailbox: str, item: Item) -> int:
         """Open an item's file for reading and return its fd; OSError."""
         try:
-            return os.open(os.path.join(self.path(mailbox), item.place, item.name), os.O_RDONLY | O_EXTRA)
+            return open_regular(os.path.join(self.path(mailbox), item.place, item.name))
         except FileNotFoundError:
-            return os.open(self.find(mailbox, item), os.O_RDONLY | O_EXTRA)
+            return open_regular(self.find(mailbox, item))
 
     def delete(self, mailbox: str, item: Item) -> None:
         """Remove an item; one that is gone already is no error. OSError."""
         with contextlib.suppress(FileNotFoundError):
             file = self.find(mailbox, item)
-            last = self.forget and os.stat(file).st_nlink == 1
+            last = self.forget and os.lstat(file).st_nlink == 1
             os.unlink(file)
             if self.forget and last:
                 self.forget(message_id(item))
@@ -1811,7 +2112,7 @@ class Mailboxes:
             return -1
         path = os.path.join(self.path(mailbox), "minimail.lock")
         try:
-            fd = os.open(path, os.O_CREAT | os.O_RDWR | O_EXTRA, 0o600)
+            fd = os.open(path, os.O_CREAT | os.O_RDWR | O_PLAIN, 0o600)
         except OSError:                             # disk full or read-only: mail can be read all the same
             fd = os.open(self.path(mailbox), os.O_RDONLY | O_EXTRA)
         if lock_file(fd):
@@ -1819,22 +2120,33 @@ class Mailboxes:
         os.close(fd)
         raise BlockingIOError(errno.EAGAIN, "mailbox is in use", path)
 
-    def prune(self, mailbox: str, keep: int) -> None:
-        """Delete all but the newest `keep` messages, logging each."""
-        for item in self.listing(mailbox)[:-keep]:
-            self.delete(mailbox, item)
-            event("pruned", mailbox=mailbox, uid=item.uid, size=item.size)
+    def prune(self, mailbox: str, keep: Optional[int], max_age: Optional[float] = None) -> None:
+        """Delete all but the newest `keep` messages, and those older than `max_age` seconds, logging each; OSError."""
+        items = self.listing(mailbox)
+        oldest = time.time() - max_age if max_age else 0.0
+        for index, item in enumerate(items):
+            if (keep and index < len(items) - keep) or item_time(item) < oldest:
+                self.delete(mailbox, item)
+                event("pruned", mailbox=mailbox, uid=item.uid, size=item.size)
 
     def sweep(self) -> None:
         """Remove what dead processes and, after 36 hours, other programs left in tmp/."""
         for mailbox in self.names():
             tmp = os.path.join(self.path(mailbox), "tmp")
             for name in list_directory(tmp):
-                own = OWN_NAME.match(name)
+                path = os.path.join(tmp, name)
+                if OWN_NAME.match(name):
+                    self.storage.remove_abandoned(path)
+                    continue
                 with contextlib.suppress(OSError):
-                    stale = time.time() - os.stat(os.path.join(tmp, name)).st_mtime > STALE_DRAFT
-                    if stale or (own and not self.storage.is_alive(own.group(2))):
-                        os.unlink(os.path.join(tmp, name))
+                    if time.time() - os.lstat(path).st_mtime > STALE_DRAFT:
+                        os.unlink(path)
+
+
+def item_time(item: Item) -> float:
+    """Return when a message came, in seconds, as its file name tells; that of an odd name is not known: infinity."""
+    seconds = item.name.partition(".")[0]
+    return float(seconds) if seconds.isascii() and seconds.isdecimal() and len(seconds) < 12 else float("inf")
 
 
 def message_id(item: Item) -> str:
@@ -1843,21 +2155,23 @@ def message_id(item: Item) -> str:
     return match.group(1) if match else item.uid
 
 
-def link_or_copy(source: str, target: str) -> None:
-    """Give a file a second name; where the file system has no links, make a durable copy. OSError."""
+NO_LINKS = {getattr(errno, name, -1) for name in ("EPERM", "EACCES", "EOPNOTSUPP", "ENOTSUP", "ENOSYS", "EMLINK", "EXDEV",
+                                                  "EINVAL")}    # from os.link() where a file cannot have another name
+
+
+def link_or_copy(source: str, target: str, draft: str) -> None:
+    """Give a file a second name; where the file system has no links, make a durable copy by way of `draft`. OSError."""
     try:
         os.link(source, target)
-    except FileNotFoundError:
-        raise
+        return
     except OSError as error:
-        if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV, errno.EINVAL):
+        if error.errno not in NO_LINKS:
             raise
-        draft = os.path.join(os.path.dirname(os.path.dirname(target)), "tmp", os.path.basename(source))
-        with open(source, "rb") as old, open(draft, "xb", opener=lambda p, f: os.open(p, f, 0o600)) as new:
-            shutil.copyfileobj(old, new)
-            new.flush()
-            os.fsync(new.fileno())
-        os.rename(draft, target)
+    with open(source, "rb") as old, open(draft, "xb", opener=lambda p, f: os.open(p, f, 0o600)) as new:
+        shutil.copyfileobj(old, new, BIG_BLOCK)
+        new.flush()
+        os.fsync(new.fileno())
+    os.rename(draft, target)
 
 
 class Message:
@@ -1915,7 +2229,7 @@ class Message:
 
     def read(self) -> bytes:
         """Return the message as stored; OSError."""
-        with open(self._mailboxes.open(self.recipient, self._item), "rb") as file:
+        with open(self._mailboxes.open(self.recipient, self._item), "rb", buffering=0) as file:
             return file.read()
 
     def email(self) -> "EmailMessage":
@@ -2004,7 +2318,9 @@ class Accounts:
 
     def __init__(self, path: str) -> None:
         self.file = Reloaded(path, parse_users)
-        self._threads: Any = None                   # few, so never all cores at once, nor 16 MiB for each thread there is
+        threads = max(1, (os.cpu_count() or 2) // 2)    # so never all cores at once, nor 16 MiB for each thread there is
+        self.hashing = Crew(threads, "minimail-password")
+        self._turn = threading.Semaphore(threads)
         self._dummy = ""
         self._known: Dict[bytes, str] = {}          # passwords that fitted, as keyed hashes, so that polling is cheap
         self._secret = secrets.token_bytes(32)
@@ -2013,36 +2329,36 @@ class Accounts:
         users: Dict[str, str] = self.file.get(fresh)
         return users
 
-    def verify(self, name: str, password: str) -> Optional[str]:
-        """Return the key of the account, None when name and password do not fit; an unknown name takes as long."""
+    def recall(self, name: str, password: str) -> Optional[str]:
+        """Return the key of the account if these fitted before and still do; takes next to no time."""
+        key, proof = self._proof(name, password)
+        record = self._known.get(proof)
+        return key if record is not None and self.names().get(key) == record else None
+
+    def _proof(self, name: str, password: str) -> Tuple[str, bytes]:
         try:
             key = parse_address(name).key
         except Refused:
             key = ""
+        text = ("%s\0%s" % (key, password)).encode("utf-8", "surrogateescape")
+        return key, hmac.new(self._secret, text, "sha256").digest()
+
+    def verify(self, name: str, password: str) -> Optional[str]:
+        """Return the key of the account, None when name and password do not fit; an unknown name takes as long: some 50 ms."""
+        key, proof = self._proof(name, password)
         record = self.names().get(key)
-        proof = hmac.new(self._secret, ("%s\0%s" % (key, password)).encode("utf-8", "surrogateescape"), "sha256").digest()
-        if record and self._known.get(proof) == record:
-            return key
-        if self._threads is None:
-            from concurrent.futures import ThreadPoolExecutor
-            self._threads = ThreadPoolExecutor(max(1, (os.cpu_count() or 2) // 2), "minimail-password")
-        try:
-            if not self._dummy:
-                self._dummy = self._threads.submit(hash_password, "").result()
-            if not self._threads.submit(check_password, password, record or self._dummy).result() or not record:
+        with self._turn:
+            try:
+                self._dummy = self._dummy or hash_password("")
+                if not check_password(password, record or self._dummy) or not record:
+                    return None
+            except ValueError as error:
+                log.warning("account %s: %s", printable(key), error)
                 return None
-        except ValueError as error:
-            log.warning("account %s: %s", printable(key), error)
-            return None
         if len(self._known) > 1000:
             self._known.clear()
         self._known[proof] = record
         return key
-
-    def close(self) -> None:
-        if self._threads:
-            self._threads.shutdown()
-            self._threads = None
 
     def change(self, storage: Storage, edit: Callable[[Dict[str, str]], None]) -> None:
         """Let `edit` change {key: record} and write the file anew; lines it does not name stay as they are. OSError."""
@@ -2116,6 +2432,16 @@ class AddressBook:
         self.accounts = accounts
         self.aliases = Reloaded(aliases_path, parse_aliases)
         self.catch_all = catch_all
+
+    def is_stale(self) -> bool:
+        """Return whether files have to be read before the next answer: better not on the loop."""
+        return not self.capture and (self.accounts.file.is_stale() or self.aliases.is_stale())
+
+    def refresh(self) -> None:
+        """Read what changed; OSError."""
+        if not self.capture:
+            self.accounts.file.get()
+            self.aliases.get()
 
     def is_local(self, address: Address) -> bool:
         return self.capture or not address.domain or ascii_domain(lower(address.domain)) in self.domains
@@ -2193,29 +2519,53 @@ class AddressBook:
 
 
 # ======================================================================================================================
-# 7  Delivery.  One message to all its recipients, or to none: mailboxes here, the queue for elsewhere if there is one.
+# 7  Delivery.  Whether a message may go and where; then to all its recipients, or to none: mailboxes here, the queue for
+#    elsewhere if there is one. Knows no protocol and no socket.
 # ======================================================================================================================
 
-class Parcel(NamedTuple):
-    """A message on its way to disk: the draft, its envelope, and where it goes."""
-    draft: Draft
-    envelope: Envelope
-    mailboxes: List[str]
-    remote: List[Address]
-    own: int                                        # bytes at the file's start that are not for other hosts
+class Policy:
+    """A hook for your own rules: override what you need. Each returns nothing, or raises Refused(code, enhanced, text).
+
+    Any other exception refuses with 451 and is logged. Called in threads, possibly several at once.
+    """
+
+    def on_connect(self, client: str) -> None:
+        """`client` is the IP address."""
+
+    def on_mail(self, client: str, sender: str, user: Optional[str]) -> None:
+        """`sender` is the reverse-path, "" for the null one; `user` who logged in."""
+
+    def on_rcpt(self, envelope: Envelope, recipient: str) -> None:
+        """`envelope` has the sender and the recipients accepted before this one."""
+
+    def on_message(self, envelope: Envelope, path: str) -> None:
+        """The whole message, trace headers first, is in the file `path`, and nowhere else yet."""
+
+
+class Parcel:
+    """A message on its way to disk: the draft, its envelope, where it goes, and what of that has been done."""
+
+    __slots__ = ("draft", "envelope", "mailboxes", "remote", "own", "entry", "placed", "made")
+
+    def __init__(self, draft: Draft, envelope: Envelope, mailboxes: List[str], remote: List[Address], own: int,
+                 made: List[str]) -> None:
+        self.draft, self.envelope, self.mailboxes, self.remote = draft, envelope, mailboxes, remote
+        self.own = own                              # bytes at the file's start that are not for other hosts
+        self.entry: Any = None                      # in the queue, not published yet
+        self.placed: List[str] = []                 # paths in mailboxes
+        self.made = made                            # directories that have new ones in them, to be flushed
 
 
 class Post:
     """Takes messages over: what commit() returned for is on disk, whatever happens next."""
 
-    def __init__(self, mailboxes: Mailboxes, hostname: str, max_size: int, queue: Any = None, keep: Optional[int] = None,
+    def __init__(self, mailboxes: Mailboxes, hostname: str, max_size: int, queue: Any = None,
                  clock: Callable[[], float] = time.time) -> None:
         self.mailboxes = mailboxes
         self.storage = mailboxes.storage
         self.hostname = hostname
         self.max_size = max_size
         self.queue = queue                          # section 9; None in capture mode: nothing leaves the machine
-        self.keep = keep
         self.clock = clock
 
     def begin(self, envelope: Envelope, destinations: Iterable[Destinations]) -> Parcel:
@@ -2224,84 +2574,97 @@ class Post:
         remote: Dict[str, Address] = {}
         for destination in destinations:
             boxes.update(dict.fromkeys(destination.mailboxes))
-            remote.update((address.key, address) for address in destination.remote)
+            if destination.remote:
+                remote.update((address.key, address) for address in destination.remote)
         now = self.clock()
         envelope.id = id = self.storage.new_id(now)
-        mailboxes = list(boxes)
+        mailboxes, made = list(boxes), []           # type: List[str], List[str]
         header, own = trace_headers(envelope, mailboxes, self.hostname, now)
 
         def open_file() -> Tuple[int, str]:
             if mailboxes:
-                return self.mailboxes.open_draft(mailboxes[0], id)
+                return self.mailboxes.open_draft(mailboxes[0], id, made)
             fd_and_path: Tuple[int, str] = self.queue.open_draft(id)
             return fd_and_path
         draft = Draft(id, header, self.max_size, open_file)
         draft.keep_head = BLOCK if self.queue else 0
-        return Parcel(draft, envelope, mailboxes, list(remote.values()), own)
+        return Parcel(draft, envelope, mailboxes, list(remote.values()), own, made)
 
-    def committing(self, parcel: Parcel) -> Iterator[List[Union[int, str]]]:
-        """Commit one message step by step: yields the files (fd) and directories (path) that must be on disk before
-        it goes on, and ends when the promise can be given. Refused, OSError: then nothing of it is left.
+    @staticmethod
+    def is_heavy(parcel: Parcel) -> bool:
+        """Return whether its commit takes long enough for others not to wait for it."""
+        return parcel.draft.size > HEAVY_MESSAGE or len(parcel.mailboxes) > HEAVY_DELIVERY
+
+    def commit_all(self, parcels: Sequence[Parcel]) -> List[Optional[Exception]]:
+        """Commit several messages together, in two steps that share the disk's flushes: all is written, then put in place.
+
+        Returns for each its refusal, and then nothing of it is left, or None.
         """
-        draft, entry = parcel.draft, None
-        placed: List[str] = []
-        try:
-            if draft.too_large:
-                raise Refused(552, "5.3.4", "message larger than %d bytes" % self.max_size)
-            if sum(name == "received" for name, _ in split_headers(draft.head)[0]) > MAX_RECEIVED:
-                raise Refused(554, "5.4.6", "mail loop: more than %d Received headers" % MAX_RECEIVED)
-            files: List[Union[int, str]] = [draft.complete()]
-            if parcel.remote:
-                entry = self.queue.add(parcel)
-                files.append(entry.draft)
-            yield files
-            directories: List[Union[int, str]] = []
-            if entry:
-                directories += self.queue.publish(entry)
-            if parcel.mailboxes:
-                self.mailboxes.place(draft, parcel.mailboxes, placed)
-                directories += [os.path.dirname(target) for target in placed]
-            draft.path = ""
-            yield directories
-        except BaseException:
-            for path in placed:
-                with contextlib.suppress(OSError):
-                    os.unlink(path)
-            if entry:
-                self.queue.withdraw(entry)
-            draft.discard()
-            raise
-        draft.close()
-        if entry:
-            self.queue.submit(entry)
-
-    def commit_all(self, parcels: Sequence[Parcel]) -> List[Optional[Refused]]:
-        """Commit several messages together, sharing the disk's flushes; return for each its refusal, or None."""
-        results: List[Optional[Refused]] = [None] * len(parcels)
-        running = {index: self.committing(parcel) for index, parcel in enumerate(parcels)}
-        wanted: Dict[int, List[Union[int, str]]] = {}
-        errors: Dict[int, OSError] = {}
-        while running:
-            for index, steps in list(running.items()):
+        results: List[Optional[Exception]] = [None] * len(parcels)
+        for step in self._write, self._place:
+            wanted: List[List[Union[int, str]]] = []
+            for index, parcel in enumerate(parcels):
+                things: List[Union[int, str]] = []
                 try:
-                    wanted[index] = steps.throw(errors[index]) if index in errors else next(steps)  # type: ignore[attr-defined]
-                    continue
-                except StopIteration:
-                    pass
-                except Refused as refused:
-                    results[index] = refused
-                except OSError as error:
-                    results[index] = self.disk_refusal(parcels[index], error)
-                except Exception:
-                    log.exception("message %s not stored", parcels[index].draft.id)
-                    results[index] = Refused(451, "4.3.0", "cannot store the message, try again later")
-                del running[index]
-                wanted.pop(index, None)
-            failed = self.storage.flush([thing for things in wanted.values() for thing in things])
-            errors = {index: failed[thing] for index, things in wanted.items() for thing in things if thing in failed}
+                    if results[index] is None:
+                        things = step(parcel)
+                except Exception as error:
+                    results[index] = self._undo(parcel, error)
+                wanted.append(things)
+            failed = self.storage.flush(thing for things in wanted for thing in things)
+            if failed:
+                for index, things in enumerate(wanted):
+                    for thing in things:
+                        if thing in failed and results[index] is None:
+                            results[index] = self._undo(parcels[index], failed[thing])
+        for parcel, refused in zip(parcels, results):
+            if refused is None:
+                parcel.draft.close()
+                if parcel.entry:
+                    self.queue.submit(parcel.entry)
         if any(parcel.mailboxes and not refused for parcel, refused in zip(parcels, results)):
             self.storage.wake("mail")
         return results
+
+    def _write(self, parcel: Parcel) -> List[Union[int, str]]:
+        """Write a message and its queue entry; return the files to flush. Refused, OSError."""
+        draft = parcel.draft
+        if draft.too_large:
+            raise Refused(552, "5.3.4", "message larger than %d bytes" % self.max_size)
+        if draft.head and draft.head.lower().count(b"received:") > MAX_RECEIVED and \
+                sum(name == "received" for name, _ in split_headers(draft.head)[0]) > MAX_RECEIVED:
+            raise Refused(554, "5.4.6", "mail loop: more than %d Received headers" % MAX_RECEIVED)
+        files: List[Union[int, str]] = [draft.complete()]
+        if parcel.remote:
+            parcel.entry = self.queue.add(parcel)
+            files.append(parcel.entry.draft)
+        return files
+
+    def _place(self, parcel: Parcel) -> List[Union[int, str]]:
+        """Put what is on disk where it belongs; return the directories to flush. OSError."""
+        directories: List[Union[int, str]] = []
+        if parcel.entry:
+            directories += self.queue.publish(parcel.entry)
+        if parcel.mailboxes:
+            self.mailboxes.place(parcel.draft, parcel.mailboxes, parcel.placed, parcel.made)
+            directories += map(os.path.dirname, parcel.placed)
+        parcel.draft.path = ""
+        return directories + parcel.made
+
+    def _undo(self, parcel: Parcel, error: Exception) -> Refused:
+        """Leave nothing of a message, and return its refusal."""
+        for path in parcel.placed:
+            with contextlib.suppress(OSError):
+                os.unlink(path)
+        if parcel.entry:
+            self.queue.withdraw(parcel.entry)
+        parcel.draft.discard()
+        if isinstance(error, Refused):
+            return error
+        if isinstance(error, OSError):
+            return self.disk_refusal(parcel, error)
+        log.error("message %s not stored", parcel.draft.id, exc_info=error)
+        return Refused(451, "4.3.0", "cannot store the message, try again later")
 
     def commit(self, parcel: Parcel) -> None:
         """Return when the message is on disk for every destination; Refused, and then for none of them."""
@@ -2319,94 +2682,93 @@ class Post:
             return Refused(452, "4.2.2", "quota exceeded, try again later")
         return Refused(451, "4.3.0", "cannot store the message, try again later")
 
-    def send(self, envelope: Envelope, destinations: Iterable[Destinations], content: bytes) -> str:
-        """Deliver a message of our own and return its id; Refused."""
-        parcel = self.begin(envelope, destinations)
-        parcel.draft.write(content)
-        self.commit(parcel)
-        self.delivered(parcel)
-        self.storage.wake("mail", own=True)
-        return parcel.draft.id
-
-    def delivered(self, parcel: Parcel) -> None:
-        """Do what follows a delivery and need not be waited for."""
-        if self.keep:
-            for mailbox in parcel.mailboxes:
-                self.mailboxes.prune(mailbox, self.keep)
-
-
-class Committer:
-    """Commits the messages of many sessions together, so that they share the disk's flushes.
-
-    add() only notes a message. The thread that carries sessions calls run() when nobody has anything to say, or many
-    wait, or one for long: then all that has come together is committed. `done(refused)` of each is called in that
-    thread; it must not wait for anything. A disk that is slow is waited for within `blocked`: others go on meanwhile.
-    """
-
-    BATCH = 100
-    PATIENCE = 0.05                                 # seconds a message waits while others talk
-    SLOW = 0.02                                     # seconds for a batch
-
-    def __init__(self, post: Post, blocked: Callable[[], Any] = contextlib.nullcontext) -> None:
-        self.post = post
-        self.blocked = blocked
-        self._lock = threading.Lock()
-        self.waiting: List[Tuple[Parcel, Callable[[Optional[Refused]], None]]] = []
-        self._since = 0.0                           # when the first of them came
-        self._running = False
-        self._slow = False
-
-    def ready(self) -> bool:
-        """True when something waits and no thread is at it."""
-        return bool(self.waiting) and not self._running
-
-    def is_overdue(self) -> bool:
-        return time.monotonic() > self._since + self.PATIENCE
-
-    def add(self, parcel: Parcel, done: Callable[[Optional[Refused]], None]) -> None:
-        """Commit a message together with others."""
-        with self._lock:
-            self._since = self._since if self.waiting else time.monotonic()
-            self.waiting.append((parcel, done))
-            full = len(self.waiting) >= self.BATCH
-        if full:
-            self.run()
-
-    def run(self) -> None:
-        """Commit what waits, unless another thread is at it; what comes meanwhile, too."""
-        while self._run_batch():
-            pass
-
-    def _run_batch(self) -> bool:
-        with self._lock:
-            if self._running or not self.waiting:
-                return False
-            self._running = True
-            batch, self.waiting = self.waiting, []
-        started = time.monotonic()
-        large = any(parcel.draft.written > 1 << 20 for parcel, _ in batch)
-        try:
-            with self.blocked() if self._slow or large else contextlib.nullcontext():
-                results = self.post.commit_all([parcel for parcel, _ in batch])
-        except Exception:
-            log.exception("%d messages not stored, or nobody knows", len(batch))
-            results = [Refused(451, "4.3.0", "cannot store the message, try again later")] * len(batch)
-        finally:
-            self._slow = time.monotonic() - started > self.SLOW * max(1.0, len(batch) / 20)
-            self._running = False
-        for (_, done), refused in zip(batch, results):
-            try:
-                done(refused)
-            except Exception:
-                log.exception("a session could not be told of its message")
-        return True
-
 
 def may_go(config: Config, address: Address) -> bool:
     """Return whether --relay-to lets mail out to this address; there, `.example.org` is that domain and all below it."""
     domain = lower(address.domain)
     return not config.relay_to or any(
         covers(name, domain) or covers(name.lstrip("."), domain) for name in config.relay_to)
+
+
+class Door:
+    """The one door for mail: SMTP, `sendmail`, the API, bounces and forwards ask here whether it may go, and where.
+
+    `trusted` is said of who may have mail passed on: who logged in, connects from --trust, or sits on this machine.
+    """
+
+    def __init__(self, config: Config, book: AddressBook, post: Post, policy: Optional[Policy] = None) -> None:
+        self.config, self.book, self.post = config, book, post
+        self.policy = policy or Policy()
+        self.asks_policy = type(self.policy) is not Policy      # it may take as long as it likes: in a thread
+
+    def ask(self, hook: str, *arguments: Any) -> None:
+        """Call a hook of the policy; Refused, also when it fails."""
+        if not self.asks_policy:
+            return
+        try:
+            getattr(self.policy, hook)(*arguments)
+        except Refused:
+            raise
+        except Exception:
+            log.exception("policy %s failed", hook)
+            raise Refused(451, "4.3.0", "cannot decide now, try again later") from None
+
+    def check_sender(self, envelope: Envelope, sender: Optional[Address], user: Optional[str]) -> None:
+        """Refused when `user`, if one logged in, may not send as `sender` (None: the null reverse-path)."""
+        if sender and user is not None and not self.config.capture and not self.book.owns(user, sender):
+            raise Refused(553, "5.7.1", "you may not send as this address")
+
+    def destinations(self, envelope: Envelope, address: Address, trusted: bool) -> Destinations:
+        """Return where mail for one more recipient goes; Refused when nobody lives there, or it is not ours to pass on."""
+        if len(envelope.recipients) >= MAX_RECIPIENTS:
+            raise Refused(452, "4.5.3", "more than %d recipients" % MAX_RECIPIENTS)
+        if not trusted and not self.book.is_local(address):
+            raise Refused(550, "5.7.1", "relaying denied: log in first")
+        found = self.book.resolve(address)
+        if found.remote:
+            self._check_remote(found.remote)
+        return found
+
+    def _check_remote(self, remote: List[Address]) -> None:
+        """Refused when something goes elsewhere that may not, or not now."""
+        if not self.post.queue:
+            raise Refused(550, "5.7.1", "this node passes no mail on")
+        if self.post.queue.is_full():
+            raise Refused(452, "4.3.1", "the queue is full, try again later")
+        for address in remote:
+            if not may_go(self.config, address):
+                raise Refused(550, "5.7.1", "relaying to this domain is not allowed here")
+
+    def recipient(self, envelope: Envelope, address: Address, trusted: bool) -> Destinations:
+        """Enter a recipient into the envelope and return its destinations; Refused."""
+        found = self.destinations(envelope, address, trusted)
+        self.ask("on_rcpt", envelope, str(address))
+        envelope.recipients.append(address)
+        return found
+
+    def send(self, envelope: Envelope, recipients: Iterable[Address], content: bytes, user: Optional[str] = None) -> Parcel:
+        """Take a whole message over from somebody trusted, and return the parcel that is on disk; Refused."""
+        self.check_sender(envelope, parse_address(envelope.sender) if envelope.sender else None, user)
+        self.ask("on_mail", envelope.client, envelope.sender, user)
+        parcel = self.post.begin(envelope, [self.recipient(envelope, address, True) for address in recipients])
+        parcel.draft.write(content)
+        self.finish(parcel)
+        self.post.commit(parcel)
+        return parcel
+
+    def finish(self, parcel: Parcel) -> None:
+        """Ask the policy about a message that is there as a whole; Refused, and then nothing of it is left."""
+        parcel.envelope.eightbit = parcel.draft.eightbit
+        if self.asks_policy:
+            try:
+                parcel.draft.complete()
+                self.ask("on_message", parcel.envelope, parcel.draft.path)
+            except OSError as error:
+                parcel.draft.discard()
+                raise self.post.disk_refusal(parcel, error) from error
+            except BaseException:
+                parcel.draft.discard()
+                raise
 
 
 class Stores(NamedTuple):
@@ -2417,10 +2779,11 @@ class Stores(NamedTuple):
     accounts: Accounts
     book: AddressBook
     post: Post
+    door: Door
 
 
-def open_stores(config: Config, clock: Callable[[], float] = time.time) -> Stores:
-    """Open the data directory, made where it is missing, and enter this process in it; OSError."""
+def open_stores(config: Config, clock: Callable[[], float] = time.time, policy: Optional[Policy] = None) -> Stores:
+    """Open the data directory, made where it is missing; OSError."""
     hostname = config.hostname
     if not hostname:
         hostname = socket.gethostname().lower()
@@ -2430,30 +2793,45 @@ def open_stores(config: Config, clock: Callable[[], float] = time.time) -> Store
     mailboxes = Mailboxes(storage, hostname)
     accounts = Accounts(config.file("users"))
     book = AddressBook(config.domain, accounts, config.file("aliases"), config.catch_all, hostname)
-    relay = REGISTRY.get("relay")
-    queue = relay["Queue"](storage, config, clock) if relay and not config.capture else None
-    return Stores(hostname, storage, mailboxes, accounts, book,
-                  Post(mailboxes, hostname, config.max_size, queue, config.keep, clock))
+    queue = None if config.capture else next(filter(None, (e.queue(storage, config, clock) for e in EXTENSIONS)), None)
+    post = Post(mailboxes, hostname, config.max_size, queue, clock)
+    return Stores(hostname, storage, mailboxes, accounts, book, post, Door(config, book, post, policy))
+
+
+def await_mail(storage: Storage, look: Callable[[], Any], until: float, sleep: Callable[[float], Any] = time.sleep) -> Any:
+    """Return the first true value that look() gives, tried again whenever mail came in; None after `until` (monotonic).
+
+    `sleep(seconds)` may end early: the library's does when its own node takes mail, or stops, and then it returns False.
+    """
+    while True:
+        stamp, looked = storage.stamp("mail"), time.monotonic()
+        found = look()
+        if found:
+            return found
+        while storage.stamp("mail") == stamp and time.monotonic() < looked + 2.0:   # a stamp may be coarse, or be missed
+            left = until - time.monotonic()
+            if left <= 0:
+                return None
+            woken = sleep(min(left, storage.LOOK))
+            if woken is False:
+                return None
+            if woken:
+                break
 
 
 # ======================================================================================================================
-# 8  DNS.  Encoding, decoding and what an answer means are pure; a resolver that caches, over one function that sends a
-#    query and waits; a fixture name server for tests. Knows nothing of mail but the records. Optional, with 9 to 12.
-#
-#    resolver = Resolver()                            # asks whom /etc/resolv.conf names, as its options say
-#    resolver.mx(domain)                              # [(preference, host, ttl)], host "" in a null MX
-#    resolver.addresses(host)                         # [(address, ttl)], /etc/hosts included
-#    resolver.lookup(name, TXT)                       # [text], the strings of each record joined; also A, AAAA, PTR ...
-#    resolver.query(name, type)                       # [Record], where the TTLs matter
-#
-#    All block for seconds, so a worker's thread calls them; any number may. None found is []; NoSuchDomain is for good,
-#    DNSFailure for now. The name of an address for PTR is ipaddress.ip_address(text).reverse_pointer.
+# 8  DNS.  Encoding and decoding are pure; a resolver over raw UDP that caches; a fixture name server for tests.
+#    Knows nothing of mail but the MX record. Optional, with 9 to 12.
 # ======================================================================================================================
 
-A, NS, CNAME, SOA, PTR, MX, TXT, AAAA, OPT = 1, 2, 5, 6, 12, 15, 16, 28, 41
-TYPES = {"A": A, "NS": NS, "CNAME": CNAME, "SOA": SOA, "PTR": PTR, "MX": MX, "TXT": TXT, "AAAA": AAAA}
-NOERROR, FORMERR, SERVFAIL, NXDOMAIN, NOTIMP, REFUSED, BADVERS = 0, 1, 2, 3, 4, 5, 16
-NO_EDNS = (FORMERR, SERVFAIL, NOTIMP, REFUSED, BADVERS)     # what servers say to a question with EDNS they do not like
+A, NS, CNAME, SOA, MX, AAAA, OPT = 1, 2, 5, 6, 15, 28, 41
+TYPES = {"A": A, "CNAME": CNAME, "SOA": SOA, "MX": MX, "AAAA": AAAA}
+NOERROR, FORMERR, SERVFAIL, NXDOMAIN, NOTIMP = 0, 1, 2, 3, 4
+UDP_SIZE = 1232                                     # what we take over UDP: no fragments (DNS flag day 2020)
+MAX_CNAMES = 8
+MAX_RECORDS = 500                                   # looked at in one answer
+TTL_FLOOR, TTL_CAP, NEGATIVE_CAP, FAILURE_TTL = 5, 86400, 3600, 5   # seconds an answer is cached
+CACHE_ENTRIES = 10_000
 
 
 class DNSError(Exception):
@@ -2469,7 +2847,7 @@ class DNSFailure(DNSError):
 
 
 class Record(NamedTuple):
-    """A resource record; `data` is an address, a name, a text, (preference, name) of an MX, or a SOA's negative TTL."""
+    """A resource record; `data` is an address, a name, (preference, name) of an MX, or the negative TTL of a SOA."""
     name: str
     type: int
     ttl: int
@@ -2481,10 +2859,10 @@ class Answer(NamedTuple):
     id: int
     rcode: int
     truncated: bool
-    question: Tuple[str, int]                       # ("", 0) in an error without one
+    question: Tuple[str, int]
     records: List[Record]
-    negative_ttl: int = FAILURE_TTL                 # for how long to remember that there is nothing (RFC 2308)
-    backed: bool = False                            # somebody stands for it when there is nothing in it
+    negative_ttl: int                               # for how long to remember that there is nothing (RFC 2308)
+    referral: bool = False                          # "ask those": a server that does not recurse, so no answer for us
 
 
 def encode_domain(name: str) -> bytes:
@@ -2536,343 +2914,107 @@ def decode_domain(packet: bytes, offset: int) -> Tuple[str, int]:
         offset += size
 
 
-def decode_question(packet: bytes) -> Tuple[Tuple[str, int], int]:
-    """Return ((name, type), offset behind it) of a packet with one question of the Internet; ValueError."""
-    name, offset = decode_domain(packet, 12)
-    if offset + 4 > len(packet):
-        raise ValueError("question runs over the end")
-    type, klass = struct.unpack_from(">HH", packet, offset)
-    if klass != 1:
-        raise ValueError("not a question of the Internet")
-    return (name, type), offset + 4
-
-
 def decode_record(packet: bytes, offset: int) -> Tuple[Record, int]:
-    """Return (record, offset behind it), the type -1 when it is none of the Internet's; ValueError."""
+    """Return (record, offset behind it); ValueError."""
     name, offset = decode_domain(packet, offset)
     if offset + 10 > len(packet):
         raise ValueError("record runs over the end")
     type, klass, ttl, size = struct.unpack_from(">HHIH", packet, offset)
-    end = offset + 10 + size
+    offset += 10
+    end = offset + size
     if end > len(packet):
         raise ValueError("record data runs over the end")
-    if type == OPT:                                 # its class is a size, its TTL begins with the upper bits of the rcode
-        return Record(name, OPT, 0, ttl >> 24), end
-    if klass != 1:
-        return Record(name, -1, 0, None), end
-    ttl = ttl if ttl < 1 << 31 else 0               # RFC 2181 section 8
-    return Record(name, type, ttl, decode_data(packet, type, offset + 10, end, ttl)), end
-
-
-def decode_data(packet: bytes, type: int, offset: int, end: int, ttl: int) -> Any:
-    """Return the data of a record, as Record says, None of types that nobody here asks for; ValueError."""
     data: Any = None
-    behind = end
-    if type in (A, AAAA):
-        if end - offset != (4 if type == A else 16):
+    if type in (A, AAAA) and klass == 1:
+        if size != (4 if type == A else 16):
             raise ValueError("bad address size")
         data = socket.inet_ntop(socket.AF_INET if type == A else socket.AF_INET6, packet[offset:end])
-    elif type in (CNAME, PTR):
-        data, behind = decode_domain(packet, offset)
-    elif type == MX:
-        host, behind = decode_domain(packet, offset + 2)
-        data = (packet[offset] << 8 | packet[offset + 1], host)
-    elif type == TXT:
-        data = decode_strings(packet[offset:end])
-    elif type == SOA:
+    elif type in (CNAME, MX) and klass == 1:
+        start = offset + (2 if type == MX else 0)
+        data, behind = decode_domain(packet, start)
+        if behind != end or start > end:
+            raise ValueError("bad record data")
+        if type == MX:
+            data = (packet[offset] << 8 | packet[offset + 1], data)
+    elif type == SOA and klass == 1:
         _, behind = decode_domain(packet, offset)
         _, behind = decode_domain(packet, behind)
-        behind += 20
-        if behind == end:
-            data = min(ttl, *struct.unpack_from(">I", packet, end - 4))     # RFC 2308 section 5
-    if behind != end:
-        raise ValueError("bad record data")
-    return data
-
-
-def decode_strings(data: bytes) -> str:
-    """Return the character strings of a TXT record as one text (RFC 7208 section 3.3); ValueError."""
-    strings, offset = [], 0
-    while offset < len(data):
-        end = offset + 1 + data[offset]
-        if end > len(data):
-            raise ValueError("string runs over the end")
-        strings.append(data[offset + 1:end])
-        offset = end
-    return b"".join(strings).decode("utf-8", "replace")
+        if behind + 20 != end:
+            raise ValueError("bad SOA")
+        data = min(ttl, struct.unpack_from(">I", packet, behind + 16)[0])
+    return Record(name, type if klass == 1 else -1, ttl if ttl < 1 << 31 else 0, data), end
 
 
 def decode_answer(packet: bytes) -> Answer:
     """Return a response decoded; ValueError for whatever is not one."""
     if len(packet) < 12:
         raise ValueError("too short")
-    id, flags, questions, answers, authorities, more = struct.unpack_from(">6H", packet)
-    rcode, truncated = flags & 15, bool(flags & 0x0200)
-    if not flags & 0x8000 or flags & 0x7800:
+    id, flags, questions, answers, authorities, _ = struct.unpack_from(">6H", packet)
+    if not flags & 0x8000 or flags & 0x7800 or questions != 1:
         raise ValueError("not a response to a query")
-    if len(packet) == 12 and rcode in NO_EDNS:
-        return Answer(id, rcode, truncated, ("", 0), [])        # some send a bare header
-    if questions != 1 or answers + authorities > MAX_RECORDS:
-        raise ValueError("not one question, or too many records")
-    question, offset = decode_question(packet)
-    records: List[Record] = []                      # of the answer section
-    others: List[Record] = []                       # of the authority section
+    if answers + authorities > MAX_RECORDS:
+        raise ValueError("too many records")
+    name, offset = decode_domain(packet, 12)
+    if offset + 4 > len(packet):
+        raise ValueError("question runs over the end")
+    type, klass = struct.unpack_from(">HH", packet, offset)
+    if klass != 1:
+        raise ValueError("not a question of the Internet")
+    offset += 4
+    truncated = bool(flags & 0x0200)
+    records: List[Record] = []
+    negative, referral = FAILURE_TTL, False
     try:
-        for index in range(min(answers + authorities + more, MAX_RECORDS)):
+        for index in range(answers + authorities):
             record, offset = decode_record(packet, offset)
-            if record.type == OPT:                  # in whatever section it stands
-                rcode = rcode & 15 | record.data << 4
-            elif index < answers + authorities:
-                (records if index < answers else others).append(record)
+            if index < answers:
+                records.append(record)
+            elif record.type == SOA:
+                negative, referral = min(record.data, NEGATIVE_CAP), False
+            elif record.type == NS and negative == FAILURE_TTL:
+                referral = True
     except ValueError:
         if not truncated:                           # it will be asked again anyhow
             raise
-    soa = [record.data for record in others if record.type == SOA]
-    authoritative, recursive = bool(flags & 0x0400), bool(flags & 0x0080)
-    referral = any(record.type == NS for record in others)      # unless there is a SOA beside it (RFC 2308 section 2.2)
-    backed = bool(soa) or authoritative or (recursive and not referral)
-    return Answer(id, rcode, truncated, question, records, min(soa[0], NEGATIVE_CAP) if soa else FAILURE_TTL, backed)
-
-
-def answer_to(query: bytes, packet: bytes) -> Optional[Answer]:
-    """Return the answer in a packet, None when it is not one to this query (RFC 5452 section 9.1)."""
-    try:
-        answer = decode_answer(packet)
-    except ValueError:
-        return None
-    asked, _ = decode_question(query)
-    return answer if packet[:2] == query[:2] and answer.question in (asked, ("", 0)) else None
-
-
-def conclude(answer: Answer, name: str, type: int) -> Optional[Tuple[Union[List[Record], NoSuchDomain], int]]:
-    """Return what an answer says about a question, and for how long; None when it says nothing.
-
-    That is the records; a CNAME alone when its target has to be asked for; [] or NoSuchDomain. Records that are not on
-    the way from the question count for nothing. An error says nothing, nor does a referral ("ask those": a server that
-    does not recurse), nor an empty answer of a server that neither knows (AA, a SOA) nor has asked others (RA).
-    """
-    if answer.rcode not in (NOERROR, NXDOMAIN):
-        return None
-    chain: List[Record] = []
-    for _ in range(MAX_CNAMES):
-        found = [record for record in answer.records if record.name == name and record.type == type]
-        if found:
-            return found, min(record.ttl for record in chain + found)
-        alias = [record for record in answer.records if record.name == name and record.type == CNAME]
-        if not alias:
-            break
-        chain.append(alias[0])
-        name = alias[0].data
-    ttls = [record.ttl for record in chain]
-    if answer.rcode == NXDOMAIN:                    # also of a CNAME's target (RFC 6604)
-        return NoSuchDomain("no such domain: " + name), min(ttls + [answer.negative_ttl])
-    if chain:
-        return chain[-1:], min(ttls)
-    return ([], answer.negative_ttl) if answer.backed else None
-
-
-def exchange(server: Endpoint, query: bytes, tcp: bool, seconds: float) -> Answer:
-    """Send a query to a name server and return its answer; OSError, ValueError.
-
-    A new socket gives a random port, and only the address that was asked is heard; over UDP what does not fit is ignored
-    until the time is up (RFC 5452), over TCP (RFC 7766) nobody else can have sent it.
-    """
-    deadline = time.monotonic() + seconds
-    family, kind, _, _, place = socket.getaddrinfo(         # understands the zone in fe80::1%eth0; asks nobody
-        *server, type=socket.SOCK_STREAM if tcp else socket.SOCK_DGRAM, flags=socket.AI_NUMERICHOST)[0]
-    with socket.socket(family, kind) as sock:
-        sock.settimeout(seconds)
-        sock.connect(place)
-        sock.sendall(struct.pack(">H", len(query)) + query if tcp else query)
-        if tcp:
-            size = receive(sock, 2, deadline)
-            answer = answer_to(query, receive(sock, size[0] << 8 | size[1], deadline))
-            if answer is None:
-                raise ValueError("wrong answer over TCP")
-            return answer
-        while True:
-            sock.settimeout(time_left(deadline))
-            answer = answer_to(query, sock.recv(65535))
-            if answer:
-                return answer
-
-
-def time_left(deadline: float) -> float:
-    """Return the seconds until a deadline of time.monotonic(); socket.timeout when it has passed."""
-    left = deadline - time.monotonic()
-    if left <= 0:
-        raise socket.timeout("timed out")
-    return left
-
-
-def receive(sock: socket.socket, size: int, deadline: float) -> bytes:
-    """Return `size` bytes of a TCP connection; OSError, ValueError when it ends before."""
-    data = bytearray()
-    while len(data) < size:
-        sock.settimeout(time_left(deadline))
-        block = sock.recv(size - len(data))
-        if not block:
-            raise ValueError("TCP answer ends early")
-        data += block
-    return bytes(data)
-
-
-# What the system says: resolv.conf(5), hosts(5), nsswitch.conf(5).
-
-@dataclasses.dataclass
-class NameServer:
-    """A server to ask, and how it did lately (times of the resolver's clock)."""
-    endpoint: Endpoint
-    down_until: float = 0.0                         # it does not answer: the others are asked first
-    plain_until: float = 0.0                        # it cannot cope with EDNS
-
-
-@dataclasses.dataclass
-class NameServers:
-    """Whom to ask, and how."""
-    servers: List[NameServer]
-    timeout: float = 4.0                            # seconds for an answer
-    attempts: int = 2                               # rounds over all of them
-    rotate: bool = False                            # begin with any of them
-    tcp: bool = False                               # use-vc
-
-    def in_turn(self, now: float) -> List[NameServer]:
-        """Return the servers in the order in which to ask them."""
-        first = secrets.randbelow(len(self.servers)) if self.rotate else 0
-        return sorted(self.servers[first:] + self.servers[:first], key=lambda server: server.down_until > now)
-
-
-def parse_resolv_conf(lines: List[Tuple[int, str]], complain: Callable[[int, str], None]) -> NameServers:
-    """Return the name servers and options; edns0 is what we do anyhow, trust-ad is about DNSSEC, which nothing here uses."""
-    endpoints: List[Endpoint] = []
-    options: List[str] = []
-    for number, line in lines:
-        keyword, *words = line.split()
-        if keyword == "options":
-            options += words
-        if keyword == "nameserver" and words:
-            try:
-                endpoints.append((parse_ip(words[0]), 53))
-            except ValueError:
-                complain(number, "not an IP address: " + printable(words[0], 60))
-    found = NameServers([NameServer(endpoint) for endpoint in endpoints[:MAX_NAME_SERVERS] or [("127.0.0.1", 53)]],
-                        rotate="rotate" in options, tcp="use-vc" in options)
-    for option in options:
-        word, _, value = option.partition(":")
-        if word in ("timeout", "attempts") and re.fullmatch("[0-9]{1,5}", value):
-            setattr(found, word, max(1, min(int(value), 30 if word == "timeout" else 5)))     # bounds as in glibc
-    return found
-
-
-def parse_hosts(lines: List[Tuple[int, str]], complain: Callable[[int, str], None]) -> Dict[str, List[str]]:
-    """Return {name: addresses} of hosts(5); IPv4 first, as in Resolver.addresses."""
-    hosts: Dict[str, List[str]] = {}
-    for _, line in lines:
-        address = ""
-        for word in line.partition("#")[0].split():
-            try:
-                address = parse_ip(word)            # the line's, or that of an indented one which was joined to it
-            except ValueError:
-                if address:
-                    hosts.setdefault(word.lower().rstrip("."), []).append(address)
-    return {name: sorted(addresses, key=lambda address: ":" in address) for name, addresses in hosts.items()}
-
-
-def parse_nsswitch(lines: List[Tuple[int, str]], complain: Callable[[int, str], None]) -> List[str]:
-    """Return the sources of host names that are known here, in the system's order: of "files" and "dns"."""
-    for _, line in lines:
-        database, _, sources = line.partition("#")[0].partition(":")
-        if database.strip() == "hosts":
-            return [source for source in sources.split() if source in ("files", "dns")]
-    return ["files", "dns"]
-
-
-class Lookup:
-    """What is known about a question, or being asked: the first who needs it asks, the others wait for its answer."""
-
-    def __init__(self) -> None:
-        self.done = threading.Event()
-        self.until = float("inf")
-        self.value: Union[List[Record], DNSError] = DNSFailure("interrupted")
-        self.weight = 0                             # bytes in memory, roughly; 0 until it is answered
-
-    def settle(self, value: Union[List[Record], DNSError], until: float) -> None:
-        self.value, self.until = value, until
-        self.weight = 2000                          # this object and what holds it
-        if isinstance(value, list):
-            self.weight += sum(200 + len(record.name) + len(str(record.data)) for record in value)
+    return Answer(id, flags & 15, truncated, (name, type), records, negative, referral and not records)
 
 
 class Resolver:
     """Asks recursive name servers, in turn and with timeouts, and remembers what they said."""
 
     def __init__(self, servers: Sequence[Endpoint] = (), timeout: float = 4.0, attempts: int = 2,
-                 clock: Callable[[], float] = time.monotonic,
-                 exchange: Callable[[Endpoint, bytes, bool, float], Answer] = exchange, etc: str = "/etc") -> None:
+                 clock: Callable[[], float] = time.monotonic) -> None:
+        self.servers = list(servers)                # none: those of /etc/resolv.conf
+        self.timeout = timeout
+        self.attempts = attempts
         self.clock = clock
-        self.exchange = exchange
-        self._given = NameServers([NameServer(server) for server in servers], timeout, attempts) if servers else None
-        self._system = Reloaded(os.path.join(etc, "resolv.conf"), parse_resolv_conf)        # unless servers are given
-        self._hosts = Reloaded(os.path.join(etc, "hosts"), parse_hosts)
-        self._sources = Reloaded(os.path.join(etc, "nsswitch.conf"), parse_nsswitch)
-        self._cache: "collections.OrderedDict[Tuple[str, int], Lookup]" = collections.OrderedDict()
-        self._weight = 0                            # bytes, of all that is in the cache
-        self._lock = threading.Lock()               # for the cache; never held while somebody is asked
+        self._system = Reloaded("/etc/resolv.conf", parse_resolv_conf)
+        self._cache: "collections.OrderedDict[Tuple[str, int], Tuple[float, Any]]" = collections.OrderedDict()
+        self._lock = threading.Lock()
 
     def query(self, name: str, type: int) -> List[Record]:
         """Return the records of a type, none when there are none, CNAMEs followed; NoSuchDomain, DNSFailure."""
-        try:
-            encode_domain(name)
-        except ValueError as error:
-            raise NoSuchDomain(str(error)) from None
         for _ in range(MAX_CNAMES):
-            answer = self._cached((name.lower().rstrip("."), type))
+            answer = self._cached(name, type)
             found = [record for record in answer if record.type == type]
             if found or not answer:
                 return found
             name = answer[-1].data                  # a CNAME whose target the answer did not tell: ask on
         raise DNSFailure("too many CNAMEs at " + name)
 
-    def lookup(self, name: str, type: int) -> List[Any]:
-        """Return the data of the records of a type: addresses, names, texts; NoSuchDomain, DNSFailure."""
-        return [record.data for record in self.query(name, type)]
-
     def mx(self, domain: str) -> List[Tuple[int, str, int]]:
         """Return (preference, host, ttl) of each MX; host "" in the null MX of RFC 7505. NoSuchDomain, DNSFailure."""
         return [record.data + (record.ttl,) for record in self.query(domain, MX)]
 
     def addresses(self, host: str) -> List[Tuple[str, int]]:
-        """Return (address, ttl) of a host, IPv4 first: it is what works most often. NoSuchDomain, DNSFailure.
-
-        The machine's own table counts before DNS or after it, as nsswitch.conf says. IPv4 in IPv6 comes as IPv4.
-        """
+        """Return (address, ttl) of a host, IPv4 first: it is what works most often. NoSuchDomain, DNSFailure."""
         with contextlib.suppress(ValueError):
-            return [(parse_ip(host), 0)]
-        sources = self._file(self._sources, ["files", "dns"])
-        known = self._file(self._hosts, {}).get(host.lower().rstrip("."), []) if "files" in sources else []
-        if known and sources[0] == "files":
-            return [(address, 0) for address in known]
-        try:
-            found = self._addresses_in_dns(host)
-        except DNSError:
-            if not known:
-                raise
-            found = []
-        return found or [(address, 0) for address in known]
-
-    @staticmethod
-    def _file(file: Reloaded, otherwise: Any) -> Any:
-        try:
-            return file.get()
-        except OSError:                             # said in the log; DNS works without it
-            return otherwise
-
-    def _addresses_in_dns(self, host: str) -> List[Tuple[str, int]]:
+            return [(str(ipaddress.ip_address(host)), 0)]
         found: List[Tuple[str, int]] = []
         failure = None
         for type in (A, AAAA):
             try:
-                found += [(parse_ip(record.data), record.ttl) for record in self.query(host, type)]
+                found += [(record.data, record.ttl) for record in self.query(host, type)]
             except DNSFailure as error:
                 failure = error
             except NoSuchDomain:
@@ -2882,152 +3024,152 @@ class Resolver:
             raise failure
         return found
 
-    def _cached(self, key: Tuple[str, int]) -> List[Record]:
-        """Return what is known, asking when nothing is; identical questions of several threads are asked once."""
+    def _cached(self, name: str, type: int) -> List[Record]:
+        key = (name.lower().rstrip("."), type)
+        now = self.clock()
         with self._lock:
-            lookup = self._cache.get(key)
-            ours = lookup is None or lookup.until <= self.clock()
-            if lookup is None or ours:
-                self._weight -= lookup.weight if lookup else 0
-                lookup = self._cache[key] = Lookup()
-                self._cache.move_to_end(key)
-        if ours:
-            self._answer(lookup, key)
-        lookup.done.wait()
-        if isinstance(lookup.value, DNSError):
-            raise lookup.value.__class__(*lookup.value.args)
-        return lookup.value
-
-    def _answer(self, lookup: Lookup, key: Tuple[str, int]) -> None:
-        """Ask, remember the answer, and wake those who wait for it."""
-        value, ttl = lookup.value, 0                # in case of an exception that nobody thought of
-        try:
-            value, ttl = self._ask_all(*key)
-        finally:
+            until, value = self._cache.get(key, (0.0, None))
+        if until <= now:
+            try:
+                value, ttl = self._ask_all(*key)
+            except DNSFailure as error:
+                value, ttl = error, FAILURE_TTL
             with self._lock:
-                lookup.settle(value, self.clock() + min(ttl, TTL_CAP))
-                if self._cache.get(key) is lookup:  # not evicted meanwhile
-                    self._weight += lookup.weight
-                while self._weight > CACHE_BYTES:
-                    self._weight -= self._cache.popitem(last=False)[1].weight
-            lookup.done.set()
+                self._cache[key] = (self.clock() + max(TTL_FLOOR, min(ttl, TTL_CAP)), value)
+                self._cache.move_to_end(key)
+                while len(self._cache) > CACHE_ENTRIES:
+                    self._cache.popitem(last=False)
+        if isinstance(value, DNSError):
+            raise value.__class__(*value.args)
+        records: List[Record] = value
+        return records
 
-    def _ask_all(self, name: str, type: int) -> Tuple[Union[List[Record], DNSError], int]:
-        """Return (records, NoSuchDomain or DNSFailure, seconds to remember it) from the first server that knows."""
+    def _ask_all(self, name: str, type: int) -> Tuple[Any, int]:
+        """Return (chain of records or NoSuchDomain, TTL) from the first server that knows; DNSFailure."""
         try:
-            settings: NameServers = self._given or self._system.get()
-        except OSError as error:
-            return DNSFailure("cannot read %s: %s" % (self._system.path, error.strerror or error)), FAILURE_TTL
-        failure = "not asked"
-        for _ in range(settings.attempts):
-            for server in settings.in_turn(self.clock()):
-                where = show_endpoint(server.endpoint)
+            encode_domain(name)
+        except ValueError as error:
+            return NoSuchDomain(str(error)), NEGATIVE_CAP
+        failure = "no name servers"
+        edns = True
+        for _ in range(self.attempts):
+            for server in self.servers or self._system.get() or [("127.0.0.1", 53)]:
                 try:
-                    answer = self._ask(server, name, type, settings)
-                    server.down_until = 0.0
+                    answer = self._ask(server, name, type, edns)
+                    if answer.rcode in (FORMERR, NOTIMP) and edns:      # RFC 6891 section 7: a server of old
+                        answer = self._ask(server, name, type, False)
                 except (OSError, ValueError) as error:
-                    server.down_until = self.clock() + SERVER_PAUSE
-                    failure = "%s: %s" % (where, error)
+                    failure = "%s: %s" % (show_endpoint(server), "timeout" if isinstance(error, socket.timeout) else error)
                     continue
-                said = conclude(answer, name, type)
-                if said:
-                    return said
-                failure = "%s answered with error %d" % (where, answer.rcode) if answer.rcode else \
-                    "%s gave an answer that says nothing, such as a referral" % where
-        return DNSFailure(failure), FAILURE_TTL
+                if answer.rcode in (NOERROR, NXDOMAIN) and not answer.referral:
+                    return self._follow(answer, name, type)
+                failure = "%s answered with %s" % (
+                    show_endpoint(server), "a referral" if answer.referral else "error %d" % answer.rcode)
+        raise DNSFailure(failure)
 
-    def _ask(self, server: NameServer, name: str, type: int, settings: NameServers) -> Answer:
-        """Ask one server, and once more without EDNS unless it can cope with that (RFC 6891 section 7); OSError, ValueError.
+    @staticmethod
+    def _follow(answer: Answer, name: str, type: int) -> Tuple[Any, int]:
+        """Return what the answer says about the question: records that are not on the way from it count for nothing."""
+        chain: List[Record] = []
+        for _ in range(MAX_CNAMES):
+            found = [record for record in answer.records if record.name == name and record.type == type]
+            if found:
+                return found, min(record.ttl for record in chain + found)
+            alias = [record for record in answer.records if record.name == name and record.type == CNAME]
+            if not alias:
+                break
+            chain.append(alias[0])
+            name = alias[0].data
+        if answer.rcode == NXDOMAIN:                # also of a CNAME's target (RFC 6604)
+            return NoSuchDomain("no such domain: " + name), answer.negative_ttl
+        return chain[-1:], min([record.ttl for record in chain] or [answer.negative_ttl])
 
-        What the plain question brings counts. Half the time is enough to see that the other one brings nothing.
+    def _ask(self, server: Endpoint, name: str, type: int, edns: bool) -> Answer:
+        """Ask one server, over TCP if the answer was cut short; OSError, ValueError.
+
+        The raw-UDP routine. A new socket gives a random port, the id is random, and only the address that was asked is
+        heard; what does not fit is ignored until the time is up (RFC 5452).
         """
-        if self.clock() >= server.plain_until:
-            with contextlib.suppress(OSError, ValueError):
-                answer = self._question(server, name, type, True, settings.timeout / 2, settings.tcp)
-                if answer.rcode not in NO_EDNS:
-                    return answer
-        answer = self._question(server, name, type, False, settings.timeout, settings.tcp)
-        if answer.rcode not in NO_EDNS and self.clock() >= server.plain_until:
-            server.plain_until = self.clock() + EDNS_PAUSE
+        id = secrets.randbelow(65536)
+        query = encode_query(id, name, type, edns)
+        deadline = time.monotonic() + self.timeout
+        with socket.socket(socket.AF_INET6 if ":" in server[0] else socket.AF_INET, socket.SOCK_DGRAM) as sock:
+            sock.connect(server)
+            sock.send(query)
+            while True:
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    raise socket.timeout()
+                sock.settimeout(left)
+                packet = sock.recv(65535)
+                try:
+                    answer = decode_answer(packet)
+                except ValueError:
+                    if packet[:2] == query[:2] and len(packet) >= 12 and packet[3] & 15 == FORMERR and edns:
+                        return Answer(id, FORMERR, False, (name, type), [], FAILURE_TTL)    # some send a bare header
+                    continue
+                if answer.id == id and answer.question == (name, type):
+                    break
+        if answer.truncated:
+            answer = self._ask_tcp(server, query)
+            if answer.id != id or answer.question != (name, type) or answer.truncated:
+                raise ValueError("wrong answer over TCP")
         return answer
 
-    def _question(self, server: NameServer, name: str, type: int, edns: bool, seconds: float, tcp: bool) -> Answer:
-        """Ask one question, over TCP if the answer was cut short; OSError, ValueError."""
-        query = encode_query(secrets.randbelow(65536), name, type, edns)
-        answer = self.exchange(server.endpoint, query, tcp, seconds)
-        if answer.truncated and not tcp:
-            answer = self.exchange(server.endpoint, query, True, seconds)
-        if answer.truncated:
-            raise ValueError("answer cut short, even over TCP")
-        return answer
+    def _ask_tcp(self, server: Endpoint, query: bytes) -> Answer:
+        """RFC 7766; OSError, ValueError."""
+        deadline = time.monotonic() + self.timeout
+        with socket.create_connection(server, timeout=self.timeout) as sock:
+            sock.sendall(struct.pack(">H", len(query)) + query)
+            data = b""
+            while len(data) < 2 or len(data) < 2 + (data[0] << 8 | data[1]):
+                sock.settimeout(max(0.001, deadline - time.monotonic()))
+                block = sock.recv(65537 - len(data))
+                if not block:
+                    raise ValueError("TCP answer ends early")
+                data += block
+        return decode_answer(data[2:2 + (data[0] << 8 | data[1])])
+
+
+def parse_resolv_conf(lines: List[Tuple[int, str]], complain: Callable[[int, str], None]) -> List[Endpoint]:
+    """Return the name servers of resolv.conf(5)."""
+    words = [line.split() for _, line in lines]
+    return [(word[1], 53) for word in words if len(word) > 1 and word[0] == "nameserver"]
 
 
 def encode_answer(query: bytes, records: Sequence[Record], rcode: int = NOERROR, truncated: bool = False) -> bytes:
     """Return the response to a query packet; ValueError for what is no query."""
     if len(query) < 12 or query[2] & 0x80:
         raise ValueError("not a query")
-    _, end = decode_question(query)
+    _, end = decode_domain(query, 12)
     packet = query[:2] + struct.pack(">5H", 0x8180 | (0x0200 if truncated else 0) | rcode, 1, len(records), 0, 0)
-    head = [packet + query[12:end]]
+    packet += query[12:end + 4]
     for record in records:
-        data = encode_data(record)
-        head.append(encode_domain(record.name) + struct.pack(">HHIH", record.type, 1, record.ttl, len(data)) + data)
-    return b"".join(head)
-
-
-def encode_data(record: Record) -> bytes:
-    if record.type in (A, AAAA):
-        return socket.inet_pton(socket.AF_INET if record.type == A else socket.AF_INET6, record.data)
-    if record.type == MX:
-        return struct.pack(">H", record.data[0]) + encode_domain(record.data[1])
-    if record.type == TXT:
-        text = record.data.encode("utf-8")
-        pieces = [text[start:start + 255] for start in range(0, len(text), 255)]
-        return b"".join(bytes([len(piece)]) + piece for piece in pieces)
-    return encode_domain(record.data)
+        if record.type in (A, AAAA):
+            data = socket.inet_pton(socket.AF_INET if record.type == A else socket.AF_INET6, record.data)
+        elif record.type == MX:
+            data = struct.pack(">H", record.data[0]) + encode_domain(record.data[1])
+        else:
+            data = encode_domain(record.data)
+        packet += encode_domain(record.name) + struct.pack(">HHIH", record.type, 1, record.ttl, len(data)) + data
+    return packet
 
 
 class Zone:
     """A name server for tests: `Zone({"example.com": ["MX 10 mx.example.com"], "mx.example.com": ["A 127.0.0.1"]})`.
 
-    Items are A, AAAA, MX (`MX 0 .` is the null MX), CNAME, TXT, PTR, or how to answer: SERVFAIL, REFUSED, TRUNCATED (whole
-    only over TCP), SILENT, `SLOW seconds`. A name that is not there is NXDOMAIN. It answers in process: resolver() asks
-    it and nobody else. `queries` is what it was asked.
+    Items are A, AAAA, MX (`MX 0 .` is the null MX), CNAME, or how to answer: SERVFAIL, REFUSED, TRUNCATED (whole only over
+    TCP), SILENT, `SLOW seconds`. A name that is not there is NXDOMAIN. `address` is where it listens, `queries` what
+    it was asked. Use it with `with`, or start() and stop().
     """
 
     def __init__(self, names: Dict[str, Union[str, Sequence[str]]], ttl: int = 60) -> None:
         self.names = {name.lower(): [items] if isinstance(items, str) else list(items) for name, items in names.items()}
         self.ttl = ttl
         self.queries: List[Tuple[str, int]] = []
-
-    def resolver(self) -> Resolver:
-        """Return a resolver that knows what is in here; no file of the machine counts."""
-        return Resolver([("127.0.0.1", 53)], exchange=self.exchange, etc="/nonexistent")
-
-    def exchange(self, server: Endpoint, query: bytes, tcp: bool, seconds: float) -> Answer:
-        """Stand for exchange(): what is SILENT has timed out at once, what is SLOW takes its time."""
-        (name, _), _ = decode_question(query)
-        for item in self.names.get(name, []):
-            if item.startswith("SLOW"):
-                wait = float(item.split()[1])
-                time.sleep(min(wait, seconds))
-                if wait > seconds:
-                    raise socket.timeout("timed out")
-        packet = self.reply(query, tcp)
-        if packet is None:
-            raise socket.timeout("timed out")
-        return decode_answer(packet)
-
-    def reply(self, query: bytes, tcp: bool) -> Optional[bytes]:
-        """Return the packet to answer with, None to stay silent; ValueError for what is no query."""
-        (name, type), _ = decode_question(query)
-        self.queries.append((name, type))
-        if "SILENT" in self.names.get(name, []):
-            return None
-        records, rcode = self.records(name, type)
-        if "TRUNCATED" in self.names.get(name, []) and not tcp:
-            return encode_answer(query, [], rcode, truncated=True)
-        return encode_answer(query, records, rcode)
+        self.address: Endpoint = ("", 0)
+        self._servers: List[socketserver.BaseServer] = []
+        self._wake = threading.Event()
 
     def records(self, name: str, type: int) -> Tuple[List[Record], int]:
         """Return (records, rcode) for a question, CNAMEs followed."""
@@ -3035,77 +3177,181 @@ class Zone:
         for _ in range(MAX_CNAMES):
             if name not in self.names:
                 return found, NXDOMAIN
-            items = self.names[name]
-            if "SERVFAIL" in items or "REFUSED" in items:
-                return [], SERVFAIL if "SERVFAIL" in items else REFUSED
-            found += [Record(name, type, self.ttl, self._data(item)) for item in items
-                      if TYPES.get(item.split()[0]) == type]
-            alias = next((self._data(item) for item in items if item.startswith("CNAME ")), None)
+            items = [item.split() for item in self.names[name]]
+            if ["SERVFAIL"] in items or ["REFUSED"] in items:
+                return [], SERVFAIL if ["SERVFAIL"] in items else 5
+            found += [Record(name, type, self.ttl, (int(item[1]), item[2].rstrip(".")) if type == MX else item[-1])
+                      for item in items if TYPES.get(item[0]) == type]
+            alias = next((item[1].rstrip(".") for item in items if item[0] == "CNAME"), None)
             if alias is None or type == CNAME:
                 break
             found.append(Record(name, CNAME, self.ttl, alias))
             name = alias
         return found, NOERROR
 
-    @staticmethod
-    def _data(item: str) -> Any:
-        kind, _, data = item.strip().partition(" ")
-        if kind == "MX":
-            return int(data.split()[0]), data.split()[1].rstrip(".")
-        return data.strip() if kind in ("A", "AAAA", "TXT") else data.strip().rstrip(".")
+    def reply(self, query: bytes, tcp: bool) -> Optional[bytes]:
+        """Return the packet to answer with, None to stay silent; ValueError for what is no query."""
+        name, end = decode_domain(query, 12)
+        type = query[end] << 8 | query[end + 1]
+        self.queries.append((name, type))
+        for item in self.names.get(name, []):
+            if item.startswith("SLOW"):
+                self._wake.wait(float(item.split()[1]))
+            elif item == "SILENT":
+                return None
+        records, rcode = self.records(name, type)
+        if "TRUNCATED" in self.names.get(name, []) and not tcp:
+            return encode_answer(query, [], rcode, truncated=True)
+        return encode_answer(query, records, rcode)
+
+    def start(self) -> None:
+        """Listen on 127.0.0.1, UDP and TCP on the same free port."""
+        zone = self
+
+        class UDP(socketserver.BaseRequestHandler):
+            def handle(self) -> None:
+                answer = zone.reply(self.request[0], tcp=False)
+                if answer:
+                    self.request[1].sendto(answer, self.client_address)
+
+        class TCP(socketserver.StreamRequestHandler):
+            def handle(self) -> None:
+                size = self.rfile.read(2)
+                answer = zone.reply(self.rfile.read(size[0] << 8 | size[1]), tcp=True)
+                if answer:
+                    self.wfile.write(struct.pack(">H", len(answer)) + answer)
+
+        class Quiet(socketserver.ThreadingMixIn):
+            daemon_threads = True
+
+            def handle_error(self, request: Any, client_address: Any) -> None:
+                log.debug("fixture name server: bad request from %s", client_address)
+
+        class UDPServer(Quiet, socketserver.UDPServer):
+            pass
+
+        class TCPServer(Quiet, socketserver.TCPServer):
+            pass
+        while True:
+            udp = UDPServer(("127.0.0.1", 0), UDP)
+            try:
+                tcp = TCPServer(("127.0.0.1", udp.socket.getsockname()[1]), TCP)
+                break
+            except OSError:                         # taken for TCP: try another port
+                udp.server_close()
+        self.address = "127.0.0.1", udp.socket.getsockname()[1]
+        self._servers = [udp, tcp]
+        for server in self._servers:
+            threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+
+    def stop(self) -> None:
+        self._wake.set()
+        for server in self._servers:
+            server.shutdown()
+            server.server_close()
+        self._servers = []
+
+    def __enter__(self) -> "Zone":
+        self.start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.stop()
 
 
 # ======================================================================================================================
 # 9  Queue.  Messages that still have to go out, and when. Knows files and locks; nothing of DNS, SMTP or routes.
 #
-#    files under queue/          state                        a crash leaves it so, and then
-#    --------------------------  ---------------------------  ---------------------------------------------------------
-#    ID.msg                      being accepted (no 250 yet)  sweep() removes it once the accepting process is dead
-#    ID.msg  new/ID              due now                      the next start, or another process at once, sends it
-#    ID.msg  due/SECONDS/ID      waits until SECONDS          is due then
-#    ID.msg  busy/DEST/ID        due; DEST has enough to do   the next scan gives it to DEST
-#    ID.msg  + lock on ID.msg    somebody works on it         the lock ends with its process: free for others
-#    ID.msg  ID*.tmp too         its envelope is (re)written  the old envelope counts; sweep() removes the other
-#            new/ID              done, ID.msg is removed      (cannot be: the envelope goes first)
-#    ID.msg                      done, the envelope is gone   as in the first line
+#    Two files in queue/ are the truth about a message: ID.msg, its content, and ID.env, its envelope, which is JSON and
+#    replaced whole. Neither ever moves. Who holds the lock on ID.msg, from its first byte to its last, is the only one
+#    to touch what belongs to ID; the lock ends with its process. A hint is an empty file that says where to look:
+#
+#    files under queue/            state                       a crash leaves it so, and then
+#    ----------------------------  --------------------------  -------------------------------------------------------
+#    ID.msg                        being accepted (no 250 yet)  sweep() removes it once its lock is gone
+#    ID.msg ID.env                 waits in a process's memory  sweep() at the next start gives it the hint new/ID
+#    ID.msg ID.env new/ID          due, for whoever comes      any process takes it up
+#    ID.msg ID.env due/SECONDS/ID  waits until SECONDS         is due then
+#    ID.msg ID.env busy/DEST/ID    due; DEST has enough to do,  looked at when DEST has less to do, or at the next start
+#                                  or cannot be reached now
+#      + lock on ID.msg            somebody works on it        free for others
+#      + ID.env*.tmp               its envelope is (re)written  the old envelope counts; sweep() removes the other
+#    ID.msg                        done, the envelope is gone  as in the first line
+#    new/ID alone                  done, or never was          removed when somebody looks at it
 #
 #         DATA's 250               taken up                    2xx or 5xx for every recipient
 #     --> [ new ] ---------------> [ locked ] ----------------------------------------------> (bounce, removed)
 #            ^   \                   |     ^
 #            |    `-> [ busy ] ------'     | SECONDS are over, or `queue flush`
 #            |                       v     |
-#            `------ flush -------- [ due ]'      4xx, lost, timed out: envelope replaced, then moved
+#            `------ flush -------- [ due ]'      4xx, lost, timed out: envelope replaced, then hinted at
 #
-#    The envelope is JSON and holds the truth; the directory it is in is only where to look. A move is one rename().
+#    So nothing that matters depends on two directories being on disk in the right order, and two processes that look
+#    at the same hint cannot both send: one has the lock, the other finds what became of it.
 # ======================================================================================================================
+
+ENTRY_ID = re.compile(r"[0-9a-f]+-[0-9a-f]+-[0-9a-f]+", re.ASCII)
+NO_LINKS = tuple(getattr(errno, name) for name in (
+    "EPERM", "EACCES", "ENOTSUP", "EOPNOTSUPP", "ENOSYS", "EMLINK", "EXDEV", "EINVAL") if hasattr(errno, name))
+
 
 @dataclasses.dataclass
 class Entry:
-    """A message in the queue: its envelope file, and while somebody works on it the lock."""
+    """The envelope of a message in the queue: what stands in ID.env, and nothing else."""
     id: str
     sender: str
     size: int                                       # bytes of content
     offset: int                                     # of the content in ID.msg that goes to other hosts
-    queued_at: float
+    queued_at: float                                # as the clock showed it
     next_attempt: float
-    recipients: List[Dict[str, Any]]                # address, state (waiting, delivered, failed), last_reply
-    attempts: int = 0
+    recipients: List[Dict[str, Any]]                # address, state (waiting, delivered, failed), last_reply, and once
+    attempts: int = 0                               # there was one: status, remote; as asked for: notify, orcpt (RFC 3461)
     eightbit: bool = False
     smtputf8: bool = False
-    place: str = ""                                 # path of the envelope
-    draft: int = -1                                 # fd of the envelope until it is published
-    pending: int = 0                                # destinations in this process that still have to try
-    lost: bool = False                              # another process has it
-    mutex: Any = dataclasses.field(default_factory=threading.Lock)      # held to claim, record and settle it
-    lock: int = -1                                  # fd of ID.msg while claimed
-    PASSING = ("place", "draft", "pending", "lost", "mutex", "lock")    # not in the envelope file
+    age: float = 0.0                                # seconds that passed since it was accepted until ...
+    noted: List[Any] = dataclasses.field(default_factory=list)      # ... [boot, seconds since it, time of day]
+    extra: Dict[str, Any] = dataclasses.field(default_factory=dict)     # ret, envid; what standing keeps of a message
+
+    KINDS = (("id", str), ("sender", str), ("size", int), ("offset", int), ("queued_at", (int, float)),
+             ("next_attempt", (int, float)), ("recipients", list), ("attempts", int), ("age", (int, float)),
+             ("noted", list), ("extra", dict))
 
     def encode(self) -> bytes:
-        fields = {name: value for name, value in vars(self).items() if name not in self.PASSING}
-        return (json.dumps(fields, indent=1, ensure_ascii=False) + "\n").encode("utf-8")
+        return (json.dumps(vars(self), indent=1, ensure_ascii=False) + "\n").encode("utf-8")
+
+    @classmethod
+    def decode(cls, text: bytes) -> "Entry":
+        """Return the entry in an envelope file; ValueError, TypeError, KeyError, Refused when it is none."""
+        entry = cls(**json.loads(text))
+        for name, kind in cls.KINDS:
+            if not isinstance(getattr(entry, name), kind):
+                raise TypeError("%s is of the wrong type" % name)
+        for recipient in entry.recipients:
+            parse_address(recipient["address"])
+            for name in ("state", "last_reply"):
+                if not isinstance(recipient[name], str):
+                    raise TypeError("%s is of the wrong type" % name)
+        return entry
 
     def waiting(self) -> List[Dict[str, Any]]:
         return [recipient for recipient in self.recipients if recipient["state"] == "waiting"]
+
+
+class Dispatch:
+    """What goes on with an entry in this process; never on disk. One thread has it at a time, or holds `mutex`."""
+
+    def __init__(self, entry: Entry, hint: str = "") -> None:
+        self.entry = entry
+        self.hint = hint                            # path of the hint it was found by
+        self.draft = -1                             # fd of the envelope until it is published
+        self.copy = -1                              # fd of ID.msg where that is a copy of the draft
+        self.lock = -1                              # fd of ID.msg while claimed
+        self.lost = False                           # another process has it, or it is done
+        self.pending = 0                            # destinations that still have to try
+        self.tried = False                          # one of them did, and it has to be tried again
+        self.aside = ""                             # a destination that has not been tried
+        self.message: Any = None                    # section 11's Outgoing, once made
+        self.mutex = threading.Lock()               # destinations of one message may be served at the same time
 
 
 class Queue:
@@ -3118,200 +3364,306 @@ class Queue:
         self.due = os.path.join(self.root, "due")
         self.busy = os.path.join(self.root, "busy")
         self.clock = clock
-        self.submitted: Callable[[Entry], None] = lambda entry: None    # the relay of this process
+        self.steady = time.monotonic if clock is time.time else clock   # seconds that nobody sets back or forth, ...
+        self.boot = boot_id()                       # ... since when
+        self.submitted: Callable[[Dispatch], bool] = lambda dispatch: False     # the relay of this process
         self.horizon = 1.2 * max(config.retry) + 120    # seconds
         self._counted = (0.0, 0)                    # when its messages were counted, and how many there were
 
     def is_full(self) -> bool:
         """True when no more can be taken; counted every now and then, as that takes a while."""
         if self.clock() - self._counted[0] > 10:
-            self._counted = self.clock(), len(list_directory(self.root))
+            self._counted = self.clock(), len(list_directory(self.root)) // 2
         return self._counted[1] >= MAX_QUEUE
 
-    def message(self, id: str) -> str:
-        return os.path.join(self.root, id + ".msg")
+    def path(self, id: str, kind: str = "msg") -> str:
+        """Return where the message (msg) or the envelope (env) of an entry is."""
+        return os.path.join(self.root, id + "." + kind)
+
+    # Coming in.
 
     def open_draft(self, id: str) -> Tuple[int, str]:
-        """Make a message file that has no envelope yet and return (fd, path); OSError."""
-        flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | O_EXTRA
-        try:
-            return os.open(self.message(id), flags, 0o600), self.message(id)
-        except FileNotFoundError:
-            self.storage.make_directory(self.root)
-            return os.open(self.message(id), flags, 0o600), self.message(id)
+        """Make a locked message file that has no envelope yet and return (fd, path); OSError."""
+        return self._create(self.path(id)), self.path(id)
 
-    def add(self, parcel: Parcel) -> Entry:
-        """Put a finished draft into the queue, and return its entry, not published yet; OSError."""
+    def _create(self, path: str) -> int:
+        try:
+            return self.storage.create(path)
+        except FileNotFoundError:
+            self.storage.make_directory(os.path.dirname(path))
+            return self.storage.create(path)
+
+    def add(self, parcel: Parcel) -> Dispatch:
+        """Put a finished draft into the queue, and return it with its entry, not published yet; OSError."""
         draft, envelope = parcel.draft, parcel.envelope
         now = self.clock()
-        path = self.message(draft.id)
-        if draft.path != path:
-            self.storage.make_directory(self.root)
-            link_or_copy(draft.path, path)
         entry = Entry(draft.id, envelope.sender, draft.written - parcel.own, parcel.own, now, now,
                       [{"address": str(address), "state": "waiting", "last_reply": ""} for address in parcel.remote],
-                      eightbit=draft.eightbit, place=os.path.join(self.new, draft.id),
+                      eightbit=draft.eightbit, noted=[self.boot, self.steady(), now],
                       smtputf8=envelope.smtputf8 and not draft.head.partition(b"\r\n\r\n")[0].isascii())
+        dispatch = Dispatch(entry)
         try:
-            entry.draft = self._open_envelope(entry.place + ".tmp")
-            lock_file(draft.fd)                     # until the draft is closed nobody takes the entry up
-            write_all(entry.draft, entry.encode())
+            if draft.path != self.path(draft.id):
+                dispatch.copy = self._take_over(draft, self.path(draft.id))
+            dispatch.draft = self._create(self.path(draft.id, "env.tmp"))
+            write_all(dispatch.draft, entry.encode())
         except BaseException:
-            self.withdraw(entry)
+            self.withdraw(dispatch)
             raise
-        return entry
+        return dispatch
 
-    def _open_envelope(self, path: str) -> int:
-        flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | O_EXTRA
+    def _take_over(self, draft: Draft, path: str) -> int:
+        """Give the draft of a mailbox a name here, too, and return -1; the fd of a copy where there are no links. OSError."""
+        self.storage.make_directory(self.root)
         try:
-            return os.open(path, flags, 0o600)
-        except FileNotFoundError:
-            self.storage.make_directory(self.new)
-            return os.open(path, flags, 0o600)
+            os.link(draft.path, path)               # one file: the draft's lock holds for both names
+            return -1
+        except OSError as error:
+            if error.errno not in NO_LINKS:
+                raise
+        fd, _ = self.open_draft(draft.id)
+        try:
+            with open(draft.path, "rb") as file:
+                for block in iter(lambda: file.read(BIG_BLOCK), b""):
+                    write_all(fd, block)
+            self.storage.sync_file(fd)
+        except BaseException:
+            close_quietly(fd)
+            raise
+        return fd
 
-    def publish(self, entry: Entry) -> List[Union[int, str]]:
+    def publish(self, dispatch: Dispatch) -> List[Union[int, str]]:
         """Put the envelope in place, now that it and the message are on disk; return the directories to flush. OSError."""
-        close_quietly(entry.draft)
-        entry.draft = -1
-        os.rename(entry.place + ".tmp", entry.place)
-        return [self.root, self.new]
+        close_quietly(dispatch.draft)
+        dispatch.draft = -1
+        os.rename(self.path(dispatch.entry.id, "env.tmp"), self.path(dispatch.entry.id, "env"))
+        return [self.root]
 
-    def withdraw(self, entry: Entry) -> None:
+    def withdraw(self, dispatch: Dispatch) -> None:
         """Take an entry out that did not come to count."""
-        if entry.draft >= 0:
-            close_quietly(entry.draft)
-            entry.draft = -1
-        for path in (entry.place, entry.place + ".tmp", self.message(entry.id)):
+        for kind in ("env", "env.tmp", "msg"):
             with contextlib.suppress(OSError):
-                os.unlink(path)
+                os.unlink(self.path(dispatch.entry.id, kind))
+        self._close(dispatch)
 
-    def submit(self, entry: Entry) -> None:
+    def submit(self, dispatch: Dispatch) -> None:
         """Let the entry be sent, here or by other processes."""
-        self.submitted(entry)
-        self.storage.wake("queue")
+        self._close(dispatch)
+        if not self.submitted(dispatch):
+            try:
+                self.place_hint(dispatch, self.new)
+            except OSError as error:                # it counts all the same: the next start finds it
+                log.warning("queue entry %s waits for the next start: %s", dispatch.entry.id, error)
+            self.storage.wake("queue")
 
-    def read(self, place: str) -> Optional[Entry]:
-        """Return the entry whose envelope is at `place`; None when it is not there any more, or cannot be read."""
+    def _close(self, dispatch: Dispatch) -> None:
+        for fd in (dispatch.draft, dispatch.copy, dispatch.lock):
+            if fd >= 0:
+                close_quietly(fd)
+        dispatch.draft = dispatch.copy = dispatch.lock = -1
+
+    # Working on it.
+
+    def read(self, id: str) -> Optional[Entry]:
+        """Return an entry; None when it is not there any more, or no envelope that we understand. OSError."""
         try:
-            with open(place, "rb") as file:
-                entry = Entry(place=place, **json.loads(file.read()))
-            entry.size + entry.offset + entry.queued_at + entry.next_attempt + entry.attempts   # numbers, or TypeError
-            for recipient in entry.recipients:
-                parse_address(recipient["address"]), recipient["state"], recipient["last_reply"]
-            return entry
+            with open(self.path(id, "env"), "rb") as file:
+                return Entry.decode(file.read())
         except FileNotFoundError:
             return None
-        except (ValueError, TypeError, KeyError, OSError, Refused) as error:
-            log.warning("queue entry %s cannot be read, left alone: %s", place, error)
+        except (ValueError, TypeError, KeyError, Refused, RecursionError) as error:
+            log.warning("queue entry %s cannot be read, left alone: %s", self.path(id, "env"), error)
             return None
 
-    def claim(self, entry: Entry) -> bool:
-        """Lock an entry and read it anew; False when another process has it or it is gone."""
+    def claim(self, dispatch: Dispatch) -> bool:
+        """Lock an entry and read it anew; False when another process has it, or it is gone. OSError."""
+        entry = dispatch.entry
         try:
-            fd = os.open(self.message(entry.id), os.O_RDWR | O_EXTRA)
+            fd = os.open(self.path(entry.id), os.O_RDWR | O_EXTRA)
         except FileNotFoundError:
-            if os.path.exists(entry.place):
+            self._drop_hint(dispatch)
+            if os.path.exists(self.path(entry.id, "env")):
                 log.error("queue entry %s has no message file: dropped", entry.id)
                 with contextlib.suppress(OSError):
-                    os.unlink(entry.place)
+                    os.unlink(self.path(entry.id, "env"))
             return False
-        fresh = self.read(entry.place) if lock_file(fd) else None
+        try:
+            fresh = self.read(entry.id) if self._lock(fd) else None
+        except OSError:
+            os.close(fd)
+            raise
         if fresh is None:
             os.close(fd)
             return False
-        entry.recipients, entry.attempts, entry.next_attempt = fresh.recipients, fresh.attempts, fresh.next_attempt
-        entry.lock = fd
+        dispatch.entry, dispatch.lock = fresh, fd
         return True
 
-    def release(self, entry: Entry) -> None:
-        if entry.lock >= 0:
-            close_quietly(entry.lock)
-            entry.lock = -1
+    def _lock(self, fd: int) -> bool:
+        """Lock a message file; False when somebody else has it. Where there are no locks, there is one process, we hope."""
+        try:
+            return lock_file(fd)
+        except OSError as error:
+            self.storage.complain("locks", "no locks on this file system: run one process only (%s)" % error)
+            return True
 
-    def save(self, entry: Entry) -> None:
+    def release(self, dispatch: Dispatch) -> None:
+        self._close(dispatch)
+
+    def age(self, entry: Entry) -> float:
+        """Return the seconds since an entry was accepted: what passed since it was noted, by a clock that nobody sets as
+        long as the machine was not started anew; after that by the time of day, which may have been wrong then or now.
+        """
+        boot, steady, wall = entry.noted if len(entry.noted) == 3 else ("", 0.0, entry.queued_at)
+        passed = self.steady() - steady if boot == self.boot else self.clock() - wall
+        return entry.age + max(0.0, passed)
+
+    def save(self, dispatch: Dispatch) -> None:
         """Replace the envelope of a claimed entry, durably; OSError."""
-        self.storage.write(entry.place, entry.encode())
+        entry = dispatch.entry
+        entry.age, entry.noted = self.age(entry), [self.boot, self.steady(), self.clock()]
+        self.storage.write(self.path(entry.id, "env"), entry.encode())
 
-    def postpone(self, entry: Entry, until: float) -> None:
-        """Record a claimed entry as due at `until` and move it there; OSError."""
-        step = max(1, int(until - self.clock()) // 60)      # long waits share directories
-        seconds = -int(-until // step) * step
-        entry.next_attempt = until
-        self.save(entry)
-        self.move(entry, os.path.join(self.due, "%012d" % seconds))
+    def postpone(self, dispatch: Dispatch, until: float) -> None:
+        """Record a claimed entry as due at `until` and hint at it there; OSError."""
+        dispatch.entry.next_attempt = until
+        self.save(dispatch)
+        self.place_hint(dispatch, self.due_directory(until))
 
-    def move(self, entry: Entry, directory: str) -> None:
-        """Move the envelope into another directory; should it not happen, the envelope still says when it is due."""
-        place = os.path.join(directory, entry.id)
+    def due_directory(self, moment: float) -> str:
+        step = max(1, int(moment - self.clock()) // 60)     # long waits share directories
+        return os.path.join(self.due, "%012d" % (-int(-moment // step) * step))
+
+    def place_hint(self, dispatch: Dispatch, directory: str) -> None:
+        """Hint at an entry in this directory, and nowhere else; OSError. Not flushed: sweep() finds what has no hint."""
+        hint = os.path.join(directory, dispatch.entry.id)
+        if dispatch.hint == hint and os.path.exists(hint):
+            return
         for _ in range(10):                         # whoever emptied the directory may be removing it
             try:
-                os.rename(entry.place, place)
-                entry.place = place
-                return
+                if dispatch.hint:
+                    os.rename(dispatch.hint, hint)
+                else:
+                    os.close(os.open(hint, os.O_CREAT | os.O_WRONLY | O_EXTRA, 0o600))
+                break
             except FileNotFoundError:
-                if not os.path.exists(entry.place):
-                    return
-                os.makedirs(directory, mode=0o700, exist_ok=True)
+                if dispatch.hint and not os.path.exists(dispatch.hint):
+                    dispatch.hint = ""
+                self._make_private(directory)
+        dispatch.hint = hint
 
-    def finish(self, entry: Entry) -> None:
-        """Remove a claimed entry: all its recipients are served."""
-        for path in (entry.place, self.message(entry.id)):
+    def _make_private(self, directory: str) -> None:
+        for path in (self.root, os.path.dirname(directory), directory):     # makedirs() would make them 0755 above
+            with contextlib.suppress(FileExistsError):
+                os.mkdir(path, 0o700)
+
+    def _drop_hint(self, dispatch: Dispatch) -> None:
+        if dispatch.hint:
+            with contextlib.suppress(OSError):
+                os.unlink(dispatch.hint)
+            dispatch.hint = ""
+
+    def finish(self, dispatch: Dispatch) -> None:
+        """Remove a claimed entry: all its recipients are served. OSError."""
+        for path in (self.path(dispatch.entry.id, "env"), self.path(dispatch.entry.id)):
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(path)
-        self.release(entry)
+        self._drop_hint(dispatch)
+        self.release(dispatch)
+
+    # Looking for it.
+
+    def is_later(self, moment: float, now: float) -> bool:
+        """Return whether something is due later. What is further off than anybody puts it is due: the clock was set back."""
+        return now < moment < now + self.horizon
+
+    def _moments(self) -> List[int]:
+        return sorted(int(name) for name in list_directory(self.due) if re.fullmatch(r"\d{12}", name, re.ASCII))
 
     def due_directories(self, now: float) -> Iterator[str]:
-        """Yield the directories whose entries are due, the longest waiting ones last; empty old ones are removed."""
+        """Yield the directories whose hints are due, the longest waiting ones last; OSError. Empty old ones are removed."""
         yield self.new
-        for name in sorted(list_directory(self.due)):
-            if not name.isdigit() or self.is_later(int(name), now):
+        for moment in self._moments():
+            if self.is_later(moment, now):
                 continue
-            directory = os.path.join(self.due, name)
+            directory = os.path.join(self.due, "%012d" % moment)
             try:
                 os.rmdir(directory)
             except OSError:
                 yield directory
 
     def next_due(self, now: float) -> Optional[float]:
-        """Return when the next directory is due."""
-        return min((float(name) for name in list_directory(self.due) if name.isdigit() and self.is_later(int(name), now)),
-                   default=None)
+        """Return when the next directory is due; OSError."""
+        return min((float(moment) for moment in self._moments() if self.is_later(moment, now)), default=None)
 
-    def is_later(self, moment: float, now: float) -> bool:
-        """Return whether something is due later. What is further off than anybody puts it is due: the clock was set back."""
-        return now < moment < now + self.horizon
+    def busy_directories(self) -> List[str]:
+        return [os.path.join(self.busy, name) for name in list_directory(self.busy)]
 
-    def directories(self) -> List[str]:
-        """Return all directories that hold envelopes."""
-        return [self.new] + [os.path.join(above, name) for above in (self.due, self.busy)
-                             for name in sorted(list_directory(above))]
-
-    def places(self) -> Iterator[str]:
-        """Yield the path of every envelope."""
-        for directory in self.directories():
-            for name in sorted(list_directory(directory)):
-                if not name.endswith(".tmp"):
+    def hints(self) -> Iterator[str]:
+        """Yield the path of every hint."""
+        for directory in [self.new] + [os.path.join(above, name) for above in (self.due, self.busy)
+                                       for name in list_directory(above)]:
+            for name in list_directory(directory):
+                if ENTRY_ID.fullmatch(name):
                     yield os.path.join(directory, name)
 
-    def find(self, id: str) -> Optional[Entry]:
-        return next((self.read(place) for place in self.places() if os.path.basename(place) == id), None)
+    def ids(self) -> List[str]:
+        """Return the ids of all entries, oldest first."""
+        ids = [name[:-4] for name in list_directory(self.root) if name.endswith(".env")]
+        return sorted(filter(ENTRY_ID.fullmatch, ids))
+
+    def entries(self) -> Iterator[Entry]:
+        """Yield every entry that can be read."""
+        for id in self.ids():
+            with contextlib.suppress(OSError):
+                entry = self.read(id)
+                if entry:
+                    yield entry
 
     def sweep(self) -> None:
-        """Remove what dead processes left half done."""
-        ids = {os.path.basename(place) for place in self.places()}
-        for name in list_directory(self.root):
-            id = name[:-4]
-            match = re.fullmatch(r"[0-9a-f]+-[0-9a-f]+-([0-9a-f]{8})[0-9a-f]+", id)
-            if name.endswith(".msg") and match and id not in ids and not self.storage.is_alive(match.group(1)):
-                if self.find(id) is None:           # not one that was moved while we looked
-                    with contextlib.suppress(OSError):
-                        os.unlink(os.path.join(self.root, name))
-        for directory in self.directories():
-            for name in list_directory(directory):
-                match = re.search(r"[-.]([0-9a-f]{8})[0-9a-f]+\.tmp$", name)     # ID.tmp, ID.TOKEN-and-number.tmp
-                if match and not self.storage.is_alive(match.group(1)):
-                    with contextlib.suppress(OSError):
-                        os.unlink(os.path.join(directory, name))
+        """Remove what dead processes left half done, and hint at what nobody could find; OSError."""
+        self._adopt()
+        hinted = {os.path.basename(hint) for hint in self.hints()}
+        names = list_directory(self.root)
+        envelopes = {name[:-4] for name in names if name.endswith(".env")}
+        for name in names:
+            id, _, kind = name.partition(".")
+            with contextlib.suppress(OSError):
+                if ENTRY_ID.fullmatch(id) and (kind.endswith("tmp") or (kind == "msg" and id not in envelopes)):
+                    self._remove_if_dead(id, name)
+        for id in envelopes - hinted:
+            if ENTRY_ID.fullmatch(id):
+                self.place_hint(Dispatch(Entry(id, "", 0, 0, 0.0, 0.0, [])), self.new)
+
+    def _remove_if_dead(self, id: str, name: str) -> None:
+        """Remove a draft that nobody works on; OSError."""
+        path = os.path.join(self.root, name)
+        try:
+            fd = os.open(self.path(id), os.O_RDWR | O_EXTRA)
+        except FileNotFoundError:
+            os.unlink(path)
+            return
+        try:
+            if self._lock(fd) and not (name.endswith(".msg") and os.path.exists(self.path(id, "env"))):
+                os.unlink(path)
+        finally:
+            os.close(fd)
+
+    def _adopt(self) -> None:
+        """Turn what version 1.0 left, whose hints were the envelopes, into what we have; OSError."""
+        for hint in self.hints():
+            id = os.path.basename(hint)
+            if os.path.getsize(hint) and os.path.exists(self.path(id)) and not os.path.exists(self.path(id, "env")):
+                os.rename(hint, self.path(id, "env"))
+                self.storage.sync_directory(self.root)
+
+
+def boot_id() -> str:
+    """Return what stays the same until the machine starts anew; where nobody knows that, until this process ends."""
+    try:
+        with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+            return file.read().strip()
+    except (OSError, ValueError):
+        return secrets.token_hex(16)
 
 
 # ======================================================================================================================
@@ -3530,8 +3882,11 @@ def status_fields(recipient: Dict[str, Any], utf8: bool, until: str) -> List[str
 # 11  SMTP client.  One connection to another server, on the same wire as our own server's. Knows no queue.
 # ======================================================================================================================
 
+REPLY_LINE = re.compile(rb"(\d\d\d)(?:([ -])(.*))?", re.DOTALL)
+
+
 class PeerFailed(Exception):
-    """The other server cannot be used now; `reply` says why, `address` which one it was."""
+    """The other server cannot be used now; `reply` says why."""
 
     def __init__(self, reply: Reply) -> None:
         super().__init__(str(reply))
@@ -3539,18 +3894,23 @@ class PeerFailed(Exception):
 
 
 class Outgoing(NamedTuple):
-    """A message as the client needs it: an open file, where its content begins, and what it is like."""
+    """A message as the client needs it: `head`, then an open file from where its content begins; and what it is like."""
     fd: int
     offset: int
-    size: int
+    size: int                                       # bytes of both
     sender: str
     recipients: List[str]
     eightbit: bool
     smtputf8: bool
+    head: bytes = b""                               # stands before what the file has
+    asked: Dict[str, Dict[str, str]] = {}           # DSN (RFC 3461), as xtext: ret, envid under "", notify, orcpt by recipient
 
 
 class Peer:
-    """An SMTP connection to another server (RFC 5321 as client). Every step has `timeout` seconds."""
+    """An SMTP connection to another server (RFC 5321 as client). Every step has `timeout` seconds.
+
+    Its methods are coroutines on the wire; run_blocking() runs them where a thread may wait.
+    """
 
     def __init__(self, sock: socket.socket, name: str, hostname: str, timeout: float) -> None:
         self.wire = Wire(sock, timeout)
@@ -3558,12 +3918,18 @@ class Peer:
         self.host: Optional[str] = None             # whose connection this is, as the MX record has it
         self.hostname = hostname
         self.extensions: Dict[str, str] = {}
+        self.secrets: List[str] = []                # what no text may show, should the peer say it
+        self.messages = 0                           # sent over it
+        self.mail_refused = False                   # the last MAIL was
         self.broken = False                         # it cannot be used any more
+        self._budget = 0                            # bytes that the reply may still have
+
+    # Replies.
 
     @contextlib.contextmanager
-    def step(self, what: str) -> Iterator[None]:
-        """Turn whatever goes wrong on the wire into PeerFailed."""
-        self.wire.renew()
+    def step(self, what: str, seconds: Optional[float] = None) -> Iterator[None]:
+        """Turn whatever goes wrong on the wire into PeerFailed. `what` is shown: never what was sent."""
+        self.wire.renew(0.0 if seconds is None else seconds - self.wire.timeout)
         try:
             yield
         except TimedOut:
@@ -3573,32 +3939,52 @@ class Peer:
             raise PeerFailed(Reply(451, "4.4.2", "%s: connection lost in %s%s" % (
                 self.name, what, printable(reason, 200)))) from None
 
-    def reply(self, what: str) -> Reply:
-        """Return the next reply; PeerFailed when there is none, it is not SMTP, or it is 421."""
+    async def reply(self, what: str, seconds: Optional[float] = None) -> Reply:
+        """Return the next reply; PeerFailed when there is none, or it is 421.
+
+        As Postfix reads them: the last line has the code, noise is skipped, and a reply may be as long as it likes, of
+        which only so much is kept.
+        """
         lines: List[str] = []
-        code = ""
-        with self.step(what):
-            while True:
-                try:
-                    raw = self.wire.line(MAX_REPLY_LINE)
-                except LineTooLong:
-                    raise PeerFailed(Reply(451, "4.5.0", "%s: reply line too long" % self.name)) from None
-                match = re.fullmatch(rb"([2-5]\d\d)([ -]?)(.*)", raw, re.DOTALL)
-                if not match or (code and match.group(1).decode() != code) or len(lines) >= MAX_REPLY_LINES:
-                    raise PeerFailed(Reply(451, "4.5.0", "%s: not an SMTP reply: %s" % (self.name, printable(raw, 100))))
-                code = match.group(1).decode()
-                lines.append(printable(match.group(3), 500))
-                if match.group(2) != b"-":
-                    break
-        enhanced = re.match(r"([245]\.\d{1,3}\.\d{1,3})(?: |$)", lines[-1])
-        if enhanced and enhanced.group(1)[0] == code[0]:
-            prefix = enhanced.group(1) + " "
-            lines = [line[len(prefix):] if line.startswith(prefix) else line for line in lines]
-        reply = Reply(int(code), enhanced.group(1) if enhanced and enhanced.group(1)[0] == code[0] else "",
-                      "\n".join(lines))
-        if reply.code == 421:
+        self._budget, code, more = MAX_REPLY, 0, True
+        with self.step(what, seconds):
+            while more:
+                match = REPLY_LINE.fullmatch(await self._line())
+                if match:
+                    code, more = int(match.group(1)), match.group(2) == b"-"
+                    shown = self._shown(match.group(3) or b"")
+                    if len(lines) < MAX_REPLY_LINES:
+                        lines.append(shown)
+                    else:
+                        lines[-2:] = "...", shown
+        if not 200 <= code <= 599:
+            raise PeerFailed(Reply(451, "4.5.0", "%s: not an SMTP reply: %d %s" % (self.name, code, lines[-1][:100])))
+        reply = with_enhanced_code(code, lines)
+        if code == 421:
             raise PeerFailed(self.said(reply))
         return reply
+
+    async def _line(self) -> bytes:
+        """Return a line without its end, as much of it as is looked at; PeerFailed when a reply has no end at all."""
+        line = b""
+        while True:
+            end = self.wire.input.find(b"\n")
+            taken = len(self.wire.input) if end < 0 else end + 1
+            line += bytes(self.wire.input[:min(taken, MAX_REPLY_LINE - len(line))])
+            del self.wire.input[:taken]
+            self._budget -= taken
+            if end >= 0:
+                return line.rstrip(b"\r\n")
+            if self._budget < 0:
+                raise PeerFailed(Reply(451, "4.5.0", "%s: a reply without end" % self.name))
+            self.wire.input += await self.wire.fill(BLOCK)
+
+    def _shown(self, text: bytes) -> str:
+        """Return a line of a reply as it may stand in logs and bounces."""
+        shown = printable(text, MAX_REPLY_LINE)
+        for secret in self.secrets:
+            shown = shown.replace(secret, "***")
+        return printable(shown, 500)
 
     def said(self, reply: Reply) -> Reply:
         """Return the reply with the name of who gave it, on one line."""
@@ -3606,84 +3992,124 @@ class Peer:
         return Reply(reply.code, reply.enhanced or default, "%s said: %d %s%s" % (
             self.name, reply.code, reply.enhanced + " " if reply.enhanced else "", reply.text.replace("\n", " / ")))
 
-    def command(self, text: str) -> Reply:
-        with self.step(text.partition(" ")[0]):
-            self.wire.send(text.encode("utf-8") + b"\r\n")
-        return self.reply(text.partition(" ")[0])
+    def away(self, reply: Reply) -> PeerFailed:
+        """Return the failure of a host that does not want to talk: that speaks for it alone, and for now."""
+        said = self.said(reply)
+        if reply.code // 100 == 4:
+            return PeerFailed(said)
+        return PeerFailed(Reply(450, "4" + reply.enhanced[1:] if reply.enhanced[:1] == "5" else "4.3.2", said.text))
 
-    def greet(self) -> None:
+    # Commands.
+
+    async def command(self, text: str, what: str = "") -> Reply:
+        """Return the reply to a command line; where that has secrets, `what` is how it is called. PeerFailed."""
+        self.wire.send(text.encode("utf-8") + b"\r\n")
+        return await self.reply(what or text.partition(" ")[0])
+
+    async def greet(self) -> None:
         """Take the greeting and introduce ourselves; PeerFailed."""
-        reply = self.reply("greeting")
+        reply = await self.reply("greeting")
         if reply.code // 100 != 2:
-            raise PeerFailed(self.said(reply))
-        self.hello()
+            raise self.away(reply)
+        await self.hello()
 
-    def hello(self) -> None:
+    async def hello(self) -> None:
         name = self.hostname if "." in self.hostname else address_literal(self.wire.sock.getsockname()[0])
-        reply = self.command("EHLO " + name)
+        reply = await self.command("EHLO " + name)
         self.extensions = {}
         if reply.code // 100 == 2:
             for line in reply.text.split("\n")[1:]:
-                keyword, _, value = line.strip().partition(" ")
-                self.extensions[keyword.upper()] = value
+                self._learn(line)
             return
-        reply = self.command("HELO " + name)        # RFC 5321 section 3.2
+        reply = await self.command("HELO " + name)      # RFC 5321 section 3.2
         if reply.code // 100 != 2:
-            raise PeerFailed(self.said(reply))
+            raise self.away(reply)
 
-    def start_tls(self, context: "ssl.SSLContext", hostname: str) -> None:
+    def _learn(self, line: str) -> None:
+        """Note an extension; `AUTH=LOGIN PLAIN`, as old servers have it, says the same as AUTH, and may stand beside it."""
+        keyword, _, value = line.strip().partition(" ")
+        if keyword.upper().startswith("AUTH="):
+            keyword, value = "AUTH", keyword[5:] + " " + value
+        if keyword.upper() == "AUTH":
+            value = self.extensions.get("AUTH", "") + " " + value
+        self.extensions[keyword.upper()] = value
+
+    async def start_tls(self, context: "ssl.SSLContext", hostname: str) -> None:
         """Switch to TLS and introduce ourselves again; PeerFailed."""
-        reply = self.command("STARTTLS")
+        reply = await self.command("STARTTLS")
         if reply.code != 220:
-            raise PeerFailed(self.said(reply))
-        self.handshake(context, hostname)
-        self.hello()
+            raise self.away(reply)
+        await self.handshake(context, hostname)
+        await self.hello()
 
-    def handshake(self, context: "ssl.SSLContext", hostname: str) -> None:
-        with self.step("TLS handshake"):
-            self.wire.start_tls(context, server_side=False, hostname=hostname)
+    async def handshake(self, context: "ssl.SSLContext", hostname: str) -> None:
+        with self.step("TLS handshake"):            # in certificates a name has no dot at its end (RFC 6066 section 3)
+            await self.wire.start_tls(context, server_side=False, server_hostname=hostname.rstrip("."))
+        self.extensions = {}
 
-    def log_in(self, user: str, password: str) -> None:
-        """AUTH PLAIN, or LOGIN where that is all there is (RFC 4954); PeerFailed."""
-        words = self.extensions.get("AUTH", "").upper().split()
-        if "PLAIN" in words:
-            secret = base64.b64encode(("\0%s\0%s" % (user, password)).encode("utf-8")).decode()
-            reply = self.command("AUTH PLAIN " + secret)
-        elif "LOGIN" in words:
-            reply = self.command("AUTH LOGIN")
-            for text in (user, password):
-                if reply.code == 334:
-                    reply = self.command(base64.b64encode(text.encode("utf-8")).decode())
-        else:
-            raise PeerFailed(Reply(451, "4.7.0", "%s offers no log-in we know" % self.name))
+    # Log-in (RFC 4954).
+
+    async def log_in(self, server: Server) -> None:
+        """Log in by the mechanism the URL names, else the best that both know; PeerFailed."""
+        offered = self.extensions.get("AUTH", "").lower().split()
+        self.secrets = sasl_secrets(server)
+        mechanism = server.mechanism or next((name for name in BEST_FIRST if name in offered), "")
+        if mechanism not in offered:
+            raise PeerFailed(Reply(451, "4.7.0", "%s offers no log-in %s" % (
+                self.name, "by " + mechanism if mechanism else "that we know")))
+        try:
+            reply = await self._authenticate(mechanism, server)
+        except ValueError:                          # a Python without MD5
+            raise PeerFailed(Reply(451, "4.7.0", "this Python has no " + mechanism)) from None
         if reply.code != 235:
-            raise PeerFailed(Reply(451, "4.7.8", "%s did not let us log in: %s" % (self.name, reply)))
+            words = str(reply).replace("\n", " / ")
+            raise PeerFailed(Reply(451, "4.7.8", "%s did not let us log in: %s" % (self.name, words)))
 
-    def send(self, message: Outgoing) -> Dict[str, Reply]:
+    async def _authenticate(self, mechanism: str, server: Server) -> Reply:
+        """Return the last reply of the exchange: each 334 asks for the next response."""
+        first, responses = sasl_responses(mechanism, server)
+        reply = await self.command("AUTH %s%s" % (mechanism.upper(), " " + in_base64(first) if first else ""), "AUTH")
+        for respond in responses:
+            if reply.code != 334:
+                break
+            try:
+                challenge = base64.b64decode(reply.text.encode("ascii", "replace"))
+            except ValueError:
+                challenge = b""
+            reply = await self.command(in_base64(respond(challenge)), "AUTH")
+        return reply
+
+    # Messages.
+
+    async def send(self, message: Outgoing, at_once: int = MAX_RECIPIENTS_AT_ONCE) -> Dict[str, Reply]:
         """Send a message in as few transactions as the peer takes; return {recipient: reply}.
 
         PeerFailed when the connection failed before anything was certain; later, `broken` says that it did.
         """
         replies: Dict[str, Reply] = {}
         left = self.acceptable(message, replies)
+        self.messages += 1
         while left:
+            batch, left = left[:at_once], left[at_once:]
             try:
-                some = self.transaction(message, left)
+                some, surplus = await self.transaction(message, batch)
             except PeerFailed as error:
-                if not any(reply.code // 100 == 2 for reply in replies.values()):
+                if not replies:
                     raise
-                some = dict.fromkeys(left, error.reply)     # those of the transaction before have it for sure
+                some, surplus = dict.fromkeys(batch, error.reply), []   # what was said before counts
             replies.update(some)
-            served = [recipient for recipient in left if some[recipient].code // 100 == 2]
-            again = [recipient for recipient in left if some[recipient].code == 452]
-            left = again if served and not self.broken else []  # RFC 5321 section 4.5.3.1.10: the rest in another transaction
+            left = surplus + left
+            if self.broken and left:
+                replies.update((recipient, replies.get(recipient) or Reply(
+                    451, "4.4.2", self.name + ": connection lost before this recipient's turn")) for recipient in left)
+                break
         return replies
 
     def acceptable(self, message: Outgoing, replies: Dict[str, Reply]) -> List[str]:
         """Return the recipients worth trying; the others get a reply of our own, and nothing is sent for them."""
-        limit = self.extensions.get("SIZE", "")
+        limit = self.extensions.get("SIZE", "").strip()
         refusal = None
-        if limit.isdigit() and 0 < int(limit) < message.size:
+        if re.fullmatch(r"\d{1,18}", limit, re.ASCII) and 0 < int(limit) < message.size:
             refusal = Reply(552, "5.3.4", "%s takes %s bytes at most, the message has %d" % (self.name, limit, message.size))
         elif message.eightbit and "8BITMIME" not in self.extensions:
             refusal = Reply(554, "5.6.3", "%s takes no 8-bit content (8BITMIME)" % self.name)
@@ -3707,8 +4133,37 @@ class Peer:
         except ValueError:
             return address                          # then only SMTPUTF8 will do
 
-    def transaction(self, message: Outgoing, recipients: List[str]) -> Dict[str, Reply]:
-        """MAIL, RCPT, DATA for one message, pipelined where the peer takes that (RFC 2920)."""
+    async def transaction(self, message: Outgoing, recipients: List[str]) -> Tuple[Dict[str, Reply], List[str]]:
+        """MAIL, RCPT, DATA for one message; return ({recipient: reply}, those for whom another one is worth it).
+
+        PeerFailed when the connection failed before anything was certain.
+        """
+        answers: List[Reply] = []
+        lost = None
+        try:
+            data = await self.envelope(self.commands(message, recipients), answers)
+            final = await self.content(message, answers, data)
+        except PeerFailed as error:
+            self.broken, lost, final = True, error, error.reply
+            self.wire.close()
+        self.mail_refused = bool(answers) and answers[0].code // 100 != 2
+        taken = not self.mail_refused and any(answer.code // 100 == 2 for answer in answers[1:])
+        replies: Dict[str, Reply] = {}
+        surplus = []
+        for number, recipient in enumerate(recipients, 1):
+            answer = answers[0] if self.mail_refused else answers[number] if number < len(answers) else final
+            if answer.code // 100 == 2:
+                answer = final
+            elif taken and answer.code in (452, 552):   # RFC 5321 section 4.5.3.1.10: the rest in another transaction
+                surplus.append(recipient)
+                answer = answer._replace(code=452, enhanced="4" + answer.enhanced[1:])
+            replies[recipient] = answer if lost and answer is final else self.said(answer)
+        if lost and not any(reply.code // 100 == 5 for reply in replies.values()):
+            raise lost
+        return replies, surplus if final.code // 100 != 4 else []
+
+    def commands(self, message: Outgoing, recipients: List[str]) -> List[str]:
+        """Return MAIL and the RCPTs of a transaction."""
         utf8 = "SMTPUTF8" in self.extensions and (message.smtputf8 or not all(
             self.plain(address).isascii() for address in [message.sender] + recipients))
         spell = str if utf8 else self.plain
@@ -3719,55 +4174,55 @@ class Peer:
             mail += " BODY=8BITMIME"
         if utf8:
             mail += " SMTPUTF8"
-        commands = [mail] + ["RCPT TO:<%s>" % spell(recipient) for recipient in recipients]
-        answers: List[Reply] = []
-        try:
-            data = self.envelope(commands, answers)
-            final = self.content(message, answers, data)
-            lost = None
-        except PeerFailed as error:
-            self.broken, lost, final = True, error, error.reply
-            self.wire.close()
-        replies: Dict[str, Reply] = {}
-        for number, recipient in enumerate(recipients, 1):
-            answer = answers[number] if number < len(answers) else final
-            if answers and answers[0].code // 100 != 2:
-                answer = answers[0]
-            elif answer.code // 100 == 2:
-                answer = final
-            replies[recipient] = answer if lost and answer is final else self.said(answer)
-        if lost and not any(reply.code // 100 == 5 for reply in replies.values()):
-            raise lost
-        return replies
+        return [mail + self.asked(message, "", "RET", "ENVID")] + ["RCPT TO:<%s>%s" % (
+            spell(recipient), self.asked(message, recipient, "NOTIFY", "ORCPT")) for recipient in recipients]
 
-    def envelope(self, commands: List[str], answers: List[Reply]) -> Reply:
+    def asked(self, message: Outgoing, whom: str, *keywords: str) -> str:
+        """Return the parameters by which the sender asked for notices, for a peer that gives some (RFC 3461)."""
+        given = message.asked.get(whom, {}) if "DSN" in self.extensions else {}
+        return "".join(" %s=%s" % (keyword, given[keyword.lower()]) for keyword in keywords if given.get(keyword.lower()))
+
+    async def envelope(self, commands: List[str], answers: List[Reply]) -> Reply:
         """Send MAIL and RCPTs, the answers into `answers`, and DATA if it makes sense; return its reply. PeerFailed."""
         if "PIPELINING" in self.extensions:
-            with self.step("MAIL"):
-                self.wire.send(("\r\n".join(commands + ["DATA"]) + "\r\n").encode("utf-8"))
-            for text in commands:
-                answers.append(self.reply(text.partition(" ")[0]))
-            return self.reply("DATA")
+            await self.pipeline(commands + ["DATA"], answers)
+            return answers.pop()
         for text in commands:
-            answers.append(self.command(text))
+            answers.append(await self.command(text))
             if answers[0].code // 100 != 2:
                 break
         if any(answer.code // 100 == 2 for answer in answers[1:]):
-            return self.command("DATA")
+            return await self.command("DATA")
         return Reply(503, "5.5.1", "no recipients")
 
-    def content(self, message: Outgoing, answers: List[Reply], data: Reply) -> Reply:
+    async def pipeline(self, commands: List[str], answers: List[Reply]) -> None:
+        """Send commands without waiting for each answer (RFC 2920), the answers into `answers`; PeerFailed.
+
+        Never more of them than fit into the smallest buffer are under way: with two small windows both sides would wait
+        for the other to read (section 3.1).
+        """
+        lines = [text.encode("utf-8") + b"\r\n" for text in commands]
+        sent = under_way = 0
+        for number, text in enumerate(commands):
+            while sent < len(lines) and (sent <= number or under_way + len(lines[sent]) <= PIPELINE):
+                self.wire.send(lines[sent])
+                under_way += len(lines[sent])
+                sent += 1
+            answers.append(await self.reply(text.partition(" ")[0]))
+            under_way -= len(lines[number])
+
+    async def content(self, message: Outgoing, answers: List[Reply], data: Reply) -> Reply:
         """Send the content if somebody is to get it; return the final reply. PeerFailed."""
         taken = answers[0].code // 100 == 2 and any(answer.code // 100 == 2 for answer in answers[1:])
         if data.code == 354 and taken:
-            final = self.send_content(message)
+            final = await self.send_content(message)
         elif data.code == 354:
-            final = self.command(".")               # RFC 2920 section 3.1: nobody is to get it, but DATA was taken
+            final = await self.command(".")         # RFC 2920 section 3.1: nobody is to get it, but DATA was taken
         else:
             final = data
         if data.code != 354 or not taken:
             try:
-                self.command("RSET")
+                await self.command("RSET")
             except PeerFailed:                      # what it said before still counts
                 self.broken = True
                 self.wire.close()
@@ -3775,34 +4230,110 @@ class Peer:
             return final
         return Reply(451, "4.5.0", "unexpected reply: %s" % str(final))
 
-    def send_content(self, message: Outgoing) -> Reply:
-        offset, line_start = message.offset, True
-        while True:
-            with self.step("content"):
-                block = pread(message.fd, BIG_BLOCK, offset)
-                if not block:
-                    break
-                offset += len(block)
-                if block.endswith(b"\r") and len(block) > 1:
-                    block, offset = block[:-1], offset - 1      # never cut a CRLF in two
-                self.wire.send(stuff_dots(block, line_start))
+    async def send_content(self, message: Outgoing) -> Reply:
+        """Send the content to its end and return the reply to it; PeerFailed."""
+        line_start = True
+        try:
+            for block in content_blocks(message):
+                with self.step("content"):
+                    self.wire.send(stuff_dots(block, line_start))
+                    await self.wire.flush()
                 line_start = block.endswith(b"\n")
-        with self.step("end of content"):
-            self.wire.send((b"" if line_start else b"\r\n") + b".\r\n")
-        return self.reply("end of content")
+            with self.step("end of content"):
+                self.wire.send((b"" if line_start else b"\r\n") + b".\r\n")
+                await self.wire.flush()
+        except PeerFailed as lost:
+            return await self.last_words(lost)
+        return await self.reply("end of content", max(FINAL_WAIT, self.wire.timeout))
 
-    def quit(self) -> None:
+    async def last_words(self, lost: PeerFailed) -> Reply:
+        """Return why the peer closed in the middle of the content, if it said that; PeerFailed."""
+        self.broken = True
+        self.wire.output.clear()
+        try:
+            reply = await self.reply("content", min(5.0, self.wire.timeout))
+        except PeerFailed as error:
+            raise (error if error.reply.code == 421 else lost) from None
+        if reply.code // 100 not in (4, 5):
+            raise lost
+        return reply
+
+    async def quit(self) -> None:
         """Say goodbye, if there is still somebody to hear it."""
         try:
             self.wire.timeout = min(self.wire.timeout, 5.0)
-            self.command("QUIT")
+            await self.command("QUIT")
         except PeerFailed:
             pass
         self.wire.close()
 
 
+def with_enhanced_code(code: int, lines: List[str]) -> Reply:
+    """Return the Reply of these lines; the enhanced code stands in its own place when it fits (RFC 2034 section 4)."""
+    match = re.match(r"([245]\.\d{1,3}\.\d{1,3})(?: |$)", lines[-1], re.ASCII)
+    enhanced = match.group(1) if match and match.group(1)[0] == str(code)[0] else ""
+    if enhanced:
+        prefix = enhanced + " "
+        lines = [line[len(prefix):] if (line + " ").startswith(prefix) else line for line in lines]
+    return Reply(code, enhanced, "\n".join(lines))
+
+
+def content_blocks(message: Outgoing) -> Iterator[bytes]:
+    """Yield a message's content in blocks that never cut a CRLF in two."""
+    offset, block = message.offset, message.head
+    while True:
+        if block.endswith(b"\r"):
+            following = pread(message.fd, 1, offset)
+            offset, block = offset + len(following), block + following
+        if block:
+            yield block
+        block = pread(message.fd, BIG_BLOCK, offset)
+        if not block:
+            return
+        offset += len(block)
+
+
+BEST_FIRST = ("cram-md5", "plain", "login", "oauthbearer", "xoauth2")   # of these, what needs no token in the password's place
+
+
+def in_base64(data: bytes) -> str:
+    return base64.b64encode(data).decode("ascii")
+
+
+def sasl_responses(mechanism: str, server: Server) -> Tuple[bytes, List[Callable[[bytes], bytes]]]:
+    """Return (initial response, a function from challenge to response for each further step) of a SASL mechanism.
+
+    PLAIN (RFC 4616), LOGIN, CRAM-MD5 (RFC 2195), OAUTHBEARER (RFC 7628) and XOAUTH2, where an error is a challenge, too.
+    """
+    user, password = server.user.encode("utf-8"), server.password.encode("utf-8")
+    if mechanism == "plain":
+        return b"\0%s\0%s" % (user, password), []
+    if mechanism == "login":
+        return b"", [lambda challenge: user, lambda challenge: password]
+    if mechanism == "cram-md5":
+        return b"", [lambda challenge: user + b" " + hmac.new(password, challenge, "md5").hexdigest().encode("ascii")]
+    if mechanism == "xoauth2":
+        return b"user=%s\1auth=Bearer %s\1\1" % (user, password), [lambda challenge: b""]
+    name = user.replace(b"=", b"=3D").replace(b",", b"=2C")         # RFC 5801 section 4
+    return b"n,a=%s,\1host=%s\1port=%d\1auth=Bearer %s\1\1" % (
+        name, server.host.encode("utf-8"), server.port, password), [lambda challenge: b"\1"]
+
+
+def sasl_secrets(server: Server) -> List[str]:
+    """Return all forms in which the password could come back from a peer that repeats what it heard."""
+    texts = [in_base64(server.password.encode("utf-8")), server.password]
+    for mechanism in ("plain", "xoauth2", "oauthbearer"):
+        texts.append(in_base64(sasl_responses(mechanism, server)[0]))
+    return [text for text in texts if len(text) > 3]    # what is shorter stands in many a word
+
+
 # ======================================================================================================================
 # 12  Relay.  Where mail for elsewhere goes (RFC 5321 section 5.1), when, and what comes of it. Optional with 8 to 11.
+#
+#    One thread, the runner, owns what is in memory: which entries are taken up, which destinations there are, how many
+#    workers each has. It calls the functions that others put into its inbox, and does nothing that takes long but look
+#    into the queue. A worker is a thread with one connection: it takes jobs of its destination, one after the other,
+#    records what came of each, and tells the runner. A job is one message for one destination.
 # ======================================================================================================================
 
 class Undeliverable(Exception):
@@ -3811,6 +4342,14 @@ class Undeliverable(Exception):
     def __init__(self, code: int, enhanced: str, text: str) -> None:
         super().__init__(text)
         self.reply = Reply(code, enhanced, text)
+
+
+class OneTooMany(Exception):
+    """A host that talks to others of us refused one more connection: nothing was tried."""
+
+
+class OpportunityMissed(Exception):
+    """STARTTLS failed where it was not required."""
 
 
 class Exchanger(NamedTuple):
@@ -3827,37 +4366,92 @@ class Target(NamedTuple):
     domain: str = ""
     server: Optional[Server] = None
 
+    def __str__(self) -> str:
+        return str(self.server) if self.server else self.domain
+
+
+class Security(NamedTuple):
+    """What is demanded of a connection; `reason` says by whom."""
+    require: bool                                   # TLS, or nothing is sent
+    verify: bool                                    # its certificate
+    reason: str = ""
+
+
+class Outbound:
+    """What another section may do to mail that leaves, by returning its own from Extension.outbound()."""
+
+    def __init__(self, config: Config, stores: Stores) -> None:
+        self.config, self.stores = config, stores
+
+    def dress(self, entry: Entry, message: Outgoing) -> Outgoing:
+        """Return the message as it is to go out; called once for all destinations. What `entry.extra` keeps is recorded."""
+        return message
+
+    def security(self, target: Target, host: str) -> Optional[Security]:
+        """Return what the destination itself demands of a connection to this host; None for nothing."""
+        return None
+
+
+# Where to.
 
 class Routes:
     """Turns addresses into targets, and targets into the hosts to try, in order."""
 
-    def __init__(self, config: Config, hostname: str, resolver: Any, own: Sequence[Endpoint] = ()) -> None:
+    def __init__(self, config: Config, hostname: str, resolver: Any, own: Sequence[Endpoint] = (),
+                 options: Optional[Callable[[], Config]] = None) -> None:
         self.config = config
+        self.options = options or (lambda: config)  # as files say it now: what is in a URL may change
         self.hostname = hostname
         self.resolver = resolver
         self.own = own                              # where we listen for SMTP
 
-    def target(self, address: Address) -> Target:
-        """Return the target for an address: a route for its domain, the smarthost, or its own domain; ValueError."""
+    def target(self, address: Address, sender: str = "") -> Target:
+        """Return the target for an address: a route for its domain, one for the sender's, the smarthost, or its own domain.
+
+        ValueError.
+        """
+        config = self.options()
         literal = domain_literal(address.domain)
         domain = lower(address.domain) if literal else ascii_domain(lower(address.domain))
-        for pattern, server in self.config.route:
-            if covers(pattern, domain):   # two log-ins at one server are two routes
-                digest = hashlib.sha256(repr(server).encode()).hexdigest()[:12]
-                return Target("route %s %s" % (server.host, digest), "", server)
-        if self.config.smarthost:
-            return Target("smarthost", "", self.config.smarthost)
+        senders = sender.rpartition("@")[2]
+        for prefix, name in ("", domain), ("from:", senders):
+            for pattern, server in config.route:
+                start, _, rest = pattern.rpartition(":")
+                if name and start == prefix.rstrip(":") and covers(rest, name):
+                    return self._by_server(server)
+        if config.smarthost:
+            return Target("smarthost", "", config.smarthost)
         return Target(domain, domain)
 
+    @staticmethod
+    def _by_server(server: Server) -> Target:
+        """Two log-ins at one server are two targets."""
+        digest = hashlib.sha256(repr((server.host, server.port, server.tls, server.user)).encode()).hexdigest()[:12]
+        return Target("route %s %s" % (server.host, digest), "", server)
+
+    def renewed(self, server: Optional[Server]) -> Optional[Server]:
+        """Return a server as its URL is now: a token in the password's place may have been renewed."""
+        config = self.options()
+        for other in [route[1] for route in config.route] + ([config.smarthost] if config.smarthost else []):
+            if server and other[:3] + (other.user,) == server[:3] + (server.user,):
+                return other
+        return server
+
     def is_own(self, host: str, addresses: Sequence[str]) -> bool:
-        """Return whether a host is this node: by its name, or by an address and port that it listens on."""
+        """Return whether an exchanger is this node: by its name, or by an address and port that it listens on."""
         if host and ascii_domain(host) in map(ascii_domain, (self.hostname, *self.config.domain)):
             return True
-        for bound, port in self.own:
-            if port == self.config.mx_port:
-                wildcard = bound in ("0.0.0.0", "::")
-                if any(address == bound or (wildcard and is_own_address(address)) for address in addresses):
-                    return True
+        return self.leads_here(addresses, self.config.mx_port)
+
+    def leads_here(self, addresses: Sequence[str], port: int) -> bool:
+        """Return whether a connection to one of these addresses would be to ourselves."""
+        bound = [bare_address(host) for host, own_port in self.own if own_port == port]
+        wildcard = any(address and address.is_unspecified for address in bound)
+        for address in map(bare_address, addresses):
+            if address and address.is_unspecified:  # "this host": it leads to its loopback interface
+                address = ipaddress.ip_address("127.0.0.1" if address.version == 4 else "::1")
+            if address and (address in bound or (wildcard and is_own_address(str(address)))):
+                return True
         return False
 
     def exchangers(self, target: Target) -> List[Exchanger]:
@@ -3935,6 +4529,8 @@ class Routes:
                 raise Undeliverable(451, "4.4.3", "%s: %s" % (server.host, error)) from None
         if not addresses:
             raise Undeliverable(451, "4.4.4", "%s has no address" % server.host)
+        if self.leads_here(addresses, server.port):
+            raise Undeliverable(554, "5.4.6", "mail loop: %s is this host, which does not keep this mail" % str(server))
         return [Exchanger(0, server.host, addresses)]
 
 
@@ -3944,6 +4540,15 @@ def local_addresses(host: str) -> List[str]:
         return list(dict.fromkeys(str(found[4][0]) for found in socket.getaddrinfo(host, 25, type=socket.SOCK_STREAM)))
     except OSError:
         return []
+
+
+def bare_address(text: str) -> Any:
+    """Return an IP address as such, an IPv4-mapped one as IPv4; None for what is none."""
+    try:
+        address = ipaddress.ip_address("127.0.0.1" if text == "localhost" else text.partition("%")[0])
+    except ValueError:
+        return None
+    return getattr(address, "ipv4_mapped", None) or address
 
 
 def is_own_address(address: str) -> bool:
@@ -3957,55 +4562,180 @@ def is_own_address(address: str) -> bool:
         return False
 
 
-class Destination:
-    """What is waiting in memory for one target, and how it did lately."""
+# As whom (--rewrite).
 
-    def __init__(self, target: Target) -> None:
+FROM_TOKEN = re.compile(rb'"(?:[^"\\]|\\.)*"|\((?:[^()\\]|\\.)*\)|[^\s<>(),;:"\\]+', re.DOTALL)
+FIELDS = re.compile(rb"(?<=\n)(?![ \t])")
+
+
+def rewrite_address(address: str, rules: Sequence[Tuple[str, str]]) -> str:
+    """Return what the first rule whose pattern fits makes of an address; the address itself when none does."""
+    return next((target for pattern, target in rules if fnmatch.fnmatchcase(lower(address), pattern)), address)
+
+
+def rewrite_from(head: bytes, rules: Sequence[Tuple[str, str]]) -> bytes:
+    """Return headers with the addresses in From rewritten; names, comments and everything else stay."""
+    def token(match: "re.Match[bytes]") -> bytes:
+        text = match.group()
+        if text.count(b"@") != 1 or text[:1] in b'"(' or len(text) > MAX_PATH:
+            return text
+        address = text.decode("utf-8", "surrogateescape")
+        return rewrite_address(address, rules).encode("utf-8", "surrogateescape")
+    return b"".join(field[:5] + FROM_TOKEN.sub(token, field[5:]) if field[:5].lower() == b"from:" else field
+                    for field in FIELDS.split(head))
+
+
+def rewritten(message: Outgoing, rules: Sequence[Tuple[str, str]]) -> Outgoing:
+    """Return the message as --rewrite wants it to go out. The null reverse-path stays what it is."""
+    if not rules:
+        return message
+    if message.sender:
+        message = message._replace(sender=rewrite_address(message.sender, rules))
+    block = pread(message.fd, MAX_REWRITTEN, message.offset)
+    end = block.find(b"\r\n\r\n")
+    old = block[:end + 2 if end >= 0 else block.rfind(b"\n") + 1]
+    new = rewrite_from(old, rules)
+    if new == old:
+        return message
+    return message._replace(head=new, offset=message.offset + len(old), size=message.size - len(old) + len(new),
+                            smtputf8=message.smtputf8 or (old.isascii() and not new.isascii()))
+
+
+# How much at once.
+
+DEFAULT_LIMIT = Limit("", MAX_SENDERS_PER_HOST, MAX_MESSAGES, MAX_RECIPIENTS_AT_ONCE)
+
+
+def limit_for(target: Target, limits: Sequence[Limit], processes: int = 1) -> Limit:
+    """Return what a destination is given: of each kind what --limit says for it most precisely. Processes share it."""
+    name = target.server.host if target.server else target.domain
+    ranked = sorted((limit for limit in limits if not limit.domain or covers(limit.domain, name)), key=lambda limit: (
+        not limit.domain, limit.domain.startswith("."), -len(limit.domain))) + [DEFAULT_LIMIT]
+
+    def value(field: str) -> Any:
+        return next((getattr(limit, field) for limit in ranked if getattr(limit, field) is not None), None)
+    rate = value("rate")
+    if rate:
+        count, seconds = rate
+        rate = (count // processes, seconds) if count >= processes else (1, seconds * processes / count)
+    return Limit(name, max(1, value("connections") // processes), value("messages"), value("recipients"), rate)
+
+
+class Job(NamedTuple):
+    """A message for one destination."""
+    dispatch: Dispatch
+    addresses: List[str]
+
+
+class Destination:
+    """What is waiting in memory for one target, and how it did lately. The runner's, but for what is under `turn`."""
+
+    def __init__(self, target: Target, limit: Limit) -> None:
         self.target = target
-        self.jobs: "collections.deque[Tuple[Entry, List[Dict[str, Any]]]]" = collections.deque()
+        self.limit = limit
+        self.turn = threading.Lock()
+        self.jobs: Deque[Job] = collections.deque()
+        self.started: Deque[float] = collections.deque(maxlen=limit.rate[0] if limit.rate else 1)  # latest, as the rate wants
+        self.peers: Set[Peer] = set()               # connections that were greeted
         self.workers = 0
-        self.allowed = 1                            # workers, grows with success
-        self.dead_until = 0.0
-        self.failure = Reply(451, "4.4.1", "no answer")
+        self.allowed = 1                            # workers, grows with success ...
+        self.ceiling = limit.connections or 1       # ... up to this, which is less ...
+        self.narrow_until = 0.0                     # ... for a while after a connection too many
+        self.failures = 0                           # in a row, to reach any host
+        self.paused_until = 0.0
+        self.reason = Reply(451, "4.4.1", "no answer")
         self.overflow = False                       # more of it waits in busy/
+
+    def pauses(self, now: float) -> bool:
+        return now < self.paused_until
+
+    def has_room(self, now: float) -> bool:
+        """Return whether it is worth to take up more for it."""
+        return len(self.jobs) < MAX_WAITING and not self.pauses(now)
+
+    def is_idle(self, now: float) -> bool:
+        return not (self.jobs or self.workers or self.overflow or self.pauses(now) or self.ready_in(now))
+
+    def ready_in(self, now: float) -> float:
+        """Return the seconds until the rate lets another message out."""
+        if not self.limit.rate or len(self.started) < self.limit.rate[0]:
+            return 0.0
+        return max(0.0, min(self.started[0] + self.limit.rate[1] - now, self.limit.rate[1]))
+
+    def take(self, now: float) -> Optional[Job]:
+        """Return the next job, if there is one and its time has come."""
+        with self.turn:
+            if not self.jobs or self.ready_in(now):
+                return None
+            if self.limit.rate:
+                self.started.append(now)
+            return self.jobs.popleft()
+
+    def give_back(self, job: Job, now: float) -> None:
+        """Take back a job that was not tried, for there was one connection too many."""
+        with self.turn:
+            self.jobs.appendleft(job)
+            self.ceiling, self.narrow_until = max(1, len(self.peers)), now + NARROW
+            self.allowed = min(self.allowed, self.ceiling)
+
+    def succeed(self, now: float) -> None:
+        self.failures = 0
+        if now >= self.narrow_until:
+            self.ceiling = self.limit.connections or 1
+        self.allowed = min(self.ceiling, self.allowed + 1)
+
+    def fail(self, reply: Reply, now: float, retry: Sequence[float]) -> None:
+        """Pause: it cannot be reached, or nobody there wants to talk. The longer the more often that was so."""
+        seconds = min(retry[min(self.failures, len(retry) - 1)] / 2, MAX_PAUSE)
+        self.failures += 1
+        self.allowed, self.reason, self.paused_until = 1, reply, now + seconds
+        event("paused", destination=printable(str(self.target)), seconds=round(seconds), reply=printable(reply.text, 1000))
 
 
 class Relay:
-    """The runner: takes due entries from the queue into memory, a bounded number, and sends them.
+    """Takes due entries from the queue into memory, a bounded number, and sends them.
 
-    Each destination has its own threads, so that none waits for another; a thread keeps its connection while there is
-    more to send. start() runs it in threads; step() does what is due now in the caller's thread, for tests.
+    start() runs it in threads; step() does what is due now in the caller's thread, for tests.
     """
 
     def __init__(self, config: Config, stores: Stores, dns: Sequence[Endpoint] = (), own: Sequence[Endpoint] = (),
                  clock: Callable[[], float] = time.time, resolver: Any = None,
-                 connect: Callable[..., socket.socket] = socket.create_connection) -> None:
+                 connect: Callable[..., socket.socket] = socket.create_connection,
+                 options: Optional[Callable[[], Config]] = None) -> None:
         self.config = config
+        self.stores = stores
         self.queue: Queue = stores.post.queue
-        self.post = stores.post
-        self.book = stores.book
+        self.storage = stores.storage
         self.hostname = stores.hostname
-        self.routes = Routes(config, stores.hostname, resolver or Resolver(dns), own)
+        self.routes = Routes(config, stores.hostname, resolver or Resolver(dns), own, options)
+        self.outbound: Outbound = next(filter(None, (
+            section.outbound(config, stores) for section in EXTENSIONS)), Outbound(config, stores))
         self.clock = clock
         self.connect = connect
         self.timeout = config.seconds(300.0)
         self.sent = self.bounced = self.deferred = 0        # recipients, since the start
-        self._active: Set[str] = set()              # ids of the entries in memory
-        self._unsettled: List[Entry] = []           # what could not be recorded, for the disk was full or broken
+        self._inbox: "SimpleQueue[Tuple[Callable[..., None], Tuple[Any, ...]]]" = SimpleQueue()
+        self._active: Dict[str, Dispatch] = {}          # id -> what is in memory
         self._destinations: Dict[str, Destination] = {}
+        self._hungry: Dict[str, Destination] = {}   # those that have jobs, but got no worker
+        self._later: List[Tuple[float, Callable[..., None], Tuple[Any, ...]]] = []      # what failed, to be done again
         self._threads: Set[threading.Thread] = set()
-        self._wakeup = threading.Condition()
+        self._workers = 0
+        self._starved = False                       # no thread was to be had
         self._rescan = True
         self._more = False                          # there was no room for all that is due
         self._next = 0.0                            # when to look into the queue again
-        self._stopping = False
+        self._ticked = 0.0
+        self._stamps: Tuple[Any, ...] = ()
+        self._running = self._stopping = False
 
-    # The runner.
+    # The runner. These methods are called in its thread, but for start(), stop(), join(), wake() and submitted().
 
     def start(self) -> None:
-        self.queue.submitted = self.submitted
+        """Begin; RuntimeError when no thread is to be had."""
+        self._running = True
         self._start_thread(self._run)
-        self._start_thread(self._listen)
+        self.queue.submitted = self.submitted
 
     def _start_thread(self, target: Callable[..., None], *arguments: Any) -> None:
         def run() -> None:
@@ -4017,14 +4747,17 @@ class Relay:
                 self._threads.discard(thread)
         thread = threading.Thread(target=run, name="minimail-relay", daemon=True)
         self._threads.add(thread)
-        thread.start()
+        try:
+            thread.start()
+        except BaseException:
+            self._threads.discard(thread)
+            raise
 
     def stop(self) -> None:
         """Begin to stop: what is being sent goes to its end, nothing new begins."""
         self._stopping = True
-        self.queue.submitted = lambda entry: None
+        self.queue.submitted = lambda dispatch: False
         self.wake()
-        self.queue.storage.wake("queue", own=True)  # the thread that listens for other processes
 
     def join(self, seconds: float) -> None:
         deadline = time.monotonic() + seconds
@@ -4032,302 +4765,402 @@ class Relay:
             thread.join(max(0.0, deadline - time.monotonic()))
 
     def wake(self) -> None:
-        with self._wakeup:
-            self._rescan = True
-            self._wakeup.notify_all()
+        """Look into the queue at once."""
+        self._tell(self._look_at, 0.0)
 
-    def _listen(self) -> None:
-        """Look into the queue when another process put something there."""
+    def submitted(self, dispatch: Dispatch) -> bool:
+        """Take up an entry that this process has just put into the queue; False when it has to wait on disk."""
+        if self._stopping or len(self._active) + self._inbox.qsize() >= MAX_ACTIVE:
+            self._more = True
+            return False
+        self._tell(self._admit, dispatch)
+        return True
+
+    def _tell(self, function: Callable[..., None], *arguments: Any) -> None:
+        """Let the runner call a function."""
+        self._inbox.put((function, arguments))
+
+    def _run(self) -> None:
+        self._guarded(self.queue.sweep)
         while not self._stopping:
-            with self.queue.storage.waker("queue") as sock:
-                if not sock:
-                    return
-                sock.settimeout(5.0)
-                path = sock.getsockname()
-                self.wake()                         # what came before anybody could tell us
-                while not self._stopping and os.path.exists(path):      # not if somebody removed the directory underneath us
-                    try:
-                        sock.recv(64)
-                    except OSError as error:
-                        if is_timeout(error):
-                            continue
-                        return
-                    for destination in list(self._destinations.values()):
-                        destination.dead_until = 0.0    # `queue flush` means now
-                    self.wake()
+            self._guarded(self._turn)
+        for dispatch in list(self._active.values()):    # for other processes, and the next start
+            if not dispatch.hint:
+                self._guarded(self.queue.place_hint, dispatch, self.queue.new)
 
-    def submitted(self, entry: Entry) -> None:
-        """Take up an entry that this process has just put into the queue."""
-        with self._wakeup:
-            if self._stopping or len(self._active) >= MAX_ACTIVE:
-                self._more = True
-            else:
-                self._admit(entry)
+    def _guarded(self, function: Callable[..., None], *arguments: Any) -> None:
+        """Call a function; whatever happens in it stops nothing else. What the disk refused is done again later."""
+        try:
+            function(*arguments)
+        except OSError as error:
+            log.warning("queue: %s, later once more", error)
+            self._again(function, *arguments)
+        except Exception:
+            log.exception("the relay stumbled")
+
+    def _again(self, function: Callable[..., None], *arguments: Any) -> None:
+        self._later.append((self.queue.steady() + AGAIN, function, arguments))
+
+    def _turn(self) -> None:
+        """Wait for something to do, and do it."""
+        with contextlib.suppress(Empty):
+            function, arguments = self._inbox.get(timeout=TICK)
+            self._guarded(function, *arguments)
+            for _ in range(self._inbox.qsize()):
+                function, arguments = self._inbox.get_nowait()
+                self._guarded(function, *arguments)
+        if time.monotonic() >= self._ticked + TICK:
+            self._tick()
+        if self._wants_scan():
+            self._guarded(self.scan)
+
+    def _tick(self) -> None:
+        """See to what happens without anybody telling."""
+        now, self._ticked = self.clock(), time.monotonic()
+        stamps = tuple(self.storage.stamp(kind) for kind in ("queue", "flush"))
+        if stamps != self._stamps:
+            if self._stamps and stamps[1] != self._stamps[1]:
+                for destination in self._destinations.values():
+                    destination.paused_until = 0.0  # `queue flush` means now
+            self._rescan, self._stamps = True, stamps
+        steady = self.queue.steady()
+        ready = [item for item in self._later if item[0] <= steady]
+        self._later = [item for item in self._later if item[0] > steady]
+        for _, function, arguments in ready:
+            self._guarded(function, *arguments)
+        for name, destination in list(self._destinations.items()):
+            self._staff(destination)
+            if destination.overflow and len(destination.jobs) <= MAX_WAITING // 2 and not destination.pauses(now):
+                self._rescan = True
+            if destination.is_idle(now):
+                del self._destinations[name]
+
+    def _wants_scan(self) -> bool:
+        return self._rescan or self.clock() >= self._next or (self._more and len(self._active) <= MAX_ACTIVE // 2)
 
     def _look_at(self, moment: float) -> None:
         """Look into the queue again at `moment`, if not before."""
-        with self._wakeup:
-            if moment < self._next:
-                self._next = moment
-                self._wakeup.notify_all()
-
-    def _run(self) -> None:
-        self.queue.sweep()
-        while not self._stopping:
-            self.scan()
-            with self._wakeup:
-                if not self._rescan and not self._stopping:
-                    self._wakeup.wait(max(0.01, min(self._next - self.clock(), 60.0)))
-            with contextlib.suppress(OSError):
-                self.queue.storage.stay()
+        self._next = min(self._next, moment)
 
     def scan(self) -> None:
-        """Take due entries into memory, as many as there is room for."""
+        """Take due entries into memory, as many as there is room for; OSError."""
         now = self.clock()
-        with self._wakeup:
-            self._rescan = False
-            unsettled, self._unsettled = self._unsettled, []
-            self._next = min(self.queue.next_due(now) or now + 60.0, now + 60.0)
-        for entry in unsettled:
-            with entry.mutex:
-                self._settle(entry)
-        directories = list(self.queue.due_directories(now)) + [
-            os.path.join(self.queue.busy, name) for name in list_directory(self.queue.busy)]
-        for directory in directories:
-            try:
-                found = os.scandir(directory)
-            except FileNotFoundError:
-                continue
-            with found:
+        self._rescan = self._more = False
+        self._next = now + 60.0
+        self._look_at(self.queue.next_due(now) or self._next)
+        for directory in list(self.queue.due_directories(now)) + self.queue.busy_directories():
+            if len(self._active) >= MAX_ACTIVE or self._stopping:
+                self._more = True
+                return
+            self._scan_directory(directory, now)
+
+    def _scan_directory(self, directory: str, now: float) -> None:
+        """Take up the entries that a directory hints at. Nothing that is wrong with one of them stops the others."""
+        busy = os.path.basename(directory) if os.path.dirname(directory) == self.queue.busy else ""
+        if not self._opens(busy, now):
+            return
+        failed: Optional[Exception] = None
+        try:
+            with os.scandir(directory) as found:
                 for file in found:
-                    if len(self._active) >= MAX_ACTIVE or self._stopping:
+                    if len(self._active) >= MAX_ACTIVE:
                         self._more = True
                         return
-                    if file.name in self._active or file.name.endswith(".tmp"):
-                        continue
-                    if self._is_full(directory):
-                        break
-                    found_entry = self.queue.read(file.path)
+                    if not self._opens(busy, now):
+                        return
                     try:
-                        if found_entry:
-                            self._take_up(found_entry, now)
-                    except Exception:
-                        log.exception("queue entry %s cannot be taken up", file.path)
+                        if ENTRY_ID.fullmatch(file.name) and file.name not in self._active:
+                            self._take_up(file.path, now)
+                    except Exception as error:
+                        failed = error
+        except OSError as error:
+            failed = None if isinstance(error, FileNotFoundError) else error
+        if failed:
+            log.warning("queue: what %s hints at cannot be taken up, later once more: %s", directory, failed)
+            self._look_at(now + AGAIN)
+        elif directory != self.queue.new:
             with contextlib.suppress(OSError):
-                if directory != self.queue.new:
-                    os.rmdir(directory)
+                os.rmdir(directory)
 
-    def _is_full(self, directory: str) -> bool:
-        """True for a directory in busy/ whose destination still has enough to do."""
-        if os.path.dirname(directory) != self.queue.busy:
-            return False
-        destination = self._destinations.get(os.path.basename(directory))
-        if destination is None or len(destination.jobs) < MAX_WAITING:
-            return False
-        destination.overflow = True                 # to be looked at again when it has less to do
-        return True
+    def _opens(self, busy: str, now: float) -> bool:
+        """Return whether a directory in busy/ is to be looked at: not while its destination has enough to do, or pauses."""
+        destination = self._destinations.get(busy)
+        if destination:
+            destination.overflow = not destination.has_room(now)
+        return not (destination and destination.overflow)
 
-    def _take_up(self, entry: Entry, now: float) -> None:
-        if self.queue.is_later(entry.next_attempt, now + 1) and os.path.dirname(entry.place) not in (self.queue.new,):
-            if self.queue.claim(entry):             # a crash came between recording and moving it
-                self.queue.postpone(entry, entry.next_attempt)
-                self.queue.release(entry)
-            return
-        with self._wakeup:
-            self._admit(entry)
+    def _take_up(self, hint: str, now: float) -> None:
+        """Take up the entry that is hinted at; OSError. A hint at nothing is removed."""
+        entry = self.queue.read(os.path.basename(hint))
+        if entry is None:
+            with contextlib.suppress(OSError):
+                os.unlink(hint)
+        elif self.queue.is_later(entry.next_attempt, now + 1):      # a crash came before it was hinted at where it belongs
+            self.queue.place_hint(Dispatch(entry, hint), self.queue.due_directory(entry.next_attempt))
+        else:
+            self._admit(Dispatch(entry, hint))
 
-    def _admit(self, entry: Entry) -> None:
-        """Hand an entry to its destinations; with one of them full, let it wait on disk. Called with the lock held."""
+    def _admit(self, dispatch: Dispatch) -> None:
+        """Hand an entry to its destinations, but for those that have enough to do or pause; OSError."""
+        entry, now = dispatch.entry, self.clock()
         if entry.id in self._active:
             return
-        groups: Dict[Target, List[Dict[str, Any]]] = {}
+        groups: Dict[Target, List[str]] = {}
         for recipient in entry.waiting():
-            groups.setdefault(self.routes.target(parse_address(recipient["address"])), []).append(recipient)
-        destinations = {}
-        for target in groups:
-            name = encode_name(target.key)
-            destination = self._destinations.setdefault(name, Destination(target))
-            destinations[target] = destination
-            if len(destination.jobs) >= MAX_WAITING:
-                destination.overflow = True
-                self.queue.move(entry, os.path.join(self.queue.busy, name))
-                return
-        self._active.add(entry.id)
-        entry.pending = len(groups)
-        if not groups:                              # served, but a crash came before it was removed
-            if self.queue.claim(entry):
-                self._settle(entry)
+            target = self.routes.target(parse_address(recipient["address"]), entry.sender)
+            groups.setdefault(target, []).append(recipient["address"])
+        expired = entry.attempts > 0 and self.queue.age(entry) >= self.config.give_up
+        open_to = []
+        for target, addresses in groups.items():
+            destination = self._destination(target)
+            if expired or destination.has_room(now):
+                open_to.append((destination, Job(dispatch, addresses)))
             else:
-                self._active.discard(entry.id)
-        for target, recipients in groups.items():
-            destinations[target].jobs.append((entry, recipients))
-            self._staff(destinations[target])
+                destination.overflow, dispatch.aside = True, encode_name(target.key)
+        if groups and not open_to:
+            self.queue.place_hint(dispatch, os.path.join(self.queue.busy, dispatch.aside))
+            return
+        self._active[entry.id] = dispatch
+        dispatch.pending = len(open_to)
+        if not groups:                              # served, but a crash came before it was removed
+            self._part_over(dispatch)
+        for destination, job in open_to:
+            destination.jobs.append(job)
+            self._staff(destination)
+
+    def _destination(self, target: Target) -> Destination:
+        name = encode_name(target.key)
+        if name not in self._destinations:
+            self._destinations[name] = Destination(target, limit_for(target, self.config.limit, self.config.workers))
+        return self._destinations[name]
 
     def _staff(self, destination: Destination) -> None:
-        """Start a worker if there is work for one more. Called with the lock held."""
-        busy = sum(other.workers for other in self._destinations.values())
-        if destination.workers < min(destination.allowed, len(destination.jobs) + destination.workers) \
-                and destination.jobs and busy < MAX_SENDERS and not self._stopping and self._threads:
-            destination.workers += 1
+        """Start a worker if there is work for one more, and a thread to be had."""
+        if not (destination.jobs and destination.workers < destination.allowed and self._running) or self._stopping or \
+                destination.ready_in(self.clock()):
+            return
+        if self._workers >= MAX_SENDERS:
+            self._hungry[encode_name(destination.target.key)] = destination
+            return
+        try:
             self._start_thread(self._work, destination)
+        except (RuntimeError, MemoryError) as error:
+            if not self._starved:                   # said once; tried again at each tick
+                log.warning("no thread for mail to %s now: %s", printable(str(destination.target)), error)
+            self._starved = True
+            return
+        self._starved = False
+        destination.workers += 1
+        self._workers += 1
+
+    def _left(self, destination: Destination) -> None:
+        """Count off a worker, and see who wants its place."""
+        destination.workers -= 1
+        self._workers -= 1
+        self._staff(destination)
+        while self._hungry and self._workers < MAX_SENDERS:
+            self._staff(self._hungry.pop(next(iter(self._hungry))))
+
+    def _done(self, dispatch: Dispatch, sent: int, bounced: int, deferred: int) -> None:
+        """Forget an entry: it is recorded on disk, or somebody else's."""
+        self._active.pop(dispatch.entry.id, None)
+        self.sent, self.bounced, self.deferred = self.sent + sent, self.bounced + bounced, self.deferred + deferred
+        if dispatch.lost:
+            self._look_at(self.clock() + 1.0)       # see what became of it
+        elif deferred:
+            self._look_at(dispatch.entry.next_attempt + 1.0)
+
+    def step(self) -> Optional[float]:
+        """Do all that is due now, in this thread; return when the next is due, None when the queue is empty."""
+        self._tick()
+        self._guarded(self.scan)
+        for destination in list(self._destinations.values()):
+            destination.workers += 1
+            self._workers += 1
+            self._work(destination)
+        with contextlib.suppress(Empty):
+            while True:
+                function, arguments = self._inbox.get_nowait()
+                self._guarded(function, *arguments)
+        return self.queue.next_due(self.clock())
+
+    # A worker.
 
     def _work(self, destination: Destination) -> None:
         """Send what waits for one destination, over one connection as long as there is more."""
         peer: Optional[Peer] = None
-        while True:
-            job = self._next_job(destination, last=peer is None)
-            if job:
-                peer = self.attempt(destination, peer, *job)
-                if peer:
-                    with self._wakeup:
-                        destination.allowed = min(MAX_SENDERS_PER_HOST, destination.allowed + 1)
-                        self._staff(destination)
-            elif peer:
-                peer.quit()                         # may take a while; what came meanwhile is seen to
-                peer = None
-            else:
-                return
+        try:
+            while True:
+                job = None if self._stopping else destination.take(self.clock())
+                if job:
+                    peer = self.attempt(destination, peer, job)
+                elif peer:
+                    self._leave(destination, peer)  # may take a while; what came meanwhile is seen to
+                    peer = None
+                else:
+                    return
+        except OneTooMany:
+            pass
+        finally:
+            self._tell(self._left, destination)
 
-    def _next_job(self, destination: Destination, last: bool) -> Optional[Tuple[Entry, List[Dict[str, Any]]]]:
-        """Return what to send next; None when there is nothing, and with `last` the worker is counted off."""
-        with self._wakeup:
-            if self._stopping or not destination.jobs:
-                if last:
-                    destination.workers -= 1
-                    self._leave(destination)
-                return None
-            job = destination.jobs.popleft()
-            if destination.overflow and len(destination.jobs) < MAX_WAITING // 2:
-                destination.overflow = False
-                self._rescan = True
-                self._wakeup.notify_all()
-            return job
+    def _leave(self, destination: Destination, peer: Peer) -> None:
+        destination.peers.discard(peer)
+        run_blocking(peer.wire, peer.quit())
 
-    def _leave(self, destination: Destination) -> None:
-        """Forget an idle destination, and staff those that wait for a free worker."""
-        if not destination.workers and not destination.jobs and destination.dead_until <= self.clock():
-            self._destinations.pop(encode_name(destination.target.key), None)
-        for other in list(self._destinations.values()):
-            if other.jobs and not other.workers:
-                self._staff(other)
+    def _drop(self, destination: Destination, peer: Peer) -> None:
+        destination.peers.discard(peer)
+        peer.wire.close()
 
-    def step(self) -> Optional[float]:
-        """Do all that is due now, in this thread; return when the next is due, None when the queue is empty."""
-        self.scan()
-        for destination in list(self._destinations.values()):
-            peer: Optional[Peer] = None
-            while destination.jobs:
-                entry, recipients = destination.jobs.popleft()
-                peer = self.attempt(destination, peer, entry, recipients)
-            if peer:
-                peer.quit()
-        self._destinations.clear()
-        return self.queue.next_due(self.clock())
-
-    # One attempt.
-
-    def attempt(self, destination: Destination, peer: Optional[Peer], entry: Entry,
-                recipients: List[Dict[str, Any]]) -> Optional[Peer]:
-        """Try to serve some recipients of an entry; return the connection if it can be used again."""
-        if not self._claim(entry):
+    def attempt(self, destination: Destination, peer: Optional[Peer], job: Job) -> Optional[Peer]:
+        """Try to serve some recipients of an entry; return the connection if it can be used again. OneTooMany."""
+        dispatch, started = job.dispatch, self.clock()
+        if not self._claim(dispatch):
+            self._part_over(dispatch)
             return peer
-        wanted = {recipient["address"] for recipient in recipients}
-        recipients = [recipient for recipient in entry.waiting() if recipient["address"] in wanted]     # as claimed
-        started = self.clock()
+        recipients = [recipient for recipient in dispatch.entry.waiting() if recipient["address"] in job.addresses]
+        if destination.pauses(started) and (dispatch.entry.attempts or self.queue.age(dispatch.entry) < self.config.give_up):
+            destination.overflow, dispatch.aside = True, encode_name(destination.target.key)
+            self._part_over(dispatch)                   # an attempt that was not made is not counted
+            return peer
         replies: Dict[str, Reply] = {}
         try:
-            if destination.dead_until > started:
-                raise Undeliverable(*destination.failure[:3])
-            message = Outgoing(entry.lock, entry.offset, entry.size, entry.sender,
-                               [recipient["address"] for recipient in recipients], entry.eightbit, entry.smtputf8)
-            peer, replies = self.deliver(destination.target, peer, message)
+            message = self._message(dispatch)._replace(recipients=[recipient["address"] for recipient in recipients])
+            peer, replies = self.deliver(destination, peer, message)
+        except OneTooMany:
+            destination.give_back(job, self.clock())
+            raise
         except Undeliverable as error:
-            if peer:
-                peer.wire.close()
-            peer = None
-            replies = {recipient["address"]: error.reply for recipient in recipients}
-            if error.reply.code < 500 and destination.dead_until <= started:
-                destination.failure, destination.allowed = error.reply, 1
-                destination.dead_until = self.clock() + min(self.config.retry[0], 60.0) / 2
+            peer, replies = None, {recipient["address"]: error.reply for recipient in recipients}
+            if error.reply.code < 500:
+                destination.fail(error.reply, self.clock(), self.config.retry)
         except Exception:
-            log.exception("attempt for %s failed", entry.id)
-            replies = dict.fromkeys(wanted, Reply(451, "4.3.0", "something went wrong here"))
-        self._record(entry, recipients, replies, peer.name if peer else "", self.clock() - started)
-        return None if peer and peer.broken else peer
+            log.exception("attempt for %s failed", dispatch.entry.id)
+            if peer:
+                self._drop(destination, peer)
+            peer, replies = None, dict.fromkeys(job.addresses, Reply(451, "4.3.0", "something went wrong here"))
+        if peer:
+            destination.succeed(self.clock())
+            if destination.jobs and destination.workers < destination.allowed:
+                self._tell(self._staff, destination)
+        self._record(dispatch, recipients, replies, peer.name if peer else "", self.clock() - started)
+        if peer and (peer.broken or peer.messages >= (destination.limit.messages or 1)):
+            if peer.broken:
+                self._drop(destination, peer)
+            else:
+                self._leave(destination, peer)
+            peer = None
+        return peer
 
-    def _claim(self, entry: Entry) -> bool:
+    def _claim(self, dispatch: Dispatch) -> bool:
         """Claim an entry for this process, once for all its destinations; False when another process has it."""
-        with entry.mutex:
-            try:
-                entry.lost = entry.lost or (entry.lock < 0 and not self.queue.claim(entry))
-            except OSError as error:
-                log.warning("queue entry %s cannot be taken up: %s", entry.id, error)
-                entry.lost = True
-            if not entry.lost:
-                return True
-            entry.pending -= 1
-            if entry.pending <= 0:
-                self._forget(entry)
-                self._look_at(self.clock() + 1.0)   # see what became of it
-            return False
+        with dispatch.mutex:
+            if dispatch.lock < 0 and not dispatch.lost:
+                try:
+                    dispatch.lost = not self.queue.claim(dispatch)
+                    if not dispatch.lost and self.queue.is_later(dispatch.entry.next_attempt, self.clock() + 1):
+                        self.queue.release(dispatch)    # another process tried it a moment ago
+                        dispatch.lost = True
+                except OSError as error:
+                    log.warning("queue entry %s cannot be taken up: %s", dispatch.entry.id, error)
+                    dispatch.lost = True
+            return not dispatch.lost
 
-    def deliver(self, target: Target, peer: Optional[Peer], message: Outgoing) -> Tuple[Peer, Dict[str, Reply]]:
-        """Send over `peer`, else over the exchangers in turn; return (connection, {recipient: reply}). Undeliverable.
+    def _message(self, dispatch: Dispatch) -> Outgoing:
+        """Return the message as it goes out, made once for all its destinations."""
+        entry = dispatch.entry
+        with dispatch.mutex:
+            if dispatch.message is None:
+                asked: Dict[str, Dict[str, str]] = {recipient["address"]: recipient for recipient in entry.recipients}
+                asked[""] = entry.extra
+                message = Outgoing(dispatch.lock, entry.offset, entry.size, entry.sender, [], entry.eightbit, entry.smtputf8,
+                                   asked=asked)
+                dispatch.message = self.outbound.dress(entry, rewritten(message, self.routes.options().rewrite))
+            made: Outgoing = dispatch.message
+            return made
+
+    def deliver(self, destination: Destination, peer: Optional[Peer], message: Outgoing) -> Tuple[
+            Optional[Peer], Dict[str, Reply]]:
+        """Send over `peer`, else over the exchangers in turn; return (connection, {recipient: reply}).
 
         What a host answers 4xx is tried at the next one; a connection lost after the final dot counts as not sent.
+        Undeliverable when nobody there could be talked to; OneTooMany.
         """
-        best: Optional[Tuple[Peer, Dict[str, Reply]]] = None
+        at_once = destination.limit.recipients or 1
+        replies: Dict[str, Reply] = {}
+        tried, failure = None, NO_REPLY
         if peer:
-            try:
-                best = peer, peer.send(message)
-            except PeerFailed:
-                peer.wire.close()                   # it may have been idle for too long: try anew
-        failure = Reply(451, "4.4.1", "no exchanger could be tried")
-        tried = best[0].host if best else None
-        if best and all(reply.code // 100 != 4 for reply in best[1].values()):
-            return best
-        for exchanger in self.routes.exchangers(target):
-            if exchanger.host == tried:
+            replies = self._go_on(destination, peer, message, at_once)
+            peer, tried = (peer, peer.host) if replies else (None, None)
+        left = [recipient for recipient in message.recipients if replies.get(recipient, NO_REPLY).code // 100 == 4]
+        for exchanger, address in self._hosts(destination.target, left, replies):
+            if exchanger.host == tried or not left:
                 continue
-            for address in exchanger.addresses[:MAX_EXCHANGERS]:
-                peer = None
-                try:
-                    peer = self.open_peer(exchanger.host, address, target.server)
-                    left = [r for r in message.recipients if best is None or best[1][r].code // 100 == 4]
-                    replies = peer.send(message._replace(recipients=left))
-                except PeerFailed as error:
-                    failure = error.reply
-                    if peer:
-                        peer.wire.close()
-                    continue
-                if best:
-                    best[0].quit()
-                    replies = dict(best[1], **replies)
-                best = peer, replies
-                if all(reply.code // 100 != 4 for reply in replies.values()):
-                    return best
-                break                               # the same host at another address would say the same
-        if best:
-            return best
+            try:
+                fresh = self.open_peer(destination, exchanger.host, address)
+            except PeerFailed as error:
+                failure = error.reply
+                continue
+            try:
+                some = run_blocking(fresh.wire, fresh.send(message._replace(recipients=left), at_once))
+            except PeerFailed as error:             # what it said was about this message
+                self._drop(destination, fresh)
+                replies.update(dict.fromkeys(left, error.reply))
+                continue
+            except BaseException:
+                self._drop(destination, fresh)
+                raise
+            if peer:
+                self._leave(destination, peer)
+            peer, tried = fresh, exchanger.host     # the same host at another address would say the same
+            replies.update(some)
+            left = [recipient for recipient in left if replies[recipient].code // 100 == 4]
+        if replies:
+            return peer, replies
+        if destination.peers:
+            raise OneTooMany
         raise Undeliverable(*failure[:3])
 
-    def open_peer(self, host: str, address: str, server: Optional[Server]) -> Peer:
+    def _hosts(self, target: Target, left: Sequence[str], replies: Dict[str, Reply]) -> Iterator[Tuple[Exchanger, str]]:
+        """Yield each host and address to try, when there is somebody left to try it for; Undeliverable if that is all."""
+        try:
+            exchangers = self.routes.exchangers(target) if left else []
+        except Undeliverable:
+            if not replies:
+                raise
+            exchangers = []
+        for exchanger in exchangers:
+            for address in exchanger.addresses[:MAX_EXCHANGERS]:
+                yield exchanger, address
+
+    def _go_on(self, destination: Destination, peer: Peer, message: Outgoing, at_once: int) -> Dict[str, Reply]:
+        """Return the replies to one more message on a connection; none when only a new one can tell.
+
+        It may have been idle for too long, or carry no more than so many messages, whatever the words for that are.
+        """
+        try:
+            replies: Dict[str, Reply] = run_blocking(peer.wire, peer.send(message, at_once))
+        except PeerFailed:
+            replies = {}
+        if replies and not peer.mail_refused:
+            return replies
+        if peer.broken or not replies:
+            self._drop(destination, peer)
+        else:
+            self._leave(destination, peer)
+        return {}
+
+    # A connection.
+
+    def open_peer(self, destination: Destination, host: str, address: str) -> Peer:
         """Return a connection ready for MAIL; PeerFailed."""
+        server = self.routes.renewed(destination.target.server)
+        demanded = self.security(destination.target, host, address, server)
         for plain in (False, True):
             peer = self._connect(host, address, server)
             try:
-                if server and server.tls:
-                    try:
-                        peer.handshake(self._tls_context(), server.host)
-                    except CannotRun as error:
-                        raise PeerFailed(Reply(451, "4.7.4", str(error))) from None
-                peer.greet()
-                if not peer.wire.tls and not plain:
-                    self._secure(peer, host or address)
-                if server and server.user:
-                    if not peer.wire.tls and not is_loopback(address):
-                        raise PeerFailed(Reply(451, "4.7.0", peer.name + " offers no TLS: the password is not sent in clear"))
-                    peer.log_in(server.user, server.password)
+                run_blocking(peer.wire, self._prepare(peer, host or address, address, server, demanded, plain))
+                destination.peers.add(peer)
                 return peer
             except OpportunityMissed:
                 peer.wire.close()                   # TLS was only an opportunity: once more without
@@ -4336,144 +5169,202 @@ class Relay:
                 raise
         raise AssertionError
 
+    def security(self, target: Target, host: str, address: str, server: Optional[Server]) -> Security:
+        """Return what is demanded of a connection: by --relay-tls, for a password's sake, or by the destination itself.
+
+        A password is shown to nobody whose certificate was not verified, unless the URL says so, and never in clear but
+        to this machine.
+        """
+        demanded = Security(False, False)
+        if self.config.relay_tls == "require":
+            demanded = Security(True, server is None or server.verify, "--relay-tls require")
+        if server and server.user:
+            demanded = Security(demanded.require or not is_loopback(address), server.verify, demanded.reason or "the password")
+        own = self.outbound.security(target, host)
+        if own:
+            demanded = Security(demanded.require or own.require, demanded.verify or own.verify, demanded.reason or own.reason)
+        return demanded
+
     def _connect(self, host: str, address: str, server: Optional[Server]) -> Peer:
         port = server.port if server else self.config.mx_port
         name = "%s[%s]:%d" % (host or address, address, port)
         try:
             sock = self.connect((address, port), timeout=min(self.timeout, 30.0))
         except OSError as error:
-            reason = "timeout" if is_timeout(error) else error.strerror or str(error)
+            reason = "timeout" if isinstance(error, socket.timeout) else error.strerror or str(error)
             raise PeerFailed(Reply(451, "4.4.1", "cannot connect to %s: %s" % (name, reason))) from None
         peer = Peer(sock, name, self.hostname, self.timeout)
         peer.host = host
         return peer
 
-    def _secure(self, peer: Peer, host: str) -> None:
-        """Use STARTTLS when it is offered (may), or insist on it (require)."""
-        require = self.config.relay_tls == "require"
+    async def _prepare(self, peer: Peer, name: str, address: str, server: Optional[Server], demanded: Security,
+                       plain: bool) -> None:
+        """Greet, secure the connection and log in; PeerFailed, OpportunityMissed."""
+        if server and server.tls:
+            try:
+                await peer.handshake(tls_context(demanded.verify), server.host)
+            except CannotRun as error:
+                raise PeerFailed(Reply(451, "4.7.4", str(error))) from None
+        await peer.greet()
+        if not peer.wire.tls and not plain:
+            await self._secure(peer, name, demanded)
+        if server and server.user:
+            if not peer.wire.tls and not is_loopback(address):
+                raise PeerFailed(Reply(451, "4.7.0", peer.name + " offers no TLS: the password is not sent in clear"))
+            await peer.log_in(server)
+
+    async def _secure(self, peer: Peer, name: str, demanded: Security) -> None:
+        """Use STARTTLS when it is offered, or insist on it; PeerFailed, OpportunityMissed."""
         if "STARTTLS" not in peer.extensions:
-            if require:
-                raise PeerFailed(Reply(451, "4.7.4", "%s offers no TLS, which --relay-tls require asks for" % peer.name))
+            if demanded.require:
+                raise PeerFailed(Reply(451, "4.7.0" if demanded.reason == "the password" else "4.7.4",
+                                       "%s offers no TLS, which %s asks for" % (peer.name, demanded.reason)))
             return
         try:
-            context = self._tls_context()
+            context = tls_context(demanded.verify)
         except CannotRun:
-            if require:
+            if demanded.require:
                 raise PeerFailed(Reply(451, "4.7.4", "this Python has no TLS")) from None
             return
         try:
-            peer.start_tls(context, host)
+            await peer.start_tls(context, name)
         except PeerFailed:
-            if require:
+            if demanded.require:
                 raise
             raise OpportunityMissed from None
 
-    def _tls_context(self) -> "ssl.SSLContext":
-        try:
-            import ssl
-        except ImportError:
-            raise CannotRun("this Python has no ssl module") from None
-        context = ssl.create_default_context()
-        context.minimum_version = ssl.TLSVersion.TLSv1_2
-        if self.config.relay_tls == "may":
-            context.check_hostname = False
-            context.verify_mode = ssl.CERT_NONE
-        return context
-
     # What came of it.
 
-    def _record(self, entry: Entry, recipients: List[Dict[str, Any]], replies: Dict[str, Reply], remote: str,
+    def _record(self, dispatch: Dispatch, recipients: List[Dict[str, Any]], replies: Dict[str, Reply], remote: str,
                 seconds: float) -> None:
         """Note the replies; when all destinations have been tried, settle the entry."""
         for recipient in recipients:
-            reply = replies.get(recipient["address"]) or Reply(451, "4.4.1", "not tried")
+            reply = replies.get(recipient["address"]) or NO_REPLY
             recipient["last_reply"] = printable(str(reply.text if " said: " in reply.text else reply), 1000)
+            recipient["status"] = reply.enhanced
             recipient["remote"] = remote.partition("[")[0]
             recipient["state"] = {2: "delivered", 5: "failed"}.get(reply.code // 100, "waiting")
-            event({"delivered": "sent", "failed": "failed", "waiting": "deferred"}[recipient["state"]], id=entry.id,
+            dispatch.tried = dispatch.tried or recipient["state"] == "waiting"
+            event({"delivered": "sent", "failed": "failed", "waiting": "deferred"}[recipient["state"]], id=dispatch.entry.id,
                   recipient=printable(recipient["address"]), remote=remote, reply=recipient["last_reply"],
                   seconds=round(seconds, 3))
-        with entry.mutex:
-            entry.pending -= 1
-            if entry.pending <= 0:
-                self._settle(entry)
-            elif any(recipient["state"] == "delivered" for recipient in recipients):
-                try:
-                    self.queue.save(entry)          # never again to those who have it
-                except OSError as error:
-                    log.warning("queue entry %s not recorded, later once more: %s", entry.id, error)
+        self._part_over(dispatch, any(recipient["state"] == "delivered" for recipient in recipients))
 
-    def _settle(self, entry: Entry) -> None:
+    def _part_over(self, dispatch: Dispatch, delivered: bool = False) -> None:
+        """One of an entry's destinations is done with; after the last one, nobody else works on it."""
+        with dispatch.mutex:
+            dispatch.pending -= 1
+            if dispatch.pending > 0:
+                if delivered:
+                    try:
+                        self.queue.save(dispatch)       # never again to those who have it
+                    except OSError as error:
+                        log.warning("queue entry %s not recorded, later once more: %s", dispatch.entry.id, error)
+                return
+        if self._claim(dispatch):
+            self._settle(dispatch)
+        else:
+            self._tell(self._done, dispatch, 0, 0, 0)
+
+    def _settle(self, dispatch: Dispatch) -> None:
         """Bounce what failed, postpone what may still work, remove what is done. Nobody else works on the entry now.
 
         What cannot be recorded stays claimed and in memory, and is tried again: it must not be sent again.
         """
         try:
-            now = self.clock()
-            if now - entry.queued_at >= self.config.give_up:
-                for recipient in entry.waiting():
-                    recipient["state"] = "failed"
-                    event("given-up", id=entry.id, recipient=printable(recipient["address"]))
-            failed = [recipient for recipient in entry.recipients if recipient["state"] == "failed"]
-            if failed:
-                self.bounce(entry, failed)
-            self.sent += sum(recipient["state"] == "delivered" for recipient in entry.recipients)
-            entry.recipients = entry.waiting()
-            if entry.recipients:
-                self.deferred += len(entry.recipients)
-                wait = self.config.retry[min(entry.attempts, len(self.config.retry) - 1)]
-                wait *= secrets.SystemRandom().uniform(0.9, 1.1)        # so that not all come back at once
-                entry.attempts += 1
-                self.queue.postpone(entry, min(now + wait, max(now + 1, entry.queued_at + self.config.give_up)))
-            else:
-                self.queue.finish(entry)
+            counts = self._settled(dispatch)
         except OSError as error:
-            log.error("queue entry %s cannot be recorded, later once more: %s", entry.id, error)
-            with self._wakeup:
-                self._unsettled.append(entry)
-            self._look_at(self.clock() + 5.0)
+            log.error("queue entry %s cannot be recorded, later once more: %s", dispatch.entry.id, error)
+            self._tell(self._again, self._settle, dispatch)
             return
-        self.queue.release(entry)
-        self._forget(entry)
-        if entry.recipients:                        # not before: a scan would find it still at work
-            self._look_at(entry.next_attempt + 1.0)
+        self.queue.release(dispatch)
+        self._tell(self._done, dispatch, *counts)
 
-    def _forget(self, entry: Entry) -> None:
-        with self._wakeup:
-            self._active.discard(entry.id)
-            if self._more and len(self._active) <= MAX_ACTIVE // 2:
-                self._rescan, self._more = True, False
-                self._wakeup.notify_all()
+    def _settled(self, dispatch: Dispatch) -> Tuple[int, int, int]:
+        """Return how many recipients have the message, do not get it, may still get it; OSError."""
+        entry, before = dispatch.entry, len(dispatch.entry.recipients)
+        if (entry.attempts or dispatch.tried) and self.queue.age(entry) >= self.config.give_up:
+            self._give_up(entry)
+        failed = [recipient for recipient in entry.recipients if recipient["state"] == "failed"]
+        if failed:
+            self.bounce(dispatch, failed)
+        entry.recipients = entry.waiting()
+        left = len(entry.recipients)
+        if not left:
+            self.queue.finish(dispatch)
+        elif dispatch.tried or not dispatch.aside:
+            self._postpone(dispatch)
+        else:
+            if left < before:
+                self.queue.save(dispatch)
+            self.queue.place_hint(dispatch, os.path.join(self.queue.busy, dispatch.aside))
+        return before - len(failed) - left, len(failed), left if dispatch.tried else 0
 
-    def bounce(self, entry: Entry, failed: List[Dict[str, Any]]) -> None:
+    def _give_up(self, entry: Entry) -> None:
+        for recipient in entry.waiting():
+            recipient.update(state="failed", status=recipient.get("status") or "4.4.7")
+            event("given-up", id=entry.id, recipient=printable(recipient["address"]))
+
+    def _postpone(self, dispatch: Dispatch) -> None:
+        entry, now = dispatch.entry, self.clock()
+        wait = self.config.retry[min(entry.attempts, len(self.config.retry) - 1)]
+        wait *= secrets.SystemRandom().uniform(0.9, 1.1)        # so that not all come back at once
+        entry.attempts += 1
+        self.queue.postpone(dispatch, now + min(wait, max(1.0, self.config.give_up - self.queue.age(entry))))
+
+    def bounce(self, dispatch: Dispatch, failed: List[Dict[str, Any]]) -> None:
         """Tell the sender; a bounce is never bounced (RFC 5321 section 6.1). OSError when that cannot be stored now."""
-        self.bounced += len(failed)
+        entry = dispatch.entry
+        about = printable(" ".join(recipient["address"] for recipient in failed))
         if not entry.sender:
-            event("dropped", id=entry.id, reason="a bounce that cannot be delivered")
+            event("dropped", id=entry.id, reason="a bounce that cannot be delivered", recipients=about)
             return
-        fields, _ = split_headers(pread(entry.lock, BLOCK, entry.offset))
+        fields, _ = split_headers(pread(dispatch.lock, BLOCK, entry.offset))
         content = bounce_message(self.hostname, entry.sender, failed, b"".join(field for _, field in fields), entry.id,
                                  entry.queued_at, self.clock())
+        utf8 = entry.smtputf8 or not (entry.sender + about).isascii()
         try:
-            sender = parse_address(entry.sender)
-            envelope = Envelope(sender="", recipients=[sender], protocol="bounce",
-                                smtputf8=entry.smtputf8 or not entry.sender.isascii() or not all(
-                                    recipient["address"].isascii() for recipient in failed))
-            if not self.book.is_local(sender) and not may_go(self.config, sender):
-                raise Refused(550, "5.7.1", "relaying to this domain is not allowed here")
-            id = self.post.send(envelope, [self.book.resolve(sender)], content)
+            id = self._send_notice(parse_address(entry.sender), content, utf8)
         except Refused as refused:
             if refused.reply.code < 500:
                 raise OSError(errno.EIO, "bounce not stored: %s" % refused) from None
-            event("dropped", id=entry.id, reason="no bounce to %s: %s" % (printable(entry.sender), refused))
+            event("dropped", id=entry.id, reason="no bounce to %s: %s" % (printable(entry.sender), refused), recipients=about)
             return
-        event("bounce", id=id, about=entry.id, sender=printable(entry.sender),
-              recipients=printable(" ".join(recipient["address"] for recipient in failed)))
+        event("bounce", id=id, about=entry.id, sender=printable(entry.sender), recipients=about)
+
+    def _send_notice(self, recipient: Address, content: bytes, utf8: bool) -> str:
+        """Send a message of our own and return its id; what is for nobody we know is for postmaster. Refused."""
+        book = self.stores.book
+        if book.is_local(recipient):
+            try:
+                book.resolve(recipient)
+            except Refused as refused:
+                log.warning("a notice for %s goes to postmaster: %s", printable(str(recipient)), refused)
+                recipient = Address("postmaster", "")
+        id: str = self.stores.door.send(Envelope(sender="", protocol="bounce", smtputf8=utf8), [recipient], content).draft.id
+        return id
 
 
-class OpportunityMissed(Exception):
-    """STARTTLS failed where it was not required."""
+NO_REPLY = Reply(451, "4.4.1", "not tried")
 
+
+def tls_context(verify: bool) -> "ssl.SSLContext":
+    """Return a client's context; CannotRun where Python has no TLS. Made anew, as the authorities trusted may change."""
+    try:
+        import ssl
+    except ImportError:
+        raise CannotRun("this Python has no ssl module") from None
+    if verify:
+        context = ssl.create_default_context()
+    else:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    return context
+
+
+# The commands.
 
 def queue_command(config: Config, arguments: List[str]) -> int:
     """Look into the queue, or move things along in it."""
@@ -4484,38 +5375,48 @@ def queue_command(config: Config, arguments: List[str]) -> int:
     given = parser.parse_args(arguments)
     if (given.action in ("retry", "drop")) is (given.id is None):
         raise UsageError("queue %s: %s" % (given.action, "needs an ID" if given.id is None else "takes no ID"))
-    storage = Storage(config.data, not config.no_sync)
-    queue = Queue(storage, config)
+    queue = Queue(Storage(config.data, not config.no_sync), config)
     if given.action == "list":
-        entries = list(filter(None, map(queue.read, queue.places())))
-        if given.json:
-            shown = ("id", "sender", "size", "queued_at", "next_attempt", "attempts")
-            print(json.dumps([dict({name: getattr(entry, name) for name in shown}, recipients=entry.waiting())
-                              for entry in entries], indent=1))
-        else:
-            for entry in entries:
-                print_entry(entry)
+        list_queue(queue, given.json)
         return 0
-    places = list(queue.places())
+    ids = queue.ids()
     if given.id is not None:
-        places = [place for place in places if os.path.basename(place) == given.id]
-        if not places:
+        ids = [id for id in ids if id == given.id]
+        if not ids:
             raise CannotRun("no message %s in the queue" % printable(given.id))
-    for place in places:
-        found = queue.read(place)
-        if found is None or not queue.claim(found):
-            if given.id is not None:
-                raise CannotRun("%s is being sent right now, try again" % given.id)
-            continue
-        if given.action == "drop":
-            queue.finish(found)
-            continue
-        found.next_attempt = time.time()
-        queue.save(found)
-        queue.move(found, queue.new)
-        queue.release(found)
-    storage.wake("queue")
+    for id in ids:
+        if not move_along(queue, id, given.action == "drop") and given.id is not None:
+            raise CannotRun("%s is being sent right now, try again" % given.id)
+    queue.storage.wake("flush")
     return 0
+
+
+def move_along(queue: Queue, id: str, drop: bool) -> bool:
+    """Remove an entry, or make it due now; False when somebody works on it. OSError."""
+    entry = queue.read(id)
+    hint = next((hint for hint in queue.hints() if os.path.basename(hint) == id), "") if drop else ""
+    dispatch = Dispatch(entry, hint) if entry else None
+    if dispatch is None or not queue.claim(dispatch):
+        return False
+    if drop:
+        queue.finish(dispatch)
+        return True
+    dispatch.entry.next_attempt = queue.clock()
+    queue.save(dispatch)
+    queue.place_hint(dispatch, queue.new)
+    queue.release(dispatch)
+    return True
+
+
+def list_queue(queue: Queue, as_json: bool) -> None:
+    entries = list(queue.entries())
+    if not as_json:
+        for entry in entries:
+            print_entry(entry)
+        return
+    shown = ("id", "sender", "size", "queued_at", "next_attempt", "attempts")
+    print(json.dumps([dict({name: getattr(entry, name) for name in shown}, recipients=entry.waiting())
+                      for entry in entries], indent=1))
 
 
 def print_entry(entry: Entry) -> None:
@@ -4616,21 +5517,15 @@ def sendmail_command(config: Config, arguments: List[str]) -> int:
             raise UsageError("sendmail: no recipients: name them, or use -t with To, Cc or Bcc headers")
         sender = "" if user in ("", "<>") else str(local_address(user, home))
         head = submission_headers(fields, sender or "mailer-daemon@" + home, given.name, stores.hostname)
-        envelope = Envelope(sender=sender, recipients=names, protocol="local",
+        envelope = Envelope(sender=sender, protocol="local",
                             smtputf8=not all(map(str.isascii, [sender] + list(map(str, names)))))
-        destinations = []
-        for name in names:
-            try:
-                destinations.append(stores.book.resolve(name))
-            except Refused as refused:
-                raise CannotRun("sendmail: %s: %s; nothing was sent" % (str(name), refused.reply)) from None
         try:
-            print_id = stores.post.send(envelope, destinations, head + b"\r\n" + body)
+            print_id = stores.door.send(envelope, names, head + b"\r\n" + body).draft.id
         except Refused as refused:
-            raise CannotRun("sendmail: not accepted: " + str(refused.reply)) from None
+            raise CannotRun("sendmail: not accepted: %s; nothing was sent" % refused.reply) from None
         event("message", id=print_id, client="local", sender=printable(sender), recipients=len(names), size=len(content))
     finally:
-        stores.storage.close()
+        stores.accounts.hashing.close()
     return 0
 
 
@@ -4664,8 +5559,41 @@ def submission_headers(fields: List[Tuple[str, bytes]], sender: str, name: Optio
     return head
 
 
-REGISTRY["relay"] = {"Queue": Queue, "Relay": Relay, "Zone": Zone}
-COMMANDS.update(queue=queue_command, mx=mx_command, sendmail=sendmail_command)
+class RelayExtension(Extension):
+    """The queue and the relay."""
+
+    name = "relay"
+    commands = {"queue": queue_command, "mx": mx_command, "sendmail": sendmail_command}
+
+    def queue(self, storage: Storage, config: Config, clock: Callable[[], float]) -> Queue:
+        return Queue(storage, config, clock)
+
+    def equip(self, node: Any) -> None:
+        node.relay = node.zone_server = None
+        if node.stores.post.queue:
+            if node.zone is not None:
+                node.zone_server = Zone(node.zone)
+                node.zone_server.start()
+            dns = [node.zone_server.address] if node.zone_server else list(node.config.dns)
+            own = [endpoint for name, endpoint in node.endpoints() if name in ("smtp", "smtps")]
+            node.relay = Relay(node.config, node.stores, dns, own, node.clock, node.resolver)
+
+    def start(self, node: Any) -> None:
+        if node.relay:
+            node.relay.start()
+
+    def stop(self, node: Any) -> None:
+        if getattr(node, "relay", None):
+            node.relay.stop()
+
+    def join(self, node: Any, seconds: float) -> None:
+        if getattr(node, "relay", None):
+            node.relay.join(seconds)
+        if getattr(node, "zone_server", None):
+            node.zone_server.stop()
+
+
+EXTENSIONS.append(RelayExtension())
 
 
 # ======================================================================================================================
@@ -6223,275 +7151,113 @@ COMMANDS.update(dkim=dkim_command, check=check_command)
 
 
 # ======================================================================================================================
-# 13  Sessions, policy, listeners.  Threads take over a connection when its client has something to say; what all
-#     sessions share; limits. Knows sockets and threads, but not what is spoken.
+# 13  Sessions, limits, listeners.  The conversation as such: a coroutine that the loop carries; what all sessions share.
+#     Knows sockets, but not what is spoken.
 # ======================================================================================================================
 
-class Policy:
-    """A hook for your own rules: override what you need. Each returns nothing, or raises Refused(code, enhanced, text).
-
-    Any other exception refuses with 451 and is logged. Called in the session's thread, possibly several at once.
-    """
-
-    def on_connect(self, client: str) -> None:
-        """`client` is the IP address."""
-
-    def on_mail(self, client: str, sender: str, user: Optional[str]) -> None:
-        """`sender` is the reverse-path, "" for the null one; `user` who logged in."""
-
-    def on_rcpt(self, envelope: Envelope, recipient: str) -> None:
-        """`envelope` has the sender and the recipients accepted before this one."""
-
-    def on_message(self, envelope: Envelope, path: str) -> None:
-        """The whole message, trace headers first, is in the file `path`, and nowhere else yet."""
-
-
-class Pool:
-    """Carries the connections that have something to say: one thread leads, others follow when it has to wait.
-
-    Idle connections cost no thread: they wait in the kernel's poller, armed for one event. The leader takes the events
-    and runs their tasks one after the other, since Python runs one thread at a time anyway. When it has to wait in the
-    middle of something (a slow client, a handshake, the disk) it says so by blocked(), and another thread takes the
-    lead. Where there is no epoll, each connection has a thread of its own and blocks in it.
-    """
-
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self.clock = clock
-        self.committer: Optional[Committer] = None  # has its turn when nobody has anything to say
-        self.closing = False
-        self._closed = False
-        self._lock = threading.Lock()
-        self._threads: Set[threading.Thread] = set()    # that carry sessions, and ...
-        self._own: Set[threading.Thread] = set()    # ... those of own_thread()
-        self._lead = threading.Lock()               # held by the thread that leads, ...
-        self._leader = 0                            # ... which is this one
-        self._followers = 0                         # threads that wait for the lead
-        self._swept = 0.0                           # when the deadlines were last looked at
-        self._waiting: Dict[int, Tuple[float, Callable[[bool], None], int]] = {}    # by fd: deadline, task, events
-        self._known: Set[int] = set()               # fds that the poller was told of
-        self._ready: Deque[int] = collections.deque()   # fds that have something to say
-        if EPOLL:
-            self._poller = select.epoll()
-            self._pipe = os.pipe()
-            self._poller.register(self._pipe[0], select.EPOLLIN)
-
-    def start(self) -> None:
-        if EPOLL:
-            with self._lock:
-                self._spawn()
-
-    def _spawn(self) -> None:
-        """Start a follower; RuntimeError when the system has no more threads. The caller holds the lock."""
-        thread = threading.Thread(target=self._work, name="minimail", daemon=True)
-        thread.start()
-        self._threads.add(thread)
-        self._followers += 1
-
-    def watch(self, fd: int, task: Callable[[bool], None], deadline: float = float("inf"), now: bool = False,
-              patient: bool = False) -> None:
-        """Call task(False) once when fd is readable, or task(True) when the deadline has passed or the pool closes.
-
-        With `now`, do not wait for input: a socket can nearly always be written to, so it has its turn at once.
-        With `patient`, wait for input also when the pool closes.
-        """
-        events = select.EPOLLIN | select.EPOLLONESHOT | (select.EPOLLOUT if now else 0)
-        self._waiting[fd] = (deadline, task, events)
-        self._arm(fd, events)
-        if self.closing and not patient:
-            self._expire(fd)
-
-    def _arm(self, fd: int, events: int) -> None:
-        try:
-            if fd in self._known:
-                return self._poller.modify(fd, events)
-        except FileNotFoundError:                   # closed meanwhile, and the number given away again
-            pass
-        self._known.add(fd)
-        self._poller.register(fd, events)
-
-    def forget(self, fd: int) -> None:
-        """Be told that fd is about to be closed."""
-        self._known.discard(fd)
-
-    def later(self, fd: int, task: Callable[[bool], None], seconds: float) -> None:
-        """Call task(True) after about `seconds`, whatever fd does."""
-        self._waiting[fd] = (self.clock() + seconds, task, 0)
-
-    def _expire(self, fd: int) -> None:
-        waiting = self._waiting.pop(fd, None)
-        if waiting:
-            waiting[1](True)
-
-    @contextlib.contextmanager
-    def blocked(self) -> Iterator[None]:
-        """Mark a wait in the middle of something: whoever leads gives up the lead, if somebody can take it."""
-        if self._leader == threading.get_ident() and self._has_follower():
-            while self._ready:                      # the poller tells the next leader again
-                fd = self._ready.popleft()
-                waiting = self._waiting.get(fd)
-                if waiting:
-                    with contextlib.suppress(OSError, ValueError):  # closed meanwhile
-                        self._arm(fd, waiting[2])
-            self._leader = 0
-            self._lead.release()
-        yield
-
-    def _has_follower(self) -> bool:
-        with self._lock:
-            try:
-                if not self._followers and not self._closed:
-                    self._spawn()
-            except RuntimeError as error:
-                log.warning("all wait for one slow client or disk: %s", error)
-            return self._followers > 0
-
-    def _work(self) -> None:
-        me = threading.get_ident()
-        while True:
-            self._lead.acquire()
-            with self._lock:
-                self._followers -= 1
-            self._leader = me
-            while self._leader == me and not self._closed:
-                self._step(me)
-            if self._leader == me:                  # the end, for the others too
-                self._leader = 0
-                self._lead.release()
-                break
-            if self.committer:                      # who leads now may sleep: what this one added is its own affair
-                self._run(self.committer.run)
-            with self._lock:
-                if self._closed or self._followers >= SPARE_THREADS:
-                    break
-                self._followers += 1
-        with self._lock:
-            self._threads.discard(threading.current_thread())
-
-    def _step(self, me: int) -> None:
-        """Wait for events and run their tasks, as long as this thread leads; commit when there are none."""
-        committer = self.committer if self.committer and self.committer.ready() else None
-        try:
-            events = self._poller.poll(0 if committer else 0.5, EVENTS)
-        except (OSError, ValueError):               # closed
-            events = []
-        self._ready.extend(fd for fd, _ in events)
-        if self.clock() >= self._swept + 0.5:
-            self._swept = self.clock()
-            self._run(self._sweep, self._swept)
-        if committer and (not events or committer.is_overdue()):
-            self._run(committer.run)
-        while self._leader == me and self._ready:
-            waiting = self._waiting.pop(self._ready.popleft(), None)
-            if waiting:
-                self._run(waiting[1], False)
-
-    def _sweep(self, now: float) -> None:
-        for fd, (deadline, _, _) in list(self._waiting.items()):
-            if deadline <= now:
-                self._run(self._expire, fd)
-
-    @staticmethod
-    def _run(task: Callable[..., None], *arguments: Any) -> None:
-        try:
-            task(*arguments)
-        except BaseException:                       # nobody is above this: the thread must go on
-            log.exception("a task failed")
-
-    def own_thread(self, task: Callable[[bool], None]) -> None:
-        """Run task(False) in a thread of its own; RuntimeError when the system has no more."""
-        def run() -> None:
-            self._run(task, False)
-            with self._lock:
-                self._own.discard(thread)
-        thread = threading.Thread(target=run, name="minimail-own", daemon=True)
-        with self._lock:
-            thread.start()
-            self._own.add(thread)
-
-    def expire_all(self) -> None:
-        """Run every waiting task with True; those that come later at once."""
-        self.closing = True
-        for fd in list(self._waiting):
-            self._run(self._expire, fd)
-
-    def close(self, seconds: float = 5.0) -> None:
-        """End all threads; those that still run something are waited for up to `seconds`."""
-        if self._closed:
-            return
-        self.closing = self._closed = True
-        if EPOLL:
-            os.write(self._pipe[1], b"\n")          # level-triggered and never read: wakes whoever leads
-        deadline = self.clock() + seconds
-        with self._lock:
-            threads = list(self._threads | self._own)
-        for thread in threads:
-            if thread is not threading.current_thread():
-                thread.join(max(0.01, deadline - self.clock()))
-        if EPOLL:
-            self._poller.close()
-            for fd in self._pipe:
-                os.close(fd)
-
-
 class Connections:
-    """Counts connections, in all and by client, for --max-connections and --max-per-client."""
+    """Counts connections, in all and by client, for --max-connections and --max-per-client, in a table that processes share.
 
-    def __init__(self, limit: int, per_client: int) -> None:
-        self.limit = limit
-        self.per_client = per_client
-        self.total = 0
-        self.served = 0                             # since the start
-        self._clients: Dict[str, int] = {}
+    Each process (`owner`, from 0) writes into its own part of the table only and reads all of it, so no lock is needed.
+    """
+
+    def __init__(self, limit: int, per_client: int, processes: int = 1) -> None:
+        import mmap
+        self.limit, self.per_client = limit, per_client
+        self.owner = 0
+        self.served = 0                             # by this process, since the start
+        self._slots = mmap.mmap(-1, 16 * limit * processes)     # a digest of the client's address each, else zeros
+        self._key = secrets.token_bytes(16)
+        self._free = list(range(limit))             # slots of this process's part
+        self._clients: Dict[str, List[int]] = {}    # who has which of them
         self._lock = threading.Lock()
 
     def enter(self, client: str) -> str:
         """Count a connection; return why it is refused, "" when it is not."""
+        digest = hashlib.blake2b(client_network(client).encode(), digest_size=16, key=self._key).digest()
         with self._lock:
-            count = self._clients.get(client, 0)
-            if self.total >= self.limit:
+            table = self._slots[:]
+            if not self._free or len(table) // 16 - table.count(bytes(16)) >= self.limit:
                 return "too many connections, try again later"
-            if count >= self.per_client and not is_loopback(client):
+            if table.count(digest) >= self.per_client and not is_loopback(client):
                 return "too many connections from your address, try again later"
-            self._clients[client] = count + 1
-            self.total += 1
+            slot = self._free.pop()
+            self._clients.setdefault(client, []).append(slot)
+            self._put(self.owner, slot, digest)
             self.served += 1
-            return ""
+        return ""
 
     def leave(self, client: str) -> None:
         with self._lock:
-            self.total -= 1
-            count = self._clients.pop(client) - 1
-            if count:
-                self._clients[client] = count
+            slot = self._clients[client].pop()
+            if not self._clients[client]:
+                del self._clients[client]
+            self._put(self.owner, slot, bytes(16))
+            self._free.append(slot)
+
+    def _put(self, owner: int, slot: int, digest: bytes) -> None:
+        start = 16 * (owner * self.limit + slot)
+        self._slots[start:start + 16] = digest
+
+    def free_all(self, owner: int) -> None:
+        """Free what a dead process had."""
+        for slot in range(self.limit):
+            self._put(owner, slot, bytes(16))
 
 
 class Throttle:
-    """Counts failed log-ins by client address; too many cut it off for a while, and each one is answered more slowly."""
+    """Counts passwords tried, before they are verified, by client and by account, in a table that processes share.
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic, sleep: Callable[[float], None] = time.sleep) -> None:
-        self.clock, self.sleep = clock, sleep
-        self._failures: "collections.OrderedDict[str, Tuple[int, float]]" = collections.OrderedDict()
+    Each count forgets slowly: LOGIN_FAILURES in LOGIN_WINDOW seconds. It stands in two of many buckets, of which the
+    lower one counts: so memory is bounded, and a stranger is hardly ever taken for somebody else.
+    """
+
+    BUCKETS = 1 << 15                               # of 16 bytes: count, and when it was
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        import mmap
+        self.clock = clock
+        self._table = mmap.mmap(-1, 16 * self.BUCKETS)
+        self._key = secrets.token_bytes(16)
         self._lock = threading.Lock()
+
+    def _places(self, kind: str, name: str) -> List[int]:
+        digest = hashlib.blake2b(("%s %s" % (kind, name)).encode("utf-8", "replace"), digest_size=8, key=self._key).digest()
+        return [number % self.BUCKETS * 16 for number in struct.unpack("II", digest)]
+
+    def _count(self, kind: str, name: str, more: float = 0.0) -> float:
+        """Return how many tries are remembered, `more` added."""
+        counts, now = [], self.clock()
+        for place in self._places(kind, name):
+            count, since = struct.unpack_from("dd", self._table, place)
+            count = max(0.0, count - (now - since) * LOGIN_FAILURES / LOGIN_WINDOW)
+            if more:
+                struct.pack_into("dd", self._table, place, max(0.0, count + more), now)
+            counts.append(float(count + more))
+        return max(0.0, min(counts))
 
     def shut_out(self, client: str) -> bool:
         """True while the client has had too many wrong passwords."""
-        count, since = self._failures.get(client, (0, 0.0))
-        return count >= LOGIN_FAILURES and self.clock() - since < LOGIN_WINDOW
+        return self._count("client", client_network(client)) > LOGIN_FAILURES - 1
 
-    def failed(self, client: str) -> None:
-        """Count a wrong password and let the client wait for the answer."""
+    def charge(self, client: str, account: str) -> bool:
+        """Count a try; False when it is one too many, and then it is not to be verified."""
         with self._lock:
-            count, since = self._failures.pop(client, (0, 0.0))
-            if self.clock() - since >= LOGIN_WINDOW:
-                count = 0
-            self._failures[client] = (count + 1, self.clock())
-            while len(self._failures) > 10_000:
-                self._failures.popitem(last=False)
-        self.sleep(min(0.25 * (count + 1), 3.0))
+            if self.shut_out(client) or self._count("account", account) > ACCOUNT_FAILURES - 1:
+                return False
+            self._count("client", client_network(client), 1.0)
+            self._count("account", account, 1.0)
+            return True
 
-    def succeeded(self, client: str) -> None:
+    def refund(self, client: str, account: str) -> None:
+        """The password was right: take back its own try, but no other."""
         with self._lock:
-            self._failures.pop(client, None)
+            self._count("client", client_network(client), -1.0)
+            self._count("account", account, -1.0)
+
+    def delay(self, client: str) -> float:
+        """Return for how many seconds the answer to a wrong password is kept back."""
+        return min(0.25 * (1 + int(self._count("client", client_network(client)))), 3.0)
 
 
 class Certificates:
@@ -6499,34 +7265,27 @@ class Certificates:
 
     def __init__(self, cert: str, key: str) -> None:
         self.cert, self.key = cert, key
-        self._stamp: Any = None
-        self._complaint = ""                        # the last one: said once
-        self._context: Optional["ssl.SSLContext"] = None
-        self.context()
+        self._file = Watched([cert, key], self._load)
+        try:
+            self._file.get()
+        except (OSError, ValueError) as error:
+            raise CannotRun("--tls-cert %s: cannot use it%s: %s" % (
+                cert, " with --tls-key " + key if key else "", error)) from None
 
-    def context(self) -> "ssl.SSLContext":
-        """Return the server's context; the last good one when new files cannot be used. CannotRun when there was none."""
+    def _load(self) -> "ssl.SSLContext":
         try:
             import ssl
         except ImportError:
-            raise CannotRun("--tls-cert: this Python has no ssl module; leave the option out or use another Python") from None
-        files = [self.cert] + ([self.key] if self.key else [])
-        try:
-            stamp = [(os.stat(file).st_mtime_ns, os.stat(file).st_size, os.stat(file).st_ino) for file in files]
-            if self._context and stamp == self._stamp:
-                return self._context
-            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-            context.minimum_version = ssl.TLSVersion.TLSv1_2
-            context.load_cert_chain(self.cert, self.key or None, password=lambda: b"")
-            self._stamp, self._context, self._complaint = stamp, context, ""
-        except (OSError, ValueError) as error:
-            if not self._context:
-                raise CannotRun("--tls-cert %s: cannot use it%s: %s" % (
-                    self.cert, " with --tls-key " + self.key if self.key else "", error)) from None
-            if self._complaint != str(error):
-                self._complaint = str(error)
-                log.warning("keeping the old certificate: %s", error)
-        return self._context
+            raise ValueError("this Python has no ssl module; leave the option out or use another Python") from None
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+        context.load_cert_chain(self.cert, self.key or None, password=lambda: b"")
+        return context
+
+    def context(self) -> "ssl.SSLContext":
+        """Return the server's context; the last good one when new files cannot be used."""
+        context: "ssl.SSLContext" = self._file.get()
+        return context
 
 
 @dataclasses.dataclass
@@ -6538,179 +7297,163 @@ class Site:
     accounts: Accounts
     book: AddressBook
     post: Post
-    committer: Committer
-    pool: Pool
+    door: Door
+    loop: Loop
     connections: Connections
     throttle: Throttle
-    policy: Policy
     certificates: Optional[Certificates] = None
     recorder: Any = None                            # section 17: transcripts
     faults: Any = None                              # section 17: misbehaviour on purpose
     inbox: Any = None                               # section 17: web inbox and API
     accepted: Callable[[Parcel], None] = lambda parcel: None    # called once the client has its 250
-    prompt: bool = True                             # that takes no time worth mentioning
+    follow_up: Optional[Callable[[Parcel], None]] = None        # what comes then and may take long: in a thread
     stopping: bool = False
     sessions: Set["Session"] = dataclasses.field(default_factory=set)
 
-    def is_quiet(self) -> bool:
-        """True when the session that asks is the only one: its next command can be waited for."""
-        return len(self.sessions) == 1 and not self.committer.waiting
-
-    def ask_policy(self, hook: str, *arguments: Any) -> None:
-        """Call a policy hook; Refused, also when it fails."""
-        if type(self.policy) is Policy:
-            return
-        try:
-            with self.pool.blocked():
-                getattr(self.policy, hook)(*arguments)
-        except Refused:
-            raise
-        except Exception:
-            log.exception("policy %s failed", hook)
-            raise Refused(451, "4.3.0", "cannot decide now, try again later") from None
-
-    def check_remote(self, destinations: Destinations) -> None:
-        """Refused when some of it goes elsewhere and may not, or not now."""
-        if destinations.remote and not self.post.queue:
-            raise Refused(550, "5.7.1", "this node passes no mail on")
-        if destinations.remote and self.post.queue.is_full():
-            raise Refused(452, "4.3.1", "the queue is full, try again later")
-        for remote in destinations.remote:
-            if not may_go(self.config, remote):
-                raise Refused(550, "5.7.1", "relaying to this domain is not allowed here")
-
     def log_in(self, client: str, name: str, password: str) -> Optional[str]:
-        """Return the account's key, None when name and password do not fit. Any fit in capture mode."""
+        """Return the account's key, None when name and password do not fit. Any fit in capture mode. Takes 50 ms."""
         if self.config.capture:
             try:
                 return self.book.key(parse_address(name))
             except Refused:
                 return lower(name)
-        if self.throttle.shut_out(client):
+        if not self.throttle.charge(client, lower(name)):
             return None
-        with self.pool.blocked():
-            key = self.accounts.verify(name, password)
-            if key is None:
-                event("login-failed", client=client, user=printable(name, 100))
-                self.throttle.failed(client)
-                return None
-        self.throttle.succeeded(client)
+        key = self.accounts.verify(name, password)
+        if key is None:
+            event("login-failed", client=client, user=printable(name, 100))
+        else:
+            self.throttle.refund(client, lower(name))
         return key
 
 
-class Session(socketserver.BaseRequestHandler):
-    """One client's conversation. handle() is one turn of it: it returns when the client is silent or gone.
+class Stalled(Exception):
+    """A fault rule says that nothing more is said here."""
 
-    The verbs are the methods do_VERB(argument) of the subclass: each returns a reply or raises Refused.
+
+class Session(socketserver.BaseRequestHandler, Task):
+    """One client's conversation, a coroutine that the loop carries.
+
+    The verbs are the methods do_VERB(argument) of the subclass: each returns its answer, is a coroutine that does (where it
+    touches the wire or takes long), or raises Refused. Only tell() writes.
     """
 
     protocol = ""
-    transfer: Any = None                            # content that is coming in
     line_limit = MAX_COMMAND
-    timeout = 300.0
+    timeout = 300.0                                 # seconds
+    ASKS_BOOK: Sequence[str] = ()                   # verbs that look into the files of users and aliases
 
     def __init__(self, request: Any, client_address: Any, server: "Listener") -> None:
-        # BaseRequestHandler would run the whole conversation here; ours comes in turns, in whatever thread is free.
+        # BaseRequestHandler would run the whole conversation here; ours is the loop's.
         self.request, self.client_address, self.server = request, client_address, server
         self.site, self.tls_from_start = server.site, server.tls
         self.client = clients_address(client_address[0])
         self.user: Optional[str] = None
-        self.errors = 0
+        self.commands = self.errors = self.idle = 0     # given; wrong; in a row that led nowhere
+        self.understood = False                     # one of them was right
         self.over = False
-        self.again = False                          # the turn ended though there may be more to read
-        self.greeted = False
+        self.pause = 0.0                            # seconds that a fault rule keeps the next answer back
         self.tape: Any = None
-        self.setup()
-
-    def setup(self) -> None:
-        self.wire = Wire(self.request, self.site.config.seconds(self.timeout), tuned=EPOLL)
-        self.wire.may_linger, self.wire.blocked = self.site.is_quiet, self.site.pool.blocked
+        self.wire = Wire(request, self.site.config.seconds(self.timeout))
         self.site.sessions.add(self)
+        self.coroutine = self.converse()
 
-    def turn(self, expired: bool) -> None:
-        """Go on with the conversation, and wait for its next turn in the pool."""
-        if expired and self.site.stopping and self.in_flight() and self.wire.clock() < self.wire.deadline:
-            expired = False                         # its message is taken to the end
-        if expired and not self.site.stopping and (
-                self.wire.clock() < self.wire.deadline or (not self.in_flight() and self.wire.has_line())):
-            expired = False                         # it is we who are late
-        try:
-            if self.converse(expired):
-                again, self.again = self.again, False
-                self.wire.ready = not again
-                self.site.pool.watch(self.wire.sock.fileno(), self.turn, self.wire.deadline, again, self.in_flight())
-            else:
-                self.finish()
-        except Suspended:
-            pass
+    @property
+    def sock(self) -> socket.socket:
+        return self.wire.sock
 
-    def converse(self, expired: bool) -> bool:
-        """Take commands until the client is silent (True) or the session is over (False); Suspended."""
+    @property
+    def deadline(self) -> float:
+        return self.wire.deadline
+
+    async def converse(self) -> None:
+        """Take commands and answer them until the session is over."""
         try:
             try:
-                self.resume()
-                if not self.greeted:
-                    self.greeted = True
-                    self.open_session()
-                if expired:
-                    raise TimedOut
-                self.handle()
+                await self.open_session()
+                while not self.over:
+                    await self.next_command()
+            except Stalled:
+                self.wire.output.clear()
+                while True:
+                    await self.wire.fill()          # until the client is gone
             except TimedOut:
-                self.wire.renew(-self.wire.timeout + 1)
+                self.wire.deadline = self.wire.clock() + 1.0
                 self.over = True
-                self.farewell("timeout" if not self.site.stopping else "stop")
-            self.wire.flush()
-        except Silent:
-            return True
+                self.farewell("stop" if self.site.stopping else "timeout")
+            await self.wire.flush()
         except (Disconnected, TimedOut) as error:
-            if self.site.stopping and not self.over and not EPOLL:
-                with contextlib.suppress(Disconnected, TimedOut):
-                    self.farewell("stop")
-                    self.wire.flush()
             if str(error):
                 event("lost", protocol=self.protocol, client=self.client, reason=printable(str(error)))
-        except Suspended:
-            raise
         except Exception:
             log.exception("session with %s failed", self.client)
-        return False
+        finally:
+            self.site.loop.forget(self)
+            self.wire.close()
+            self.site.sessions.discard(self)
+            self.site.connections.leave(self.client)
+            self.ended()
 
-    def resume(self) -> None:
-        """Do what the last turn left to this one."""
-
-    def handle(self) -> None:
-        for _ in range(TURN) if EPOLL else itertools.count():
-            if self.over:
-                return
-            if self.transfer:
-                self.take_content()
-                continue
-            try:
-                line = self.wire.line(self.line_limit, park=EPOLL)
-            except LineTooLong:
-                self.too_long()
-                continue
-            self.wire.renew()
-            self.command(line)
-            if self.site.stopping and not self.over and not self.in_flight():
-                raise TimedOut
-        self.wire.flush()                           # enough for one turn: who sends commands without end is not alone here
-        if not self.over:
-            self.again = True
-            raise Silent
-
-    def open_session(self) -> None:
-        """Greet; or with TLS from the first byte, make the handshake first."""
+    async def open_session(self) -> None:
+        """Greet; with TLS from the first byte, make the handshake first."""
         if self.tls_from_start:
-            self.start_tls()
-        self.greet()
+            await self.start_tls()
+        if self.site.door.asks_policy:
+            try:
+                await wait(lambda: self.site.door.ask("on_connect", self.client))
+            except Refused as refused:
+                event("refused", protocol=self.protocol, client=self.client, reason=printable(str(refused.reply)))
+                self.over = True
+                return self.wire.send(self.server.refusal(refused.reply.text))  # type: ignore[attr-defined]
+        await self.tell(self.greeting())
 
-    def start_tls(self) -> None:
+    async def next_command(self) -> None:
+        try:
+            line = await self.wire.line(self.line_limit)
+        except LineTooLong:
+            self.commands += 1
+            self.wire.renew()
+            return await self.tell(self.refuse("", Refused(500, "5.5.2", "line longer than %d bytes" % self.line_limit,
+                                                           close=self.commands == 1)))
+        self.commands += 1
+        self.wire.renew()
+        if self.commands % MAX_TURN == 0:
+            await wait(TURN)
+        await self.command(line)
+        if self.site.stopping and not self.over:
+            raise TimedOut
+
+    async def command(self, line: bytes) -> None:
+        """Answer one command. Whatever goes wrong in it is answered, too, and the conversation goes on."""
+        verb, _, argument = line.partition(b" ")
+        name = verb.decode("ascii", "replace").upper()
+        method = getattr(self, "do_" + name, None) if name.isalnum() else None
+        self.heard(line, name, method is not None)
+        try:
+            if method is None:
+                self.not_a_command(line, name)
+            if name in self.ASKS_BOOK and self.site.book.is_stale():
+                await wait(self.site.book.refresh)
+            answer = self.ask(method, name, argument)
+            if isinstance(answer, types.CoroutineType):
+                answer = await answer
+            self.understood = True
+        except Refused as refused:
+            answer = self.refuse(name, refused)
+        except (Disconnected, TimedOut, Stalled):
+            raise
+        except OSError as error:
+            log.warning("%s from %s: %s", printable(name, 20), self.client, error)
+            answer = self.trouble(error)
+        except Exception as error:
+            log.exception("%s from %s failed", printable(name, 20), self.client)
+            answer = self.trouble(error)
+        await self.tell(answer)
+
+    async def start_tls(self) -> None:
         assert self.site.certificates
-        self.wire.start_tls(self.site.certificates.context(), server_side=True)
+        await self.wire.start_tls(self.site.certificates.context(), server_side=True)
         self.request = self.wire.sock
-
-    blocking = False                                # carried by a thread of its own, not by the pool's
 
     @property
     def private(self) -> bool:
@@ -6721,44 +7464,96 @@ class Session(socketserver.BaseRequestHandler):
     def may_log_in(self) -> bool:
         return self.private or self.site.config.capture
 
-    def hurry(self) -> None:
-        """The node stops: come to an end without more input, if the pool cannot see to that."""
-        if not EPOLL and not self.in_flight():
-            with contextlib.suppress(OSError):
-                self.wire.sock.shutdown(socket.SHUT_RD)
+    async def log_in(self, name: str, password: str) -> Optional[str]:
+        """Return the account's key, None when name and password do not fit: that is answered more and more slowly."""
+        site = self.site
+        if site.config.capture:
+            return site.log_in(self.client, name, password)
+        key: Optional[str] = None if site.throttle.shut_out(self.client) else site.accounts.recall(name, password)
+        if key is None:
+            key = await wait(Work(lambda: site.log_in(self.client, name, password), site.accounts.hashing, self.is_wanted))
+            if key is None:
+                await wait(site.throttle.delay(self.client))
+        return key
 
-    def in_flight(self) -> bool:
-        """True while a message is coming in."""
-        return False
+    def is_wanted(self) -> bool:
+        """Return whether the client is still there, and the node goes on: asked before a long calculation."""
+        try:
+            return not self.site.stopping and socket.socket.recv(self.wire.sock, 1, socket.MSG_PEEK) != b""
+        except OSError as error:
+            return is_timeout(error)
 
-    def take_content(self) -> None:
-        """Take input that is no command: called while there is a transfer."""
+    def is_no_client(self, line: bytes) -> bool:
+        """Return whether a wrong command shows that no mail client speaks: the first with no letter, or the third of three."""
+        first = self.commands == 1 and not line[:1].isalpha()
+        return not self.understood and (first or self.errors + 1 >= MAX_STRANGE)
 
-    def finish(self) -> None:
-        self.site.pool.forget(self.wire.sock.fileno())
-        self.wire.close()
-        self.site.sessions.discard(self)
-        self.site.connections.leave(self.client)
-        self.ended()
+    @staticmethod
+    async def aside(function: Callable[[], Any]) -> Any:
+        """Do something in another thread and return its result."""
+        return await wait(function)
+
+    # Misbehaviour on purpose.
 
     def fault(self, stage: str, subject: str = "") -> Optional[str]:
-        """Misbehave if a rule says so: return the reply to give instead of the right one."""
-        if not self.site.faults:
+        """Return the answer that a fault rule gives instead of the right one; Disconnected, Stalled when it gives none."""
+        action: Optional[str] = self.site.faults.take(stage, subject) if self.site.faults else None
+        if action is None:
             return None
-        text: Optional[str] = self.site.faults.apply(self, stage, subject)
-        return text
+        event("fault", client=self.client, stage=stage, subject=printable(subject, 100), action=action)
+        if action.startswith("delay "):
+            self.pause += float(action[6:])
+            return None
+        if action == "stall":
+            raise Stalled
+        if action == "drop":
+            self.wire.output.clear()
+            raise Disconnected
+        return action
 
-    def cut(self) -> NoReturn:
-        """End the session without a word."""
-        raise Disconnected
+    async def keep_back(self) -> None:
+        """Wait as long as a fault rule wants the next answer to take."""
+        if self.pause:
+            seconds, self.pause = self.pause, 0.0
+            self.wire.renew(seconds)
+            await self.wire.flush()
+            await wait(seconds)
+            self.wire.renew()
 
-    def greet(self) -> None:
+    # What the protocol adds.
+
+    def greeting(self) -> Any:
         raise NotImplementedError
 
-    def command(self, line: bytes) -> None:
+    def ask(self, method: Any, name: str, argument: bytes) -> Any:
+        """Call a verb, and return its answer or a coroutine that gives it; Refused."""
         raise NotImplementedError
 
-    def too_long(self) -> None:
+    def heard(self, line: bytes, name: str, known: bool) -> None:
+        """Note a command. Only what a known one that has no secret says may be kept."""
+        if log.isEnabledFor(logging.DEBUG):
+            log.debug("%s > %s", self.client, printable(self.public(line, name, known)))
+
+    @staticmethod
+    def public(line: bytes, name: str, known: bool) -> bytes:
+        """Return a command as others may see it: what is not understood may be a password."""
+        if not known:
+            return b"(%d bytes that are no command)" % len(line)
+        return name.encode() + b" ***" if name in ("AUTH", "PASS") else line
+
+    def not_a_command(self, line: bytes, name: str) -> NoReturn:
+        raise NotImplementedError
+
+    def refuse(self, name: str, refused: Refused) -> Any:
+        """Return the answer to a command that was refused, and count it."""
+        raise NotImplementedError
+
+    def trouble(self, error: Exception) -> Any:
+        """Return the answer to a command that failed for a reason of ours."""
+        raise NotImplementedError
+
+    async def tell(self, answer: Any) -> None:
+        """Send an answer; the only place that does."""
         raise NotImplementedError
 
     def farewell(self, why: str) -> None:
@@ -6768,9 +7563,11 @@ class Session(socketserver.BaseRequestHandler):
         """Do what is due when the connection is closed."""
 
 
-def sasl_plain(response: bytes) -> Tuple[str, str]:
-    """Return (name, password) of an AUTH PLAIN response, still base64 (RFC 4616); ValueError."""
+def sasl_plain(response: bytes, lenient: bool = False) -> Tuple[str, str]:
+    """Return (name, password) of an AUTH PLAIN response, still base64 (RFC 4616); ValueError. `lenient`: whatever they are."""
     parts = base64.b64decode(response, validate=True).split(b"\0")
+    if lenient:
+        return sasl_text(parts[1 if len(parts) > 1 else 0], True), sasl_text(parts[-1], True)
     if len(parts) != 3 or not parts[1]:
         raise ValueError("expected authzid NUL name NUL password")
     authzid, name, password = (part.decode("utf-8") for part in parts)
@@ -6779,14 +7576,26 @@ def sasl_plain(response: bytes) -> Tuple[str, str]:
     return name, password
 
 
-class Listener(socketserver.TCPServer):
-    """A listening socket, its sessions carried by the pool; OSError when the port is taken."""
+def sasl_text(data: bytes, lenient: bool = False) -> str:
+    """Return a name or password as text; ValueError for what is not UTF-8, unless `lenient`."""
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError:
+        if not lenient:
+            raise ValueError("not UTF-8") from None
+        return data.decode("latin-1")
+
+
+class Listener(socketserver.TCPServer, Task):
+    """A listening socket, a task of the loop as its sessions are; OSError when the port is taken."""
 
     request_queue_size = 512
     allow_reuse_address = os.name != "nt"
+    talks = False
 
-    def __init__(self, site: Site, name: str, endpoint: Endpoint, session: Type[Session], tls: bool = False) -> None:
-        self.site, self.name, self.session, self.tls = site, name, session, tls
+    def __init__(self, name: str, endpoint: Endpoint, session: Type[Session], tls: bool = False) -> None:
+        self.name, self.session, self.tls = name, session, tls
+        self.site: Any = None                       # listen() is told: after a fork, and as the user that runs
         try:
             found = socket.getaddrinfo(*endpoint, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
             self.address_family = found[0]
@@ -6796,7 +7605,7 @@ class Listener(socketserver.TCPServer):
             raise CannotRun(error.errno or errno.EINVAL, "--%s %s: cannot listen: %s; choose another address or port" % (
                 name, show_endpoint(endpoint), reason)) from None
         self.socket.setblocking(False)              # several processes may be woken for one connection
-        tune(self.socket)
+        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)   # its connections inherit it
 
     def server_bind(self) -> None:
         if self.address_family == socket.AF_INET6:
@@ -6804,62 +7613,54 @@ class Listener(socketserver.TCPServer):
         super().server_bind()
 
     @property
+    def sock(self) -> socket.socket:
+        return self.socket
+
+    @property
     def endpoint(self) -> Endpoint:
         address = self.socket.getsockname()
         return address[0], address[1]
 
-    def listen(self) -> None:
-        """Begin to take connections, in the pool's threads or, where it has no poller, in one of its own."""
-        if EPOLL:
-            with contextlib.suppress(OSError, ValueError) if self.site.stopping else contextlib.nullcontext():
-                self.site.pool.watch(self.fileno(), self.turn)
-        else:
-            self.site.pool.own_thread(lambda expired: self.serve_forever(poll_interval=0.1))
+    def listen(self, site: Site) -> None:
+        """Begin to take connections; for the loop's own thread, or before it starts."""
+        self.site = site
+        self.coroutine = self.accept()
+        site.loop.spawn(self)
 
-    def turn(self, expired: bool) -> None:
-        """Take one connection and its first turn."""
-        if self.site.stopping:
-            return
+    async def accept(self) -> None:
         try:
-            request, client = self.get_request()
-        except (BlockingIOError, InterruptedError, ConnectionAbortedError):
-            return self.listen()
-        except OSError as error:                    # no descriptors left: look again when some may have been freed
-            log.warning("cannot take a connection: %s", error)
-            return self.site.pool.later(self.fileno(), self.turn, 0.25)
-        self.listen()
-        self.process_request(request, client)
+            while not self.site.stopping:
+                await wait(READ)
+                try:
+                    request, client = self.get_request()
+                except (BlockingIOError, InterruptedError, ConnectionAbortedError):
+                    continue
+                except OSError as error:            # no descriptors left: look again when some may have been freed
+                    log.warning("cannot take a connection: %s", error)
+                    await wait(0.25)
+                    continue
+                self.process_request(request, client)
+        except (TimedOut, Disconnected):            # the node stops
+            pass
+        finally:
+            self.site.loop.forget(self)
+            self.server_close()
 
     def process_request(self, request: Any, client_address: Any) -> None:
         client = clients_address(client_address[0])
         refusal = self.site.connections.enter(client)
-        if not refusal:
-            try:
-                self.site.ask_policy("on_connect", client)
-            except Refused as refused:
-                self.site.connections.leave(client)
-                refusal = refused.reply.text
         if refusal:
             event("refused", protocol=self.name, client=client, reason=refusal)
             with contextlib.suppress(OSError):
                 if not self.tls:
-                    request.settimeout(0)
+                    request.setblocking(False)
                     request.send(self.refusal(refusal))
-            self.shutdown_request(request)
-            return
+            return self.shutdown_request(request)
         event("connect", protocol=self.name, client=show_endpoint(client_address[:2]))
-        session = self.session(request, client_address, self)
-        if EPOLL and not session.blocking:
-            session.turn(False)
-            return
-        try:
-            self.site.pool.own_thread(session.turn)
-        except RuntimeError as error:
-            log.warning("cannot take a connection: %s", error)
-            session.finish()
+        self.site.loop.spawn(self.session(request, client_address, self))
 
     def refusal(self, reason: str) -> bytes:
-        """Return the words for a connection that is one too many."""
+        """Return the words for a connection that is not wanted."""
         if self.name.startswith("pop3"):
             return b"-ERR [SYS/TEMP] %s\r\n" % reason.encode()
         return Reply(421, "4.3.2", reason).encode()
@@ -6867,15 +7668,10 @@ class Listener(socketserver.TCPServer):
     def handle_error(self, request: Any, client_address: Any) -> None:
         log.exception("connection from %s failed", client_address)
 
-    def stop(self) -> None:
-        if not EPOLL:
-            self.shutdown()
-        self.server_close()
-
 
 # ======================================================================================================================
 # 14  SMTP.  RFC 5321 with PIPELINING, SIZE, 8BITMIME, SMTPUTF8, ENHANCEDSTATUSCODES, CHUNKING, STARTTLS, AUTH.
-#     Only DATA, BDAT, AUTH and STARTTLS touch the wire; the other verbs turn (state, argument) into a reply.
+#     Verbs that wait say so in their first line, async def; the others turn (state, argument) into a reply.
 # ======================================================================================================================
 
 OK = Reply(250, "2.0.0", "ok")
@@ -6892,15 +7688,6 @@ class Transaction:
         self.content: Content                       # ... its decoder
 
 
-class Transfer:
-    """Content that is coming in: where it goes (None: nowhere), how much is left (None: up to its end), what comes then."""
-
-    def __init__(self, parcel: Optional[Parcel], content: Content, left: Optional[int], done: Callable[[], Reply],
-                 started: float) -> None:
-        self.parcel, self.content, self.left, self.done, self.started = parcel, content, left, done, started
-        self.total = 0
-
-
 class SMTPSession(Session):
     """An SMTP server's side of a conversation."""
 
@@ -6909,63 +7696,64 @@ class SMTPSession(Session):
     esmtp = False
     refusals = 0
     transaction: Optional[Transaction] = None
-    transfer: Optional[Transfer] = None
-    delivered: Optional[Parcel] = None              # a message just accepted, its 250 not sent yet
-    commands = 0
+    busy = False                                    # a message is coming in, or on its way to disk
     started = 0.0
+    ASKS_BOOK = ("MAIL", "RCPT", "AUTH")
     SYNCHRONOUS = ("EHLO", "HELO", "DATA", "STARTTLS", "AUTH", "VRFY", "QUIT", "NOOP")  # end a pipeline (RFC 2920)
+    LEADING_ON = ("MAIL", "RCPT", "DATA", "BDAT")   # to a message; the others do not, and have an end some time
 
-    # The loop: the only place that writes replies.
+    # What every conversation has.
 
-    def greet(self) -> None:
+    def greeting(self) -> Reply:
         if self.site.recorder:
             self.tape = self.site.recorder.tape(self)
-        self.say(self.faulty("connect", self.client) or Reply(220, "", self.site.hostname + " ESMTP minimail"))
+        return self.faulty("connect", self.client) or Reply(220, "", self.site.hostname + " ESMTP minimail")
 
-    def command(self, line: bytes) -> None:
-        self.commands += 1
-        verb, _, argument = line.partition(b" ")
-        name = verb.decode("ascii", "replace").upper()
-        method = getattr(self, "do_" + name, None) if name.isalpha() else None
+    def ask(self, method: Any, name: str, argument: bytes) -> Any:
+        if name not in self.LEADING_ON:
+            self.idle += 1
+            if self.idle > MAX_IDLE_COMMANDS:
+                raise Refused(421, "4.7.0", "so many commands and no message", close=True)
+        text = decode_argument(argument, self.lenient)
+        if self.site.door.asks_policy and name in ("MAIL", "RCPT"):
+            return self.aside(lambda: method(text))     # its hooks take as long as they like
+        return method(text)
+
+    def heard(self, line: bytes, name: str, known: bool) -> None:
+        super().heard(line, name, known)
         if self.tape:
-            self.tape.heard(b"AUTH ***" if name == "AUTH" else line, name in self.SYNCHRONOUS and bool(self.wire.input))
-        if log.isEnabledFor(logging.DEBUG):
-            log.debug("%s > %s", self.client, "AUTH ***" if name == "AUTH" else printable(line))
-        if method is None:
-            reply = self.not_a_command(line, name)
-            self.respond(name, lambda: reply)
-        else:
-            self.respond(name, lambda: method(decode_argument(argument)))
+            self.tape.heard(self.public(line, name, known), name in self.SYNCHRONOUS and bool(self.wire.input))
 
-    def respond(self, name: str, action: Callable[[], Optional[Reply]]) -> None:
-        """Give the reply that `action` returns or raises."""
-        try:
-            reply = action()
-        except Refused as refused:
-            self.delivered = None
-            reply = refused.reply
-        except (Disconnected, Silent, Suspended, TimedOut):
-            raise
-        except OSError as error:
-            log.warning("%s from %s: %s", name, self.client, error)
-            reply = Reply(451, "4.3.0", "something went wrong here, try again later")
-        except Exception:
-            log.exception("%s from %s failed", name, self.client)
-            reply = Reply(451, "4.3.0", "something went wrong here, try again later")
-        if reply:
-            self.say(self.count_errors(reply))
-        if self.delivered:
-            self.follow_up()
+    def not_a_command(self, line: bytes, name: str) -> NoReturn:
+        if self.commands == 1 and line.startswith(HTTP_VERBS):
+            web = self.site.config.web or ()
+            hint = "; the web inbox is at http://" + show_endpoint(web[0]) if web else ""
+            raise Refused(421, "4.7.0", "this is a mail server and speaks SMTP, not HTTP" + hint, close=True)
+        if self.is_no_client(line):
+            raise Refused(421, "4.7.0", "this is a mail server and speaks SMTP", close=True)
+        if name in ("EXPN", "TURN", "ETRN", "SEND", "SOML", "SAML"):
+            raise Refused(502, "5.5.1", "%s is not implemented here" % name)
+        raise Refused(500, "5.5.2", "no such command; HELP lists them")
 
-    def follow_up(self) -> None:
-        """Tell those who wait for mail, once the client has its 250."""
-        parcel, self.delivered = self.delivered, None
-        with contextlib.suppress(Disconnected, TimedOut):
-            self.wire.flush()
-        if self.tape:
-            self.tape.restart()
-        if parcel:
-            self.site.accepted(parcel)
+    def refuse(self, name: str, refused: Refused) -> Reply:
+        """Return the reply, or a 421 when patience is at its end (RFC 5321 section 4.3.2, RFC 4954 section 4)."""
+        reply = refused.reply
+        if reply.code in (500, 501, 502, 503, 504, 535, 538, 555):
+            self.errors += 1
+        elif reply.code in (550, 553):
+            self.refusals += 1
+        if self.errors >= MAX_ERRORS or self.refusals >= MAX_REFUSALS:
+            return Reply(421, "4.7.0", "too many errors (the last: %s)" % reply.text.partition("\n")[0], close=True)
+        return reply
+
+    def trouble(self, error: Exception) -> Reply:
+        return Reply(451, "4.3.0", "something went wrong here, try again later")
+
+    async def tell(self, answer: Optional[Reply]) -> None:
+        await self.keep_back()
+        if answer:
+            self.say(answer)
+            await self.wire.drain()
 
     def say(self, reply: Reply) -> None:
         if reply.code >= 400:
@@ -6978,36 +7766,17 @@ class SMTPSession(Session):
         self.wire.send(data)
         self.over = self.over or reply.close
 
-    def count_errors(self, reply: Reply) -> Reply:
-        """Return the reply, or a 421 when patience is at its end (RFC 5321 section 4.3.2, RFC 4954 section 4)."""
-        if reply.code < 400:
-            return reply
-        if reply.code in (500, 501, 502, 503, 504, 535, 538, 555):
-            self.errors += 1
-        elif reply.code in (550, 553):
-            self.refusals += 1
-        if self.errors >= MAX_ERRORS or self.refusals >= MAX_REFUSALS:
-            return Reply(421, "4.7.0", "too many errors (the last: %s)" % reply.text.partition("\n")[0], close=True)
-        return reply
-
-    def not_a_command(self, line: bytes, name: str) -> Reply:
-        if self.commands == 1 and line.startswith(HTTP_VERBS):
-            web = self.site.config.web or ()
-            hint = "; the web inbox is at http://" + show_endpoint(web[0]) if web else ""
-            return Reply(421, "4.7.0", "this is a mail server and speaks SMTP, not HTTP" + hint, close=True)
-        if name in ("EXPN", "TURN", "ETRN", "SEND", "SOML", "SAML"):
-            return Reply(502, "5.5.1", "%s is not implemented here" % name)
-        return Reply(500, "5.5.2", "no such command; HELP lists them")
-
-    def too_long(self) -> None:
-        self.wire.renew()
-        self.say(self.count_errors(Reply(500, "5.5.2", "line longer than %d bytes" % self.line_limit)))
-
     def farewell(self, why: str) -> None:
         if why == "stop":
             self.say(Reply(421, "4.3.2", self.site.hostname + " is shutting down, try again later"))
         else:
             self.say(Reply(421, "4.4.2", self.site.hostname + " waited too long for you, closing"))
+
+    def in_flight(self) -> bool:
+        return self.busy
+
+    def ended(self) -> None:
+        self.drop_transaction()
 
     def faulty(self, stage: str, subject: str = "") -> Optional[Reply]:
         """Return the reply that a fault rule wants here."""
@@ -7033,6 +7802,19 @@ class SMTPSession(Session):
 
     # Who are you?
 
+    @property
+    def trusted(self) -> bool:
+        """True for who may have mail passed on."""
+        if self.user is not None:
+            return True
+        client = ipaddress.ip_address(self.client)
+        return any(client.version == network.version and client in network for network in self.site.config.trust)
+
+    @property
+    def lenient(self) -> bool:
+        """True for who may say things as other servers take them; strangers speak as RFC 5321 has it."""
+        return self.site.config.capture or self.trusted
+
     def do_HELO(self, argument: str) -> Reply:
         self.introduce(argument, esmtp=False)
         return Reply(250, "", self.site.hostname)
@@ -7053,61 +7835,63 @@ class SMTPSession(Session):
 
     def introduce(self, argument: str, esmtp: bool) -> None:
         name = argument.strip()
-        if not name or not name.isprintable() or not name.isascii() or " " in name or len(name) > 255:
+        if not name or (not self.lenient and (not name.isprintable() or not name.isascii() or " " in name or len(name) > 255)):
             raise Refused(501, "5.5.4", "say your host name: EHLO host.example")
         self.raise_fault("helo", name)
         self.drop_transaction()
-        self.helo, self.esmtp = re.sub(r"[^A-Za-z0-9.:_\[\]-]", "?", name), esmtp
+        self.helo, self.esmtp = re.sub(r"[^A-Za-z0-9.:_\[\]-]", "?", name[:255]), esmtp
 
-    def do_STARTTLS(self, argument: str) -> Optional[Reply]:
-        """RFC 3207."""
+    async def do_STARTTLS(self, argument: str) -> None:
+        """RFC 3207. The next word is the client's."""
         if argument:
             raise Refused(501, "5.5.4", "STARTTLS takes no argument")
         if self.wire.tls or not self.site.certificates:
             raise Refused(503, "5.5.1", "TLS is on already" if self.wire.tls else "no TLS here")
         self.wire.send(Reply(220, "2.0.0", "go ahead").encode())
-        self.start_tls()
+        await self.start_tls()
         self.drop_transaction()
         self.helo, self.esmtp, self.user = "", False, None      # section 4.2: forget everything
         if self.tape:
             self.tape.restart()
-        return None                                 # the next word is the client's
 
-    def do_AUTH(self, argument: str) -> Reply:
+    async def do_AUTH(self, argument: str) -> Reply:
         """RFC 4954, PLAIN and LOGIN."""
         mechanism, _, initial = argument.partition(" ")
+        capture = self.site.config.capture
+        if not mechanism:
+            raise Refused(501, "5.5.4", "AUTH PLAIN or LOGIN")
         if self.user is not None or self.transaction:
             raise Refused(503, "5.5.1", "you are logged in" if self.user is not None else "not during a transaction")
-        if not self.esmtp:
+        if not self.esmtp and not capture:
             raise Refused(503, "5.5.1", "say EHLO first")
         if not self.may_log_in:
             raise Refused(538, "5.7.11", "log in over TLS only")
-        if self.site.throttle.shut_out(self.client):
+        if not capture and self.site.throttle.shut_out(self.client):
             raise Refused(421, "4.7.0", "too many wrong passwords, come back later", close=True)
         try:
             if mechanism.upper() == "PLAIN":
-                response = initial.encode() if initial else self.challenge(b"")
-                name, password = sasl_plain(b"" if response == b"=" else response)
+                response = initial.encode() if initial else await self.challenge(b"")
+                name, password = sasl_plain(b"" if response == b"=" else response, capture)
             elif mechanism.upper() == "LOGIN":
-                response = initial.encode() if initial else self.challenge(b"Username:")
-                name = base64.b64decode(response, validate=True).decode("utf-8")
-                password = base64.b64decode(self.challenge(b"Password:"), validate=True).decode("utf-8")
+                response = initial.encode() if initial else await self.challenge(b"Username:")
+                name = sasl_text(base64.b64decode(response, validate=True), capture)
+                password = sasl_text(base64.b64decode(await self.challenge(b"Password:"), validate=True), capture)
             else:
                 raise Refused(504, "5.5.4", "AUTH PLAIN or LOGIN")
-        except ValueError as error:                 # binascii.Error and UnicodeDecodeError are such
-            raise Refused(501, "5.5.2", "bad AUTH response: " + printable(str(error))) from None
+        except ValueError:                          # binascii.Error is one; its text could show what was sent
+            raise Refused(501, "5.5.2", "bad AUTH response: not base64 of what %s takes" % printable(mechanism, 20)) from None
         self.raise_fault("auth", name)
-        self.user = self.site.log_in(self.client, name, password)
+        self.user = await self.log_in(name, password)
         if self.user is None:
             raise Refused(535, "5.7.8", "name and password do not fit")
         event("login", protocol="smtp", client=self.client, user=printable(self.user))
         return Reply(235, "2.7.0", "welcome")
 
-    def challenge(self, text: bytes) -> bytes:
+    async def challenge(self, text: bytes) -> bytes:
         """Return the client's answer to a SASL challenge; Refused when it cancels."""
         self.wire.send(b"334 " + base64.b64encode(text) + b"\r\n")
         try:
-            answer = self.wire.line(MAX_AUTH_LINE)
+            answer = await self.wire.line(MAX_AUTH_LINE)
         except LineTooLong:
             raise Refused(500, "5.5.6", "response too long") from None
         if answer == b"*":
@@ -7117,23 +7901,21 @@ class SMTPSession(Session):
     # The envelope.
 
     def do_MAIL(self, argument: str) -> Reply:
-        if not self.helo:
+        if not self.helo and not self.lenient:
             raise Refused(503, "5.5.1", "say EHLO first")
         if self.transaction:
             raise Refused(503, "5.5.1", "one transaction at a time; RSET ends it")
         keyword, colon, path = argument.partition(":")
         if keyword.strip().upper() != "FROM" or not colon:
             raise Refused(501, "5.5.4", "MAIL FROM:<address>")
-        sender, rest = parse_path(path)
+        sender, rest = parse_path(path, self.lenient)
         envelope = Envelope(sender=str(sender) if sender else "", helo=self.helo, client=self.client)
         self.take_parameters(envelope, parse_parameters(rest) if rest else {})
         if sender and not str(sender).isascii() and not envelope.smtputf8:
             raise Refused(553, "5.6.7", "this address needs SMTPUTF8")
-        if self.user is not None and not self.site.config.capture:
-            if sender and not self.site.book.owns(self.user, sender):
-                raise Refused(553, "5.7.1", "you may not send as this address")
+        self.site.door.check_sender(envelope, sender, self.user)
         self.raise_fault("mail", envelope.sender)
-        self.site.ask_policy("on_mail", self.client, envelope.sender, self.user)
+        self.site.door.ask("on_mail", self.client, envelope.sender, self.user)
         envelope.protocol = with_keyword(self.esmtp, self.wire.tls, self.user is not None, envelope.smtputf8)
         self.transaction = Transaction(envelope)
         self.started = time.monotonic()
@@ -7160,13 +7942,13 @@ class SMTPSession(Session):
                 raise Refused(555, "5.5.4", "unknown parameter " + printable(keyword, 60))
 
     def do_RCPT(self, argument: str) -> Reply:
-        transaction = self.transaction
+        transaction, door = self.transaction, self.site.door
         if not transaction or transaction.parcel:
             raise Refused(503, "5.5.1", "MAIL comes first" if not transaction else "the content has begun")
         keyword, colon, path = argument.partition(":")
         if keyword.strip().upper() != "TO" or not colon:
             raise Refused(501, "5.5.4", "RCPT TO:<address>")
-        address, rest = parse_path(path)
+        address, rest = parse_path(path, self.lenient)
         if address is None:
             raise Refused(501, "5.1.3", "the null path cannot receive mail")
         for parameter in parse_parameters(rest) if rest else ():
@@ -7174,47 +7956,37 @@ class SMTPSession(Session):
         envelope = transaction.envelope
         if not str(address).isascii() and not envelope.smtputf8:
             raise Refused(553, "5.6.7", "this address needs SMTPUTF8")
-        if len(envelope.recipients) >= MAX_RECIPIENTS:
-            raise Refused(452, "4.5.3", "more than %d recipients" % MAX_RECIPIENTS)
-        destinations = self.may_deliver(address)
+        trusted = self.trusted
+        destinations = door.destinations(envelope, self.of_ours(address), trusted)
         self.raise_fault("rcpt", address.key)
-        self.site.ask_policy("on_rcpt", envelope, str(address))
+        door.ask("on_rcpt", envelope, str(address))
         envelope.recipients.append(address)
         transaction.destinations.append(destinations)
         return Reply(250, "2.1.5", "recipient ok")
 
-    def may_deliver(self, address: Address) -> Destinations:
-        """Return where mail for `address` goes; Refused when nobody lives there or it is not ours to pass on."""
-        book = self.site.book
-        literal = domain_literal(address.domain)
-        if literal and literal == clients_address(self.request.getsockname()[0]):
-            address = Address(address.local, book.home)
-        if not book.is_local(address) and not self.may_relay():
-            raise Refused(550, "5.7.1", "relaying denied: log in first")
-        destinations = book.resolve(address)
-        self.site.check_remote(destinations)
-        return destinations
-
-    def may_relay(self) -> bool:
-        if self.user is not None:
-            return True
-        client = ipaddress.ip_address(self.client)
-        return any(client.version == network.version and client in network for network in self.site.config.trust)
+    def of_ours(self, address: Address) -> Address:
+        """Return the address, the first domain for the literal of the address that the client reached us at."""
+        if not address.domain.startswith("[") or self.site.config.capture:
+            return address
+        own = domain_literal(address.domain) == clients_address(self.request.getsockname()[0])
+        return Address(address.local, self.site.book.home) if own else address
 
     # The content.
 
-    def do_DATA(self, argument: str) -> Reply:
+    async def do_DATA(self, argument: str) -> None:
+        """The 250 is a promise: the message is on disk for every recipient."""
         if argument:
             raise Refused(501, "5.5.4", "DATA takes no argument")
         transaction = self.begin_content()
         if transaction.parcel:
             raise Refused(503, "5.5.1", "BDAT has begun, DATA cannot follow")
-        self.begin_parcel(transaction, dots=True)
-        self.transfer = Transfer(transaction.parcel, transaction.content, None, lambda: self.end_content(transaction),
-                                 self.wire.clock())
-        return Reply(354, "", "go ahead, end with CRLF.CRLF")
+        parcel = self.begin_parcel(transaction, dots=True)
+        await self.keep_back()
+        self.say(Reply(354, "", "go ahead, end with CRLF.CRLF"))
+        await self.receive(parcel, transaction.content, None)
+        await self.deliver(transaction, parcel)
 
-    def do_BDAT(self, argument: str) -> Optional[Reply]:
+    async def do_BDAT(self, argument: str) -> Optional[Reply]:
         """RFC 3030: a chunk is read to its end whatever is wrong, so that the conversation stays in step."""
         match = re.fullmatch(r"(\d{1,15})( +LAST)?", argument.strip(), re.ASCII | re.IGNORECASE)
         if not match:
@@ -7222,29 +7994,16 @@ class SMTPSession(Session):
         count, last = int(match.group(1)), bool(match.group(2))
         try:
             transaction = self.begin_content()
-            if not transaction.parcel:
-                self.begin_parcel(transaction, dots=False)
-        except Refused as refused:
-            reply = refused.reply
-            self.transfer = Transfer(None, Content(dots=False), count, lambda: reply, self.wire.clock())
-        else:
-            self.transfer = Transfer(transaction.parcel, transaction.content, count,
-                                     lambda: self.end_chunk(transaction, count, last), self.wire.clock())
-        return None
-
-    def end_chunk(self, transaction: Transaction, count: int, last: bool) -> Reply:
-        assert transaction.parcel
-        if not last and not transaction.parcel.draft.too_large:
+            parcel = transaction.parcel or self.begin_parcel(transaction, dots=False)
+        except Refused:
+            await self.receive(None, Content(dots=False), count)
+            raise
+        await self.receive(parcel, transaction.content, count)
+        if not last and not parcel.draft.too_large:
             return Reply(250, "2.0.0", "%d bytes" % count)
-        self.write_content(transaction.parcel, transaction.content.end())
-        return self.end_content(transaction)
-
-    def begin_parcel(self, transaction: Transaction, dots: bool) -> None:
-        self.raise_content_fault("data", transaction.envelope)
-        if self.tape:
-            self.tape.begin()
-        transaction.parcel = self.site.post.begin(transaction.envelope, transaction.destinations)
-        transaction.content = Content(dots)
+        self.write_content(parcel, transaction.content.end())
+        await self.deliver(transaction, parcel)
+        return None
 
     def begin_content(self) -> Transaction:
         if not self.transaction:
@@ -7253,68 +8012,83 @@ class SMTPSession(Session):
             raise Refused(554, "5.5.1", "no valid recipients")
         return self.transaction
 
-    def take_content(self) -> None:
-        """Take a block of content.
+    def begin_parcel(self, transaction: Transaction, dots: bool) -> Parcel:
+        self.raise_content_fault("data", transaction.envelope)
+        if self.tape:
+            self.tape.begin()
+        transaction.parcel = self.site.post.begin(transaction.envelope, transaction.destinations)
+        transaction.content = Content(dots)
+        return transaction.parcel
+
+    async def receive(self, parcel: Optional[Parcel], content: Content, left: Optional[int]) -> None:
+        """Read `left` bytes of content, None: up to its end, into the parcel, None: nowhere.
 
         What is too large is read and forgotten, but not for ever. The deadline moves with what arrives, at MIN_RATE: a
-        client that drips runs into it.
+        client that drips runs into it, and so does one that is silent for --timeout, whatever came before.
         """
-        transfer, wire = self.transfer, self.wire
-        assert transfer
-        if wire.clock() >= wire.deadline:
-            raise TimedOut
-        size = BIG_BLOCK if transfer.left is None else min(BIG_BLOCK, transfer.left)
-        data = wire.take(size, park=EPOLL) if size else b""
-        block = transfer.content.feed(data)
-        transfer.total += len(data)
-        if transfer.parcel:
-            self.write_content(transfer.parcel, block)
-        if transfer.left is not None:
-            transfer.left -= len(data)
-        if transfer.content.finished or transfer.left == 0:
-            wire.input[:0] = transfer.content.rest
-            wire.renew()
-            self.transfer = None
-            self.respond("content", transfer.done)
-        elif transfer.total > 2 * self.site.config.max_size + (1 << 26):
-            self.say(Reply(552, "5.3.4", "message larger than %d bytes" % self.site.config.max_size, close=True))
-        else:
-            wire.deadline = transfer.started + wire.timeout + transfer.total / MIN_RATE
+        wire, total = self.wire, 0
+        started, much = wire.clock(), 2 * self.site.config.max_size + (1 << 26)
+        self.busy = True
+        try:
+            while left != 0 and not content.finished:
+                data = await wire.take(BIG_BLOCK if left is None else min(BIG_BLOCK, left))
+                block = content.feed(data)
+                total += len(data)
+                if parcel:
+                    self.write_content(parcel, block)
+                if left is not None:
+                    left -= len(data)
+                if total > much:
+                    raise Refused(552, "5.3.4", "message larger than %d bytes" % self.site.config.max_size, close=True)
+                wire.deadline = min(wire.clock(), started + total / MIN_RATE) + wire.timeout
+        finally:
+            self.busy = False
+        wire.input[:0] = content.rest
+        wire.renew()
 
     def write_content(self, parcel: Parcel, block: bytes) -> None:
         parcel.draft.write(block)
         if self.tape:
             self.tape.block(block)
 
-    def end_content(self, transaction: Transaction) -> Reply:
-        """Deliver, and answer for the message; the 250 is a promise."""
+    async def deliver(self, transaction: Transaction, parcel: Parcel) -> None:
+        """Put a message on disk and answer for it; then tell those who wait for mail. Refused."""
         self.transaction = None
-        parcel, envelope = transaction.parcel, transaction.envelope
-        assert parcel
-        envelope.eightbit = parcel.draft.eightbit
+        self.busy = True
+        try:
+            await self.ask_all(transaction, parcel)
+            refused = await wait(parcel)
+            if refused:
+                if self.site.recorder:
+                    self.site.recorder.forget(parcel.draft.id)
+                raise refused
+        finally:
+            self.busy = False
+        self.idle = 0
+        self.say(self.answer(parcel))
+        await self.wire.flush()                     # the client has its 250 before anybody else hears of the message
+        if self.tape:
+            self.tape.restart()
+        self.site.accepted(parcel)
+        if self.site.follow_up:
+            follow_up = self.site.follow_up
+            await wait(lambda: follow_up(parcel))
+
+    async def ask_all(self, transaction: Transaction, parcel: Parcel) -> None:
+        """Ask who has a say in a message that is there as a whole; Refused, and then nothing of it is left."""
+        door, envelope = self.site.door, transaction.envelope
         try:
             self.raise_content_fault("end", envelope)
-            if type(self.site.policy) is not Policy:
-                parcel.draft.complete()
-                self.site.ask_policy("on_message", envelope, parcel.draft.path)
+            await self.keep_back()
+            if door.asks_policy:
+                await wait(lambda: door.finish(parcel))
+            else:
+                door.finish(parcel)
             if self.tape:
                 self.tape.save(envelope, transaction.content, parcel)
-        except BaseException as error:
+        except BaseException:
             parcel.draft.discard()
-            if isinstance(error, OSError):
-                raise self.site.post.disk_refusal(parcel, error) from error
             raise
-        self.delivered = parcel
-        if EPOLL:
-            self.site.committer.add(parcel, self.committed)
-            raise Suspended
-        try:
-            self.site.post.commit(parcel)
-        except Refused:
-            if self.site.recorder:
-                self.site.recorder.forget(parcel.draft.id)
-            raise
-        return self.answer(parcel)
 
     def answer(self, parcel: Parcel) -> Reply:
         envelope = parcel.envelope
@@ -7323,30 +8097,7 @@ class SMTPSession(Session):
               size=parcel.draft.size, seconds=round(time.monotonic() - self.started, 4))
         return Reply(250, "2.0.0", "accepted as " + envelope.id)
 
-    def committed(self, refused: Optional[Refused]) -> None:
-        """Answer for a message that another session's thread committed. Must not wait, so nothing but the reply here."""
-        parcel = self.delivered
-        assert parcel
-        if refused and self.site.recorder:
-            self.site.recorder.forget(parcel.draft.id)
-        self.say(self.count_errors(refused.reply if refused else self.answer(parcel)))
-        sent = self.wire.send_some()
-        if refused:
-            self.delivered = None
-        elif sent and self.site.prompt:
-            self.follow_up()
-        more = bool(self.delivered or self.wire.output or self.wire.input or self.over)
-        self.wire.ready = not more
-        self.site.pool.watch(self.wire.sock.fileno(), self.turn, self.wire.deadline, now=more)
-
-    def resume(self) -> None:
-        if self.delivered:
-            self.follow_up()
-
     # The rest.
-
-    def in_flight(self) -> bool:
-        return bool(self.delivered or self.transfer)
 
     def do_RSET(self, argument: str) -> Reply:
         if argument:
@@ -7377,26 +8128,28 @@ class SMTPSession(Session):
             raise Refused(501, "5.5.4", "QUIT takes no argument")
         return Reply(221, "2.0.0", self.site.hostname + " says goodbye", close=True)
 
-    def ended(self) -> None:
-        self.drop_transaction()
-
 
 CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
 
-def decode_argument(argument: bytes) -> str:
-    """Return a command's argument as text; Refused 501 for what is not UTF-8 or has control characters (RFC 6531)."""
+def decode_argument(argument: bytes, lenient: bool = False) -> str:
+    """Return a command's argument as text; Refused 501 for what is not UTF-8 or has control characters (RFC 6531).
+
+    With `lenient`, what is not UTF-8 is Latin-1.
+    """
     try:
         text = argument.decode("utf-8").rstrip(" \t")
     except UnicodeDecodeError:
-        raise Refused(501, "5.5.2", "not UTF-8") from None
+        if not lenient:
+            raise Refused(501, "5.5.2", "not UTF-8") from None
+        text = argument.decode("latin-1").rstrip(" \t")
     if CONTROL.search(text):
         raise Refused(501, "5.5.2", "control characters")
     return text
 
 
 # ======================================================================================================================
-# 15  POP3.  RFC 1939 with TOP, UIDL, CAPA (RFC 2449), AUTH PLAIN (RFC 5034), STLS (RFC 2595).  Optional.
+# 15  POP3.  RFC 1939 with TOP, UIDL, CAPA (RFC 2449), AUTH PLAIN (RFC 5034), STLS (RFC 2595), UTF8 (RFC 6856).  Optional.
 # ======================================================================================================================
 
 class POP3Session(Session):
@@ -7407,52 +8160,48 @@ class POP3Session(Session):
     timeout = 600.0
     name = ""
     lock = -1
+    ASKS_BOOK = ("PASS", "AUTH")
+    BEFORE = ("USER", "PASS", "AUTH", "CAPA", "STLS", "QUIT", "NOOP", "UTF8")   # the AUTHORIZATION state (RFC 1939 section 4)
+    ONLY_BEFORE = ("USER", "PASS", "AUTH", "STLS")
+    IDLE = ("NOOP", "CAPA", "UTF8", "RSET", "USER")     # lead nowhere, and have an end some time
 
-    def greet(self) -> None:
-        text = self.fault("connect", self.client)
+    def greeting(self) -> bytes:
         self.items: List[Item] = []
         self.deleted: Set[int] = set()
+        self.total = 0                              # bytes in the messages that are not deleted
         self.fetched = self.bytes = self.removed = 0
-        self.wire.send(b"+OK minimail POP3 server ready\r\n" if text is None else self.faulty(text))
+        text = self.fault("connect", self.client)
+        return b"+OK minimail POP3 server ready\r\n" if text is None else \
+            b"-ERR %s\r\n" % (text.partition(" ")[2] or "because a fault rule says so").encode()
 
-    @staticmethod
-    def faulty(text: str) -> bytes:
-        return b"-ERR %s\r\n" % (text.partition(" ")[2] or "because a fault rule says so").encode()
+    def ask(self, method: Any, name: str, argument: bytes) -> Any:
+        if self.user is None and name not in self.BEFORE:
+            raise Refused(500, "", "log in first")
+        if self.user is not None and name in self.ONLY_BEFORE:
+            raise Refused(500, "", "you are logged in")
+        self.idle = self.idle + 1 if name in self.IDLE else 0
+        if self.idle > MAX_IDLE_COMMANDS:
+            raise Refused(500, "", "so many commands that lead nowhere", close=True)
+        return method(argument)
 
-    def command(self, line: bytes) -> None:
-        verb, _, argument = line.partition(b" ")
-        name = verb.decode("ascii", "replace").upper()
-        method = getattr(self, "do_" + name, None) if name.isalpha() else None
-        if log.isEnabledFor(logging.DEBUG):
-            log.debug("%s > %s", self.client, printable(line) if name not in ("PASS", "AUTH") else name + " ***")
-        try:
-            if method is None:
-                raise Refused(500, "", "no such command")
-            if self.user is None and name not in ("USER", "PASS", "AUTH", "CAPA", "STLS", "QUIT", "NOOP"):
-                raise Refused(500, "", "log in first")
-            if self.user is not None and name in ("USER", "PASS", "AUTH", "STLS"):
-                raise Refused(500, "", "you are logged in")
-            answer = method(argument)
-        except Refused as refused:
-            answer = b"-ERR %s\r\n" % printable(refused.reply.text).encode("utf-8", "replace")
-            event("refused", protocol="pop3", client=self.client, verb=printable(name, 20), reason=refused.reply.text)
-            self.errors += name not in ("RETR", "TOP", "DELE", "LIST", "UIDL")
-            self.over = self.over or refused.reply.close or self.errors >= MAX_ERRORS
-        except (Disconnected, Silent, Suspended, TimedOut):
-            raise
-        except OSError as error:
-            log.warning("%s from %s: %s", name, self.client, error)
-            answer = b"-ERR [SYS/TEMP] %s\r\n" % (error.strerror or "error").encode()
-        except Exception:
-            log.exception("%s from %s failed", name, self.client)
-            answer = b"-ERR [SYS/TEMP] something went wrong here\r\n"
+    def not_a_command(self, line: bytes, name: str) -> NoReturn:
+        raise Refused(500, "", "no such command", close=self.is_no_client(line))
+
+    def refuse(self, name: str, refused: Refused) -> bytes:
+        event("refused", protocol="pop3", client=self.client, verb=printable(name, 20) if hasattr(self, "do_" + name) else "",
+              reason=refused.reply.text)
+        self.errors += name not in ("RETR", "TOP", "DELE", "LIST", "UIDL")
+        self.over = self.over or refused.reply.close or self.errors >= MAX_ERRORS
+        return b"-ERR %s\r\n" % printable(refused.reply.text).encode("utf-8", "replace")
+
+    def trouble(self, error: Exception) -> bytes:
+        reason = error.strerror or "error" if isinstance(error, OSError) else "something went wrong here"
+        return b"-ERR [SYS/TEMP] %s\r\n" % reason.encode()
+
+    async def tell(self, answer: bytes) -> None:
+        await self.keep_back()
         self.wire.send(answer)
-
-    def too_long(self) -> None:
-        self.errors += 1
-        self.over = self.errors >= MAX_ERRORS
-        self.wire.renew()
-        self.wire.send(b"-ERR line too long\r\n")
+        await self.wire.drain()
 
     def raise_fault(self, stage: str, subject: str = "") -> None:
         text = self.fault(stage, subject)
@@ -7476,18 +8225,18 @@ class POP3Session(Session):
         """RFC 6856: what we send has always been raw."""
         return b"+OK\r\n"
 
-    def do_STLS(self, argument: bytes) -> bytes:
+    async def do_STLS(self, argument: bytes) -> bytes:
         if self.wire.tls or not self.site.certificates:
             raise Refused(500, "", "TLS is on already" if self.wire.tls else "no TLS here")
         self.wire.send(b"+OK go ahead\r\n")
-        self.start_tls()
+        await self.start_tls()
         self.name = ""
         return b""
 
     def check_privacy(self) -> None:
         if not self.may_log_in:
             raise Refused(500, "", "[AUTH] log in over TLS only")
-        if self.site.throttle.shut_out(self.client):
+        if not self.site.config.capture and self.site.throttle.shut_out(self.client):
             raise Refused(500, "", "[AUTH] too many wrong passwords, come back later", close=True)
 
     def do_USER(self, argument: bytes) -> bytes:
@@ -7497,14 +8246,14 @@ class POP3Session(Session):
             raise Refused(500, "", "USER address")
         return b"+OK now PASS\r\n"
 
-    def do_PASS(self, argument: bytes) -> bytes:
+    async def do_PASS(self, argument: bytes) -> bytes:
         self.check_privacy()
         if not self.name:
             raise Refused(500, "", "USER comes first")
         name, self.name = self.name, ""
-        return self.log_in(name, argument.decode("utf-8", "surrogateescape"))
+        return await self.open_mailbox(name, argument.decode("utf-8", "surrogateescape"))
 
-    def do_AUTH(self, argument: bytes) -> bytes:
+    async def do_AUTH(self, argument: bytes) -> bytes:
         """RFC 5034."""
         mechanism, _, response = argument.strip().partition(b" ")
         if not mechanism:
@@ -7515,28 +8264,29 @@ class POP3Session(Session):
         if not response:
             self.wire.send(b"+ \r\n")
             try:
-                response = self.wire.line(MAX_AUTH_LINE)
+                response = await self.wire.line(MAX_AUTH_LINE)
             except LineTooLong:
                 raise Refused(500, "", "response too long") from None
             if response == b"*":
                 raise Refused(500, "", "cancelled")
         try:
-            name, password = sasl_plain(b"" if response == b"=" else response)
+            name, password = sasl_plain(b"" if response == b"=" else response, self.site.config.capture)
         except ValueError:
             raise Refused(500, "", "bad AUTH response") from None
-        return self.log_in(name, password)
+        return await self.open_mailbox(name, password)
 
-    def log_in(self, name: str, password: str) -> bytes:
+    async def open_mailbox(self, name: str, password: str) -> bytes:
         self.raise_fault("pop3-login", lower(name))
-        user = self.site.log_in(self.client, name, password)
+        user, mailboxes = await self.log_in(name, password), self.site.mailboxes
         if user is None:
             raise Refused(500, "", "[AUTH] name and password do not fit")
         try:
-            self.lock = self.site.mailboxes.lock(user)
+            self.lock = mailboxes.lock(user)
         except BlockingIOError:
             raise Refused(500, "", "[IN-USE] another session has this mailbox") from None
-        with self.wire.blocked():
-            self.items = self.site.mailboxes.listing(user)
+        items = mailboxes.remembered(user)
+        self.items = await wait(lambda: mailboxes.listing(user)) if items is None else items
+        self.total = sum([item.size for item in self.items])
         self.user = user
         event("login", protocol="pop3", client=self.client, user=printable(user), messages=len(self.items))
         return b"+OK %d messages\r\n" % len(self.items)
@@ -7550,44 +8300,48 @@ class POP3Session(Session):
             raise Refused(500, "", "no such message")
         return index, self.items[index]
 
-    def present(self) -> Iterator[Tuple[int, Item]]:
-        return ((i + 1, item) for i, item in enumerate(self.items) if i not in self.deleted)
-
     def do_STAT(self, argument: bytes) -> bytes:
-        return b"+OK %d %d\r\n" % (len(self.items) - len(self.deleted), sum(item.size for _, item in self.present()))
+        return b"+OK %d %d\r\n" % (len(self.items) - len(self.deleted), self.total)
 
-    def do_LIST(self, argument: bytes) -> bytes:
+    async def do_LIST(self, argument: bytes) -> bytes:
+        return await self.list(argument, lambda item: item.size)
+
+    async def do_UIDL(self, argument: bytes) -> bytes:
+        return await self.list(argument, lambda item: item.uid)
+
+    async def list(self, argument: bytes, about: Callable[[Item], Union[int, str]]) -> bytes:
+        """Say something about one message or, some at a time, about all."""
         if argument.strip():
             index, item = self.item(argument)
-            return b"+OK %d %d\r\n" % (index + 1, item.size)
-        return ("+OK\r\n%s.\r\n" % "".join(["%d %d\r\n" % (n, item.size) for n, item in self.present()])).encode()
+            return ("+OK %d %s\r\n" % (index + 1, about(item))).encode()
+        self.wire.send(b"+OK\r\n")
+        for start in range(0, len(self.items), MAX_LISTED):
+            lines = ["%d %s\r\n" % (number, about(item)) for number, item in enumerate(
+                self.items[start:start + MAX_LISTED], start + 1) if number - 1 not in self.deleted]
+            self.wire.send("".join(lines).encode())
+            if start:
+                await self.wire.drain()
+                await wait(TURN)
+        return b".\r\n"
 
-    def do_UIDL(self, argument: bytes) -> bytes:
-        if argument.strip():
-            index, item = self.item(argument)
-            return b"+OK %d %s\r\n" % (index + 1, item.uid.encode())
-        return ("+OK\r\n%s.\r\n" % "".join(["%d %s\r\n" % (n, item.uid) for n, item in self.present()])).encode()
-
-    def do_RETR(self, argument: bytes) -> bytes:
-        index, item = self.item(argument)
+    async def do_RETR(self, argument: bytes) -> bytes:
+        item = self.item(argument)[1]
         self.raise_fault("pop3-retr", self.user or "")
         fd = self.open(item)
         try:
-            content = pread(fd, item.size + 1, 0) if item.size <= BIG_BLOCK else b""
+            content = pread(fd, item.size + 1, 0) if item.size <= BLOCK else b""
             if len(content) == item.size:
-                self.wire.send(b"+OK %d octets\r\n%s.\r\n" % (item.size, stuff_dots(content, True)))
-            elif os.fstat(fd).st_size != item.size:
-                self.send_converted(fd, item.size)
-            elif content:
-                raise Refused(500, "", "[SYS/TEMP] the message is changing")
+                answer = b"+OK %d octets\r\n%s.\r\n" % (item.size, stuff_dots(content, True))
             else:
-                with self.wire.blocked():
-                    self.send_blocks(fd, item.size)
+                native = os.fstat(fd).st_size == item.size
+                self.wire.send(b"+OK %d octets\r\n" % item.size)
+                await (self.send_blocks(fd, item.size) if native else self.send_converted(fd, None))
+                answer = b".\r\n"
         finally:
             os.close(fd)
         self.fetched += 1
         self.bytes += item.size
-        return b""
+        return answer
 
     def open(self, item: Item) -> int:
         try:
@@ -7595,87 +8349,89 @@ class POP3Session(Session):
         except FileNotFoundError:
             raise Refused(500, "", "[SYS/TEMP] the message is gone: another program removed it") from None
 
-    def send_blocks(self, fd: int, size: int) -> None:
-        """Send a large message: what has no leading dots goes from file to socket in the kernel."""
-        self.wire.send(b"+OK %d octets\r\n" % size)
+    async def send_blocks(self, fd: int, size: int) -> None:
+        """Send a large message of ours: what has no leading dots goes from file to socket in the kernel."""
         offset, line_start = 0, True
         while offset < size:
             self.wire.renew()
             block = pread(fd, BIG_BLOCK, offset)
             if not block:
-                self.cut()                          # truncated meanwhile: the promised length cannot be kept
-            while block.endswith(b"\r") and len(block) > 1:
+                raise Disconnected                  # truncated meanwhile: the promised length cannot be kept
+            if block.endswith(b"\r") and len(block) > 1:
                 block = block[:-1]                  # never cut a CRLF in two
             if b"." in block and (LEADING_DOT.search(block) or (line_start and block.startswith(b"."))):
                 self.wire.send(stuff_dots(block, line_start))
+                await self.wire.flush()
             else:
-                self.wire.send_file(fd, offset, len(block))
+                await self.wire.send_file(fd, offset, len(block))
             line_start = block.endswith(b"\n")
             offset += len(block)
-        self.wire.send(b".\r\n")
+            await wait(TURN)
 
-    def send_converted(self, fd: int, size: int) -> None:
-        """Send a message that another program stored with other line ends."""
-        self.wire.send(b"+OK %d octets\r\n" % size)
-        line_start, tail = True, b""
-        with open(os.dup(fd), "rb") as file:
-            for block in iter(lambda: file.read(BIG_BLOCK), b""):
-                self.wire.renew()
-                block = tail + block
-                tail = b"\r" if block.endswith(b"\r") else b""
-                block = re.sub(rb"(?<!\r)\n", b"\r\n", block[:-1] if tail else block)
-                if block:
-                    self.wire.send(stuff_dots(block, line_start))
-                    line_start = block.endswith(b"\n")
-        self.wire.send(tail + (b"" if line_start and not tail else b"\r\n") + b".\r\n")
+    async def send_converted(self, fd: int, lines: Optional[int]) -> None:
+        """Send a message with CRLF line ends, whoever stored it; with `lines`, its header and so many lines of the body."""
+        text, offset = Stuffed(), 0
+        top = Top(lines) if lines is not None else None
+        while not (top and top.is_done):
+            self.wire.renew()
+            block = pread(fd, BLOCK, offset)
+            data = text.lines(block) if block else text.last_end()
+            self.wire.send(text.stuff(top.cut(data) if top else data))
+            if not block:
+                break
+            offset += len(block)
+            await self.wire.drain()
+            await wait(TURN)
 
-    def do_TOP(self, argument: bytes) -> bytes:
+    async def do_TOP(self, argument: bytes) -> bytes:
         words = argument.split()
         if len(words) != 2 or not words[1].isdigit() or len(words[1]) > 9:
             raise Refused(500, "", "TOP message lines")
-        _, item = self.item(words[0])
-        fd = self.open(item)
-        with open(fd, "rb") as file:
+        fd = self.open(self.item(words[0])[1])
+        try:
             self.wire.send(b"+OK\r\n")
-            body, left = False, int(words[1])
-            for line in file:
-                if body and left <= 0:
-                    break
-                left -= body
-                body = body or line in (b"\r\n", b"\n")
-                line = line.rstrip(b"\r\n") if len(line) < 1000 else line[:-2] if line.endswith(b"\r\n") else line[:-1]
-                self.wire.send(b".%s\r\n" % line if line.startswith(b".") else line + b"\r\n")
+            await self.send_converted(fd, int(words[1]))
+        finally:
+            os.close(fd)
         return b".\r\n"
 
     def do_DELE(self, argument: bytes) -> bytes:
-        self.deleted.add(self.item(argument)[0])
+        index, item = self.item(argument)
+        self.deleted.add(index)
+        self.total -= item.size
         return b"+OK gone at QUIT\r\n"
 
     def do_RSET(self, argument: bytes) -> bytes:
+        self.total += sum([self.items[index].size for index in self.deleted])
         self.deleted.clear()
         return b"+OK\r\n"
 
     def do_NOOP(self, argument: bytes) -> bytes:
         return b"+OK\r\n"
 
-    def do_QUIT(self, argument: bytes) -> bytes:
+    async def do_QUIT(self, argument: bytes) -> bytes:
         """RFC 1939 section 6: only here is anything removed."""
         self.over = True
         if self.user is None:
             return b"+OK\r\n"
         self.raise_fault("pop3-quit", self.user)
-        failed = 0
-        for index in sorted(self.deleted):
-            try:
-                self.site.mailboxes.delete(self.user, self.items[index])
-            except OSError as error:
-                log.warning("cannot remove %s: %s", self.items[index].name, error)
-                failed += 1
+        failed: int = await wait(self.remove) if len(self.deleted) > MAX_REMOVED else self.remove()
         self.removed = len(self.deleted) - failed
         self.release()
         if failed:
             return b"-ERR [SYS/PERM] %d deleted messages not removed\r\n" % failed
         return b"+OK\r\n"
+
+    def remove(self) -> int:
+        """Remove what is marked as deleted; return how much of it could not be."""
+        failed = 0
+        for index in sorted(self.deleted):
+            try:
+                self.site.mailboxes.delete(self.user or "", self.items[index])
+            except OSError as error:
+                log.warning("cannot remove %s: %s", self.items[index].name, error)
+                failed += 1
+        return failed
 
     def release(self) -> None:
         if self.lock >= 0:
@@ -7689,7 +8445,57 @@ class POP3Session(Session):
                   deleted=self.removed)
 
 
-REGISTRY["pop3"] = POP3Session
+class Top:
+    """The beginning of a message: its header and so many lines of the body (RFC 1939 section 7); blocks have CRLF ends."""
+
+    def __init__(self, lines: int) -> None:
+        self.left = lines
+        self.is_done = False
+        self._in_body = False
+        self._tail = b"\r\n"                        # what came last: an empty line may begin in it
+
+    def cut(self, data: bytes) -> bytes:
+        """Return as much of a block as belongs to it."""
+        start = 0
+        if not self._in_body:
+            found = (self._tail + data).find(b"\r\n\r\n")
+            if found < 0:
+                self._tail = (self._tail + data)[-3:]
+                return data
+            self._in_body = True
+            start = max(0, found + 4 - len(self._tail))
+        count = data.count(b"\n", start)
+        if count < self.left:
+            self.left -= count
+            return data
+        self.is_done = True
+        return data[:nth_line_end(data, start, self.left)]
+
+
+def nth_line_end(data: bytes, start: int, count: int) -> int:
+    """Return where the first `count` lines from `start` end; there are as many. Halves what is searched, for long blocks."""
+    low, high = start, len(data)
+    while count and high - low > 1:
+        middle = (low + high) // 2
+        found = data.count(b"\n", low, middle)
+        if found >= count:
+            high = middle
+        else:
+            low, count = middle, count - found
+    return high if count else start
+
+
+class POP3Extension(Extension):
+    """The POP3 listeners."""
+
+    name = "pop3"
+
+    def listeners(self, config: Config) -> List[Any]:
+        return [Listener("pop3", endpoint, POP3Session) for endpoint in config.pop3] + [
+            Listener("pop3s", endpoint, POP3Session, tls=True) for endpoint in config.pop3s]
+
+
+EXTENSIONS.append(POP3Extension())
 
 
 # ======================================================================================================================
@@ -7720,28 +8526,37 @@ class Node:
             given.setdefault("pop3", "off")
         if data is not None:
             given["data"] = data
-        self.config = Config(**read_options(given, lambda name: name))
-        if self.config.workers != 1:
+        config = Config(**read_options(given, lambda name: name))
+        if config.workers != 1:
             raise ValueError("workers: only the command line forks; start several nodes on one data directory instead")
-        self._temporary = data is None
+        self._set_up(config, data is None, on_message, policy, clock, resolver, zone)
+
+    @classmethod
+    def from_config(cls, config: Config) -> "Node":
+        """Return the node of a command line."""
+        node = cls.__new__(cls)
+        node._set_up(config, False, None, None, time.time, None, None)
+        return node
+
+    def _set_up(self, config: Config, temporary: bool, on_message: Optional[Callable[[Message], Any]],
+                policy: Optional[Policy], clock: Callable[[], float], resolver: Any, zone: Any) -> None:
+        self.config = config
+        self.clock, self.resolver, self.zone = clock, resolver, zone
+        self._temporary = temporary
         self._on_message = on_message
-        self._policy = policy or Policy()
-        self._clock = clock
-        self._resolver = resolver if zone is None else optional_section("relay")["Zone"](zone).resolver()
-        self._listeners: List[Listener] = []
+        self._policy = policy
+        self._listeners: List[Any] = []
         self._certificates: Optional[Certificates] = None
-        self._connections = Connections(self.config.max_connections, self.config.max_per_client)
+        self.connections = Connections(config.max_connections, config.max_per_client, config.workers)
+        self.throttle = Throttle()
         self._arrived = threading.Condition()
         self._arrivals = 0
-        self._hearing: Optional[threading.Event] = None     # set once other processes are heard ...
-        self._ear: Optional[socket.socket] = None           # ... here
-        self._relay: Any = None
         self._running = False
         self.started_at = 0.0
         self.accepted = self.accepted_bytes = 0     # messages, since the start
         self.stores: Optional[Stores] = None
         self.site: Optional[Site] = None
-        self.data = "" if self._temporary else os.path.abspath(self.config.data)
+        self.data = "" if temporary else os.path.abspath(config.data)
 
     # Coming and going.
 
@@ -7763,19 +8578,15 @@ class Node:
         config = self.config
         if config.tls_cert:
             self._certificates = Certificates(config.tls_cert, config.tls_key)
-        elif config.smtps or config.pop3s:
-            raise CannotRun("--smtps and --pop3s need --tls-cert FILE")
-        pop3 = REGISTRY.get("pop3")
-        web = config.web if config.web is not None else ()
-        kinds: List[Tuple[str, Any, Sequence[Endpoint], bool]] = [
-            ("smtp", SMTPSession, config.smtp, False), ("smtps", SMTPSession, config.smtps, True),
-            ("pop3", pop3, config.pop3 if pop3 else (), False), ("pop3s", pop3, config.pop3s if pop3 else (), True),
-            ("web", optional_section("web")["Session"] if web else None, web, False)]
-        site: Any = None                            # serve() makes it: after a fork, and as the user that runs
+        elif config.smtps or config.pop3s or config.webs:
+            raise CannotRun("--smtps, --pop3s and --webs need --tls-cert FILE")
         try:
-            for name, session, endpoints, tls in kinds:
-                for endpoint in endpoints:
-                    self._listeners.append(Listener(site, name, endpoint, session, tls))
+            for endpoint in config.smtp:
+                self._listeners.append(Listener("smtp", endpoint, SMTPSession))
+            for endpoint in config.smtps:
+                self._listeners.append(Listener("smtps", endpoint, SMTPSession, tls=True))
+            for section in EXTENSIONS:
+                self._listeners += section.listeners(config)
         except BaseException:
             self._close_listeners()
             raise
@@ -7787,62 +8598,51 @@ class Node:
 
     def serve(self) -> None:
         """Begin to take connections on the bound ports."""
-        config = self.config
         try:
             if self._temporary:
                 self.data = tempfile.mkdtemp(prefix="minimail-")
-            self.stores = stores = open_stores(dataclasses.replace(config, data=self.data), self._clock)
-            site = Site(config, stores.hostname, stores.mailboxes, stores.accounts, stores.book, stores.post,
-                        Committer(stores.post), Pool(),
-                        self._connections, Throttle(), self._policy, self._certificates, accepted=self._accepted,
-                        prompt=self._on_message is None and not config.keep)
-            self.site = site
-            section = REGISTRY.get("web")
-            if section:
-                section["equip"](site, self)
-            if stores.post.queue:
-                dns = list(config.dns)
-                own = [listener.endpoint for listener in self._listeners if listener.name == "smtp"]
-                self._relay = optional_section("relay")["Relay"](config, stores, dns, own, self._clock, self._resolver)
+            self.stores = stores = open_stores(dataclasses.replace(self.config, data=self.data), self.clock, self._policy)
+            stores.book.refresh()
+            loop = Loop(stores.post.commit_all, stores.post.is_heavy)
+            follow_up = self._follow_up if self._on_message or self.config.keep or self.config.max_age else None
+            self.site = site = Site(
+                self.config, stores.hostname, stores.mailboxes, stores.accounts, stores.book, stores.post, stores.door, loop,
+                self.connections, self.throttle, self._certificates, accepted=self._accepted, follow_up=follow_up)
+            self._running = True
+            for section in EXTENSIONS:
+                section.equip(self)
+            for listener in self._listeners:
+                listener.listen(site)
+            loop.start()
+            self.started_at = time.time()
+            for section in EXTENSIONS:
+                section.start(self)
+            loop.crew.do(self._sweep)
         except OSError as error:
+            self.stop()
             self._undo_start()
             raise CannotRun(error.errno or errno.EIO, "cannot use the data directory %s: %s" % (
-                self.data, error.strerror or error)) from None
+                self.data or self.config.data, error.strerror or error)) from None
         except BaseException:
+            self.stop()
             self._undo_start()
             raise
-        site.pool.committer = site.committer
-        site.committer.blocked = site.pool.blocked
-        site.pool.start()
-        for listener in self._listeners:
-            listener.site = site
-            listener.listen()
-        if self._relay:
-            self._relay.start()
-        self._running = True
-        self.started_at = time.time()
-        site.pool.own_thread(lambda expired: self._sweep(stores))
-        if site.inbox:
-            self._hear_others()
 
-    def _sweep(self, stores: "Stores") -> None:
+    def _sweep(self) -> None:
         """Clean up what dead processes left behind."""
-        stores.storage.sweep()
-        stores.mailboxes.sweep()
+        if self.stores:
+            self.stores.mailboxes.sweep()
         if self.site and self.site.recorder:
             self.site.recorder.sweep()
 
     def _undo_start(self) -> None:
         self._close_listeners()
         if self.stores:
-            self.stores.accounts.close()
-            self.stores.storage.close()
-        if self.site:
-            self.site.pool.close()
+            self.stores.accounts.hashing.close()
         if self._temporary and self.data:
             shutil.rmtree(self.data, ignore_errors=True)
             self.data = ""
-        self.stores = self.site = self._relay = self._hearing = None
+        self.stores = self.site = None
 
     def stop(self) -> None:
         """End all sessions, each once its message in flight is done, all within 10 seconds; nothing when stopped."""
@@ -7851,32 +8651,13 @@ class Node:
         self._running = False
         site, deadline = self.site, time.monotonic() + SHUTDOWN_GRACE
         site.stopping = True
-        for listener in self._listeners:
-            listener.stop()
-        self._listeners = []
-        if self._relay:
-            self._relay.stop()
-        site.pool.expire_all()
-        for session in list(site.sessions):
-            session.hurry()
         with self._arrived:
             self._arrived.notify_all()              # who waits for mail
-        if site.inbox:
-            site.inbox.tell("stop")
-        if self._ear:
-            with contextlib.suppress(OSError):
-                self._ear.shutdown(socket.SHUT_RDWR)    # not everywhere, but that works without the directory
-        self.stores.storage.wake("mail", own=True) if self.stores else None
-        while site.sessions and time.monotonic() < deadline:
-            site.committer.run()                    # what this thread's turns of the sessions brought in
-            with self._arrived:
-                self._arrived.wait(0.02)
-        for session in list(site.sessions):
-            with contextlib.suppress(OSError):
-                session.wire.sock.shutdown(socket.SHUT_RDWR)
-        site.pool.close()
-        if self._relay:
-            self._relay.join(max(0.1, deadline - time.monotonic()))
+        for section in EXTENSIONS:
+            section.stop(self)
+        site.loop.stop(SHUTDOWN_GRACE)
+        for section in EXTENSIONS:
+            section.join(self, max(0.1, deadline - time.monotonic()))
         self._undo_start()
 
     # Where it is.
@@ -7912,62 +8693,36 @@ class Node:
     # The mail in it.
 
     def _accepted(self, parcel: Parcel) -> None:
-        """The client has its 250: wake who waits, tell who asked."""
-        assert self.stores
+        """The client has its 250: wake who waits."""
         self.accepted += 1
         self.accepted_bytes += parcel.draft.size
-        self.stores.post.delivered(parcel)
-        self._wake()
-        if self._on_message:
-            try:
-                message = self._message(parcel)
-                if message and self.site:
-                    with self.site.pool.blocked():
-                        self._on_message(message)
-            except Exception:
-                log.exception("on_message failed; the message %s is stored", parcel.draft.id)
-
-    def _wake(self) -> None:
         with self._arrived:
             self._arrivals += 1
             self._arrived.notify_all()
         if self.site and self.site.inbox:
             self.site.inbox.tell("new")
 
-    def _hear_others(self) -> None:
-        """From now on wake who waits also for mail that other processes deliver, and bounces."""
-        assert self.stores and self.site
-        with self._arrived:
-            first = self._hearing is None
-            begun = self._hearing = self._hearing or threading.Event()
-        if first:
-            stores = self.stores
+    def _follow_up(self, parcel: Parcel) -> None:
+        """Do what follows a delivery and may take long; in a thread."""
+        stores, site = self.stores, self.site
+        if not stores or not site:
+            return
+        for mailbox in parcel.mailboxes if self.config.keep or self.config.max_age else ():
+            stores.mailboxes.prune(mailbox, self.config.keep, self.config.max_age)
+        if self._on_message and parcel.mailboxes:
             try:
-                self.site.pool.own_thread(lambda expired: self._hear(stores, begun))
-            except RuntimeError:
-                self._hearing = None
-                raise
-        begun.wait()
+                self._on_message(self._message(stores, parcel))
+            except Exception:
+                log.exception("on_message failed; the message %s is stored", parcel.draft.id)
 
-    def _hear(self, stores: Stores, begun: threading.Event) -> None:
-        with stores.storage.waker("mail") as sock:
-            self._ear = sock
-            begun.set()
-            while sock and self._running:
-                sock.recv(64)                       # stop() ends it
-                if self._running:
-                    self._wake()
-
-    def _message(self, parcel: Parcel) -> Optional[Message]:
-        """Return the message just delivered, in the first of its mailboxes; None when all of it went elsewhere."""
-        assert self.stores
-        for mailbox in parcel.mailboxes[:1]:
-            name = "%s,S=%d,W=%d" % (self.stores.mailboxes.file_name(parcel.draft.id), parcel.draft.written,
-                                     parcel.draft.written)
-            item = Item(name.partition(",")[0], parcel.draft.written, "new", name)
-            return Message(self.stores.mailboxes, mailbox, item, lambda _: {
-                "sender": parcel.envelope.sender, "recipients": list(map(str, parcel.envelope.recipients))})
-        return None
+    @staticmethod
+    def _message(stores: Stores, parcel: Parcel) -> Message:
+        """Return the message just delivered, in the first of its mailboxes."""
+        size = parcel.draft.written
+        name = "%s,S=%d,W=%d" % (stores.mailboxes.file_name(parcel.draft.id), size, size)
+        item = Item(name.partition(",")[0], size, "new", name)
+        return Message(stores.mailboxes, parcel.mailboxes[0], item, lambda _: {
+            "sender": parcel.envelope.sender, "recipients": list(map(str, parcel.envelope.recipients))})
 
     def _envelope(self, item: Item) -> Optional[Dict[str, Any]]:
         recorder = self.site.recorder if self.site else None
@@ -7986,8 +8741,8 @@ class Node:
 
     def send_due(self) -> None:
         """Look into the queue at once: for tests that give the node a `clock` of their own and have moved it."""
-        if self._relay:
-            self._relay.wake()
+        if self.stores:
+            self.stores.storage.wake("queue")
 
     def _mailbox(self, address: str) -> str:
         assert self.stores
@@ -8012,31 +8767,40 @@ class Node:
         """
         if not self.stores or not self.site:
             raise RuntimeError("the node is not running")
-        deadline = time.monotonic() + timeout
-        if isinstance(match, str):
-            match = optional_section("web")["matcher"](self.site, self, match)
+        fits = extension("web").matcher(self, match) if isinstance(match, str) else match
         verdicts: Dict[Tuple[str, str], bool] = {}
-        self._hear_others()
-        while True:
-            arrivals = self._arrivals
-            found = self.messages(address)
-            for message in found:
+        matching: List[Message] = []
+
+        def look() -> List[Message]:
+            matching.clear()
+            for message in self.messages(address):
                 key = (message.recipient, message.uid)
                 if key not in verdicts:
-                    verdicts[key] = match is None or bool(match(message))  # type: ignore[operator]
-            found = [message for message in found if verdicts[message.recipient, message.uid]]
-            if len(found) >= (count or 1):
-                return found[0] if count is None else found[:count]
+                    verdicts[key] = fits is None or bool(fits(message))
+                if verdicts[key]:
+                    matching.append(message)
+            return matching if len(matching) >= (count or 1) else []
+        found: Optional[List[Message]] = await_mail(self.stores.storage, look, time.monotonic() + timeout, self._pause())
+        if not found:
+            raise TimeoutError("%d of %d messages for %s within %g seconds" % (
+                len(matching), count or 1, address or "anybody", timeout))
+        return found[0] if count is None else found[:count]
+
+    def _pause(self) -> Callable[[float], Optional[bool]]:
+        """Return a sleep for await_mail() that ends when this node takes mail, or stops."""
+        seen = self._arrivals
+
+        def sleep(seconds: float) -> Optional[bool]:
+            nonlocal seen
             with self._arrived:
-                left = deadline - time.monotonic()
-                if left <= 0 or not self._running:
-                    raise TimeoutError("%d of %d messages for %s within %g seconds" % (
-                        len(found), count or 1, address or "anybody", timeout))
-                if self._arrivals == arrivals:
-                    self._arrived.wait(min(left, 3600.0))
+                if self._arrivals == seen and self._running:
+                    self._arrived.wait(seconds)
+                changed, seen = self._arrivals != seen, self._arrivals
+                return (changed or None) if self._running else False
+        return sleep
 
 
-LISTENERS = ("smtp", "smtps", "pop3", "pop3s", "web")
+LISTENERS = ("smtp", "smtps", "pop3", "pop3s", "web", "webs")
 
 
 # ======================================================================================================================
@@ -8047,18 +8811,17 @@ LISTENERS = ("smtp", "smtps", "pop3", "pop3s", "web")
 class Tape:
     """What one SMTP session said and did, as far as it belongs to the message that comes next."""
 
-    MAX_LINES = 4000
-
     def __init__(self, recorder: "Recorder", session: SMTPSession) -> None:
         self.recorder = recorder
         self.session = session
         self.introduction: List[Tuple[str, str]] = []       # what came before the first MAIL: kept for every message
         self.lines: List[Tuple[str, str]] = []
+        self.room = MAX_TRANSCRIPT                  # bytes left
         self.habits: Set[str] = set()               # lint rules that the session as such broke
         self.head = b""
         self.longest = self.column = 0
         with contextlib.suppress(OSError):
-            if not session.wire.tls and session.wire.sock.recv(1, socket.MSG_PEEK | getattr(socket, "MSG_DONTWAIT", 0)):
+            if not session.wire.tls and session.wire.sock.recv(1, socket.MSG_PEEK):
                 self.habits.add("early-talker")
 
     def heard(self, line: bytes, more: bool) -> None:
@@ -8066,7 +8829,7 @@ class Tape:
         if more:
             self.habits.add("pipelining")
         if line[:4].upper() == b"MAIL" and not self.introduction:
-            self.introduction, self.lines = self.lines, []
+            self.introduction, self.lines = self.lines[-MAX_INTRODUCTION:], []
         self.add("C", line)
 
     def said(self, data: bytes) -> None:
@@ -8074,8 +8837,10 @@ class Tape:
             self.add("S", line)
 
     def add(self, side: str, line: bytes) -> None:
-        if len(self.lines) < self.MAX_LINES:
-            self.lines.append((side, printable(line, 2000)))
+        if self.room <= 0:
+            return
+        self.room -= len(line) + 50                 # what a line costs in the file, about
+        self.lines.append((side, printable(line, 2000)) if self.room > 0 else ("S", "(the rest was not kept)"))
 
     def begin(self) -> None:
         """Content begins."""
@@ -8105,6 +8870,7 @@ class Tape:
     def restart(self) -> None:
         """Begin with the next message."""
         self.lines = []
+        self.room = MAX_TRANSCRIPT
         self.habits.discard("pipelining")
 
 
@@ -8163,8 +8929,9 @@ class Recorder:
         record = {"id": envelope.id, "sender": envelope.sender, "recipients": [str(r) for r in envelope.recipients],
                   "helo": envelope.helo, "client": envelope.client, "protocol": envelope.protocol, "tls": tls,
                   "transcript": lines, "lint": list(rules)}
-        try:
-            self.storage.write(self.path(envelope.id), json.dumps(record).encode(), sync=False)
+        try:                                        # torn by a crash, it is not read: nothing is promised about it
+            with open(self.path(envelope.id), "xb", buffering=0) as file:
+                file.write(json.dumps(record).encode())
         except OSError as error:
             log.warning("transcript of %s not kept: %s", envelope.id, error)
 
@@ -8237,34 +9004,6 @@ class Faults:
                         rule.left -= 1
                     return rule.action
         return None
-
-    def apply(self, session: Session, stage: str, subject: str) -> Optional[str]:
-        """Do what is due; return the reply to give, None to go on as if nothing was."""
-        action = self.take(stage, subject)
-        if action is None:
-            return None
-        event("fault", client=session.client, stage=stage, subject=printable(subject, 100), action=action)
-        if action.startswith("delay "):
-            with session.wire.blocked():
-                time.sleep(float(action[6:]))       # what the rule asks for
-            return None
-        if action == "stall":
-            with session.wire.blocked():
-                while not session.site.stopping and session.wire.clock() < session.wire.deadline and not gone(session):
-                    time.sleep(0.05)                # a fixture that does nothing: nobody is kept waiting by the pause
-        if action in ("drop", "stall"):
-            session.wire.output.clear()
-            session.cut()
-        return action
-
-
-def gone(session: Session) -> bool:
-    """Return whether the client hung up; what it says is thrown away."""
-    try:
-        session.wire.sock.settimeout(0)
-        return not session.wire.sock.recv(BLOCK)
-    except OSError as error:
-        return not is_timeout(error)
 
 
 # What is in a message, for people and programs.
@@ -8571,12 +9310,6 @@ class Letter:
                     ListUnsubscribe={"Header": view.header("list-unsubscribe"), "Links": [], "Errors": "", "HeaderPost": ""})
 
 
-def matcher(site: Site, node: Node, text: str) -> Callable[[Message], bool]:
-    """Return a function that tells whether a message matches a search."""
-    inbox, wanted = Inbox(site, node), Query(text)
-    return lambda message: inbox.matches(message, wanted)
-
-
 class Answered(NamedTuple):
     """An HTTP response."""
     status: int
@@ -8832,21 +9565,12 @@ class Inbox:
             if not self.site.config.capture and user is None:
                 raise ValueError("sending needs a log-in in node mode")
             envelope, content = compose(json.loads(body))
-            site = self.site
-            if not site.config.capture and not (envelope.sender and user and site.book.owns(
-                    user, parse_address(envelope.sender))):
+            recipients, envelope.recipients = envelope.recipients, []
+            if not self.site.config.capture and not envelope.sender:
                 raise ValueError("you may not send as this address")
-            site.ask_policy("on_mail", "", envelope.sender, user)
-            destinations = [site.book.resolve(address) for address in envelope.recipients]
-            for address in envelope.recipients:
-                site.ask_policy("on_rcpt", envelope, str(address))
-            for destination in destinations:
-                site.check_remote(destination)
-            parcel = self.site.post.begin(envelope, destinations)
-            parcel.draft.write(content)
+            parcel = self.site.door.send(envelope, recipients, content, user)
             if self.site.recorder:
                 self.site.recorder.save(envelope, [], [], False)
-            self.site.post.commit(parcel)
             self.site.accepted(parcel)
         except (ValueError, TypeError, KeyError, AttributeError, Refused) as error:
             return json_answer({"Error": printable(str(error))}, 400)
@@ -8980,17 +9704,20 @@ class WebSession(Session):
     """An HTTP connection; the standard library's server reads the requests, in a thread of its own."""
 
     protocol = "web"
-    blocking = True
 
-    def turn(self, expired: bool) -> None:
-        self.wire.sock.settimeout(self.site.config.seconds(self.timeout))
-        with contextlib.suppress(OSError):
-            web_handler()(self)
-        self.finish()
-
-    def hurry(self) -> None:
-        with contextlib.suppress(OSError):
-            self.wire.sock.shutdown(socket.SHUT_RDWR)
+    async def converse(self) -> None:
+        def serve() -> None:
+            self.request.settimeout(self.site.config.seconds(self.timeout))
+            with contextlib.suppress(OSError):
+                web_handler()(self)
+        try:
+            await wait(serve)
+        except (Disconnected, TimedOut):
+            pass
+        finally:
+            self.wire.close()
+            self.site.sessions.discard(self)
+            self.site.connections.leave(self.client)
 
 
 @functools.lru_cache(maxsize=1)
@@ -9068,10 +9795,7 @@ def web_handler() -> Any:
                 name, _, password = base64.b64decode(secret, validate=True).decode("utf-8").partition(":")
             except ValueError:
                 return None
-            user = site.accounts.verify(name, password)
-            if user is None:
-                site.throttle.failed(self.session.client)
-            return user
+            return site.accounts.verify(name, password)
 
         def give(self, answer: Answered) -> None:
             self.send_response(answer.status)
@@ -9106,15 +9830,33 @@ def web_handler() -> Any:
     return Handler
 
 
-def equip(site: Site, node: Node) -> None:
-    """Give a site what this section has to offer, as far as its options ask for it."""
-    config = site.config
-    if config.transcripts or (config.transcripts is None and config.capture):
-        site.recorder = Recorder(site.mailboxes)
-        site.mailboxes.forget = site.recorder.forget
-    site.faults = Faults(Fault(rule.text) for rule in config.fault)
-    if config.web:
-        site.inbox = Inbox(site, node)
+class WebExtension(Extension):
+    """Transcripts, faults, the web inbox."""
+
+    name = "web"
+
+    def listeners(self, config: Config) -> List[Any]:
+        return [Listener("web", endpoint, WebSession) for endpoint in config.web or ()]
+
+    def equip(self, node: Any) -> None:
+        site, config = node.site, node.config
+        if config.transcripts or (config.transcripts is None and config.capture):
+            site.recorder = Recorder(site.mailboxes)
+            site.mailboxes.forget = site.recorder.forget
+        site.faults = Faults(Fault(rule.text) for rule in config.fault)
+        if config.web:
+            site.inbox = Inbox(site, node)
+
+    def stop(self, node: Any) -> None:
+        if node.site.inbox:
+            node.site.inbox.tell("stop")
+
+    def matcher(self, node: Any, search: str) -> Callable[[Message], bool]:
+        inbox, wanted = node.site.inbox or Inbox(node.site, node), Query(search)
+        return lambda message: bool(inbox.matches(message, wanted))
+
+    def parse_fault(self, text: str) -> "Fault":
+        return Fault(text)
 
 
 def wait_command(config: Config, arguments: List[str]) -> int:
@@ -9136,30 +9878,22 @@ def wait_command(config: Config, arguments: List[str]) -> int:
     stores = open_stores(config)
     inbox = Inbox(types.SimpleNamespace(recorder=Recorder(stores.mailboxes), mailboxes=stores.mailboxes))
     seen: Set[Tuple[str, str]] = set()
-    try:
-        with stores.storage.waker("mail") as sock:
-            while True:
-                for name in [address] if address else list(stores.mailboxes.names()):
-                    for item in stores.mailboxes.listing(name):
-                        if (name, item.uid) in seen:
-                            continue
-                        letter = Letter(message_id(item), [(name, item)], inbox)
-                        if query.matches(letter):
-                            show_letter(letter, given.show)
-                            return 0
-                        seen.add((name, item.uid))
-                left = deadline - time.monotonic()
-                if left <= 0:
-                    print("minimail: no such message within %s seconds" % given.timeout, file=sys.stderr)
-                    return 1
-                if sock:
-                    sock.settimeout(left)
-                    with contextlib.suppress(socket.timeout):
-                        sock.recv(64)
-                else:
-                    time.sleep(min(left, 0.2))      # no such sockets here (Windows)
-    finally:
-        stores.storage.close()
+
+    def look() -> Optional[Letter]:
+        for name in [address] if address else list(stores.mailboxes.names()):
+            for item in stores.mailboxes.listing(name):
+                if (name, item.uid) not in seen:
+                    letter = Letter(message_id(item), [(name, item)], inbox)
+                    if query.matches(letter):
+                        return letter
+                    seen.add((name, item.uid))
+        return None
+    found = await_mail(stores.storage, look, deadline)
+    if found is None:
+        print("minimail: no such message within %s seconds" % given.timeout, file=sys.stderr)
+        return 1
+    show_letter(found, given.show)
+    return 0
 
 
 def show_letter(letter: Letter, kind: Optional[str]) -> None:
@@ -9185,7 +9919,7 @@ class Selftest:
         self.far = Node(smtp="127.0.0.1:0", pop3="127.0.0.1:0", data=os.path.join(directory, "far"), faults=["rcpt 451 x1"])
         self.far.start()
         relay: Dict[str, Any] = {"domain": "near.test", "catch_all": "all@near.test", "dns": zone, "retry": "0.2",
-                                 "mx_port": self.far.smtp_address[1]} if "relay" in REGISTRY else {}
+                                 "mx_port": self.far.smtp_address[1]} if any(section.name == "relay" for section in EXTENSIONS) else {}
         self.near = Node(smtp="127.0.0.1:0", pop3="127.0.0.1:0", data=os.path.join(directory, "near"), **relay)
         self.near.start()
 
@@ -9199,7 +9933,7 @@ class Selftest:
             client.sendmail("me@near.test", recipient, self.text)
 
     def check_1_queue_dns_retry(self) -> str:
-        if "relay" not in REGISTRY:
+        if not any(section.name == "relay" for section in EXTENSIONS):
             return "skipped: no relay section"
         self.send(self.near, "bob@far.test")        # refused once, for a while, by the fault rule
         message = self.far.wait_for("bob@far.test", timeout=10)
@@ -9207,7 +9941,7 @@ class Selftest:
         return "queued, found by MX record, refused once, sent again"
 
     def check_2_bounce(self) -> str:
-        if "relay" not in REGISTRY:
+        if not any(section.name == "relay" for section in EXTENSIONS):
             return "skipped: no relay section"
         self.send(self.near, "nobody@null.test")
         report = self.near.wait_for("all@near.test", timeout=10).email()
@@ -9248,7 +9982,6 @@ class Selftest:
         storage.open()
         storage.write(os.path.join(storage.root, "file"), b"x")
         errors = storage.flush([storage.root])
-        storage.close()
         assert not errors, errors
         return "files and directories can be flushed to disk" + ("" if os.name != "nt" else " (files only)")
 
@@ -9276,7 +10009,7 @@ class Selftest:
         return "odd addresses get a place of their own, hard links work"
 
     def check_8_dns_packets(self) -> str:
-        if "relay" not in REGISTRY:
+        if not any(section.name == "relay" for section in EXTENSIONS):
             return "skipped: no relay section"
         query = encode_query(7, "far.test", MX)
         packet = encode_answer(query, [Record("far.test", MX, 60, (10, "mx.far.test"))])
@@ -9748,13 +10481,16 @@ get("api/v1/info").then(({smtp: [address], capture}) => {
 </script>
 """
 
-REGISTRY["web"] = {"parse_fault": Fault, "equip": equip, "Session": WebSession, "matcher": matcher}
-COMMANDS.update(wait=wait_command, selftest=selftest_command)
+WebExtension.commands = {"wait": wait_command, "selftest": selftest_command}
+EXTENSIONS.append(WebExtension())
 
 
 # ======================================================================================================================
 # 18  Command line.  Options and environment to a Config, log lines, signals, processes, exit statuses.
 # ======================================================================================================================
+
+COMMANDS = {name: function for section in EXTENSIONS for name, function in section.commands.items()}
+
 
 class Lines(logging.Formatter):
     """One line per event, as text or as a JSON object; tracebacks are folded into the line."""
@@ -9939,18 +10675,18 @@ def leave_options(node: Node, given: Dict[str, Any]) -> None:
             kept[name] = os.path.abspath(kept[name])
     text = json.dumps(dict(kept, domain=list(node.config.domain)), indent=1) + "\n"
     assert node.stores
-    node.stores.storage.write(os.path.join(node.data, "options.json"), text.encode("utf-8"), sync=False)
+    node.stores.storage.write(os.path.join(node.data, "options.json"), text.encode("utf-8"))
 
 
 def serve_command(config: Config, given: Dict[str, Any]) -> int:
     """Run a node until SIGINT or SIGTERM. `given` are the options as texts."""
     if config.workers > 1 and not hasattr(os, "fork"):
         raise CannotRun("--workers: this platform cannot fork; leave the option out")
-    if config.web is None and "web" in REGISTRY:
+    if config.web is None and any(section.name == "web" for section in EXTENSIONS):
         config = dataclasses.replace(config, web=(("127.0.0.1", 8025),) if config.capture else ())
     if config.workers == 1:
         hold_signals()
-    node = node_for(config)
+    node = Node.from_config(config)
     node.bind()
     public = ["%s %s" % (name, show_endpoint(endpoint)) for name, endpoint in node.endpoints() if not is_loopback(endpoint[0])]
     if config.capture and public:
@@ -9962,34 +10698,35 @@ def serve_command(config: Config, given: Dict[str, Any]) -> int:
     node.serve()
     leave_options(node, given)
     announce(node)
-    wait_for_signal()
+    wait_for_signal(node)
     event("stopping")
     node.stop()
     return 0
 
 
-def node_for(config: Config) -> Node:
-    node = Node(data=config.data, smtp="off", pop3="off")
-    node.config = config
-    node._connections = Connections(config.max_connections, config.max_per_client)
-    return node
+def held_signals() -> Set[Any]:
+    import signal
+    return {getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)}
 
 
 def hold_signals() -> None:
-    """Let SIGINT and SIGTERM wait for wait_for_signal(): a handler would run only when the main thread next wakes up.
+    """Let signals wait for wait_for_signal(): a handler would run only when the main thread next wakes up.
 
     Before any thread starts, as threads inherit this.
     """
     import signal
     if hasattr(signal, "pthread_sigmask"):
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+        signal.pthread_sigmask(signal.SIG_BLOCK, held_signals())
 
 
-def wait_for_signal() -> None:
-    """Return at SIGINT or SIGTERM."""
+def wait_for_signal(node: Node) -> None:
+    """Return at SIGINT or SIGTERM; SIGHUP reads the files anew that have changed."""
     import signal
     if hasattr(signal, "sigwait"):
-        signal.sigwait({signal.SIGINT, signal.SIGTERM})
+        while signal.sigwait(held_signals()) == getattr(signal, "SIGHUP", None):
+            event("hangup")
+            if node.stores:
+                node.stores.book.refresh()
         return
     stop = threading.Event()                        # Windows
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -10028,8 +10765,7 @@ def drop_privileges(user: str, data: str) -> None:
         raise CannotRun("--run-as %s: no such user on this machine" % user) from None
     if os.getuid() == account.pw_uid != 0:
         return
-    import concurrent.futures.thread                # noqa: F401  what is imported later may not be readable any more
-    import email.policy                             # noqa: F401
+    import email.policy                             # noqa: F401  what is imported later may not be readable any more
     import http.server                              # noqa: F401
     try:
         if not os.path.exists(data):
@@ -10046,66 +10782,6 @@ def drop_privileges(user: str, data: str) -> None:
             raise CannotRun("--run-as %s: root came back" % user)
 
 
-class SharedConnections(Connections):
-    """Counts connections of several processes in a table that they share: a slot per connection, freed with its owner."""
-
-    def __init__(self, limit: int, per_client: int) -> None:
-        import mmap
-        super().__init__(limit, per_client)
-        self.owner = 0                              # number of this process, from 1
-        self._owners = mmap.mmap(-1, limit)         # who has the slot, 0: nobody
-        self._slots = mmap.mmap(-1, limit * 16)     # whose connection: a digest of the address
-        self._file = tempfile.TemporaryFile()
-        self._key = secrets.token_bytes(16)
-
-    @contextlib.contextmanager
-    def _alone(self) -> Iterator[None]:
-        with self._lock:
-            fcntl.lockf(self._file.fileno(), fcntl.LOCK_EX)
-            try:
-                yield
-            finally:
-                fcntl.lockf(self._file.fileno(), fcntl.LOCK_UN)
-
-    def _digest(self, client: str) -> bytes:
-        return hashlib.blake2b(client.encode(), digest_size=16, key=self._key).digest()
-
-    def enter(self, client: str) -> str:
-        digest = self._digest(client)
-        with self._alone():
-            free = self._owners.find(b"\0", 0)
-            if free < 0:
-                return "too many connections, try again later"
-            if self._slots[:].count(digest) >= self.per_client and not is_loopback(client):
-                return "too many connections from your address, try again later"
-            self._owners[free] = self.owner
-            self._slots[free * 16:free * 16 + 16] = digest
-            self.total += 1
-            self.served += 1
-            return ""
-
-    def leave(self, client: str) -> None:
-        digest = self._digest(client)
-        with self._alone():
-            self.total -= 1
-            at = self._slots.find(digest, 0)
-            while at >= 0 and (at % 16 or self._owners[at // 16] != self.owner):
-                at = self._slots.find(digest, at + 1)
-            if at >= 0:
-                self._free(at // 16)
-
-    def _free(self, slot: int) -> None:
-        self._owners[slot] = 0
-        self._slots[slot * 16:slot * 16 + 16] = bytes(16)
-
-    def free_all(self, owner: int) -> None:
-        """Free what a dead process had."""
-        with self._alone():
-            for slot in range(self.limit):
-                if self._owners[slot] == owner:
-                    self._free(slot)
-
-
 class Workers:
     """Processes that share a node's listeners: each serves on its own, one that dies is replaced, all end with the parent."""
 
@@ -10115,7 +10791,6 @@ class Workers:
         self.given = given
         self.alive, self.leash = os.pipe()          # children read, only the parent can write: its end is its death
         self.ready_read, self.ready_write = os.pipe()
-        self.connections = SharedConnections(node.config.max_connections, node.config.max_per_client)
         self.children: Dict[int, Tuple[int, float]] = {}        # pid: (number, when it began)
 
     def run(self) -> int:
@@ -10124,7 +10799,8 @@ class Workers:
         stop = threading.Event()
         for signum in (signal.SIGINT, signal.SIGTERM):
             signal.signal(signum, lambda *_: stop.set())
-        for number in range(1, self.count + 1):
+        signal.signal(signal.SIGHUP, lambda *_: self.tell(signal.SIGHUP))
+        for number in range(self.count):
             self.fork(number)
         ready = 0
         while ready < self.count:
@@ -10141,7 +10817,7 @@ class Workers:
             pid = self.reap()
             if pid:
                 number, began = self.children.pop(pid)
-                self.connections.free_all(number)
+                self.node.connections.free_all(number)
                 wait = 0.1 if time.monotonic() - began > 5 else 2.0
                 log.warning("worker %d ended, another one starts in %g seconds", pid, wait)
                 due.append((time.monotonic() + wait, number))
@@ -10150,14 +10826,18 @@ class Workers:
                 due.remove((when, number))
                 self.fork(number)
             stop.wait(0.1 if due else 0.5)
-        for pid in self.children:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGTERM)
+        self.tell(signal.SIGTERM)
         deadline = time.monotonic() + 10
         while self.children and time.monotonic() < deadline:
             pid = self.reap()
             self.children.pop(pid, None) if pid else time.sleep(0.02)
         return 0
+
+    def tell(self, signum: int) -> None:
+        """Send a signal to all workers."""
+        for pid in list(self.children):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signum)
 
     @staticmethod
     def reap() -> int:
@@ -10192,14 +10872,16 @@ class Workers:
         """Be a worker: serve until told to stop, or the parent is gone."""
         import signal
         os.close(self.leash)
-        self.connections.owner = number
-        self.node._connections = self.connections
+        self.node.connections.owner = number
         self.node.serve()
         leave_options(self.node, self.given)
-        assert self.node.site
-        self.node.site.pool.watch(self.alive, lambda expired: os.kill(os.getpid(), signal.SIGTERM))
+
+        def follow() -> None:
+            os.read(self.alive, 1)                  # returns when nobody can write any more
+            os.kill(os.getpid(), signal.SIGTERM)
+        threading.Thread(target=follow, name="minimail-leash", daemon=True).start()
         os.write(self.ready_write, b"\n")
-        wait_for_signal()
+        wait_for_signal(self.node)
         self.node.stop()
         return 0
 

@@ -20,6 +20,7 @@ import email.utils
 import errno
 import gc
 import hashlib
+import hmac
 import http.client
 import io
 import itertools
@@ -1613,7 +1614,7 @@ class ScriptedPeer:
         return self._tell(sock, self._choose(stage, line))
 
     def _choose(self, stage, line=""):
-        reply = self.script.get(line, self.script.get(stage, "220 go" if stage == "STARTTLS" else "250 ok"))
+        reply = self.script.get(line or stage, self.script.get(stage, "220 go" if stage == "STARTTLS" else "250 ok"))
         if isinstance(reply, list):
             reply = reply.pop(0) if len(reply) > 1 else reply[0]
         return reply() if callable(reply) else reply
@@ -1661,13 +1662,6 @@ class ScriptedWorld:
         self.connected = []
         self.relay = minimail.Relay(self.config, self.stores, clock=self.clock, resolver=ScriptedNames(names or {}),
                                     own=[("192.0.2.1", self.config.mx_port)], connect=self.connect)
-        self._closed = False
-        case.addCleanup(self.close)
-
-    def close(self):
-        if not self._closed:
-            self._closed = True
-            self.stores.storage.close()
 
     def connect(self, address, timeout=None):
         self.connected.append(address[0])
@@ -1681,14 +1675,14 @@ class ScriptedWorld:
     def submit(self, *recipients, sender="me@here.test", content=LETTER, utf8=False):
         """Accept a message as a session does, and return its id; Refused."""
         addresses = [minimail.parse_address(recipient) for recipient in recipients]
-        envelope = minimail.Envelope(sender=sender, recipients=addresses, smtputf8=utf8)
-        return self.stores.post.send(envelope, [self.stores.book.resolve(address) for address in addresses], content)
+        envelope = minimail.Envelope(sender=sender, smtputf8=utf8)
+        return self.stores.door.send(envelope, addresses, content).draft.id
 
     def step(self):
         return self.relay.step()
 
     def entries(self):
-        return [entry for entry in map(self.queue.read, self.queue.places()) if entry]
+        return list(self.queue.entries())
 
     def files(self):
         """Every file below queue/, relative."""
@@ -1757,6 +1751,11 @@ class ScriptedDisk:
 
 FAR = {"far.test": ["MX 10 mx.far.test"], "mx.far.test": ["A 192.0.2.25"]}
 NEAR = {"near.test": ["MX 10 mx.near.test"], "mx.near.test": ["A 192.0.2.26"]}
+
+
+def run_peer(client, coroutine):
+    """Run a coroutine of a Peer to its end."""
+    return minimail.run_blocking(client.wire, coroutine)
 
 
 def scripted_dialog(address, *lines):
@@ -2378,25 +2377,34 @@ class QueueTest(ScriptedCase):
         entry, = world.entries()
         return entry
 
+    def claimed(self, world, hint="new"):
+        """The only entry, claimed as a worker does."""
+        id = self.entry(world).id
+        dispatch = minimail.Dispatch(self.entry(world), os.path.join(world.queue.root, hint, id))
+        self.assertTrue(world.queue.claim(dispatch))
+        self.addCleanup(world.queue.release, dispatch)
+        return dispatch
+
     def test_states_on_disk(self):
         """The table in the section's comment, line by line, as far as no crash comes."""
         world = self.world()
         id = world.submit("bob@far.test")
-        self.assertEqual(world.files(), [id + ".msg", "new/" + id])
+        both = [id + ".env", id + ".msg"]
+        self.assertEqual(world.files(), both + ["new/" + id])
         entry = self.entry(world)
         self.assertEqual((entry.id, entry.sender, entry.attempts, entry.queued_at, entry.next_attempt),
                          (id, "me@here.test", 0, world.clock.now, world.clock.now))
-        self.assertTrue(world.queue.claim(entry))
-        self.assertEqual(world.files(), [id + ".msg", "new/" + id])
-        self.assertFalse(world.queue.claim(self.entry(world)), "claimed twice")
-        world.queue.postpone(entry, world.clock.now + 90)
-        world.queue.release(entry)
-        self.assertEqual(world.files(), ["%s.msg" % id, "due/%012d/%s" % (world.clock.now + 90, id)])
+        dispatch = self.claimed(world)
+        self.assertEqual(world.files(), both + ["new/" + id])
+        self.assertFalse(world.queue.claim(minimail.Dispatch(entry)), "claimed twice")
+        world.queue.postpone(dispatch, world.clock.now + 90)
+        world.queue.release(dispatch)
+        due = "due/%012d" % (world.clock.now + 90)
+        self.assertEqual(world.files(), both + [due + "/" + id])
         self.assertEqual(world.queue.next_due(world.clock.now), world.clock.now + 90)
         self.assertEqual(self.entry(world).next_attempt, world.clock.now + 90)
-        entry = self.entry(world)
-        self.assertTrue(world.queue.claim(entry))
-        world.queue.finish(entry)
+        dispatch = self.claimed(world, due)
+        world.queue.finish(dispatch)
         self.assertEqual(world.files(), [])
 
     def test_message_and_envelope(self):
@@ -2405,7 +2413,7 @@ class QueueTest(ScriptedCase):
         content = "Subject: hi\r\n\r\n.dot\r\n..\r\nb\u00fccher\r\n".encode("latin-1")
         id = world.submit("bob@far.test", "here@here.test", content=content, utf8=True)
         entry = self.entry(world)
-        with open(os.path.join(world.queue.root, id + ".msg"), "rb") as file:
+        with open(world.queue.path(id), "rb") as file:
             file.seek(entry.offset)
             sent = file.read()
         self.assertEqual(len(sent), entry.size)
@@ -2413,18 +2421,23 @@ class QueueTest(ScriptedCase):
         self.assertTrue(sent.endswith(b"\r\n" + content))
         self.assertTrue(entry.eightbit)
         self.assertFalse(entry.smtputf8, "no UTF-8 in the headers")
-        with open(entry.place, encoding="utf-8") as file:
+        with open(world.queue.path(id, "env"), encoding="utf-8") as file:
             fields = json.load(file)
         self.assertEqual(fields["recipients"], [{"address": "bob@far.test", "state": "waiting", "last_reply": ""}])
 
     def test_files_are_private(self):
-        world = self.world()
+        """Whatever the umask of the program that uses the library."""
+        self.addCleanup(os.umask, os.umask(0o022))
+        world = ScriptedWorld(self, dict(FAR, **NEAR))
         id = world.submit("bob@far.test", "me@here.test")
-        for name in world.files():
-            self.assertEqual(os.stat(os.path.join(world.queue.root, name)).st_mode & 0o777, 0o600, name)
-        for name in "", "new":
-            self.assertEqual(os.stat(os.path.join(world.queue.root, name)).st_mode & 0o777, 0o700, name)
-        self.assertIn("new/" + id, world.files())
+        world.submit("eve@near.test")
+        world.relay._destination(minimail.Target("far.test", "far.test")).fail(minimail.Reply(451, "4.4.1", "no"), world.clock(), [60])
+        world.step()
+        self.assertTrue({"busy/far.test/" + id} < set(world.files()), world.files())
+        for above, directories, names in os.walk(world.queue.root):
+            for name in directories + names:
+                path = os.path.join(above, name)
+                self.assertEqual(os.stat(path).st_mode & 0o077, 0, path)
 
     def test_a_message_that_is_refused_leaves_nothing(self):
         world = self.world(max_size=100)
@@ -2434,85 +2447,160 @@ class QueueTest(ScriptedCase):
             world.submit("bob@far.test", "me@here.test", content=LETTER * 10)
         self.assertEqual((world.files(), world.mail()), ([], []))
 
-    def dead_world(self):
-        """A world whose process is gone."""
-        world = self.world()
-        world.close()
-        return world
+    def test_without_hard_links(self):
+        """A file system that has none, in whatever words: a copy, whole and safe, and nothing of it left over when refused."""
+        for name in "EPERM", "EACCES", "ENOTSUP", "EOPNOTSUPP", "ENOSYS", "EMLINK":
+            error = OSError(getattr(errno, name), name)
+            with self.subTest(name), mock.patch.object(os, "link", side_effect=error):
+                world = self.world(data=os.path.join(self.data, name))
+                id = world.submit("here@here.test", "bob@far.test", content=LETTER * 999)
+                with open(world.queue.path(id), "rb") as file:
+                    self.assertTrue(file.read().endswith(LETTER * 999))
+                self.assertEqual((len(world.mail()), world.files()), (1, [id + ".env", id + ".msg", "new/" + id]))
+                world.queue.sweep()
+                self.assertEqual(len(world.entries()), 1)
+                with mock.patch.object(world.queue, "publish", side_effect=OSError(errno.EIO, "no")), self.assertRaises(Refused):
+                    world.submit("here@here.test", "bob@far.test")
+                self.assertEqual((len(world.mail()), len(world.files())), (1, 3))
 
     def test_sweep_removes_what_the_dead_left_and_nothing_else(self):
-        world, dead = self.world(), self.dead_world()
-        dead.submit("bob@far.test")                 # published: stays
-        alive = self.world()
+        """Who is dead is told by the lock on ID.msg: nothing of a living one's is touched."""
+        world = self.world()
+        world.submit("bob@far.test")                # published: stays
         parcels = []
-        for other, published in (dead, False), (alive, False), (dead, True), (alive, True):
+        for _ in range(4):
             envelope = minimail.Envelope(sender="me@here.test", recipients=[minimail.parse_address("bob@far.test")])
-            parcel = other.stores.post.begin(envelope, [minimail.Destinations([], envelope.recipients)])
+            parcel = world.stores.post.begin(envelope, [minimail.Destinations([], envelope.recipients)])
             parcel.draft.write(LETTER)
             parcel.draft.complete()
-            if published:                           # the envelope is written, but not in place
-                os.close(other.queue.add(parcel).draft)
-            parcel.draft.close()
             parcels.append(parcel)
-        place = self.entry(world).place
-        left = [place + ".%s5.tmp" % dead.stores.storage.token, place + ".%s5.tmp" % alive.stores.storage.token]
-        for path in left:
+        for parcel in parcels[2:]:                  # the envelope is written, but not in place
+            os.close(world.queue.add(parcel).draft)
+        rewritten = [world.queue.path(parcels[0].draft.id, "env.0011223344.tmp"), world.queue.path("1-2-3", "env.0011223344.tmp")]
+        for path in rewritten:
             with open(path, "w"):
                 pass
         before = world.files()
+        for parcel in parcels[1::2]:
+            parcel.draft.close()                    # as its process's end does
         world.queue.sweep()
-        gone = {parcels[0].draft.id + ".msg", parcels[2].draft.id + ".msg", "new/%s.tmp" % parcels[2].draft.id,
-                os.path.relpath(left[0], world.queue.root)}
+        gone = {parcels[1].draft.id + ".msg", parcels[3].draft.id + ".msg", parcels[3].draft.id + ".env.tmp", "1-2-3.env.0011223344.tmp"}
         self.assertEqual(set(before) - set(world.files()), gone)
-
-    def test_sweep_looks_into_every_state(self):
-        """An envelope that was being rewritten is left over wherever it was: in new/, due/ and busy/."""
-        world, dead = self.world(), self.dead_world()
-        for directory in "new", "due/000000000100", "busy/far.test":
-            os.makedirs(os.path.join(world.queue.root, directory), exist_ok=True)
-            with open(os.path.join(world.queue.root, directory, "1-2-300000004.%s5.tmp" % dead.stores.storage.token), "w"):
-                pass
+        for parcel in parcels:
+            parcel.draft.close()
         world.queue.sweep()
+        self.assertEqual([len(world.files()), len(world.entries())], [3, 1])
+
+    def test_an_entry_without_hint_is_found_at_the_next_start(self):
+        """As after a power cut, or when its process was killed while the entry was in its memory only."""
+        world = self.world()
+        id = world.submit("bob@far.test")
+        os.unlink(os.path.join(world.queue.new, id))
+        self.assertEqual((list(world.queue.hints()), len(world.entries())), ([], 1))
+        self.world().queue.sweep()
+        self.assertEqual(list(world.queue.hints()), [os.path.join(world.queue.new, id)])
+
+    def test_hints_at_nothing_are_removed(self):
+        world = self.world()
+        for directory in "new", "due/000000000100", "busy/far.test":
+            os.makedirs(os.path.join(world.queue.root, directory))
+            with open(os.path.join(world.queue.root, directory, "1-2-3"), "w"):
+                pass
+        world.step()
         self.assertEqual(world.files(), [])
 
-    def test_crash_between_recording_and_moving(self):
-        """The envelope says when it is due, wherever it is: it is tried again, and neither lost nor doubled."""
+    def test_a_queue_of_version_1_0(self):
+        """There the envelope itself lay in new/, due/ or busy/."""
+        world = ScriptedWorld(self, FAR, {"192.0.2.25": ScriptedPeer()})
+        places = ["new", "due/000000000100", "busy/far.test"]
+        for number, place in enumerate(places):
+            id = world.submit("bob%d@far.test" % number)
+            os.makedirs(os.path.join(world.queue.root, place), exist_ok=True)
+            with open(world.queue.path(id, "env")) as file:
+                fields = {name: value for name, value in json.load(file).items() if name not in ("age", "noted", "extra")}
+            os.unlink(world.queue.path(id, "env"))
+            os.unlink(os.path.join(world.queue.new, id))
+            with open(os.path.join(world.queue.root, place, id), "w") as file:
+                json.dump(fields, file)
+        world.queue.sweep()
+        self.assertEqual(len(world.entries()), len(places))
+        world.step()
+        self.assertEqual((sorted(message[1] for message in world.hosts["192.0.2.25"].messages), world.files()),
+                         ([["<bob%d@far.test>" % number] for number in range(3)], []))
+
+    def test_crash_between_recording_and_hinting(self):
+        """The envelope says when it is due, wherever it is hinted at: it is tried again then, neither lost nor doubled."""
         world = self.world()
         world.submit("bob@far.test")
-        entry = self.entry(world)
-        entry.next_attempt, entry.attempts = world.clock.now + 500, 1
-        world.queue.save(entry)
+        dispatch = self.claimed(world)
+        dispatch.entry.next_attempt, dispatch.entry.attempts = world.clock.now + 50, 1
+        world.queue.save(dispatch)
+        world.queue.release(dispatch)
         world.step()
-        self.assertEqual(len(world.entries()), 1)
+        self.assertEqual(self.entry(world).attempts, 1)
+        self.assertTrue(world.files()[2].startswith("due/"))
         world.clock.now += 5000
         world.step()
-        self.assertGreaterEqual(self.entry(world).attempts, 2)
+        self.assertEqual(self.entry(world).attempts, 2)
 
     def test_envelope_without_message(self):
         """Somebody removed ID.msg by hand: the entry is dropped, and the others go on."""
         world = ScriptedWorld(self, FAR, {"192.0.2.25": ScriptedPeer()})
         ids = [world.submit("bob@far.test") for _ in range(3)]
-        os.unlink(os.path.join(world.queue.root, ids[1] + ".msg"))
+        os.unlink(world.queue.path(ids[1]))
         world.step()
         self.assertEqual((world.files(), len(world.hosts["192.0.2.25"].messages)), ([], 2))
+        self.assertIn("no message file", " ".join(self.logged))
 
     def test_envelopes_that_cannot_be_read_stop_nothing(self):
         peer = ScriptedPeer()
         world = ScriptedWorld(self, FAR, {"192.0.2.25": peer})
         world.submit("bob@far.test")
         good = json.loads(self.entry(world).encode())
-        bad = [b"", b"{", b"[]", b"null", b"\xff", b'{"id": 1}', json.dumps(dict(good, extra=1)).encode(),
+        bad = [b"", b"{", b"[]", b"null", b"\xff", b'{"id": 1}', b"[" * 100_000, json.dumps(dict(good, unknown=1)).encode(),
                json.dumps(dict(good, recipients=[{}])).encode(), json.dumps(dict(good, recipients=5)).encode(),
                json.dumps(dict(good, recipients=[{"address": "nonsense", "state": "waiting", "last_reply": ""}])).encode(),
-               json.dumps(dict(good, next_attempt="soon")).encode()]
+               json.dumps(dict(good, recipients=[{"address": "a@b.c", "state": "waiting", "last_reply": 5}])).encode(),
+               json.dumps(dict(good, next_attempt="soon")).encode(), json.dumps(dict(good, extra=1)).encode()]
         for number, text in enumerate(bad):
-            for name in "%d.msg" % number, "new/0%d" % number:
+            for name in "0-0-%x.msg" % number, "0-0-%x.env" % number, "new/0-0-%x" % number:
                 with open(os.path.join(world.queue.root, name), "wb") as file:
-                    file.write(text)
+                    file.write(text if name.endswith("env") else b"")
         world.step()
         self.assertEqual(len(peer.messages), 1)
-        self.assertEqual(len([name for name in world.files() if name.startswith("new/")]), len(bad), "left alone")
+        self.assertEqual(len([name for name in world.files() if name.endswith(".env")]), len(bad), "left alone")
         self.assertEqual(scripted_command("queue", "--json", "--data", self.data)[0], 0)
+
+    def test_odd_names_stop_nothing(self):
+        """What a file manager, a backup or a slip of the hand put there: files for directories, directories for files."""
+        peer = ScriptedPeer({"connect": ["421 busy", "220 hi"]})
+        world = ScriptedWorld(self, FAR, {"192.0.2.25": peer})
+        world.submit("bob@far.test")
+        root = world.queue.root
+        for name in ("new/.DS_Store", "new/x.tmp", "new/\u00b2", "due/notes", "due/\u00b2\u00b2", "due/000000000001", "due/12", "busy/file",
+                     "busy/x y/1-2-3", "due/000000000002/lost+found/x", "new/1-2-4/x", "\u00b2.msg", "x.env", "1-2-5.env/x", ".msg"):
+            os.makedirs(os.path.dirname(os.path.join(root, name)), exist_ok=True)
+            with open(os.path.join(root, name), "w"):
+                pass
+        os.symlink("nowhere", os.path.join(root, "new", "1-2-6"))
+        for _ in range(3):
+            world.relay._guarded(world.queue.sweep)
+            world.step()
+            world.clock.now += 5000
+        self.assertEqual((len(peer.messages), world.entries()), (1, []))
+
+    def test_an_error_in_a_scan_is_not_the_end(self):
+        """No descriptors, say: whatever cannot be read now is looked for again, and nothing else waits for it."""
+        for what in "listdir", "scandir", "open":
+            peer = ScriptedPeer()
+            world = ScriptedWorld(self, FAR, {"192.0.2.25": peer}, data=os.path.join(self.data, what))
+            world.submit("bob@far.test")
+            with self.subTest(what), mock.patch.object(os, what, side_effect=OSError(errno.EMFILE, "Too many open files")):
+                with contextlib.suppress(OSError):
+                    world.step()
+            world.clock.now += 60
+            world.step()
+            self.assertEqual((len(peer.messages), world.files()), (1, []))
 
     def test_claim_ends_with_the_process_that_holds_it(self):
         """Another process works on an entry: nobody else does, until it is killed."""
@@ -2520,14 +2608,14 @@ class QueueTest(ScriptedCase):
         world = ScriptedWorld(self, FAR, {"192.0.2.25": peer})
         id = world.submit("bob@far.test")
         program = ("import sys; sys.path.insert(0, %r); import minimail\n"
-                   "storage = minimail.Storage(%r); queue = minimail.Queue(storage, minimail.Config())\n"
-                   "print(queue.claim(queue.find(%r)), flush=True); sys.stdin.read()"
+                   "queue = minimail.Queue(minimail.Storage(%r), minimail.Config())\n"
+                   "work = minimail.Dispatch(queue.read(%r)); print(queue.claim(work), flush=True); sys.stdin.read()"
                    % (os.path.dirname(os.path.abspath(minimail.__file__)), self.data, id))
         with subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
             try:
                 self.assertEqual(other.stdout.readline().strip(), b"True")
                 world.step()
-                self.assertEqual((peer.connections, world.files()), (0, [id + ".msg", "new/" + id]))
+                self.assertEqual((peer.connections, world.files()), (0, [id + ".env", id + ".msg", "new/" + id]))
                 self.assertEqual(scripted_command("queue", "drop", id, "--data", self.data)[0], 1, "it is being sent")
             finally:
                 other.kill()
@@ -2535,20 +2623,36 @@ class QueueTest(ScriptedCase):
         world.step()
         self.assertEqual((len(peer.messages), world.files()), (1, []))
 
-    def test_two_relays_on_one_directory_send_everything_once(self):
+    def test_relays_on_one_directory_send_everything_once(self):
+        """Three at once, more messages than fit for one destination, hints moved while others look at them."""
         peer = ScriptedPeer()
-        worlds = [ScriptedWorld(self, FAR, {"192.0.2.25": peer}) for _ in range(3)]
-        for number in range(40):
-            worlds[0].submit("bob%d@far.test" % number)
-        threads = [threading.Thread(target=world.step) for world in worlds]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(PATIENCE)
-        worlds[0].step()                            # what one of them left to another that had it in hand
+        worlds = [ScriptedWorld(self, FAR, {"192.0.2.25": peer}, limit="connections=10,messages=1000") for _ in range(3)]
+        with mock.patch.object(minimail, "MAX_WAITING", 5), mock.patch.object(minimail, "MAX_ACTIVE", 20):
+            for number in range(90):
+                worlds[number % 3].submit("bob%d@far.test" % number)
+
+            def run(world):
+                for _ in range(30):
+                    world.step()
+            threads = [threading.Thread(target=run, args=(world,)) for world in worlds]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join(PATIENCE)
+            worlds[0].step()                        # what one of them left to another that had it in hand
         self.assertEqual(collections.Counter(message[1][0] for message in peer.messages),
-                         collections.Counter("<bob%d@far.test>" % number for number in range(40)))
+                         collections.Counter("<bob%d@far.test>" % number for number in range(90)))
         self.assertEqual(worlds[0].files(), [])
+
+    def test_what_another_process_just_tried_is_not_tried_again(self):
+        """Its hint was read before that: the envelope says that it is not due any more."""
+        peer = ScriptedPeer({"RCPT": "451 later"})
+        one, two = (ScriptedWorld(self, FAR, {"192.0.2.25": peer}) for _ in range(2))
+        id = one.submit("bob@far.test")
+        two.relay._take_up(os.path.join(two.queue.new, id), two.clock())
+        one.step()
+        two.step()
+        self.assertEqual((peer.verbs().count("RCPT"), self.entry(one).attempts), (1, 1))
 
     def test_waiting_entries_are_not_in_memory(self):
         """5,000 wait for a dead destination: a bounded number is read at once, and every one stays queued."""
@@ -2558,24 +2662,91 @@ class QueueTest(ScriptedCase):
         os.makedirs(os.path.join(world.queue.root, "due", "000000000001"))
         for number in range(4999):
             other = "%s%04x" % (id, number)
-            os.link(os.path.join(world.queue.root, id + ".msg"), os.path.join(world.queue.root, other + ".msg"))
-            with open(os.path.join(world.queue.root, "due", "000000000001", other), "w") as file:
+            os.link(world.queue.path(id), world.queue.path(other))
+            with open(world.queue.path(other, "env"), "w") as file:
                 file.write(text.replace(id, other))
+            with open(os.path.join(world.queue.root, "due", "000000000001", other), "w"):
+                pass
         most = []
         failing = world.relay.routes.resolver
 
         def count(name, type, query=failing.query):
-            if len(most) < 3:
-                gc.collect()
-                most.append(sum(isinstance(thing, minimail.Entry) for thing in gc.get_objects()))
+            gc.collect()
+            most.append(sum(isinstance(thing, minimail.Entry) for thing in gc.get_objects()))
             return query(name, type)
         failing.query = count
         with mock.patch.object(minimail, "MAX_ACTIVE", 50):
             for _ in range(3):
                 world.step()
+                world.clock.now += minimail.MAX_PAUSE
         self.assertEqual(len(most), 3)
-        self.assertLessEqual(max(most), 60)
-        self.assertEqual(sum(1 for _ in world.queue.places()), 5000)
+        self.assertLessEqual(max(most), 110)        # as found, and as claimed
+        self.assertEqual(len(world.queue.ids()), 5000)
+
+
+class QueueAgeTest(ScriptedCase):
+    """How old a message is: what has passed, not what the clock says."""
+
+    def world(self, peer=None):
+        world = ScriptedWorld(self, FAR, {"192.0.2.25": peer} if peer else {})
+        self.steady = ScriptedClock(5000.0)
+        world.queue.steady = self.steady
+        return world
+
+    def pass_time(self, world, seconds):
+        world.clock.now += seconds
+        self.steady.now += seconds
+
+    def test_the_clock_is_set_by_years(self):
+        """Taken in 2019, as a machine without battery believes, then NTP sets the clock: before, between or after attempts."""
+        for attempts_before in range(3):
+            self.logged.clear()
+            shutil.rmtree(self.data, ignore_errors=True)
+            world = self.world()
+            world.clock.now = 1_546_300_800.0
+            world.submit("bob@far.test")
+            for _ in range(attempts_before):
+                world.step()
+                self.pass_time(world, 5000)
+            world.clock.now += 7 * 365 * 86400
+            for _ in range(3):
+                world.step()
+                self.pass_time(world, 5000)
+            entry, = world.entries()
+            self.assertEqual((entry.attempts, world.mail()), (attempts_before + 3, []), attempts_before)
+
+    def test_time_that_did_pass_counts_whatever_the_clock_shows(self):
+        world = self.world()
+        world.submit("bob@far.test")
+        for _ in range(300):
+            world.step()
+            self.steady.now += 3600
+            world.clock.now = world.queue.next_due(world.clock()) or world.clock.now     # it goes too slowly
+            if not world.entries():
+                break
+        self.assertEqual(len(world.mail()), 1)
+        self.assertLess(self.steady.now, 5000 + 432_000 + 2 * 3600)
+
+    def test_over_a_restart_of_the_machine(self):
+        """The steady clock begins anew: then the time of day is all there is."""
+        world = self.world()
+        world.submit("bob@far.test")
+        self.pass_time(world, 100)
+        world.step()
+        again = self.world()
+        again.queue.boot, again.clock.now = "another", world.clock.now + 1000
+        entry, = again.entries()
+        self.assertEqual(again.queue.age(entry), 1100)
+        again.clock.now = 0
+        self.assertEqual(again.queue.age(entry), 100, "a clock that was set back makes nothing younger")
+
+    def test_nothing_is_given_up_untried(self):
+        """A machine that was off for a month tries once more before it bounces; then it bounces at once."""
+        world = self.world(ScriptedPeer({"connect": "421 busy"}))
+        world.submit("bob@far.test")
+        self.pass_time(world, 30 * 86400)
+        world.step()
+        self.assertEqual((len(world.mail()), world.entries(), world.connected), (1, [], ["192.0.2.25"]))
 
 
 class QueueCommandTest(ScriptedCase):
@@ -2805,7 +2976,7 @@ class ClientTest(ScriptedCase):
         scripted = ScriptedPeer(script, **options)
         client = minimail.Peer(scripted.connect(), "mx.far.test[192.0.2.25]:25", hostname, timeout)
         self.addCleanup(client.wire.close)
-        client.greet()
+        run_peer(client, client.greet())
         return client, scripted
 
     def message(self, content=CONTENT, recipients=("bob@far.test",), sender="me@here.test", eightbit=False, smtputf8=False,
@@ -2821,8 +2992,8 @@ class ClientTest(ScriptedCase):
              **message):
         """Return ({recipient: "code enhanced"}, scripted peer); PeerFailed."""
         client, scripted = self.greeted(script, timeout, extensions=extensions)
-        replies = client.send(self.message(**message))
-        client.quit()
+        replies = run_peer(client, client.send(self.message(**message)))
+        run_peer(client, client.quit())
         return {recipient: ("%d %s" % reply[:2]).strip() for recipient, reply in replies.items()}, scripted
 
     BOTH = {"pipelining": ("PIPELINING", "8BITMIME", "SIZE"), "one by one": ("8BITMIME", "SIZE")}
@@ -2850,14 +3021,14 @@ class ClientTest(ScriptedCase):
             scripted = ScriptedPeer()
             scripted._start(listener.accept()[0])
             client = minimail.Peer(theirs, "x", "localhost", PATIENCE)
-            client.greet()
-            client.quit()
+            run_peer(client, client.greet())
+            run_peer(client, client.quit())
         self.assertEqual(scripted.lines[0], "EHLO [127.0.0.1]")
 
     def test_helo_where_ehlo_is_refused(self):
         client, peer = self.greeted({"EHLO": "502 5.5.1 what?"})
         self.assertEqual((peer.lines, client.extensions), (["EHLO mx.here.test", "HELO mx.here.test"], {}))
-        self.assertEqual(client.send(self.message())["bob@far.test"].code, 250)
+        self.assertEqual(run_peer(client, client.send(self.message()))["bob@far.test"].code, 250)
         self.assertEqual(peer.lines[2], "MAIL FROM:<me@here.test>")
 
     def fails(self, script, timeout=PATIENCE, **message):
@@ -2867,15 +3038,18 @@ class ClientTest(ScriptedCase):
         return caught.exception.reply
 
     def test_greetings(self):
-        for greeting, code in ("421 4.3.2 busy\nDROP", 421), ("554 no service", 554), ("450 later", 450), ("DROP", 451), \
-                ("hello there", 451), ("354 what", 354), (b"\0" * 100 + b"\r\n", 451), \
-                (b"SSH-2.0-OpenSSH\r\n", 451), (b"\r\n", 451):
+        """A host that does not want to talk speaks for itself, and for now: never 5xx."""
+        for greeting, code in ("421 4.3.2 busy\nDROP", 421), ("554 no service", 450), ("554-a\n554 5.3.2 b", 450), ("450 later", 450), \
+                ("DROP", 451), ("hello there\nDROP", 451), ("354 what", 450), (b"\0" * 100 + b"\r\n", 451), ("999 what", 451), \
+                ("SSH-2.0-OpenSSH\nDROP", 451), ("\nDROP", 451):
             with self.subTest(greeting):
-                self.assertEqual(self.fails({"connect": greeting}).code, code)
-        self.assertIn("mx.far.test[192.0.2.25]:25 said: 554 no service", self.fails({"connect": "554 no service"}).text)
+                self.assertEqual(self.fails({"connect": greeting}, 0.2 if isinstance(greeting, bytes) else PATIENCE).code, code)
+        reply = self.fails({"connect": "554 no service"})
+        self.assertEqual((reply.enhanced, reply.text), ("4.3.2", "mx.far.test[192.0.2.25]:25 said: 554 no service"))
+        self.assertEqual(self.fails({"connect": "554 5.7.1 no service"}).enhanced, "4.7.1")
 
     def test_both_ehlo_and_helo_refused(self):
-        self.assertEqual(self.fails({"EHLO": "550 5.7.1 go away", "HELO": "550 5.7.1 go away"}).code, 550)
+        self.assertEqual(self.fails({"EHLO": "550 5.7.1 go away", "HELO": "550 5.7.1 go away"}).code, 450)
         self.assertEqual(self.fails({"EHLO": "DROP"}).code, 451)
 
     def test_connection_lost_at_each_verb(self):
@@ -2887,11 +3061,19 @@ class ClientTest(ScriptedCase):
                     self.assertIn("connection lost", reply.text)
 
     def test_silence_at_each_verb(self):
-        for stage in "connect", "EHLO", "MAIL", "RCPT", "DATA", "end":
-            with self.subTest(stage):
-                reply = self.fails({stage: "SILENT"}, timeout=0.05)
-                self.assertEqual((reply.code, reply.enhanced), (451, "4.4.2"))
-                self.assertIn("timeout", reply.text)
+        with mock.patch.object(minimail, "FINAL_WAIT", 0.05):
+            for stage in "connect", "EHLO", "MAIL", "RCPT", "DATA", "end":
+                with self.subTest(stage):
+                    reply = self.fails({stage: "SILENT"}, timeout=0.05)
+                    self.assertEqual((reply.code, reply.enhanced), (451, "4.4.2"))
+                    self.assertIn("timeout", reply.text)
+
+    def test_the_final_dot_may_be_thought_about_for_ten_minutes(self):
+        """Whatever --timeout says below that (RFC 5321 section 4.5.3.2.6)."""
+        client, peer = self.greeted(timeout=50.0)
+        with mock.patch.object(client.wire, "renew") as renew:
+            run_peer(client, client.send(self.message()))
+        self.assertEqual(renew.call_args[0], (550.0,))
 
     def test_dripping_does_not_move_the_deadline(self):
         ours, theirs = socket.socketpair()
@@ -2906,7 +3088,7 @@ class ClientTest(ScriptedCase):
         dripping.start()
         started = time.monotonic()
         with self.assertRaises(minimail.PeerFailed):
-            client.greet()
+            run_peer(client, client.greet())
         self.assertLess(time.monotonic() - started, 5)
         stop.set()
         dripping.join(PATIENCE)
@@ -2915,18 +3097,92 @@ class ClientTest(ScriptedCase):
 
     def test_replies_that_are_none(self):
         garbage = {"not a reply": b"hello\r\n", "three digits only in part": b"25 ok\r\n", "code out of range": b"999 ok\r\n",
-                   "another code in mid-reply": b"250-a\r\n550 b\r\n", "too many lines": b"250-x\r\n" * 1000 + b"250 x\r\n",
-                   "endless line": b"250 " + b"x" * 100_000 + b"\r\n", "endless line, unfinished": b"250 " + b"x" * 100_000,
-                   "binary": bytes(range(256)) + b"\r\n"}
-        for stage in "EHLO", "MAIL", "end":
-            for name, raw in garbage.items():
-                if stage == "EHLO" and "mid-reply" in name:
-                    continue
+                   "no end": b"250 " + b"x" * 100_000, "no last line": b"250-x\r\n" * 1000, "too long": b"250-x\r\n" * 200_000,
+                   "binary": bytes(range(256)) + b"\r\n", "a superscript": "\u00b2\u00b2\u00b2 ok\r\n".encode(), "digits only": b"2500\r\n"}
+        with mock.patch.object(minimail, "FINAL_WAIT", 0.2):
+            for stage in "EHLO", "MAIL", "end":
+                for name, raw in garbage.items():
+                    with self.subTest(name, stage=stage):
+                        reply = self.fails({stage: raw}, timeout=0.2 if name not in ("too long", "code out of range") else PATIENCE,
+                                           extensions=["SIZE"])
+                        self.assertEqual(reply.code, 451)
+                        self.assertLess(len(reply.text), 1000)
+                        self.assertTrue(reply.text.isprintable())
+
+    REPLIES = {                                     # what a peer says at the final dot, what comes of it, and how much is kept
+        "3,000 bytes": (b"250 " + b"x" * 3000, "250 2.0.0"), "100,000 bytes": (b"550 5.7.1 " + b"x" * 100_000, "550 5.7.1"),
+        "150 lines": (b"550-no\r\n" * 149 + b"550 5.7.1 no", "550 5.7.1"), "a line longer than any": (b"250-" + b"x" * 9000 + b"\r\n250 ok", "250 2.0.0"),
+        "different codes": (b"250-a\r\n550-b\r\n451 4.3.0 c", "451 4.3.0"), "the last counts": (b"550-a\r\n250 b", "250 2.0.0"),
+        "no text": (b"250", "250 2.0.0"), "a blank only": (b"250 ", "250 2.0.0"), "no text in several": (b"550-\r\n550", "550 5.0.0"),
+        "an empty line before": (b"\r\n250 ok", "250 2.0.0"), "noise between": (b"550-a\r\nwhat?\r\n\r\n550 5.1.0 b", "550 5.1.0"),
+        "bare LF": (b"250-a\n250 b", "250 2.0.0"), "Latin-1": (b"550 5.1.1 Empf\xe4nger", "550 5.1.1"), "a NUL": (b"550 5.1.1 a\0b", "550 5.1.1"),
+        "CR CR LF": (b"250 ok\r", "250 2.0.0"), "a tab": (b"250\tok\r\n250 ok", "250 2.0.0"), "code of another class": (b"550 4.7.1 no", "550 5.0.0")}
+
+    def test_replies_of_any_shape(self):
+        """As Postfix reads them."""
+        for name, (raw, expected) in self.REPLIES.items():
+            for stage in "end", "RCPT":
                 with self.subTest(name, stage=stage):
-                    reply = self.fails({stage: raw}, timeout=0.05 if "unfinished" in name else PATIENCE)
-                    self.assertEqual(reply.code, 451)
-                    self.assertLess(len(reply.text), 1000)
+                    client, peer = self.greeted({stage: raw + b"\r\n", "DATA": "354 go"})
+                    reply = run_peer(client, client.send(self.message()))["bob@far.test"]
+                    if expected[0] == "2" and stage == "RCPT":
+                        self.assertEqual(reply.code, 250)
+                    else:
+                        self.assertEqual("%d %s" % reply[:2], expected)
+                    self.assertLess(len(reply.text), 100 * 520)
                     self.assertTrue(reply.text.isprintable())
+
+    def test_greeting_and_hello_of_any_shape(self):
+        for script in {"connect": b"\r\n220 hi\r\n"}, {"connect": b"*** noise\r\n220-a\r\n220\r\n"}, {"EHLO": b"250\r\n"}, \
+                {"EHLO": b"250-x\r\n" * 300 + b"250 y\r\n"}, {"connect": b"220 " + b"x" * 5000 + b"\r\n"}, {"HELO": b"250\n", "EHLO": "502 no"}:
+            with self.subTest(script):
+                self.assertEqual(self.send(script)[0], {"bob@far.test": "250 2.0.0"})
+
+    def test_what_is_said_before_the_connection_is_closed_in_mid_content(self):
+        """A 552 is a refusal, not a lost connection that is tried again for five days."""
+        content = b"Subject: big\r\n\r\n" + (b"x" * 68 + b"\r\n") * 200_000
+        for said, expected in (b"552 5.3.4 too large\r\n", 552), (b"452 4.3.1 full\r\n", 452), (b"", 451), (b"250 what\r\n", 451), (b"421 bye\r\n", 421):
+            with self.subTest(said), socket.create_server(("127.0.0.1", 0)) as listener:
+                client = minimail.Peer(socket.create_connection(listener.getsockname()), "x", "mx.here.test", PATIENCE)
+                self.addCleanup(client.wire.close)
+                peer, _ = listener.accept()
+                with peer, peer.makefile("rb") as file:
+                    def serve(said=said, peer=peer, file=file):
+                        for answer in b"220 hi", b"250 x", b"250 ok", b"250 ok", b"354 go":
+                            peer.sendall(answer + b"\r\n")
+                            file.readline()
+                        file.read(200_000)
+                        peer.sendall(said)
+                        peer.shutdown(socket.SHUT_RDWR)
+                    serving = threading.Thread(target=serve)
+                    serving.start()
+                    try:
+                        run_peer(client, client.greet())
+                        reply = run_peer(client, client.send(self.message(content)))["bob@far.test"]
+                        self.assertTrue(client.broken)
+                    except minimail.PeerFailed as failed:
+                        reply = failed.reply
+                    serving.join(PATIENCE)
+                self.assertEqual(reply.code, expected)
+
+    def test_pipelining_never_fills_both_windows(self):
+        """RFC 2920 section 3.1: a peer that answers each command before it reads the next, over the smallest buffers there are."""
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
+            ours = socket.socket()
+            ours.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
+            ours.connect(listener.getsockname())
+            theirs, _ = listener.accept()
+        theirs.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
+        peer = ScriptedPeer({"RCPT": "250-%s\n250 ok" % ("x" * 500)})
+        peer._start(theirs)
+        client = minimail.Peer(ours, "x", "mx.here.test", PATIENCE)
+        self.addCleanup(client.wire.close)
+        run_peer(client, client.greet())
+        people = ["somebody-with-a-rather-long-name-%d@far.test" % number for number in range(1000)]
+        replies = run_peer(client, client.send(self.message(recipients=people), 1000))
+        self.assertEqual({reply.code for reply in replies.values()}, {250})
+        self.assertLessEqual(max(map(len, peer.batches)), 65536)
 
     def test_421_ends_it_anywhere(self):
         for stage in "EHLO", "MAIL", "RCPT", "DATA", "end":
@@ -2945,7 +3201,7 @@ class ClientTest(ScriptedCase):
 
     def test_a_reply_keeps_its_words_and_says_whose_they_are(self):
         client, _ = self.greeted({"end": "550-5.7.1 first line\n550 5.7.1 second"})
-        reply = client.send(self.message())["bob@far.test"]
+        reply = run_peer(client, client.send(self.message()))["bob@far.test"]
         self.assertEqual(reply, (550, "5.7.1", "mx.far.test[192.0.2.25]:25 said: 550 5.7.1 first line / second", False))
 
     def test_a_reply_for_each_recipient(self):
@@ -2961,10 +3217,10 @@ class ClientTest(ScriptedCase):
     def test_354_after_all_recipients_were_refused(self):
         """RFC 2920 section 3.1: then the content is empty, and nothing of the message is sent."""
         client, peer = self.greeted({"RCPT TO:<eve@far.test>": "550 5.1.1 who?", "DATA": "354 go", "end": "554 nobody"})
-        self.assertEqual(client.send(self.message(recipients=["eve@far.test"]))["eve@far.test"].code, 550)
+        self.assertEqual(run_peer(client, client.send(self.message(recipients=["eve@far.test"])))["eve@far.test"].code, 550)
         self.assertEqual(peer.contents, [b"\r\n"])  # the line before the dot is DATA's
         peer.script["end"] = "250 ok"
-        self.assertEqual(client.send(self.message())["bob@far.test"].code, 250, "the connection is out of step")
+        self.assertEqual(run_peer(client, client.send(self.message()))["bob@far.test"].code, 250, "the connection is out of step")
         self.assertEqual([message[2] for message in peer.messages], [self.CONTENT])
 
     def test_a_2xx_to_data_is_no_delivery(self):
@@ -3004,7 +3260,7 @@ class ClientTest(ScriptedCase):
     def test_what_one_transaction_delivered_is_not_forgotten_in_the_next(self):
         """The connection is lost in the second transaction: the first one's recipients have the message."""
         client, peer = self.greeted({"RCPT TO:<eve@far.test>": "452 4.5.3 too many", "MAIL": ["250 ok", "DROP"]})
-        replies = client.send(self.message(recipients=("bob@far.test", "eve@far.test")))
+        replies = run_peer(client, client.send(self.message(recipients=("bob@far.test", "eve@far.test"))))
         self.assertEqual((replies["bob@far.test"].code, replies["eve@far.test"].code // 100), (250, 4))
 
     def test_too_large_for_the_peer(self):
@@ -3054,26 +3310,61 @@ class ClientTest(ScriptedCase):
     def test_many_messages_over_one_connection(self):
         client, peer = self.greeted()
         for _ in range(3):
-            self.assertEqual(client.send(self.message())["bob@far.test"].code, 250)
-        client.quit()
+            self.assertEqual(run_peer(client, client.send(self.message()))["bob@far.test"].code, 250)
+        run_peer(client, client.quit())
         self.assertEqual((peer.connections, len(peer.messages), peer.verbs().count("EHLO")), (1, 3, 1))
 
+    SERVER = minimail.Server("far.test", 25, False, "us\u00e9r", "pa ss")
+    USER, PASSWORD = (base64.b64encode(word).decode() for word in (b"us\xc3\xa9r", b"pa ss"))
+
+    def logged_in(self, offered, script, **server):
+        """Return (code of the PeerFailed or 235, the lines said after EHLO)."""
+        client, peer = self.greeted(script, extensions=offered)
+        try:
+            run_peer(client, client.log_in(self.SERVER._replace(**server)))
+            return 235, peer.lines[1:]
+        except minimail.PeerFailed as failed:
+            for secret in "pa ss", self.PASSWORD, base64.b64encode(b"\0us\xc3\xa9r\0pa ss").decode():
+                self.assertNotIn(secret, str(failed))
+            return failed.reply.code, peer.lines[1:]
+
     def test_log_in(self):
-        plain = base64.b64encode(b"\0us\xc3\xa9r\0pa ss").decode()
-        user, password = (base64.b64encode(word).decode() for word in (b"us\xc3\xa9r", b"pa ss"))
-        for extension, script, lines in ("AUTH PLAIN LOGIN", {}, ["AUTH PLAIN " + plain]), \
-                ("AUTH LOGIN", {"AUTH": "334 VXNlcm5hbWU6", user: "334 UGFzc3dvcmQ6", password: "235 ok"},
-                 ["AUTH LOGIN", user, password]):
-            client, peer = self.greeted(script, extensions=[extension])
-            client.log_in("us\u00e9r", "pa ss")
-            self.assertEqual(peer.lines[1:], lines)
-        for extension, script in ("AUTH PLAIN", {"AUTH": "535 5.7.8 wrong"}), ("AUTH CRAM-MD5", {}), ("SIZE", {}), \
-                ("AUTH LOGIN", {"AUTH": "535 5.7.8 wrong"}), ("AUTH LOGIN", {"AUTH": "334 x", user: "501 5.5.2 what"}):
-            with self.subTest(extension, script=script), self.assertRaises(minimail.PeerFailed) as caught:
-                client, peer = self.greeted(script, extensions=[extension])
-                client.log_in("us\u00e9r", "pa ss")
-            self.assertEqual(caught.exception.reply.code // 100, 4, "wrong settings here are no reason to bounce")
-            self.assertNotIn("pa ss", str(caught.exception))
+        plain = "AUTH PLAIN " + base64.b64encode(b"\0us\xc3\xa9r\0pa ss").decode()
+        cram = base64.b64encode("us\u00e9r ".encode() + hmac.new(b"pa ss", b"<1@x>", "md5").hexdigest().encode()).decode()
+        xoauth2 = "AUTH XOAUTH2 " + base64.b64encode(b"user=us\xc3\xa9r\1auth=Bearer pa ss\1\1").decode()
+        bearer = "AUTH OAUTHBEARER " + base64.b64encode(b"n,a=us\xc3\xa9r,\1host=far.test\1port=25\1auth=Bearer pa ss\1\1").decode()
+        login = {"AUTH": "334 VXNlcm5hbWU6", self.USER: "334 UGFzc3dvcmQ6", self.PASSWORD: "235 ok"}
+        table = [
+            (["AUTH PLAIN LOGIN"], {}, {}, [plain]), (["AUTH LOGIN"], login, {}, ["AUTH LOGIN", self.USER, self.PASSWORD]),
+            (["AUTH=LOGIN PLAIN"], {}, {}, [plain]), (["AUTH=LOGIN"], login, {}, ["AUTH LOGIN", self.USER, self.PASSWORD]),
+            (["AUTH LOGIN", "AUTH=PLAIN"], {}, {}, [plain]), (["AUTH PLAIN", "AUTH LOGIN"], {}, {}, [plain]), (["auth plain"], {}, {}, [plain]),
+            (["AUTH PLAIN CRAM-MD5"], {"AUTH": "334 " + base64.b64encode(b"<1@x>").decode(), cram: "235 ok"}, {}, ["AUTH CRAM-MD5", cram]),
+            (["AUTH PLAIN CRAM-MD5"], {}, {"mechanism": "plain"}, [plain]), (["AUTH XOAUTH2 PLAIN"], {}, {}, [plain]),
+            (["AUTH XOAUTH2 PLAIN"], {}, {"mechanism": "xoauth2"}, [xoauth2]), (["AUTH XOAUTH2"], {}, {}, [xoauth2]),
+            (["AUTH OAUTHBEARER"], {}, {"mechanism": "oauthbearer"}, [bearer])]
+        for offered, script, server, lines in table:
+            with self.subTest(offered, **server):
+                self.assertEqual(self.logged_in(offered, script, **server), (235, lines))
+
+    def test_log_in_that_fails(self):
+        """Always 4xx: wrong settings here are no reason to bounce. Nothing secret in the words, whatever the peer repeats."""
+        for offered, script, server in (
+                ("AUTH PLAIN", {"AUTH": "535 5.7.8 wrong"}, {}), ("AUTH GSSAPI", {}, {}), ("SIZE", {}, {}), ("AUTH LOGIN", {"AUTH": "535 wrong"}, {}),
+                ("AUTH LOGIN", {"AUTH": "334 x", self.USER: "501 5.5.2 what"}, {}), ("AUTH PLAIN", {}, {"mechanism": "xoauth2"}),
+                ("AUTH LOGIN", {"AUTH": "334 x", self.USER: "334 x", self.PASSWORD: "DROP"}, {}),
+                ("AUTH LOGIN", {"AUTH": "334 x", self.USER: "334 x", self.PASSWORD: "535 you said pa ss, or " + self.PASSWORD}, {}),
+                ("AUTH LOGIN", {"AUTH": "334 x", self.USER: "334 x", self.PASSWORD: "421 %s is wrong" % self.PASSWORD}, {}),
+                ("AUTH PLAIN", {"AUTH": "535 AUTH PLAIN " + base64.b64encode(b"\0us\xc3\xa9r\0pa ss").decode()}, {}),
+                ("AUTH XOAUTH2", {"AUTH": "334 eyJzdGF0dXMiOiI0MDAifQ==", "": "535 5.7.8 token expired"}, {}),
+                ("AUTH CRAM-MD5", {"AUTH": "334 no base64!"}, {}), ("AUTH LOGIN", {"AUTH": "334"}, {})):
+            with self.subTest(offered, script=script):
+                self.assertEqual(self.logged_in([offered], script, **server)[0] // 100, 4)
+
+    def test_an_expired_token_ends_the_exchange_in_order(self):
+        """The error is a challenge, and wants an answer before the 535."""
+        for mechanism, answer in ("XOAUTH2", ""), ("OAUTHBEARER", "AQ=="):
+            code, lines = self.logged_in(["AUTH " + mechanism], {"AUTH": "334 e30=", answer: "535 5.7.8 expired"})
+            self.assertEqual((code, lines[1:]), (451, [answer]))
 
 
 def scripted_certificate(case):
