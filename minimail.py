@@ -117,6 +117,15 @@ LOGIN_FAILURES = 10                 # wrong passwords from one address within ..
 LOGIN_WINDOW = 600                  # ... these seconds cut it off, and ...
 ACCOUNT_FAILURES = 100              # ... so many for one account, from wherever: its owner may be known already
 SHUTDOWN_GRACE = 9.0                # seconds a message in flight has when the node stops
+UDP_SIZE = 1232                     # bytes of a DNS answer we take over UDP: no fragments (DNS flag day 2020)
+MAX_RECORDS = 500                   # looked at in one DNS answer
+MAX_CNAMES = 8                      # followed from one name
+MAX_NAME_SERVERS = 3                # of resolv.conf that are asked, as glibc does
+TTL_CAP, NEGATIVE_CAP = 86400, 3600     # seconds a DNS answer is remembered at most; that there is nothing (RFC 2308)
+FAILURE_TTL = 5                     # seconds for no answer, or for nothing without a SOA that says how long
+CACHE_BYTES = 16 << 20              # of DNS answers in memory, roughly; then the oldest go
+SERVER_PAUSE = 60                   # seconds for which a name server that did not answer is asked last
+EDNS_PAUSE = 900                    # seconds for which one that cannot cope with EDNS is asked without
 
 # The queue and mail that leaves.
 MAX_QUEUE = 1_000_000               # messages in the queue, then 452: something is badly wrong
@@ -138,6 +147,8 @@ MAX_REWRITTEN = 1 << 18             # bytes of headers in which --rewrite looks 
 MAX_PATH = 1024                     # bytes in an address it looks at
 TICK = 0.1                          # seconds between two looks at what other processes did
 AGAIN = 5.0                         # seconds until what the disk refused is done again
+
+# Standing.
 MAX_SIGNED_HEADER = 1 << 20         # bytes of header held to sign it; a longer one goes out unsigned, and ...
 MAX_SIGNED_FIELDS = 2000            # ... one with more fields, each of which is named in the signature
 MAX_SIGNATURES = 8                  # keys that sign one message
@@ -542,10 +553,19 @@ def show_endpoint(endpoint: Endpoint) -> str:
 def parse_server(text: str) -> Endpoint:
     """Return (host, port) of a name server: an IP address, port 53 unless one is given; ValueError."""
     try:
-        return str(ipaddress.ip_address(text.strip("[]"))), 53
+        return parse_ip(text.strip().strip("[]")), 53
     except ValueError:
         host, port = parse_endpoint(text)
-        return str(ipaddress.ip_address(host)), port
+        return parse_ip(host), port
+
+
+def parse_ip(text: str) -> str:
+    """Return an IP address in one spelling, IPv4 in IPv6 as IPv4, IPv6 with its zone (fe80::1%eth0); ValueError."""
+    address, percent, zone = text.partition("%")
+    ip = ipaddress.ip_address(address)
+    if percent and (ip.version == 4 or not re.fullmatch(r"[\w.-]{1,64}", zone, re.ASCII)):
+        raise ValueError("not an IP address: " + printable(text, 100))
+    return str(getattr(ip, "ipv4_mapped", None) or ip) + percent + zone
 
 
 def parse_size(text: Union[str, int]) -> int:
@@ -792,7 +812,7 @@ class Config:
     limit: Tuple[Limit, ...] = option(parse_limit, (), "[DOMAIN=]LIMITS", "outbound, per destination: connections=10,"
                                       "messages=100,recipients=100,rate=N/SECONDS", many=True)
     rewrite: Tuple[Tuple[str, str], ...] = option(parse_rewrite, (), "FROM=TO",
-                                                  "reverse-path and From of mail that leaves; FROM may be a pattern", many=True)
+                                                  "reverse-path and From of mail that leaves (FROM: or a pattern)", many=True)
     dkim: Tuple[Tuple[str, str, str], ...] = option(parse_dkim, (), "[DOMAIN=]SELECTOR:FILE",
                                                     "sign mail of own domains that leaves with this key", many=True)
     warn: Optional[float] = option(parse_seconds, None, "SECONDS", "a delay notice to own senders after this time")
@@ -1314,7 +1334,7 @@ class Wire:
         self.deadline = self.clock() + self.timeout + extra
 
     async def line(self, limit: int) -> bytes:
-        """Return the next line without its end (CRLF, or a bare LF); LineTooLong (more than `limit` bytes), Disconnected, TimedOut."""
+        """Return the next line without its end, CRLF or a bare LF; LineTooLong (above `limit` bytes), Disconnected, TimedOut."""
         start = 0
         while True:
             end = self.input.find(b"\n", start)
@@ -2820,18 +2840,23 @@ def await_mail(storage: Storage, look: Callable[[], Any], until: float, sleep: C
 
 
 # ======================================================================================================================
-# 8  DNS.  Encoding and decoding are pure; a resolver over raw UDP that caches; a fixture name server for tests.
-#    Knows nothing of mail but the MX record. Optional, with 9 to 12.
+# 8  DNS.  Encoding, decoding and what an answer means are pure; a resolver that caches, over one function that sends a
+#    query and waits; a fixture name server for tests. Knows nothing of mail but the records. Optional, with 9 to 12.
+#
+#    resolver = Resolver()                            # asks whom /etc/resolv.conf names, as its options say
+#    resolver.mx(domain)                              # [(preference, host, ttl)], host "" in a null MX
+#    resolver.addresses(host)                         # [(address, ttl)], /etc/hosts included
+#    resolver.lookup(name, TXT)                       # [text], the strings of each record joined; also A, AAAA, PTR ...
+#    resolver.query(name, type)                       # [Record], where the TTLs matter
+#
+#    All block for seconds, so a worker's thread calls them; any number may. None found is []; NoSuchDomain is for good,
+#    DNSFailure for now. The name of an address for PTR is ipaddress.ip_address(text).reverse_pointer.
 # ======================================================================================================================
 
-A, NS, CNAME, SOA, MX, AAAA, OPT = 1, 2, 5, 6, 15, 28, 41
-TYPES = {"A": A, "CNAME": CNAME, "SOA": SOA, "MX": MX, "AAAA": AAAA}
-NOERROR, FORMERR, SERVFAIL, NXDOMAIN, NOTIMP = 0, 1, 2, 3, 4
-UDP_SIZE = 1232                                     # what we take over UDP: no fragments (DNS flag day 2020)
-MAX_CNAMES = 8
-MAX_RECORDS = 500                                   # looked at in one answer
-TTL_FLOOR, TTL_CAP, NEGATIVE_CAP, FAILURE_TTL = 5, 86400, 3600, 5   # seconds an answer is cached
-CACHE_ENTRIES = 10_000
+A, NS, CNAME, SOA, PTR, MX, TXT, AAAA, OPT = 1, 2, 5, 6, 12, 15, 16, 28, 41
+TYPES = {"A": A, "NS": NS, "CNAME": CNAME, "SOA": SOA, "PTR": PTR, "MX": MX, "TXT": TXT, "AAAA": AAAA}
+NOERROR, FORMERR, SERVFAIL, NXDOMAIN, NOTIMP, REFUSED, BADVERS = 0, 1, 2, 3, 4, 5, 16
+NO_EDNS = (FORMERR, SERVFAIL, NOTIMP, REFUSED, BADVERS)     # what servers say to a question with EDNS they do not like
 
 
 class DNSError(Exception):
@@ -2847,7 +2872,7 @@ class DNSFailure(DNSError):
 
 
 class Record(NamedTuple):
-    """A resource record; `data` is an address, a name, (preference, name) of an MX, or the negative TTL of a SOA."""
+    """A resource record; `data` is an address, a name, a text, (preference, name) of an MX, or a SOA's negative TTL."""
     name: str
     type: int
     ttl: int
@@ -2859,10 +2884,10 @@ class Answer(NamedTuple):
     id: int
     rcode: int
     truncated: bool
-    question: Tuple[str, int]
+    question: Tuple[str, int]                       # ("", 0) in an error without one
     records: List[Record]
-    negative_ttl: int                               # for how long to remember that there is nothing (RFC 2308)
-    referral: bool = False                          # "ask those": a server that does not recurse, so no answer for us
+    negative_ttl: int = FAILURE_TTL                 # for how long to remember that there is nothing (RFC 2308)
+    backed: bool = False                            # somebody stands for it when there is nothing in it
 
 
 def encode_domain(name: str) -> bytes:
@@ -2914,107 +2939,345 @@ def decode_domain(packet: bytes, offset: int) -> Tuple[str, int]:
         offset += size
 
 
-def decode_record(packet: bytes, offset: int) -> Tuple[Record, int]:
-    """Return (record, offset behind it); ValueError."""
-    name, offset = decode_domain(packet, offset)
-    if offset + 10 > len(packet):
-        raise ValueError("record runs over the end")
-    type, klass, ttl, size = struct.unpack_from(">HHIH", packet, offset)
-    offset += 10
-    end = offset + size
-    if end > len(packet):
-        raise ValueError("record data runs over the end")
-    data: Any = None
-    if type in (A, AAAA) and klass == 1:
-        if size != (4 if type == A else 16):
-            raise ValueError("bad address size")
-        data = socket.inet_ntop(socket.AF_INET if type == A else socket.AF_INET6, packet[offset:end])
-    elif type in (CNAME, MX) and klass == 1:
-        start = offset + (2 if type == MX else 0)
-        data, behind = decode_domain(packet, start)
-        if behind != end or start > end:
-            raise ValueError("bad record data")
-        if type == MX:
-            data = (packet[offset] << 8 | packet[offset + 1], data)
-    elif type == SOA and klass == 1:
-        _, behind = decode_domain(packet, offset)
-        _, behind = decode_domain(packet, behind)
-        if behind + 20 != end:
-            raise ValueError("bad SOA")
-        data = min(ttl, struct.unpack_from(">I", packet, behind + 16)[0])
-    return Record(name, type if klass == 1 else -1, ttl if ttl < 1 << 31 else 0, data), end
-
-
-def decode_answer(packet: bytes) -> Answer:
-    """Return a response decoded; ValueError for whatever is not one."""
-    if len(packet) < 12:
-        raise ValueError("too short")
-    id, flags, questions, answers, authorities, _ = struct.unpack_from(">6H", packet)
-    if not flags & 0x8000 or flags & 0x7800 or questions != 1:
-        raise ValueError("not a response to a query")
-    if answers + authorities > MAX_RECORDS:
-        raise ValueError("too many records")
+def decode_question(packet: bytes) -> Tuple[Tuple[str, int], int]:
+    """Return ((name, type), offset behind it) of a packet with one question of the Internet; ValueError."""
     name, offset = decode_domain(packet, 12)
     if offset + 4 > len(packet):
         raise ValueError("question runs over the end")
     type, klass = struct.unpack_from(">HH", packet, offset)
     if klass != 1:
         raise ValueError("not a question of the Internet")
-    offset += 4
-    truncated = bool(flags & 0x0200)
-    records: List[Record] = []
-    negative, referral = FAILURE_TTL, False
+    return (name, type), offset + 4
+
+
+def decode_record(packet: bytes, offset: int) -> Tuple[Record, int]:
+    """Return (record, offset behind it), the type -1 when it is none of the Internet's; ValueError."""
+    name, offset = decode_domain(packet, offset)
+    if offset + 10 > len(packet):
+        raise ValueError("record runs over the end")
+    type, klass, ttl, size = struct.unpack_from(">HHIH", packet, offset)
+    end = offset + 10 + size
+    if end > len(packet):
+        raise ValueError("record data runs over the end")
+    if type == OPT:                                 # its class is a size, its TTL begins with the upper bits of the rcode
+        return Record(name, OPT, 0, ttl >> 24), end
+    if klass != 1:
+        return Record(name, -1, 0, None), end
+    ttl = ttl if ttl < 1 << 31 else 0               # RFC 2181 section 8
+    return Record(name, type, ttl, decode_data(packet, type, offset + 10, end, ttl)), end
+
+
+def decode_data(packet: bytes, type: int, offset: int, end: int, ttl: int) -> Any:
+    """Return the data of a record, as Record says, None of types that nobody here asks for; ValueError."""
+    data: Any = None
+    behind = end
+    if type in (A, AAAA):
+        if end - offset != (4 if type == A else 16):
+            raise ValueError("bad address size")
+        data = socket.inet_ntop(socket.AF_INET if type == A else socket.AF_INET6, packet[offset:end])
+    elif type in (CNAME, PTR):
+        data, behind = decode_domain(packet, offset)
+    elif type == MX:
+        host, behind = decode_domain(packet, offset + 2)
+        data = (packet[offset] << 8 | packet[offset + 1], host)
+    elif type == TXT:
+        data = decode_strings(packet[offset:end])
+    elif type == SOA:
+        _, behind = decode_domain(packet, offset)
+        _, behind = decode_domain(packet, behind)
+        behind += 20
+        if behind == end:
+            data = min(ttl, *struct.unpack_from(">I", packet, end - 4))     # RFC 2308 section 5
+    if behind != end:
+        raise ValueError("bad record data")
+    return data
+
+
+def decode_strings(data: bytes) -> str:
+    """Return the character strings of a TXT record as one text (RFC 7208 section 3.3); ValueError."""
+    strings, offset = [], 0
+    while offset < len(data):
+        end = offset + 1 + data[offset]
+        if end > len(data):
+            raise ValueError("string runs over the end")
+        strings.append(data[offset + 1:end])
+        offset = end
+    return b"".join(strings).decode("utf-8", "replace")
+
+
+def decode_answer(packet: bytes) -> Answer:
+    """Return a response decoded; ValueError for whatever is not one."""
+    if len(packet) < 12:
+        raise ValueError("too short")
+    id, flags, questions, answers, authorities, more = struct.unpack_from(">6H", packet)
+    rcode, truncated = flags & 15, bool(flags & 0x0200)
+    if not flags & 0x8000 or flags & 0x7800:
+        raise ValueError("not a response to a query")
+    if len(packet) == 12 and rcode in NO_EDNS:
+        return Answer(id, rcode, truncated, ("", 0), [])        # some send a bare header
+    if questions != 1 or answers + authorities > MAX_RECORDS:
+        raise ValueError("not one question, or too many records")
+    question, offset = decode_question(packet)
+    records: List[Record] = []                      # of the answer section
+    others: List[Record] = []                       # of the authority section
+    index = 0
     try:
-        for index in range(answers + authorities):
+        for index in range(min(answers + authorities + more, MAX_RECORDS)):
             record, offset = decode_record(packet, offset)
-            if index < answers:
-                records.append(record)
-            elif record.type == SOA:
-                negative, referral = min(record.data, NEGATIVE_CAP), False
-            elif record.type == NS and negative == FAILURE_TTL:
-                referral = True
+            if record.type == OPT:                  # in whatever section it stands
+                rcode = rcode & 15 | record.data << 4
+            elif index < answers + authorities:
+                (records if index < answers else others).append(record)
     except ValueError:
-        if not truncated:                           # it will be asked again anyhow
+        if index < answers + authorities and not truncated:     # else it will be asked again anyhow
             raise
-    return Answer(id, flags & 15, truncated, (name, type), records, negative, referral and not records)
+    soa = [record.data for record in others if record.type == SOA]
+    authoritative, recursive = bool(flags & 0x0400), bool(flags & 0x0080)
+    referral = any(record.type == NS for record in others)      # unless there is a SOA beside it (RFC 2308 section 2.2)
+    backed = bool(soa) or authoritative or (recursive and not referral)
+    return Answer(id, rcode, truncated, question, records, min(soa[0], NEGATIVE_CAP) if soa else FAILURE_TTL, backed)
+
+
+def answer_to(query: bytes, packet: bytes) -> Optional[Answer]:
+    """Return the answer in a packet, None when it is not one to this query (RFC 5452 section 9.1)."""
+    try:
+        answer = decode_answer(packet)
+    except ValueError:
+        return None
+    asked, _ = decode_question(query)
+    return answer if packet[:2] == query[:2] and answer.question in (asked, ("", 0)) else None
+
+
+def conclude(answer: Answer, name: str, type: int) -> Optional[Tuple[Union[List[Record], NoSuchDomain], int]]:
+    """Return what an answer says about a question, and for how long; None when it says nothing.
+
+    That is the records; a CNAME alone when its target has to be asked for; [] or NoSuchDomain. Records that are not on
+    the way from the question count for nothing. An error says nothing, nor does a referral ("ask those": a server that
+    does not recurse), nor an empty answer of a server that neither knows (AA, a SOA) nor has asked others (RA).
+    """
+    if answer.rcode not in (NOERROR, NXDOMAIN):
+        return None
+    chain: List[Record] = []
+    for _ in range(MAX_CNAMES):
+        found = [record for record in answer.records if record.name == name and record.type == type]
+        if found:
+            return found, min(record.ttl for record in chain + found)
+        alias = [record for record in answer.records if record.name == name and record.type == CNAME]
+        if not alias:
+            break
+        chain.append(alias[0])
+        name = alias[0].data
+    ttls = [record.ttl for record in chain]
+    if answer.rcode == NXDOMAIN:                    # also of a CNAME's target (RFC 6604)
+        return NoSuchDomain("no such domain: " + name), min(ttls + [answer.negative_ttl])
+    if chain:
+        return chain[-1:], min(ttls)
+    return ([], answer.negative_ttl) if answer.backed else None
+
+
+def exchange(server: Endpoint, query: bytes, tcp: bool, seconds: float) -> Answer:
+    """Send a query to a name server and return its answer; OSError, ValueError.
+
+    A new socket gives a random port, and only the address that was asked is heard; over UDP what does not fit is ignored
+    until the time is up (RFC 5452), over TCP (RFC 7766) nobody else can have sent it.
+    """
+    deadline = time.monotonic() + seconds
+    family, kind, _, _, place = socket.getaddrinfo(         # understands the zone in fe80::1%eth0; asks nobody
+        *server, type=socket.SOCK_STREAM if tcp else socket.SOCK_DGRAM, flags=socket.AI_NUMERICHOST)[0]
+    with socket.socket(family, kind) as sock:
+        sock.settimeout(seconds)
+        sock.connect(place)
+        sock.sendall(struct.pack(">H", len(query)) + query if tcp else query)
+        if tcp:
+            size = receive(sock, 2, deadline)
+            answer = answer_to(query, receive(sock, size[0] << 8 | size[1], deadline))
+            if answer is None:
+                raise ValueError("wrong answer over TCP")
+            return answer
+        while True:
+            sock.settimeout(time_left(deadline))
+            answer = answer_to(query, sock.recv(65535))
+            if answer:
+                return answer
+
+
+def time_left(deadline: float) -> float:
+    """Return the seconds until a deadline of time.monotonic(); socket.timeout when it has passed."""
+    left = deadline - time.monotonic()
+    if left <= 0:
+        raise socket.timeout("timed out")
+    return left
+
+
+def receive(sock: socket.socket, size: int, deadline: float) -> bytes:
+    """Return `size` bytes of a TCP connection; OSError, ValueError when it ends before."""
+    data = bytearray()
+    while len(data) < size:
+        sock.settimeout(time_left(deadline))
+        block = sock.recv(size - len(data))
+        if not block:
+            raise ValueError("TCP answer ends early")
+        data += block
+    return bytes(data)
+
+
+# What the system says: resolv.conf(5), hosts(5), nsswitch.conf(5).
+
+@dataclasses.dataclass
+class NameServer:
+    """A server to ask, and how it did lately (times of the resolver's clock)."""
+    endpoint: Endpoint
+    down_until: float = 0.0                         # it does not answer: the others are asked first
+    plain_until: float = 0.0                        # it cannot cope with EDNS
+
+
+@dataclasses.dataclass
+class NameServers:
+    """Whom to ask, and how."""
+    servers: List[NameServer]
+    timeout: float = 4.0                            # seconds for an answer
+    attempts: int = 2                               # rounds over all of them
+    rotate: bool = False                            # begin with any of them
+    tcp: bool = False                               # use-vc
+
+    def in_turn(self, now: float) -> List[NameServer]:
+        """Return the servers in the order in which to ask them."""
+        first = secrets.randbelow(len(self.servers)) if self.rotate else 0
+        return sorted(self.servers[first:] + self.servers[:first], key=lambda server: server.down_until > now)
+
+
+def parse_resolv_conf(lines: List[Tuple[int, str]], complain: Callable[[int, str], None]) -> NameServers:
+    """Return the name servers and options; edns0 is what we do anyhow, trust-ad is about DNSSEC, which nothing here uses."""
+    endpoints: List[Endpoint] = []
+    options: List[str] = []
+    for number, line in lines:
+        keyword, *words = line.split()
+        if keyword == "options":
+            options += words
+        if keyword == "nameserver" and words:
+            try:
+                endpoints.append((parse_ip(words[0]), 53))
+            except ValueError:
+                complain(number, "not an IP address: " + printable(words[0], 60))
+    found = NameServers([NameServer(endpoint) for endpoint in endpoints[:MAX_NAME_SERVERS] or [("127.0.0.1", 53)]],
+                        rotate="rotate" in options, tcp="use-vc" in options)
+    most = {"timeout": 30, "attempts": 5}           # as in glibc
+    for option in options:
+        word, _, value = option.partition(":")
+        if word in most and re.fullmatch("[0-9]{1,5}", value):
+            setattr(found, word, max(1, min(int(value), most[word])))
+    return found
+
+
+def parse_hosts(lines: List[Tuple[int, str]], complain: Callable[[int, str], None]) -> Dict[str, List[str]]:
+    """Return {name: addresses} of hosts(5); IPv4 first, as in Resolver.addresses."""
+    hosts: Dict[str, List[str]] = {}
+    for _, line in lines:
+        address = ""
+        for word in line.partition("#")[0].split():
+            try:
+                address = parse_ip(word)            # the line's, or that of an indented one which was joined to it
+            except ValueError:
+                if address:
+                    hosts.setdefault(word.lower().rstrip("."), []).append(address)
+    return {name: sorted(addresses, key=lambda address: ":" in address) for name, addresses in hosts.items()}
+
+
+def parse_nsswitch(lines: List[Tuple[int, str]], complain: Callable[[int, str], None]) -> List[str]:
+    """Return the sources of host names that are known here, in the system's order: of "files" and "dns"."""
+    for _, line in lines:
+        database, _, sources = line.partition("#")[0].partition(":")
+        if database.strip() == "hosts":
+            return [source for source in sources.split() if source in ("files", "dns")]
+    return ["files", "dns"]
+
+
+class Lookup:
+    """What is known about a question, or being asked: the first who needs it asks, the others wait for its answer."""
+
+    def __init__(self) -> None:
+        self.done = threading.Event()
+        self.until = float("inf")
+        self.value: Union[List[Record], DNSError] = DNSFailure("interrupted")
+        self.weight = 0                             # bytes in memory, roughly; 0 until it is answered
+
+    def settle(self, value: Union[List[Record], DNSError], until: float) -> None:
+        self.value, self.until = value, until
+        self.weight = 2000                          # this object and what holds it
+        if isinstance(value, list):
+            self.weight += sum(200 + len(record.name) + len(str(record.data)) for record in value)
 
 
 class Resolver:
     """Asks recursive name servers, in turn and with timeouts, and remembers what they said."""
 
     def __init__(self, servers: Sequence[Endpoint] = (), timeout: float = 4.0, attempts: int = 2,
-                 clock: Callable[[], float] = time.monotonic) -> None:
-        self.servers = list(servers)                # none: those of /etc/resolv.conf
-        self.timeout = timeout
-        self.attempts = attempts
+                 clock: Callable[[], float] = time.monotonic,
+                 exchange: Callable[[Endpoint, bytes, bool, float], Answer] = exchange, etc: str = "/etc") -> None:
         self.clock = clock
-        self._system = Reloaded("/etc/resolv.conf", parse_resolv_conf)
-        self._cache: "collections.OrderedDict[Tuple[str, int], Tuple[float, Any]]" = collections.OrderedDict()
-        self._lock = threading.Lock()
+        self.exchange = exchange
+        self._given = NameServers([NameServer(server) for server in servers], timeout, attempts) if servers else None
+        self._system = Reloaded(os.path.join(etc, "resolv.conf"), parse_resolv_conf)        # unless servers are given
+        self._hosts = Reloaded(os.path.join(etc, "hosts"), parse_hosts)
+        self._sources = Reloaded(os.path.join(etc, "nsswitch.conf"), parse_nsswitch)
+        self._cache: "collections.OrderedDict[Tuple[str, int], Lookup]" = collections.OrderedDict()
+        self._weight = 0                            # bytes, of all that is in the cache
+        self._lock = threading.Lock()               # for the cache; never held while somebody is asked
 
     def query(self, name: str, type: int) -> List[Record]:
         """Return the records of a type, none when there are none, CNAMEs followed; NoSuchDomain, DNSFailure."""
+        try:
+            encode_domain(name)
+        except ValueError as error:
+            raise NoSuchDomain(str(error)) from None
         for _ in range(MAX_CNAMES):
-            answer = self._cached(name, type)
+            answer = self._cached((name.lower().rstrip("."), type))
             found = [record for record in answer if record.type == type]
             if found or not answer:
                 return found
             name = answer[-1].data                  # a CNAME whose target the answer did not tell: ask on
         raise DNSFailure("too many CNAMEs at " + name)
 
+    def lookup(self, name: str, type: int) -> List[Any]:
+        """Return the data of the records of a type: addresses, names, texts; NoSuchDomain, DNSFailure."""
+        return [record.data for record in self.query(name, type)]
+
     def mx(self, domain: str) -> List[Tuple[int, str, int]]:
         """Return (preference, host, ttl) of each MX; host "" in the null MX of RFC 7505. NoSuchDomain, DNSFailure."""
         return [record.data + (record.ttl,) for record in self.query(domain, MX)]
 
     def addresses(self, host: str) -> List[Tuple[str, int]]:
-        """Return (address, ttl) of a host, IPv4 first: it is what works most often. NoSuchDomain, DNSFailure."""
+        """Return (address, ttl) of a host, IPv4 first: it is what works most often. NoSuchDomain, DNSFailure.
+
+        The machine's own table counts before DNS or after it, as nsswitch.conf says. IPv4 in IPv6 comes as IPv4.
+        """
         with contextlib.suppress(ValueError):
-            return [(str(ipaddress.ip_address(host)), 0)]
+            return [(parse_ip(host), 0)]
+        sources = self._file(self._sources, ["files", "dns"])
+        known = self._file(self._hosts, {}).get(host.lower().rstrip("."), []) if "files" in sources else []
+        if known and sources[0] == "files":
+            return [(address, 0) for address in known]
+        try:
+            found = self._addresses_in_dns(host)
+        except DNSError:
+            if not known:
+                raise
+            found = []
+        return found or [(address, 0) for address in known]
+
+    @staticmethod
+    def _file(file: Reloaded, otherwise: Any) -> Any:
+        try:
+            return file.get()
+        except OSError:                             # said in the log; DNS works without it
+            return otherwise
+
+    def _addresses_in_dns(self, host: str) -> List[Tuple[str, int]]:
         found: List[Tuple[str, int]] = []
         failure = None
         for type in (A, AAAA):
             try:
-                found += [(record.data, record.ttl) for record in self.query(host, type)]
+                found += [(parse_ip(record.data), record.ttl) for record in self.query(host, type)]
             except DNSFailure as error:
                 failure = error
             except NoSuchDomain:
@@ -3024,152 +3287,152 @@ class Resolver:
             raise failure
         return found
 
-    def _cached(self, name: str, type: int) -> List[Record]:
-        key = (name.lower().rstrip("."), type)
-        now = self.clock()
+    def _cached(self, key: Tuple[str, int]) -> List[Record]:
+        """Return what is known, asking when nothing is; identical questions of several threads are asked once."""
         with self._lock:
-            until, value = self._cache.get(key, (0.0, None))
-        if until <= now:
-            try:
-                value, ttl = self._ask_all(*key)
-            except DNSFailure as error:
-                value, ttl = error, FAILURE_TTL
-            with self._lock:
-                self._cache[key] = (self.clock() + max(TTL_FLOOR, min(ttl, TTL_CAP)), value)
+            lookup = self._cache.get(key)
+            ours = lookup is None or lookup.until <= self.clock()
+            if lookup is None or ours:
+                self._weight -= lookup.weight if lookup else 0
+                lookup = self._cache[key] = Lookup()
                 self._cache.move_to_end(key)
-                while len(self._cache) > CACHE_ENTRIES:
-                    self._cache.popitem(last=False)
-        if isinstance(value, DNSError):
-            raise value.__class__(*value.args)
-        records: List[Record] = value
-        return records
+        if ours:
+            self._answer(lookup, key)
+        lookup.done.wait()
+        if isinstance(lookup.value, DNSError):
+            raise lookup.value.__class__(*lookup.value.args)
+        return lookup.value
 
-    def _ask_all(self, name: str, type: int) -> Tuple[Any, int]:
-        """Return (chain of records or NoSuchDomain, TTL) from the first server that knows; DNSFailure."""
+    def _answer(self, lookup: Lookup, key: Tuple[str, int]) -> None:
+        """Ask, remember the answer, and wake those who wait for it."""
+        value, ttl = lookup.value, 0                # in case of an exception that nobody thought of
         try:
-            encode_domain(name)
-        except ValueError as error:
-            return NoSuchDomain(str(error)), NEGATIVE_CAP
-        failure = "no name servers"
-        edns = True
-        for _ in range(self.attempts):
-            for server in self.servers or self._system.get() or [("127.0.0.1", 53)]:
+            value, ttl = self._ask_all(*key)
+        finally:
+            with self._lock:
+                lookup.settle(value, self.clock() + min(ttl, TTL_CAP))
+                if self._cache.get(key) is lookup:  # not evicted meanwhile
+                    self._weight += lookup.weight
+                while self._weight > CACHE_BYTES:
+                    self._weight -= self._cache.popitem(last=False)[1].weight
+            lookup.done.set()
+
+    def _ask_all(self, name: str, type: int) -> Tuple[Union[List[Record], DNSError], int]:
+        """Return (records, NoSuchDomain or DNSFailure, seconds to remember it) from the first server that knows."""
+        try:
+            settings: NameServers = self._given or self._system.get()
+        except OSError as error:
+            return DNSFailure("cannot read %s: %s" % (self._system.path, error.strerror or error)), FAILURE_TTL
+        failure = "not asked"
+        for _ in range(settings.attempts):
+            for server in settings.in_turn(self.clock()):
+                where = show_endpoint(server.endpoint)
                 try:
-                    answer = self._ask(server, name, type, edns)
-                    if answer.rcode in (FORMERR, NOTIMP) and edns:      # RFC 6891 section 7: a server of old
-                        answer = self._ask(server, name, type, False)
+                    answer = self._ask(server, name, type, settings)
+                    server.down_until = 0.0
                 except (OSError, ValueError) as error:
-                    failure = "%s: %s" % (show_endpoint(server), "timeout" if isinstance(error, socket.timeout) else error)
+                    server.down_until = self.clock() + SERVER_PAUSE
+                    failure = "%s: %s" % (where, error)
                     continue
-                if answer.rcode in (NOERROR, NXDOMAIN) and not answer.referral:
-                    return self._follow(answer, name, type)
-                failure = "%s answered with %s" % (
-                    show_endpoint(server), "a referral" if answer.referral else "error %d" % answer.rcode)
-        raise DNSFailure(failure)
+                said = conclude(answer, name, type)
+                if said:
+                    return said
+                failure = "%s answered with error %d" % (where, answer.rcode) if answer.rcode else \
+                    "%s gave an answer that says nothing, such as a referral" % where
+        return DNSFailure(failure), FAILURE_TTL
 
-    @staticmethod
-    def _follow(answer: Answer, name: str, type: int) -> Tuple[Any, int]:
-        """Return what the answer says about the question: records that are not on the way from it count for nothing."""
-        chain: List[Record] = []
-        for _ in range(MAX_CNAMES):
-            found = [record for record in answer.records if record.name == name and record.type == type]
-            if found:
-                return found, min(record.ttl for record in chain + found)
-            alias = [record for record in answer.records if record.name == name and record.type == CNAME]
-            if not alias:
-                break
-            chain.append(alias[0])
-            name = alias[0].data
-        if answer.rcode == NXDOMAIN:                # also of a CNAME's target (RFC 6604)
-            return NoSuchDomain("no such domain: " + name), answer.negative_ttl
-        return chain[-1:], min([record.ttl for record in chain] or [answer.negative_ttl])
+    def _ask(self, server: NameServer, name: str, type: int, settings: NameServers) -> Answer:
+        """Ask one server, and once more without EDNS unless it can cope with that (RFC 6891 section 7); OSError, ValueError.
 
-    def _ask(self, server: Endpoint, name: str, type: int, edns: bool) -> Answer:
-        """Ask one server, over TCP if the answer was cut short; OSError, ValueError.
-
-        The raw-UDP routine. A new socket gives a random port, the id is random, and only the address that was asked is
-        heard; what does not fit is ignored until the time is up (RFC 5452).
+        What the plain question brings counts. Half the time is enough to see that the other one brings nothing.
         """
-        id = secrets.randbelow(65536)
-        query = encode_query(id, name, type, edns)
-        deadline = time.monotonic() + self.timeout
-        with socket.socket(socket.AF_INET6 if ":" in server[0] else socket.AF_INET, socket.SOCK_DGRAM) as sock:
-            sock.connect(server)
-            sock.send(query)
-            while True:
-                left = deadline - time.monotonic()
-                if left <= 0:
-                    raise socket.timeout()
-                sock.settimeout(left)
-                packet = sock.recv(65535)
-                try:
-                    answer = decode_answer(packet)
-                except ValueError:
-                    if packet[:2] == query[:2] and len(packet) >= 12 and packet[3] & 15 == FORMERR and edns:
-                        return Answer(id, FORMERR, False, (name, type), [], FAILURE_TTL)    # some send a bare header
-                    continue
-                if answer.id == id and answer.question == (name, type):
-                    break
-        if answer.truncated:
-            answer = self._ask_tcp(server, query)
-            if answer.id != id or answer.question != (name, type) or answer.truncated:
-                raise ValueError("wrong answer over TCP")
+        if self.clock() >= server.plain_until:
+            with contextlib.suppress(OSError, ValueError):
+                answer = self._question(server, name, type, True, settings.timeout / 2, settings.tcp)
+                if answer.rcode not in NO_EDNS:
+                    return answer
+        answer = self._question(server, name, type, False, settings.timeout, settings.tcp)
+        if answer.rcode not in NO_EDNS and self.clock() >= server.plain_until:
+            server.plain_until = self.clock() + EDNS_PAUSE
         return answer
 
-    def _ask_tcp(self, server: Endpoint, query: bytes) -> Answer:
-        """RFC 7766; OSError, ValueError."""
-        deadline = time.monotonic() + self.timeout
-        with socket.create_connection(server, timeout=self.timeout) as sock:
-            sock.sendall(struct.pack(">H", len(query)) + query)
-            data = b""
-            while len(data) < 2 or len(data) < 2 + (data[0] << 8 | data[1]):
-                sock.settimeout(max(0.001, deadline - time.monotonic()))
-                block = sock.recv(65537 - len(data))
-                if not block:
-                    raise ValueError("TCP answer ends early")
-                data += block
-        return decode_answer(data[2:2 + (data[0] << 8 | data[1])])
-
-
-def parse_resolv_conf(lines: List[Tuple[int, str]], complain: Callable[[int, str], None]) -> List[Endpoint]:
-    """Return the name servers of resolv.conf(5)."""
-    words = [line.split() for _, line in lines]
-    return [(word[1], 53) for word in words if len(word) > 1 and word[0] == "nameserver"]
+    def _question(self, server: NameServer, name: str, type: int, edns: bool, seconds: float, tcp: bool) -> Answer:
+        """Ask one question, over TCP if the answer was cut short; OSError, ValueError."""
+        query = encode_query(secrets.randbelow(65536), name, type, edns)
+        answer = self.exchange(server.endpoint, query, tcp, seconds)
+        if answer.truncated and not tcp:
+            answer = self.exchange(server.endpoint, query, True, seconds)
+        if answer.truncated:
+            raise ValueError("answer cut short, even over TCP")
+        return answer
 
 
 def encode_answer(query: bytes, records: Sequence[Record], rcode: int = NOERROR, truncated: bool = False) -> bytes:
     """Return the response to a query packet; ValueError for what is no query."""
     if len(query) < 12 or query[2] & 0x80:
         raise ValueError("not a query")
-    _, end = decode_domain(query, 12)
+    _, end = decode_question(query)
     packet = query[:2] + struct.pack(">5H", 0x8180 | (0x0200 if truncated else 0) | rcode, 1, len(records), 0, 0)
-    packet += query[12:end + 4]
+    head = [packet + query[12:end]]
     for record in records:
-        if record.type in (A, AAAA):
-            data = socket.inet_pton(socket.AF_INET if record.type == A else socket.AF_INET6, record.data)
-        elif record.type == MX:
-            data = struct.pack(">H", record.data[0]) + encode_domain(record.data[1])
-        else:
-            data = encode_domain(record.data)
-        packet += encode_domain(record.name) + struct.pack(">HHIH", record.type, 1, record.ttl, len(data)) + data
-    return packet
+        data = encode_data(record)
+        head.append(encode_domain(record.name) + struct.pack(">HHIH", record.type, 1, record.ttl, len(data)) + data)
+    return b"".join(head)
+
+
+def encode_data(record: Record) -> bytes:
+    if record.type in (A, AAAA):
+        return socket.inet_pton(socket.AF_INET if record.type == A else socket.AF_INET6, record.data)
+    if record.type == MX:
+        return struct.pack(">H", record.data[0]) + encode_domain(record.data[1])
+    if record.type == TXT:
+        text = record.data.encode("utf-8")
+        pieces = [text[start:start + 255] for start in range(0, len(text), 255)]
+        return b"".join(bytes([len(piece)]) + piece for piece in pieces)
+    return encode_domain(record.data)
 
 
 class Zone:
     """A name server for tests: `Zone({"example.com": ["MX 10 mx.example.com"], "mx.example.com": ["A 127.0.0.1"]})`.
 
-    Items are A, AAAA, MX (`MX 0 .` is the null MX), CNAME, or how to answer: SERVFAIL, REFUSED, TRUNCATED (whole only over
-    TCP), SILENT, `SLOW seconds`. A name that is not there is NXDOMAIN. `address` is where it listens, `queries` what
-    it was asked. Use it with `with`, or start() and stop().
+    Items are A, AAAA, MX (`MX 0 .` is the null MX), CNAME, TXT, PTR, or how to answer: SERVFAIL, REFUSED, TRUNCATED (whole
+    only over TCP), SILENT, `SLOW seconds`. A name that is not there is NXDOMAIN. It answers in process: resolver() asks
+    it and nobody else. `queries` is what it was asked.
     """
 
     def __init__(self, names: Dict[str, Union[str, Sequence[str]]], ttl: int = 60) -> None:
         self.names = {name.lower(): [items] if isinstance(items, str) else list(items) for name, items in names.items()}
         self.ttl = ttl
         self.queries: List[Tuple[str, int]] = []
-        self.address: Endpoint = ("", 0)
-        self._servers: List[socketserver.BaseServer] = []
-        self._wake = threading.Event()
+
+    def resolver(self) -> Resolver:
+        """Return a resolver that knows what is in here; no file of the machine counts."""
+        return Resolver([("127.0.0.1", 53)], exchange=self.exchange, etc="/nonexistent")
+
+    def exchange(self, server: Endpoint, query: bytes, tcp: bool, seconds: float) -> Answer:
+        """Stand for exchange(): what is SILENT has timed out at once, what is SLOW takes its time."""
+        (name, _), _ = decode_question(query)
+        for item in self.names.get(name, []):
+            if item.startswith("SLOW"):
+                wait = float(item.split()[1])
+                time.sleep(min(wait, seconds))
+                if wait > seconds:
+                    raise socket.timeout("timed out")
+        packet = self.reply(query, tcp)
+        if packet is None:
+            raise socket.timeout("timed out")
+        return decode_answer(packet)
+
+    def reply(self, query: bytes, tcp: bool) -> Optional[bytes]:
+        """Return the packet to answer with, None to stay silent; ValueError for what is no query."""
+        (name, type), _ = decode_question(query)
+        self.queries.append((name, type))
+        if "SILENT" in self.names.get(name, []):
+            return None
+        records, rcode = self.records(name, type)
+        if "TRUNCATED" in self.names.get(name, []) and not tcp:
+            return encode_answer(query, [], rcode, truncated=True)
+        return encode_answer(query, records, rcode)
 
     def records(self, name: str, type: int) -> Tuple[List[Record], int]:
         """Return (records, rcode) for a question, CNAMEs followed."""
@@ -3177,86 +3440,24 @@ class Zone:
         for _ in range(MAX_CNAMES):
             if name not in self.names:
                 return found, NXDOMAIN
-            items = [item.split() for item in self.names[name]]
-            if ["SERVFAIL"] in items or ["REFUSED"] in items:
-                return [], SERVFAIL if ["SERVFAIL"] in items else 5
-            found += [Record(name, type, self.ttl, (int(item[1]), item[2].rstrip(".")) if type == MX else item[-1])
-                      for item in items if TYPES.get(item[0]) == type]
-            alias = next((item[1].rstrip(".") for item in items if item[0] == "CNAME"), None)
+            items = self.names[name]
+            if "SERVFAIL" in items or "REFUSED" in items:
+                return [], SERVFAIL if "SERVFAIL" in items else REFUSED
+            found += [Record(name, type, self.ttl, self._data(item)) for item in items
+                      if TYPES.get(item.split()[0]) == type]
+            alias = next((self._data(item) for item in items if item.startswith("CNAME ")), None)
             if alias is None or type == CNAME:
                 break
             found.append(Record(name, CNAME, self.ttl, alias))
             name = alias
         return found, NOERROR
 
-    def reply(self, query: bytes, tcp: bool) -> Optional[bytes]:
-        """Return the packet to answer with, None to stay silent; ValueError for what is no query."""
-        name, end = decode_domain(query, 12)
-        type = query[end] << 8 | query[end + 1]
-        self.queries.append((name, type))
-        for item in self.names.get(name, []):
-            if item.startswith("SLOW"):
-                self._wake.wait(float(item.split()[1]))
-            elif item == "SILENT":
-                return None
-        records, rcode = self.records(name, type)
-        if "TRUNCATED" in self.names.get(name, []) and not tcp:
-            return encode_answer(query, [], rcode, truncated=True)
-        return encode_answer(query, records, rcode)
-
-    def start(self) -> None:
-        """Listen on 127.0.0.1, UDP and TCP on the same free port."""
-        zone = self
-
-        class UDP(socketserver.BaseRequestHandler):
-            def handle(self) -> None:
-                answer = zone.reply(self.request[0], tcp=False)
-                if answer:
-                    self.request[1].sendto(answer, self.client_address)
-
-        class TCP(socketserver.StreamRequestHandler):
-            def handle(self) -> None:
-                size = self.rfile.read(2)
-                answer = zone.reply(self.rfile.read(size[0] << 8 | size[1]), tcp=True)
-                if answer:
-                    self.wfile.write(struct.pack(">H", len(answer)) + answer)
-
-        class Quiet(socketserver.ThreadingMixIn):
-            daemon_threads = True
-
-            def handle_error(self, request: Any, client_address: Any) -> None:
-                log.debug("fixture name server: bad request from %s", client_address)
-
-        class UDPServer(Quiet, socketserver.UDPServer):
-            pass
-
-        class TCPServer(Quiet, socketserver.TCPServer):
-            pass
-        while True:
-            udp = UDPServer(("127.0.0.1", 0), UDP)
-            try:
-                tcp = TCPServer(("127.0.0.1", udp.socket.getsockname()[1]), TCP)
-                break
-            except OSError:                         # taken for TCP: try another port
-                udp.server_close()
-        self.address = "127.0.0.1", udp.socket.getsockname()[1]
-        self._servers = [udp, tcp]
-        for server in self._servers:
-            threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
-
-    def stop(self) -> None:
-        self._wake.set()
-        for server in self._servers:
-            server.shutdown()
-            server.server_close()
-        self._servers = []
-
-    def __enter__(self) -> "Zone":
-        self.start()
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self.stop()
+    @staticmethod
+    def _data(item: str) -> Any:
+        kind, _, data = item.strip().partition(" ")
+        if kind == "MX":
+            return int(data.split()[0]), data.split()[1].rstrip(".")
+        return data.strip() if kind in ("A", "AAAA", "TXT") else data.strip().rstrip(".")
 
 
 # ======================================================================================================================
@@ -5522,7 +5723,7 @@ def sendmail_command(config: Config, arguments: List[str]) -> int:
         try:
             print_id = stores.door.send(envelope, names, head + b"\r\n" + body).draft.id
         except Refused as refused:
-            raise CannotRun("sendmail: not accepted: %s; nothing was sent" % refused.reply) from None
+            raise CannotRun("sendmail: not accepted: %s; nothing was sent" % str(refused.reply)) from None
         event("message", id=print_id, client="local", sender=printable(sender), recipients=len(names), size=len(content))
     finally:
         stores.accounts.hashing.close()
@@ -5569,14 +5770,11 @@ class RelayExtension(Extension):
         return Queue(storage, config, clock)
 
     def equip(self, node: Any) -> None:
-        node.relay = node.zone_server = None
+        node.relay = None
         if node.stores.post.queue:
-            if node.zone is not None:
-                node.zone_server = Zone(node.zone)
-                node.zone_server.start()
-            dns = [node.zone_server.address] if node.zone_server else list(node.config.dns)
+            resolver = node.resolver if node.zone is None else Zone(node.zone).resolver()
             own = [endpoint for name, endpoint in node.endpoints() if name in ("smtp", "smtps")]
-            node.relay = Relay(node.config, node.stores, dns, own, node.clock, node.resolver)
+            node.relay = Relay(node.config, node.stores, node.config.dns, own, node.clock, resolver)
 
     def start(self, node: Any) -> None:
         if node.relay:
@@ -5589,8 +5787,6 @@ class RelayExtension(Extension):
     def join(self, node: Any, seconds: float) -> None:
         if getattr(node, "relay", None):
             node.relay.join(seconds)
-        if getattr(node, "zone_server", None):
-            node.zone_server.stop()
 
 
 EXTENSIONS.append(RelayExtension())
@@ -5599,7 +5795,7 @@ EXTENSIONS.append(RelayExtension())
 # ======================================================================================================================
 # 12b  Standing: what makes others trust this node. DKIM signatures, SRS for forwards, the MTA-STS policies of others, SPF as
 #      others read it, and `check`, which looks at all of it. Keys, addresses, records and policies are read and written by
-#      pure functions; the queue and the client know nothing of them but the one call each in REGISTRY["standing"].
+#      pure functions; queue, client and sessions know nothing of them but the calls of an Extension and an Outbound.
 #      Optional, needs 8 to 12.
 # ======================================================================================================================
 
@@ -7046,7 +7242,7 @@ class Doctor:
     def check_queue(self) -> Iterator[Finding]:
         """What the queue knows about the way out: when nobody at all can be reached, the port is closed."""
         queue = Queue(Storage(self.config.data), self.config)
-        replies = [recipient["last_reply"] for entry in map(queue.read, itertools.islice(queue.places(), 1000)) if entry
+        replies = [recipient["last_reply"] for entry in itertools.islice(queue.entries(), 1000)
                    for recipient in entry.waiting() if recipient["last_reply"]]
         silent = sum("cannot connect" in reply for reply in replies)
         if silent > 1 and silent == len(replies):
@@ -7146,8 +7342,14 @@ def print_records(findings: Sequence[Finding]) -> None:
         print("\n; to publish:\n" + "\n".join(records) + "\n")
 
 
-REGISTRY["standing"] = {"Keyring": Keyring, "SRS": SRS, "STS": STS}
-COMMANDS.update(dkim=dkim_command, check=check_command)
+class StandingExtension(Extension):
+    """What the queue and the sessions know of this section."""
+
+    name = "standing"
+    commands = {"dkim": dkim_command, "check": check_command}
+
+
+EXTENSIONS.append(StandingExtension())
 
 
 # ======================================================================================================================
@@ -7346,7 +7548,8 @@ class Session(socketserver.BaseRequestHandler, Task):
     def __init__(self, request: Any, client_address: Any, server: "Listener") -> None:
         # BaseRequestHandler would run the whole conversation here; ours is the loop's.
         self.request, self.client_address, self.server = request, client_address, server
-        self.site, self.tls_from_start = server.site, server.tls
+        self.site: Site = server.site
+        self.tls_from_start = server.tls
         self.client = clients_address(client_address[0])
         self.user: Optional[str] = None
         self.commands = self.errors = self.idle = 0     # given; wrong; in a row that led nowhere
@@ -7469,11 +7672,13 @@ class Session(socketserver.BaseRequestHandler, Task):
         site = self.site
         if site.config.capture:
             return site.log_in(self.client, name, password)
-        key: Optional[str] = None if site.throttle.shut_out(self.client) else site.accounts.recall(name, password)
+        known = None if site.throttle.shut_out(self.client) else site.accounts.recall(name, password)
+        if known is not None:
+            return known
+        key: Optional[str] = await wait(
+            Work(lambda: site.log_in(self.client, name, password), site.accounts.hashing, self.is_wanted))
         if key is None:
-            key = await wait(Work(lambda: site.log_in(self.client, name, password), site.accounts.hashing, self.is_wanted))
-            if key is None:
-                await wait(site.throttle.delay(self.client))
+            await wait(site.throttle.delay(self.client))
         return key
 
     def is_wanted(self) -> bool:
@@ -8415,23 +8620,24 @@ class POP3Session(Session):
         if self.user is None:
             return b"+OK\r\n"
         self.raise_fault("pop3-quit", self.user)
-        failed: int = await wait(self.remove) if len(self.deleted) > MAX_REMOVED else self.remove()
-        self.removed = len(self.deleted) - failed
+        if len(self.deleted) > MAX_REMOVED:
+            await wait(self.remove)
+        else:
+            self.remove()
+        failed = len(self.deleted) - self.removed
         self.release()
         if failed:
             return b"-ERR [SYS/PERM] %d deleted messages not removed\r\n" % failed
         return b"+OK\r\n"
 
-    def remove(self) -> int:
-        """Remove what is marked as deleted; return how much of it could not be."""
-        failed = 0
+    def remove(self) -> None:
+        """Remove what is marked as deleted, as far as it can be."""
         for index in sorted(self.deleted):
             try:
                 self.site.mailboxes.delete(self.user or "", self.items[index])
+                self.removed += 1
             except OSError as error:
                 log.warning("cannot remove %s: %s", self.items[index].name, error)
-                failed += 1
-        return failed
 
     def release(self) -> None:
         if self.lock >= 0:

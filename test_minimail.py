@@ -2130,6 +2130,13 @@ class NameServersTest(unittest.TestCase):
                 self.assertEqual(servers.resolver().lookup("a.test", minimail.A), ["192.0.2.1"])
                 self.assertEqual(len(servers.asked), 1)
 
+    def test_nothing_behind_the_authority_section_matters_but_opt(self):
+        for rubbish in b"\xff\xff", b"\0\0\1\0\1\0\0\0\0\xff\xff", b"":
+            servers = ScriptedServers(one=lambda query, tcp, r=rubbish: scripted_packet(query, answer=[address_record(query)],
+                                                                                        additional=[r]))
+            with self.subTest(rubbish):
+                self.assertEqual(servers.resolver().lookup("a.test", minimail.A), ["192.0.2.1"])
+
     def test_empty_answers(self):
         """(flags, authority, additional) of an empty NOERROR answer -> whether it says that there is nothing."""
         plain, recursive, authoritative = 0x8100, 0x8180, 0x8500

@@ -14,6 +14,7 @@ import random
 import re
 import smtplib
 import ssl
+import subprocess
 import sys
 import threading
 import time
@@ -430,6 +431,145 @@ class Exchangers(Case):
         """Return the lines that `minimail.py mx` prints on node a's machine."""
         words = ["mx", target, "--domain", "a.test", "--hostname", "mx.a.test", *options]
         return a.run(*words, *(["--dns", netlab.RESOLVER] if dns else []), expect=status).decode().splitlines()
+
+
+# Name servers that make it hard
+
+ODD_SERVER, GOOD_SERVER, BEHIND = "192.0.2.56", "192.0.2.57", "192.0.2.47"
+
+
+def good(query):
+    """Every domain below odd.test has one exchanger, and that one is there."""
+    if query.name == "mx.odd.test":
+        return [query.reply([query.record("A", BEHIND)] if query.type == 1 else [], [query.record("SOA", name="odd.test")])]
+    if query.type == 15:
+        return [query.reply([query.record("MX", "mx.odd.test")])]
+    return [query.reply((), [query.record("SOA", name="odd.test")])]
+
+
+def without_edns(odd):
+    """A server that does something odd when a question comes with EDNS."""
+    return lambda query, tcp: odd(query) if query.edns else good(query)
+
+
+def nothing(*authority, **more):
+    """A server that answers with no records, whatever it is asked."""
+    return lambda query, tcp: [query.reply((), [query.record(kind, "ns.odd.test") for kind in authority], **more)]
+
+
+def implicit(query, tcp):
+    """No MX, said with a SOA and an NS beside it, but an address."""
+    return [query.reply([query.record("A", BEHIND)] if query.type == 1 else [],
+                        [query.record("NS", "ns.odd.test"), query.record("SOA")])]
+
+
+def in_front(query, tcp):
+    """OPT where nobody looks for it."""
+    (packet,) = good(query)
+    return [packet[:7] + bytes([packet[7] + 1]) + packet[8:12] + query.question + query.record("OPT")
+            + packet[12 + len(query.question):]]
+
+
+def lies(query, tcp):
+    """Answers to other questions, and of others, come first."""
+    other = query.reply([query.record("MX", "mx.evil.test")], question=query.question.replace(b"odd", b"bad"))
+    wrong = query.reply([query.record("MX", "mx.evil.test")])
+    return [other, bytes([wrong[0] ^ 1]) + wrong[1:], b"\xff" * 40, *good(query)]
+
+
+def cut_short(query, tcp):
+    """A packet that ends within a record comes first, as from somebody who guesses."""
+    return [query.reply([query.record("MX", "mx.evil.test")])[:-1], *good(query)]
+
+
+# What a name server does; what comes of the mail with us, and with Postfix. In the first table all servers do it.
+# Where the two differ: the resolver of Postfix (glibc's) looks at the flags and the number of records only, and Postfix puts
+# off what it cannot read. We ask the next server for an answer that no authority backs, whatever OPT is in it; believe a SOA
+# without flags; and let mail wait when names lead in a circle, which somebody will mend.
+ODD_SERVERS = {
+    "edns-dropped": (without_edns(lambda query: []), "sent", "sent"),
+    "edns-formerr": (without_edns(lambda query: [query.reply(rcode=1)]), "sent", "sent"),
+    "edns-formerr-bare": (without_edns(lambda query: [query.id + b"\x81\x81" + bytes(8)]), "sent", "sent"),
+    "edns-servfail": (without_edns(lambda query: [query.reply(rcode=2)]), "sent", "sent"),
+    "edns-notimp": (without_edns(lambda query: [query.reply(rcode=4)]), "sent", "sent"),
+    "edns-refused": (without_edns(lambda query: [query.reply(rcode=5)]), "sent", "sent"),
+    "edns-badvers": (without_edns(lambda query: [query.reply(additional=[query.record("OPT", "BADVERS")])]), "sent", "sent"),
+    "implicit": (implicit, "sent", "sent"),
+    "truncated": (lambda query, tcp: good(query) if tcp else [query.reply(flags=0x8380)], "sent", "sent"),
+    "opt-in-front": (in_front, "sent", "deferred"),
+    "lies": (lies, "sent", "sent"),
+    "cut-short": (cut_short, "sent", "deferred"),
+    "all-servfail": (nothing(rcode=2), "deferred", "deferred"),
+    "all-empty": (nothing(flags=0x8100), "deferred", "deferred"),
+    "all-referrals": (nothing("NS", flags=0x8100), "deferred", "deferred"),
+    "cname-to-itself": (lambda query, tcp: [query.reply([query.record("CNAME", query.name)])], "deferred", "bounced"),
+}
+FIRST_ODD_SERVERS = {                               # the second one is well
+    "silent": (lambda query, tcp: [], "sent", "sent"),
+    "servfail": (nothing(rcode=2), "sent", "sent"),
+    "refused": (nothing(rcode=5), "sent", "sent"),
+    "referral": (nothing("NS", flags=0x8100), "sent", "sent"),
+    "empty": (nothing(flags=0x8100), "sent", "sent"),
+    "empty-with-opt": (lambda query, tcp: [query.reply((), (), [query.record("OPT")], flags=0x8100)], "sent", "bounced"),
+    "empty-recursive": (nothing(), "bounced", "bounced"),
+    "empty-authoritative": (nothing(flags=0x8500), "bounced", "bounced"),
+    "nothing": (nothing("SOA"), "bounced", "bounced"),
+    "nothing-soa-and-ns": (nothing("NS", "SOA"), "bounced", "bounced"),
+    "nothing-soa-no-flags": (nothing("NS", "SOA", flags=0x8100), "bounced", "sent"),
+    "nothing-soa-first": (nothing("SOA", "NS", flags=0x8500), "bounced", "bounced"),
+    "nxdomain": (nothing("SOA", rcode=3), "bounced", "bounced"),
+    "other-names": (lambda query, tcp: [query.reply([query.record("MX", "mx.evil.test", "evil.test")])], "bounced", "bounced"),
+}
+
+
+def odd(query, tcp, table):
+    row = table.get(query.name.split(".")[0])
+    return row[0](query, tcp) if row else good(query)
+
+
+class OddNameServers(Case):
+    """The same odd servers for us and for Postfix, so that the comparison stays true."""
+
+    def resolv_conf(self, host, text):
+        path = netlab.Path("/etc/netns", network.name(host), "resolv.conf")
+        self.addCleanup(path.write_text, path.read_text())          # the same file: running servers see it
+        path.write_text(text)
+
+    def test_outcomes(self):
+        rows = {**ODD_SERVERS, **FIRST_ODD_SERVERS}
+        self.enter(netlab.OddNameServer(network, ODD_SERVER, lambda query, tcp: odd(query, tcp, rows)))
+        self.enter(netlab.OddNameServer(network, GOOD_SERVER, lambda query, tcp: odd(query, tcp, ODD_SERVERS)))
+        self.enter(netlab.Peer(network, BEHIND))
+        for host in ("a", "mx"):
+            self.resolv_conf(host, "nameserver %s\nnameserver %s\noptions timeout:1\n" % (ODD_SERVER, GOOD_SERVER))
+        recipients = ["x@%s.odd.test" % label for label in rows]
+        self.send(recipients, message("odd", b"Hello\r\n"), "carol@postfix.test", "127.0.0.1", "mx")
+        for label, (_, ours, _) in rows.items():
+            with self.subTest(label, who="minimail"):
+                self.assertEqual(*self.ours(label, ours))
+        for label, (_, _, theirs) in rows.items():
+            with self.subTest(label, who="Postfix"):
+                line = re.compile(r"to=<x@%s\.odd\.test>.* status=(\w+) (.*)" % label)
+                said = lab.until(lambda line=line: line.search(postfix.log()), 30, label)
+                self.assertEqual(said.group(1), theirs, said.group(2))
+
+    @unittest.skipUnless(netlab.IPV6, "no IPv6 here")
+    def test_link_local_server(self):
+        """As routers announce themselves: an address that means something on one interface only."""
+        netlab.ip(["-n", network.name("peer")], ["addr add fe80::53/64 dev eth0 nodad"])
+        self.enter(netlab.OddNameServer(network, "fe80::53%eth0", lambda query, tcp: odd(query, tcp, ODD_SERVERS)))
+        self.resolv_conf("a", "nameserver fe80::53%eth0\n")
+        for label in "fine", "truncated":
+            self.assertEqual(*self.ours(label, "sent"))
+
+    def ours(self, label, wanted):
+        """Return (what would become of the mail, what is wanted, why)."""
+        words = [sys.executable, lab.MINIMAIL, "mx", label + ".odd.test", "--data", network.folder / "no-node-was-here"]
+        ran = subprocess.run(network.command("a", *words), env=a.environment, capture_output=True, text=True, timeout=60)
+        outcome = {0: "sent", 1: "bounced" if re.search(": 5[0-9][0-9] ", ran.stdout) else "deferred"}[ran.returncode]
+        if outcome == "sent" and BEHIND not in ran.stdout:
+            outcome = "sent elsewhere"
+        return outcome, wanted, ran.stdout + ran.stderr
 
 
 # Peers that make it hard

@@ -272,6 +272,81 @@ def ask(server, name, seconds=1):
     return [socket.inet_ntoa(piece[6:10]) for piece in pieces if piece[4:6] == b"\0\4"]
 
 
+class OddNameServer:
+    """A name server on an address of the host "peer"; `answer(query, tcp)` returns the packets that it answers with."""
+
+    def __init__(self, network, address, answer):
+        self.answer = answer
+        with network.inside("peer"):
+            family, _, _, _, place = socket.getaddrinfo(address, 53, flags=socket.AI_NUMERICHOST)[0]
+            self.udp = socket.socket(family, socket.SOCK_DGRAM)
+            self.udp.bind(place)
+            self.tcp = socket.create_server(place, family=family)
+        for serve in (self.serve_udp, self.serve_tcp):
+            threading.Thread(target=serve, daemon=True).start()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        for sock in (self.udp, self.tcp):
+            with contextlib.suppress(OSError):      # a UDP socket that is not connected says so, and wakes nevertheless
+                sock.shutdown(socket.SHUT_RDWR)
+            sock.close()
+
+    def serve_udp(self):
+        with contextlib.suppress(OSError):          # closed
+            while True:
+                packet, client = self.udp.recvfrom(4096)
+                for answer in self.answer(Query(packet), False) if packet else ():
+                    self.udp.sendto(answer, client)
+
+    def serve_tcp(self):
+        with contextlib.suppress(OSError):
+            while True:
+                with self.tcp.accept()[0] as connection, connection.makefile("rb") as stream:
+                    (size,) = struct.unpack("!H", stream.read(2))
+                    for answer in self.answer(Query(stream.read(size)), True):
+                        connection.sendall(struct.pack("!H", len(answer)) + answer)
+
+
+class Query:
+    """A question as a name server sees it (RFC 1035 section 4.1), and the packets to answer it with."""
+
+    TYPES = {"A": 1, "NS": 2, "CNAME": 5, "SOA": 6, "MX": 15, "AAAA": 28, "OPT": 41}
+
+    def __init__(self, packet):
+        labels, at = [], 12
+        while packet[at]:
+            labels.append(packet[at + 1:at + 1 + packet[at]].decode().lower())
+            at += packet[at] + 1
+        self.id, self.question, self.name = packet[:2], packet[12:at + 5], ".".join(labels)
+        self.type, self.edns = struct.unpack("!H", packet[at + 1:at + 3])[0], packet[11] > 0
+
+    def reply(self, answer=(), authority=(), additional=(), rcode=0, flags=0x8180, question=None):
+        """Return a response; `flags` are 0x0080 RA, 0x0100 RD, 0x0200 TC, 0x0400 AA, 0x8000 always."""
+        counts = len(answer), len(authority), len(additional)
+        return self.id + struct.pack("!5H", flags | rcode, 1, *counts) + (question or self.question) + b"".join(
+            [*answer, *authority, *additional])
+
+    def record(self, kind, value="", name=None, ttl=60):
+        """Return a record of an address (A), of a host (MX 10), or of a name; a SOA has "nothing" remembered for 5 s."""
+        data = wire_name(value)
+        if kind == "A":
+            data = socket.inet_aton(value)
+        elif kind == "MX":
+            data = b"\0\x0a" + data
+        elif kind == "SOA":
+            data = wire_name("ns.odd.test") * 2 + struct.pack("!5I", 1, 60, 60, 600, 5)
+        elif kind == "OPT":                         # version 0, unless value says that it is not known
+            return struct.pack("!BHHBBHH", 0, 41, 1232, 1 if value == "BADVERS" else 0, 0, 0, 0)
+        return wire_name(name or self.name) + struct.pack("!HHIH", self.TYPES[kind], 1, ttl, len(data)) + data
+
+
+def wire_name(name):
+    return b"".join(bytes([len(label)]) + label.encode() for label in name.split(".") if label) + b"\0"
+
+
 # Postfix
 
 class Postfix:
