@@ -213,7 +213,7 @@ class Extension:
         """Return the listeners that the options ask for, their ports taken; OSError."""
         return []
 
-    def outbound(self, config: "Config", stores: Any) -> Any:
+    def outbound(self, config: "Config", stores: Any, resolver: Any) -> Any:
         """Return what has a say in mail that leaves (Outbound), None without one."""
 
     def equip(self, node: "Node") -> None:
@@ -413,6 +413,85 @@ def parse_parameters(text: str) -> Dict[str, str]:
     return parameters
 
 
+XTEXT = re.compile(r"(?:[!-*,-<>-~]|\+[0-9A-F]{2})*")                               # RFC 3461 section 4
+UTF8_XTEXT = re.compile(r"(?:[!-*,-<>-\[\]-~\u0080-\U0010ffff]|\\x\{[0-9A-F]{1,6}\})*")    # RFC 6533 section 3
+NOTIFY = ("SUCCESS", "FAILURE", "DELAY")
+
+
+class Wish(NamedTuple):
+    """What a sender wants to be told about one recipient, and by which name it knows it; both as it wrote them."""
+    notify: str = ""                                # NEVER, or words of NOTIFY with commas; "" for FAILURE, maybe DELAY
+    orcpt: str = ""                                 # TYPE;TEXT, in xtext or utf-8-addr-xtext
+
+    def wants(self, what: str, otherwise: bool = False) -> bool:
+        """Return whether the sender is to be told of a SUCCESS, FAILURE or DELAY; `otherwise` when it did not say."""
+        return what in self.notify.split(",") if self.notify else otherwise
+
+    def kept(self) -> Dict[str, str]:
+        """Return what of it is to be kept with a recipient in the queue."""
+        return {name: value for name, value in self._asdict().items() if value}
+
+    def without_success(self) -> "Wish":
+        """Return what is left to ask of others once we have reported that the mail was sent on to several."""
+        if self.notify in ("", "NEVER"):
+            return self
+        return self._replace(notify=",".join(w for w in self.notify.split(",") if w != "SUCCESS") or "NEVER")
+
+
+def xtext_encode(text: str) -> str:
+    """Return a text as an xtext (RFC 3461 section 4)."""
+    return "".join(chr(byte) if 33 <= byte <= 126 and byte not in b"+=" else "+%02X" % byte for byte in text.encode("utf-8"))
+
+
+def xtext_decode(text: str) -> str:
+    """Return what an xtext stands for; ValueError."""
+    if not XTEXT.fullmatch(text):
+        raise ValueError("not an xtext")
+    return re.sub(r"\+(..)", lambda match: chr(int(match.group(1), 16)), text)
+
+
+def utf8_xtext_encode(text: str) -> str:
+    """Return a UTF-8 address in ASCII (RFC 6533 section 3: utf-8-addr-xtext)."""
+    return "".join(c if "!" <= c <= "~" and c not in "+=\\" else "\\x{%02X}" % ord(c) for c in text)
+
+
+def utf8_xtext_decode(text: str) -> str:
+    """Return what a utf-8-addr-xtext or utf-8-addr-unitext stands for; ValueError."""
+    if not UTF8_XTEXT.fullmatch(text):
+        raise ValueError("not a utf-8-addr-xtext")
+    return re.sub(r"\\x\{([0-9A-F]+)\}", lambda match: chr(int(match.group(1), 16)), text)
+
+
+def parse_dsn_of_mail(parameters: Dict[str, str]) -> Tuple[str, str]:
+    """Take RET= and ENVID= out of the parameters of MAIL and return both, "" for what is not there; Refused."""
+    ret, envid = parameters.pop("RET", ""), parameters.pop("ENVID", "")
+    if ret.upper() not in ("", "FULL", "HDRS"):
+        raise Refused(501, "5.5.4", "RET is FULL or HDRS")
+    if len(envid) > 100 or not XTEXT.fullmatch(envid):
+        raise Refused(501, "5.5.4", "ENVID is an xtext of at most 100 characters")
+    return ret.upper(), envid
+
+
+def parse_dsn_of_rcpt(parameters: Dict[str, str], smtputf8: bool = False) -> Wish:
+    """Take NOTIFY= and ORCPT= out of the parameters of RCPT and return the wish; Refused."""
+    words = parameters.pop("NOTIFY", "").upper().split(",")
+    if words != [""] and words != ["NEVER"] and (set(words) - set(NOTIFY) or len(set(words)) < len(words)):
+        raise Refused(501, "5.5.4", "NOTIFY is NEVER, or some of SUCCESS,FAILURE,DELAY")
+    orcpt = parameters.pop("ORCPT", "")
+    kind, semicolon, text = orcpt.partition(";")
+    valid = UTF8_XTEXT if kind.lower() == "utf-8" else XTEXT
+    if orcpt and (not re.fullmatch(r"[A-Za-z0-9-]{1,40}", kind) or not text or len(orcpt) > 500 or not valid.fullmatch(text)
+                  or not (smtputf8 or orcpt.isascii())):
+        raise Refused(501, "5.5.4", "ORCPT is TYPE;ADDRESS, the address in xtext")
+    return Wish(",".join(words), ascii_orcpt(orcpt))
+
+
+def ascii_orcpt(orcpt: str) -> str:
+    """Return an ORCPT= as every server takes it: a UTF-8 address in ASCII."""
+    kind, semicolon, text = orcpt.partition(";")
+    return kind + semicolon + (text if text.isascii() else utf8_xtext_encode(utf8_xtext_decode(text)))
+
+
 def covers(pattern: str, domain: str) -> bool:
     """Return whether a domain, in whatever spelling, is the one meant, or for `.example.org` lies under it."""
     pattern, domain = ascii_domain(pattern), ascii_domain(domain)
@@ -459,6 +538,10 @@ class Envelope:
     client: str = ""                                    # IP address, "" for a local program
     protocol: str = "SMTP"                              # "with" keyword of Received (RFC 3848, 6531)
     body: str = ""                                      # BODY= of MAIL, as declared
+    trusted: bool = False                               # it comes from somebody who may have mail passed on
+    ret: str = ""                                       # RET= and ENVID= of MAIL (RFC 3461), ...
+    envid: str = ""
+    wishes: Dict[str, Any] = dataclasses.field(default_factory=dict)    # ... and the Wish of recipients who have one
 
 
 def with_keyword(esmtp: bool, tls: bool, login: bool, utf8: bool) -> str:
@@ -2565,7 +2648,7 @@ class Policy:
 class Parcel:
     """A message on its way to disk: the draft, its envelope, where it goes, and what of that has been done."""
 
-    __slots__ = ("draft", "envelope", "mailboxes", "remote", "own", "entry", "placed", "made")
+    __slots__ = ("draft", "envelope", "mailboxes", "remote", "own", "entry", "placed", "made", "wishes", "done", "forward")
 
     def __init__(self, draft: Draft, envelope: Envelope, mailboxes: List[str], remote: List[Address], own: int,
                  made: List[str]) -> None:
@@ -2574,6 +2657,9 @@ class Parcel:
         self.entry: Any = None                      # in the queue, not published yet
         self.placed: List[str] = []                 # paths in mailboxes
         self.made = made                            # directories that have new ones in them, to be flushed
+        self.wishes: Dict[str, Wish] = {}           # of remote recipients, by key
+        self.done: List[Tuple[Address, str, Wish]] = []     # who is served with this, how, and its sender wants to know
+        self.forward = False                        # an alias leads elsewhere with it
 
 
 class Post:
@@ -2588,7 +2674,7 @@ class Post:
         self.queue = queue                          # section 9; None in capture mode: nothing leaves the machine
         self.clock = clock
 
-    def begin(self, envelope: Envelope, destinations: Iterable[Destinations]) -> Parcel:
+    def begin(self, envelope: Envelope, destinations: Sequence[Destinations]) -> Parcel:
         """Return a parcel to write content into; duplicates among its destinations are removed."""
         boxes: Dict[str, None] = {}
         remote: Dict[str, Address] = {}
@@ -2608,7 +2694,24 @@ class Post:
             return fd_and_path
         draft = Draft(id, header, self.max_size, open_file)
         draft.keep_head = BLOCK if self.queue else 0
-        return Parcel(draft, envelope, mailboxes, list(remote.values()), own, made)
+        parcel = Parcel(draft, envelope, mailboxes, list(remote.values()), own, made)
+        if self.queue and (remote or envelope.wishes):
+            self._note_wishes(parcel, destinations)
+        return parcel
+
+    @staticmethod
+    def _note_wishes(parcel: Parcel, destinations: Sequence[Destinations]) -> None:
+        """Note what its sender wants to be told of each recipient, and what of that happens here (RFC 3461 section 5.2.7)."""
+        for address, found in zip(parcel.envelope.recipients, destinations):
+            parcel.forward = parcel.forward or any(target.key != address.key for target in found.remote)
+            wish = parcel.envelope.wishes.get(address.key)
+            if wish is None or not parcel.envelope.sender:
+                continue
+            several = len(found.remote) + len(found.mailboxes) > 1
+            if (several or not found.remote) and wish.wants("SUCCESS"):
+                parcel.done.append((address, "expanded" if several else "delivered", wish))
+            for target in found.remote:
+                parcel.wishes.setdefault(target.key, wish.without_success() if several else wish)
 
     @staticmethod
     def is_heavy(parcel: Parcel) -> bool:
@@ -2655,7 +2758,7 @@ class Post:
                 sum(name == "received" for name, _ in split_headers(draft.head)[0]) > MAX_RECEIVED:
             raise Refused(554, "5.4.6", "mail loop: more than %d Received headers" % MAX_RECEIVED)
         files: List[Union[int, str]] = [draft.complete()]
-        if parcel.remote:
+        if parcel.remote or parcel.done:
             parcel.entry = self.queue.add(parcel)
             files.append(parcel.entry.draft)
         return files
@@ -2720,6 +2823,7 @@ class Door:
         self.config, self.book, self.post = config, book, post
         self.policy = policy or Policy()
         self.asks_policy = type(self.policy) is not Policy      # it may take as long as it likes: in a thread
+        self.origin: Callable[[Address], Optional[Address]] = lambda address: None      # of what comes back to a forward
 
     def ask(self, hook: str, *arguments: Any) -> None:
         """Call a hook of the policy; Refused, also when it fails."""
@@ -2744,7 +2848,7 @@ class Door:
             raise Refused(452, "4.5.3", "more than %d recipients" % MAX_RECIPIENTS)
         if not trusted and not self.book.is_local(address):
             raise Refused(550, "5.7.1", "relaying denied: log in first")
-        found = self.book.resolve(address)
+        found = self.book.resolve(self.origin(address) or address)
         if found.remote:
             self._check_remote(found.remote)
         return found
@@ -2766,12 +2870,15 @@ class Door:
         envelope.recipients.append(address)
         return found
 
-    def send(self, envelope: Envelope, recipients: Iterable[Address], content: bytes, user: Optional[str] = None) -> Parcel:
-        """Take a whole message over from somebody trusted, and return the parcel that is on disk; Refused."""
+    def send(self, envelope: Envelope, recipients: Iterable[Address], content: Union[bytes, Iterable[bytes]],
+             user: Optional[str] = None) -> Parcel:
+        """Take a whole message, or its blocks, over from somebody trusted; return the parcel that is on disk. Refused."""
+        envelope.trusted = True
         self.check_sender(envelope, parse_address(envelope.sender) if envelope.sender else None, user)
         self.ask("on_mail", envelope.client, envelope.sender, user)
         parcel = self.post.begin(envelope, [self.recipient(envelope, address, True) for address in recipients])
-        parcel.draft.write(content)
+        for block in [content] if isinstance(content, bytes) else content:
+            parcel.draft.write(block)
         self.finish(parcel)
         self.post.commit(parcel)
         return parcel
@@ -3599,8 +3706,7 @@ class Queue:
         draft, envelope = parcel.draft, parcel.envelope
         now = self.clock()
         entry = Entry(draft.id, envelope.sender, draft.written - parcel.own, parcel.own, now, now,
-                      [{"address": str(address), "state": "waiting", "last_reply": ""} for address in parcel.remote],
-                      eightbit=draft.eightbit, noted=[self.boot, self.steady(), now],
+                      self._recipients(parcel), extra=self._extra(parcel), eightbit=draft.eightbit, noted=[self.boot, self.steady(), now],
                       smtputf8=envelope.smtputf8 and not draft.head.partition(b"\r\n\r\n")[0].isascii())
         dispatch = Dispatch(entry)
         try:
@@ -3612,6 +3718,21 @@ class Queue:
             self.withdraw(dispatch)
             raise
         return dispatch
+
+    @staticmethod
+    def _recipients(parcel: Parcel) -> List[Dict[str, Any]]:
+        """Return the recipients of an entry: who waits, and who is served but whose sender has to be told."""
+        waiting = [dict({"address": str(address), "state": "waiting", "last_reply": ""},
+                        **parcel.wishes.get(address.key, Wish()).kept()) for address in parcel.remote]
+        return waiting + [dict({"address": str(address), "state": "delivered", "last_reply": "", "action": action}, **wish.kept())
+                          for address, action, wish in parcel.done]
+
+    @staticmethod
+    def _extra(parcel: Parcel) -> Dict[str, Any]:
+        """Return what else is to be known of a message that goes out; only what is not as usual."""
+        envelope = parcel.envelope
+        extra = {"trusted": envelope.trusted, "forward": parcel.forward, "ret": envelope.ret, "envid": envelope.envid}
+        return {name: value for name, value in extra.items() if value}
 
     def _take_over(self, draft: Draft, path: str) -> int:
         """Give the draft of a mailbox a name here, too, and return -1; the fd of a copy where there are no links. OSError."""
@@ -3868,94 +3989,8 @@ def boot_id() -> str:
 
 
 # ======================================================================================================================
-# 10  Bounces and other reports (DSN).  Pure: what a sender wants to be told (RFC 3461), and the message that tells it
-#     (RFC 3464, RFC 6533).
+# 10  Bounces and other reports.  Pure: what became of a message in, a message to its sender out (RFC 3464, RFC 6533).
 # ======================================================================================================================
-
-XTEXT = re.compile(r"(?:[!-*,-<>-~]|\+[0-9A-F]{2})*")                               # RFC 3461 section 4
-UTF8_XTEXT = re.compile(r"(?:[!-*,-<>-\[\]-~\u0080-\U0010ffff]|\\x\{[0-9A-F]{1,6}\})*")    # RFC 6533 section 3
-NOTIFY = ("SUCCESS", "FAILURE", "DELAY")
-
-
-class Wish(NamedTuple):
-    """What a sender wants to be told about one recipient, and by which name it knows it; both as it wrote them."""
-    notify: str = ""                                # NEVER, or words of NOTIFY with commas; "" for FAILURE, maybe DELAY
-    orcpt: str = ""                                 # TYPE;TEXT, in xtext or utf-8-addr-xtext
-
-    def wants(self, what: str, otherwise: bool = False) -> bool:
-        """Return whether the sender is to be told of a SUCCESS, FAILURE or DELAY; `otherwise` when it did not say."""
-        return what in self.notify.split(",") if self.notify else otherwise
-
-    def without_success(self) -> "Wish":
-        """Return what is left to ask of others once we have reported that the mail was sent on to several."""
-        if self.notify in ("", "NEVER"):
-            return self
-        return self._replace(notify=",".join(w for w in self.notify.split(",") if w != "SUCCESS") or "NEVER")
-
-
-def xtext_encode(text: str) -> str:
-    """Return a text as an xtext (RFC 3461 section 4)."""
-    return "".join(chr(byte) if 33 <= byte <= 126 and byte not in b"+=" else "+%02X" % byte for byte in text.encode("utf-8"))
-
-
-def xtext_decode(text: str) -> str:
-    """Return what an xtext stands for; ValueError."""
-    if not XTEXT.fullmatch(text):
-        raise ValueError("not an xtext")
-    return re.sub(r"\+(..)", lambda match: chr(int(match.group(1), 16)), text)
-
-
-def utf8_xtext_encode(text: str) -> str:
-    """Return a UTF-8 address in ASCII (RFC 6533 section 3: utf-8-addr-xtext)."""
-    return "".join(c if "!" <= c <= "~" and c not in "+=\\" else "\\x{%02X}" % ord(c) for c in text)
-
-
-def utf8_xtext_decode(text: str) -> str:
-    """Return what a utf-8-addr-xtext or utf-8-addr-unitext stands for; ValueError."""
-    if not UTF8_XTEXT.fullmatch(text):
-        raise ValueError("not a utf-8-addr-xtext")
-    return re.sub(r"\\x\{([0-9A-F]+)\}", lambda match: chr(int(match.group(1), 16)), text)
-
-
-def parse_dsn_of_mail(parameters: Dict[str, str]) -> Tuple[str, str]:
-    """Take RET= and ENVID= out of the parameters of MAIL and return both, "" for what is not there; Refused."""
-    ret, envid = parameters.pop("RET", ""), parameters.pop("ENVID", "")
-    if ret.upper() not in ("", "FULL", "HDRS"):
-        raise Refused(501, "5.5.4", "RET is FULL or HDRS")
-    if len(envid) > 100 or not XTEXT.fullmatch(envid):
-        raise Refused(501, "5.5.4", "ENVID is an xtext of at most 100 characters")
-    return ret.upper(), envid
-
-
-def parse_dsn_of_rcpt(parameters: Dict[str, str], smtputf8: bool = False) -> Wish:
-    """Take NOTIFY= and ORCPT= out of the parameters of RCPT and return the wish; Refused."""
-    words = parameters.pop("NOTIFY", "").upper().split(",")
-    if words != [""] and words != ["NEVER"] and (set(words) - set(NOTIFY) or len(set(words)) < len(words)):
-        raise Refused(501, "5.5.4", "NOTIFY is NEVER, or some of SUCCESS,FAILURE,DELAY")
-    orcpt = parameters.pop("ORCPT", "")
-    kind, semicolon, text = orcpt.partition(";")
-    valid = UTF8_XTEXT if kind.lower() == "utf-8" else XTEXT
-    if orcpt and (not re.fullmatch(r"[A-Za-z0-9-]{1,40}", kind) or not text or len(orcpt) > 500 or not valid.fullmatch(text)
-                  or not (smtputf8 or orcpt.isascii())):
-        raise Refused(501, "5.5.4", "ORCPT is TYPE;ADDRESS, the address in xtext")
-    return Wish(",".join(words), orcpt)
-
-
-def dsn_for_mail(ret: str, envid: str) -> str:
-    """Return the parameters of MAIL for a peer that announces DSN, with a blank before each."""
-    return (" RET=" + ret if ret else "") + (" ENVID=" + envid if envid else "")
-
-
-def dsn_for_rcpt(wish: Wish, smtputf8: bool) -> str:
-    """Return the parameters of RCPT for a peer that announces DSN, and maybe SMTPUTF8, with a blank before each."""
-    orcpt = wish.orcpt
-    if orcpt and not orcpt.isascii() and not smtputf8:
-        kind, _, text = orcpt.partition(";")
-        with contextlib.suppress(ValueError):
-            text = utf8_xtext_decode(text)
-        orcpt = kind + ";" + utf8_xtext_encode(text)
-    return (" NOTIFY=" + wish.notify if wish.notify else "") + (" ORCPT=" + orcpt if orcpt else "")
-
 
 def original_recipient(orcpt: str, utf8: bool) -> str:
     """Return an ORCPT= as the Original-Recipient of a report, in ASCII unless `utf8`; what would break a line stays coded."""
@@ -3973,12 +4008,12 @@ class Action(NamedTuple):
     subject: str
     before: str                                     # ... the addresses
     after: str
-    digit: str                                      # with which its status begins
+    digits: str                                     # with which its status may begin
 
 
 ACTIONS = {
     "failed": Action("Undelivered mail returned to sender", "could not be delivered to:",
-                     "It was taken over on %(taken)s as %(id)s and is not tried again.", "5"),
+                     "It was taken over on %(taken)s as %(id)s and is not tried again.", "54"),
     "delayed": Action("Delayed mail, still being tried", "could not be delivered yet to:",
                       "It was taken over on %(taken)s as %(id)s and is tried until %(until)s.\r\n"
                       "You need not send it again.", "4"),
@@ -4063,14 +4098,22 @@ def words_for(recipient: Dict[str, Any], utf8: bool) -> str:
     return "<%s>%s" % (recipient["address"], ":\r\n    " + fold_reply(reply, "    ", utf8) if reply else "")
 
 
+def status_code(recipient: Dict[str, Any], digits: str) -> str:
+    """Return the enhanced code of the reply itself (RFC 3463): a text may hold much that looks like one, an address say."""
+    known = str(recipient.get("status") or "")
+    if not known:
+        said = re.sub(r"^.*? said: ", "", recipient.get("last_reply", ""))
+        match = re.match(r"[2-5]\d\d[ -]([245]\.\d{1,3}\.\d{1,3})\b", said, re.ASCII)
+        known = match.group(1) if match else ""
+    return known if re.fullmatch(r"[%s]\.\d{1,3}\.\d{1,3}" % digits, known, re.ASCII) else digits[0] + ".0.0"
+
+
 def status_fields(recipient: Dict[str, Any], utf8: bool, until: str) -> List[str]:
     """Return the fields about one recipient (RFC 3464 section 2.3)."""
     action, reply = recipient.get("action", "failed"), recipient.get("last_reply", "")
-    digit = ACTIONS[action].digit
-    found = re.search(r"\b[%s]\.\d{1,3}\.\d{1,3}\b" % ("45" if digit == "5" else digit), reply)
     fields = ["Original-Recipient: " + original_recipient(recipient["orcpt"], utf8)] if recipient.get("orcpt") else []
     fields += ["Final-Recipient: %s; %s" % ("rfc822" if recipient["address"].isascii() else "utf-8", recipient["address"]),
-               "Action: " + action, "Status: " + (found.group() if found else digit + ".0.0")]
+               "Action: " + action, "Status: " + status_code(recipient, ACTIONS[action].digits)]
     if recipient.get("remote"):
         fields.append("Remote-MTA: dns; " + recipient["remote"])
     if reply or action == "failed":                 # X-: our own words, where no server said anything (section 2.3.6)
@@ -4589,8 +4632,12 @@ class Outbound:
         return message
 
     def security(self, target: Target, host: str) -> Optional[Security]:
-        """Return what the destination itself demands of a connection to this host; None for nothing."""
+        """Return what the destination itself demands of a connection to this host, None for nothing; Refused: not to this one."""
         return None
+
+    def explain(self, target: Target) -> str:
+        """Return in words what the destination demands, for `mx`; "" for nothing."""
+        return ""
 
 
 # Where to.
@@ -4910,7 +4957,7 @@ class Relay:
         self.hostname = stores.hostname
         self.routes = Routes(config, stores.hostname, resolver or Resolver(dns), own, options)
         self.outbound: Outbound = next(filter(None, (
-            section.outbound(config, stores) for section in EXTENSIONS)), Outbound(config, stores))
+            section.outbound(config, stores, self.routes.resolver) for section in EXTENSIONS)), Outbound(config, stores))
         self.clock = clock
         self.connect = connect
         self.timeout = config.seconds(300.0)
@@ -5244,6 +5291,8 @@ class Relay:
             destination.succeed(self.clock())
             if destination.jobs and destination.workers < destination.allowed:
                 self._tell(self._staff, destination)
+        for recipient in recipients:                # whoever knows DSN reports success itself (RFC 3461 section 5.2.2)
+            recipient["informed"] = bool(peer and "DSN" in peer.extensions)
         self._record(dispatch, recipients, replies, peer.name if peer else "", self.clock() - started)
         if peer and (peer.broken or peer.messages >= (destination.limit.messages or 1)):
             if peer.broken:
@@ -5357,14 +5406,19 @@ class Relay:
         """Return a connection ready for MAIL; PeerFailed."""
         server = self.routes.renewed(destination.target.server)
         demanded = self.security(destination.target, host, address, server)
-        for plain in (False, True):
+        tries = [(demanded, False), (demanded, True)]
+        if demanded.verify and not demanded.require and not server:
+            tries.insert(1, (Security(False, False), False))    # better TLS that was not verified than none
+        for demands, plain in tries:
             peer = self._connect(host, address, server)
             try:
-                run_blocking(peer.wire, self._prepare(peer, host or address, address, server, demanded, plain))
+                run_blocking(peer.wire, self._prepare(peer, host or address, address, server, demands, plain))
                 destination.peers.add(peer)
                 return peer
-            except OpportunityMissed:
+            except OpportunityMissed as missed:
                 peer.wire.close()                   # TLS was only an opportunity: once more without
+                if demands.verify:
+                    event("tls-unverified", peer=peer.name, reason=str(missed), policy=demands.reason)
             except BaseException:
                 peer.wire.close()
                 raise
@@ -5381,7 +5435,10 @@ class Relay:
             demanded = Security(True, server is None or server.verify, "--relay-tls require")
         if server and server.user:
             demanded = Security(demanded.require or not is_loopback(address), server.verify, demanded.reason or "the password")
-        own = self.outbound.security(target, host)
+        try:
+            own = self.outbound.security(target, host)
+        except Refused as refused:
+            raise PeerFailed(refused.reply) from None
         if own:
             demanded = Security(demanded.require or own.require, demanded.verify or own.verify, demanded.reason or own.reason)
         return demanded
@@ -5418,7 +5475,7 @@ class Relay:
         """Use STARTTLS when it is offered, or insist on it; PeerFailed, OpportunityMissed."""
         if "STARTTLS" not in peer.extensions:
             if demanded.require:
-                raise PeerFailed(Reply(451, "4.7.0" if demanded.reason == "the password" else "4.7.4",
+                raise PeerFailed(Reply(451, {"the password": "4.7.0", "--relay-tls require": "4.7.4"}.get(demanded.reason, "4.7.5"),
                                        "%s offers no TLS, which %s asks for" % (peer.name, demanded.reason)))
             return
         try:
@@ -5429,10 +5486,13 @@ class Relay:
             return
         try:
             await peer.start_tls(context, name)
-        except PeerFailed:
+        except PeerFailed as error:
+            if demanded.require and demanded.reason not in ("the password", "--relay-tls require"):
+                text = "%s (%s asks for TLS that is verified)" % (error.reply.text, demanded.reason)
+                raise PeerFailed(Reply(451, "4.7.5", text)) from None
             if demanded.require:
                 raise
-            raise OpportunityMissed from None
+            raise OpportunityMissed(error.reply.text) from None
 
     # What came of it.
 
@@ -5487,10 +5547,14 @@ class Relay:
         if (entry.attempts or dispatch.tried) and self.queue.age(entry) >= self.config.give_up:
             self._give_up(entry)
         failed = [recipient for recipient in entry.recipients if recipient["state"] == "failed"]
-        if failed:
-            self.bounce(dispatch, failed)
+        self.report(dispatch, [dict(recipient, action="failed") for recipient in failed if wish_of(recipient).wants(
+            "FAILURE", True)])
+        self.report(dispatch, [dict(recipient, action=recipient.get("action", "relayed")) for recipient in entry.recipients
+                               if recipient["state"] == "delivered" and wish_of(recipient).wants("SUCCESS")
+                               and not recipient.get("informed")])
         entry.recipients = entry.waiting()
         left = len(entry.recipients)
+        self._warn(dispatch)
         if not left:
             self.queue.finish(dispatch)
         elif dispatch.tried or not dispatch.aside:
@@ -5513,27 +5577,57 @@ class Relay:
         entry.attempts += 1
         self.queue.postpone(dispatch, now + min(wait, max(1.0, self.config.give_up - self.queue.age(entry))))
 
-    def bounce(self, dispatch: Dispatch, failed: List[Dict[str, Any]]) -> None:
-        """Tell the sender; a bounce is never bounced (RFC 5321 section 6.1). OSError when that cannot be stored now."""
+    def _warn(self, dispatch: Dispatch) -> None:
+        """Tell the sender, once, that its message is late: who asked for that, and our own users (--warn). OSError."""
+        entry, warn = dispatch.entry, self.config.warn
+        if not entry.sender or warn is None or entry.extra.get("warned") or self.queue.age(entry) < warn:
+            return
+        own = self.stores.book.is_local(parse_address(entry.sender))
+        late = [dict(recipient, action="delayed") for recipient in entry.waiting() if wish_of(recipient).wants("DELAY", own)]
+        self.report(dispatch, late)
+        entry.extra["warned"] = True
+
+    def report(self, dispatch: Dispatch, recipients: List[Dict[str, Any]]) -> None:
+        """Tell the sender about recipients, each with its action; OSError when that cannot be stored now.
+
+        A bounce is never bounced (RFC 5321 section 6.1).
+        """
         entry = dispatch.entry
-        about = printable(" ".join(recipient["address"] for recipient in failed))
+        if not recipients:
+            return
+        about = printable(" ".join(recipient["address"] for recipient in recipients))
         if not entry.sender:
             event("dropped", id=entry.id, reason="a bounce that cannot be delivered", recipients=about)
             return
-        fields, _ = split_headers(pread(dispatch.lock, BLOCK, entry.offset))
-        content = bounce_message(self.hostname, entry.sender, failed, b"".join(field for _, field in fields), entry.id,
-                                 entry.queued_at, self.clock())
         utf8 = entry.smtputf8 or not (entry.sender + about).isascii()
         try:
-            id = self._send_notice(parse_address(entry.sender), content, utf8)
+            id = self._send_notice(parse_address(entry.sender), self._report_blocks(dispatch, recipients), utf8)
         except Refused as refused:
             if refused.reply.code < 500:
                 raise OSError(errno.EIO, "bounce not stored: %s" % refused) from None
             event("dropped", id=entry.id, reason="no bounce to %s: %s" % (printable(entry.sender), refused), recipients=about)
             return
-        event("bounce", id=id, about=entry.id, sender=printable(entry.sender), recipients=about)
+        event("bounce" if recipients[0]["action"] == "failed" else "report", id=id, about=entry.id,
+              sender=printable(entry.sender), recipients=about)
 
-    def _send_notice(self, recipient: Address, content: bytes, utf8: bool) -> str:
+    def _report_blocks(self, dispatch: Dispatch, recipients: List[Dict[str, Any]]) -> Iterator[bytes]:
+        """Yield a report; RET=FULL encloses the whole message where something failed (RFC 3461 section 4.3) and it fits."""
+        entry = dispatch.entry
+        full = entry.extra.get("ret") == "FULL" and recipients[0]["action"] == "failed" \
+            and entry.size + BLOCK < self.config.max_size
+        report = Report(self.hostname, entry.sender, entry.id, entry.queued_at, self.clock(), entry.extra.get("envid", ""),
+                        entry.queued_at + self.config.give_up, full, entry.eightbit)
+        fields, _ = split_headers(pread(dispatch.lock, BLOCK, entry.offset))
+        headers = b"".join(field for _, field in fields).rstrip(b"\r\n") + b"\r\n"
+        before, original, behind = report_message(report, recipients, headers)
+        yield before
+        if full:
+            yield from content_blocks(Outgoing(dispatch.lock, entry.offset, entry.size, "", [], False, False))
+        else:
+            yield original
+        yield behind
+
+    def _send_notice(self, recipient: Address, content: Iterable[bytes], utf8: bool) -> str:
         """Send a message of our own and return its id; what is for nobody we know is for postmaster. Refused."""
         book = self.stores.book
         if book.is_local(recipient):
@@ -5547,6 +5641,11 @@ class Relay:
 
 
 NO_REPLY = Reply(451, "4.4.1", "not tried")
+
+
+def wish_of(recipient: Dict[str, Any]) -> Wish:
+    """Return what the sender wants to be told of a recipient in the queue."""
+    return Wish(str(recipient.get("notify") or ""), str(recipient.get("orcpt") or ""))
 
 
 def tls_context(verify: bool) -> "ssl.SSLContext":
@@ -5658,6 +5757,10 @@ def mx_command(config: Config, arguments: List[str]) -> int:
         "by the exchangers in DNS (TTL %d)" % ttl if hosts[0].host != target.domain else \
         "no MX record, by the domain's own address (TTL %d)" % ttl
     print("%s: %s" % (printable(where), why))
+    for section in EXTENSIONS:
+        outbound = section.outbound(config, None, routes.resolver)
+        demands = outbound.explain(target) if outbound else ""
+        print("demanded: %s\n" % demands if demands else "", end="")
     for host in hosts:
         print("%d %s %s" % (host.preference, host.host or address.domain, " ".join(host.addresses)))
     return 0
@@ -6334,14 +6437,16 @@ def zone_record(name: str, text: str) -> str:
 class Keyring:
     """The keys of our domains: those of --dkim, else what `dkim` left in DATA/dkim/DOMAIN/SELECTOR.pem.
 
-    A file is read again when it changed; one that cannot be used is complained of once, and the last good key stays.
+    A file is read again when it changed; one that cannot be used is complained of once, and the last good key stays: also
+    when only root could read it, and we no longer are (--run-as).
     """
+
+    _read: Dict[str, Tuple[Any, Optional[SigningKey]]] = {}     # of this process: (stamp, or what is wrong with it; key)
 
     def __init__(self, config: Config, hostname: str = "") -> None:
         self.config = config
         self.hostname = hostname
         self.root = os.path.join(config.data, "dkim")
-        self._read: Dict[str, Tuple[Any, Optional[SigningKey]]] = {}
 
     def file(self, domain: str, selector: str) -> str:
         return os.path.join(self.root, encode_name(ascii_domain(domain)), encode_name(selector) + ".pem")
@@ -6535,6 +6640,7 @@ class SRS:
 
     def _make_secret(self) -> None:
         """Make the file, which another process may be doing, too: the first one counts. OSError."""
+        self.storage.make_directory(self.storage.root)
         draft = self.path + "." + secrets.token_hex(4)
         self.storage.write(draft, secrets.token_urlsafe(24).encode() + b"\n")
         with contextlib.suppress(FileExistsError):
@@ -6663,7 +6769,8 @@ class STS:
     def keep(self, domain: str, policy: STSPolicy) -> None:
         """Keep a policy over restarts; when that fails it holds for this time only."""
         try:
-            os.makedirs(self.root, 0o700, exist_ok=True)
+            if os.path.isdir(os.path.dirname(self.root)):
+                os.makedirs(self.root, 0o700, exist_ok=True)
             self.write(os.path.join(self.root, encode_name(domain)), json.dumps(policy._asdict()).encode())
         except OSError as error:
             log.warning("cannot keep the MTA-STS policy of %s: %s", domain, error)
@@ -7342,11 +7449,68 @@ def print_records(findings: Sequence[Finding]) -> None:
         print("\n; to publish:\n" + "\n".join(records) + "\n")
 
 
+class Standing(Outbound):
+    """What this section does to mail that leaves."""
+
+    def __init__(self, config: Config, hostname: str, storage: Storage, resolver: Any) -> None:
+        config = dataclasses.replace(config, data=storage.root)
+        self.keyring = Keyring(config, hostname)
+        self.srs = SRS(config, storage)
+        self.sts = STS(storage.root, resolver, storage.write)
+
+    def dress(self, entry: Entry, message: Outgoing) -> Outgoing:
+        """Return a message with a reverse-path that SPF holds for, and signed; the signature is kept with the entry."""
+        if entry.extra.get("forward"):
+            message = message._replace(sender=self.srs.forward(message.sender))
+        about = hashlib.sha256(message.sender.encode("utf-8") + b"\0" + message.head).hexdigest()[:16]     # --rewrite may change
+        kept = entry.extra.get("signature")
+        if not (isinstance(kept, list) and len(kept) == 2 and kept[0] == about):
+            signature = self.keyring.sign(content_blocks(message), message.sender, bool(entry.extra.get("trusted")), time.time())
+            kept = entry.extra["signature"] = [about, signature.decode("ascii")]
+        head = str(kept[1]).encode("ascii")
+        return message._replace(head=head + message.head, size=message.size + len(head))
+
+    def security(self, target: Target, host: str) -> Optional[Security]:
+        """Return what the domain's MTA-STS policy demands (RFC 8461 section 5); Refused when it does not name the host."""
+        policy = self._policy(target)
+        if policy is None:
+            return None
+        name, testing = "the MTA-STS policy of " + target.domain, policy.mode == "testing"
+        if policy.allows(host):
+            return Security(not testing, True, name)
+        if not testing:
+            raise Refused(451, "4.7.5", "%s does not name the exchanger %s" % (name, host))
+        event("sts-testing", domain=target.domain, host=host, reason="the policy does not name it")
+        return None
+
+    def explain(self, target: Target) -> str:
+        policy = self._policy(target)
+        return "TLS with a certificate that is verified, at %s (MTA-STS, %s)" % (" ".join(policy.mx), policy.mode) if policy else ""
+
+    def _policy(self, target: Target) -> Optional[STSPolicy]:
+        if target.server or not target.domain or domain_literal(target.domain):
+            return None
+        return self.sts.policy(target.domain)
+
+
 class StandingExtension(Extension):
     """What the queue and the sessions know of this section."""
 
     name = "standing"
     commands = {"dkim": dkim_command, "check": check_command}
+
+    def listeners(self, config: Config) -> List[Any]:
+        """Read the keys of --dkim while we may be root; CannotRun."""
+        Keyring(config).check()
+        return []
+
+    def outbound(self, config: Config, stores: Any, resolver: Any) -> Standing:
+        storage = stores.storage if stores else Storage(config.data, not config.no_sync)
+        return Standing(config, stores.hostname if stores else config.hostname, storage, resolver)
+
+    def equip(self, node: Any) -> None:
+        if not node.config.capture:
+            node.stores.door.origin = SRS(node.config, node.stores.storage).reverse
 
 
 EXTENSIONS.append(StandingExtension())
@@ -8028,7 +8192,7 @@ class SMTPSession(Session):
         """RFC 5321 section 4.1.1.1: announce only what works."""
         self.introduce(argument, esmtp=True)
         words = ["PIPELINING", "SIZE %d" % self.site.config.max_size, "8BITMIME", "SMTPUTF8", "ENHANCEDSTATUSCODES",
-                 "CHUNKING"]
+                 "CHUNKING", "DSN"]
         if self.site.certificates and not self.wire.tls:
             words.append("STARTTLS")
         if self.may_log_in and self.user is None:
@@ -8114,8 +8278,10 @@ class SMTPSession(Session):
         if keyword.strip().upper() != "FROM" or not colon:
             raise Refused(501, "5.5.4", "MAIL FROM:<address>")
         sender, rest = parse_path(path, self.lenient)
-        envelope = Envelope(sender=str(sender) if sender else "", helo=self.helo, client=self.client)
-        self.take_parameters(envelope, parse_parameters(rest) if rest else {})
+        envelope = Envelope(sender=str(sender) if sender else "", helo=self.helo, client=self.client, trusted=self.trusted)
+        parameters = parse_parameters(rest) if rest else {}
+        envelope.ret, envelope.envid = parse_dsn_of_mail(parameters)
+        self.take_parameters(envelope, parameters)
         if sender and not str(sender).isascii() and not envelope.smtputf8:
             raise Refused(553, "5.6.7", "this address needs SMTPUTF8")
         self.site.door.check_sender(envelope, sender, self.user)
@@ -8156,9 +8322,11 @@ class SMTPSession(Session):
         address, rest = parse_path(path, self.lenient)
         if address is None:
             raise Refused(501, "5.1.3", "the null path cannot receive mail")
-        for parameter in parse_parameters(rest) if rest else ():
-            raise Refused(555, "5.5.4", "unknown parameter " + printable(parameter, 60))
         envelope = transaction.envelope
+        parameters = parse_parameters(rest) if rest else {}
+        wish = parse_dsn_of_rcpt(parameters, envelope.smtputf8) if parameters else None
+        for parameter in parameters:
+            raise Refused(555, "5.5.4", "unknown parameter " + printable(parameter, 60))
         if not str(address).isascii() and not envelope.smtputf8:
             raise Refused(553, "5.6.7", "this address needs SMTPUTF8")
         trusted = self.trusted
@@ -8166,6 +8334,8 @@ class SMTPSession(Session):
         self.raise_fault("rcpt", address.key)
         door.ask("on_rcpt", envelope, str(address))
         envelope.recipients.append(address)
+        if wish:
+            envelope.wishes[address.key] = wish
         transaction.destinations.append(destinations)
         return Reply(250, "2.1.5", "recipient ok")
 
