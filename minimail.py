@@ -67,8 +67,8 @@ import threading
 import time
 import types
 from queue import Empty, SimpleQueue
-from typing import (TYPE_CHECKING, Any, Callable, Coroutine, Deque, Dict, Generator, Iterable, Iterator, List, NamedTuple,
-                    NoReturn, Optional, Sequence, Set, Tuple, Type, Union)
+from typing import (TYPE_CHECKING, Any, Callable, Container, Coroutine, Deque, Dict, Generator, Iterable, Iterator,
+                    List, NamedTuple, NoReturn, Optional, Sequence, Set, Tuple, Type, Union)
 
 try:
     import fcntl
@@ -127,7 +127,7 @@ CACHE_BYTES = 16 << 20              # of DNS answers in memory, roughly; then th
 SERVER_PAUSE = 60                   # seconds for which a name server that did not answer is asked last
 EDNS_PAUSE = 900                    # seconds for which one that cannot cope with EDNS is asked without
 
-# The queue and mail that leaves.
+# The queue, and mail that leaves.
 MAX_QUEUE = 1_000_000               # messages in the queue, then 452: something is badly wrong
 MAX_ACTIVE = 2000                   # entries held in memory; the others wait on disk
 MAX_WAITING = 500                   # of them for one destination, so that a slow one does not fill them all
@@ -3599,8 +3599,6 @@ class Zone:
 # ======================================================================================================================
 
 ENTRY_ID = re.compile(r"[0-9a-f]+-[0-9a-f]+-[0-9a-f]+", re.ASCII)
-NO_LINKS = tuple(getattr(errno, name) for name in (
-    "EPERM", "EACCES", "ENOTSUP", "EOPNOTSUPP", "ENOSYS", "EMLINK", "EXDEV", "EINVAL") if hasattr(errno, name))
 
 
 @dataclasses.dataclass
@@ -3797,6 +3795,9 @@ class Queue:
             log.warning("queue entry %s cannot be read, left alone: %s", self.path(id, "env"), error)
             return None
 
+    def exists(self, id: str) -> bool:
+        return os.path.exists(self.path(id, "env"))
+
     def claim(self, dispatch: Dispatch) -> bool:
         """Lock an entry and read it anew; False when another process has it, or it is gone. OSError."""
         entry = dispatch.entry
@@ -3804,7 +3805,7 @@ class Queue:
             fd = os.open(self.path(entry.id), os.O_RDWR | O_EXTRA)
         except FileNotFoundError:
             self._drop_hint(dispatch)
-            if os.path.exists(self.path(entry.id, "env")):
+            if self.exists(entry.id):
                 log.error("queue entry %s has no message file: dropped", entry.id)
                 with contextlib.suppress(OSError):
                     os.unlink(self.path(entry.id, "env"))
@@ -3941,7 +3942,7 @@ class Queue:
                 if entry:
                     yield entry
 
-    def sweep(self) -> None:
+    def sweep(self, in_memory: Container[str] = ()) -> None:
         """Remove what dead processes left half done, and hint at what nobody could find; OSError."""
         self._adopt()
         hinted = {os.path.basename(hint) for hint in self.hints()}
@@ -3953,7 +3954,7 @@ class Queue:
                 if ENTRY_ID.fullmatch(id) and (kind.endswith("tmp") or (kind == "msg" and id not in envelopes)):
                     self._remove_if_dead(id, name)
         for id in envelopes - hinted:
-            if ENTRY_ID.fullmatch(id):
+            if ENTRY_ID.fullmatch(id) and id not in in_memory:
                 self.place_hint(Dispatch(Entry(id, "", 0, 0, 0.0, 0.0, [])), self.new)
 
     def _remove_if_dead(self, id: str, name: str) -> None:
@@ -3965,7 +3966,7 @@ class Queue:
             os.unlink(path)
             return
         try:
-            if self._lock(fd) and not (name.endswith(".msg") and os.path.exists(self.path(id, "env"))):
+            if self._lock(fd) and not (name.endswith(".msg") and self.exists(id)):
                 os.unlink(path)
         finally:
             os.close(fd)
@@ -3974,7 +3975,7 @@ class Queue:
         """Turn what version 1.0 left, whose hints were the envelopes, into what we have; OSError."""
         for hint in self.hints():
             id = os.path.basename(hint)
-            if os.path.getsize(hint) and os.path.exists(self.path(id)) and not os.path.exists(self.path(id, "env")):
+            if os.path.getsize(hint) and os.path.exists(self.path(id)) and not self.exists(id):
                 os.rename(hint, self.path(id, "env"))
                 self.storage.sync_directory(self.root)
 
@@ -4767,19 +4768,20 @@ class Routes:
         return hosts
 
     def _given(self, server: Server) -> List[Exchanger]:
+        host = server.host.rstrip(".")
         try:
-            addresses = [address for address, _ in self.resolver.addresses(server.host)]
+            addresses = [address for address, _ in self.resolver.addresses(host)]
         except NoSuchDomain:
-            addresses = local_addresses(server.host)
+            addresses = local_addresses(host)
         except DNSError as error:
-            addresses = local_addresses(server.host)
+            addresses = local_addresses(host)
             if not addresses:
-                raise Undeliverable(451, "4.4.3", "%s: %s" % (server.host, error)) from None
+                raise Undeliverable(451, "4.4.3", "%s: %s" % (host, error)) from None
         if not addresses:
-            raise Undeliverable(451, "4.4.4", "%s has no address" % server.host)
+            raise Undeliverable(451, "4.4.4", "%s has no address" % host)
         if self.leads_here(addresses, server.port):
             raise Undeliverable(554, "5.4.6", "mail loop: %s is this host, which does not keep this mail" % str(server))
-        return [Exchanger(0, server.host, addresses)]
+        return [Exchanger(0, host, addresses)]
 
 
 def local_addresses(host: str) -> List[str]:
@@ -4983,7 +4985,6 @@ class Relay:
         """Begin; RuntimeError when no thread is to be had."""
         self._running = True
         self._start_thread(self._run)
-        self.queue.submitted = self.submitted
 
     def _start_thread(self, target: Callable[..., None], *arguments: Any) -> None:
         def run() -> None:
@@ -5029,12 +5030,16 @@ class Relay:
         self._inbox.put((function, arguments))
 
     def _run(self) -> None:
-        self._guarded(self.queue.sweep)
+        self._guarded(self._sweep)
+        self.queue.submitted = self.submitted       # not before: what has no hint is in nobody's memory then
         while not self._stopping:
             self._guarded(self._turn)
         for dispatch in list(self._active.values()):    # for other processes, and the next start
             if not dispatch.hint:
                 self._guarded(self.queue.place_hint, dispatch, self.queue.new)
+
+    def _sweep(self) -> None:
+        self.queue.sweep(self._active)
 
     def _guarded(self, function: Callable[..., None], *arguments: Any) -> None:
         """Call a function; whatever happens in it stops nothing else. What the disk refused is done again later."""
@@ -5210,11 +5215,13 @@ class Relay:
             self._staff(self._hungry.pop(next(iter(self._hungry))))
 
     def _done(self, dispatch: Dispatch, sent: int, bounced: int, deferred: int) -> None:
-        """Forget an entry: it is recorded on disk, or somebody else's."""
+        """Forget an entry: it is recorded on disk, or somebody else's; OSError."""
         self._active.pop(dispatch.entry.id, None)
         self.sent, self.bounced, self.deferred = self.sent + sent, self.bounced + bounced, self.deferred + deferred
         if dispatch.lost:
             self._look_at(self.clock() + 1.0)       # see what became of it
+            if not dispatch.hint and self.queue.exists(dispatch.entry.id):
+                self.queue.place_hint(dispatch, self.queue.new)
         elif deferred:
             self._look_at(dispatch.entry.next_attempt + 1.0)
 
@@ -5499,13 +5506,14 @@ class Relay:
     def _record(self, dispatch: Dispatch, recipients: List[Dict[str, Any]], replies: Dict[str, Reply], remote: str,
                 seconds: float) -> None:
         """Note the replies; when all destinations have been tried, settle the entry."""
+        with dispatch.mutex:                        # another destination's worker may be writing the envelope
+            for recipient in recipients:
+                reply = replies.get(recipient["address"]) or NO_REPLY
+                recipient.update(
+                    last_reply=printable(str(reply.text if " said: " in reply.text else reply), 1000), status=reply.enhanced,
+                    remote=remote.partition("[")[0], state={2: "delivered", 5: "failed"}.get(reply.code // 100, "waiting"))
+                dispatch.tried = dispatch.tried or recipient["state"] == "waiting"
         for recipient in recipients:
-            reply = replies.get(recipient["address"]) or NO_REPLY
-            recipient["last_reply"] = printable(str(reply.text if " said: " in reply.text else reply), 1000)
-            recipient["status"] = reply.enhanced
-            recipient["remote"] = remote.partition("[")[0]
-            recipient["state"] = {2: "delivered", 5: "failed"}.get(reply.code // 100, "waiting")
-            dispatch.tried = dispatch.tried or recipient["state"] == "waiting"
             event({"delivered": "sent", "failed": "failed", "waiting": "deferred"}[recipient["state"]], id=dispatch.entry.id,
                   recipient=printable(recipient["address"]), remote=remote, reply=recipient["last_reply"],
                   seconds=round(seconds, 3))
