@@ -504,6 +504,7 @@ def clients_address(host: str) -> str:
     return host[7:] if host.lower().startswith("::ffff:") and "." in host else host
 
 
+@functools.lru_cache(maxsize=1000)
 def client_network(host: str) -> str:
     """Return what stands for one client when connections and tries are counted: the address, for IPv6 its /64."""
     try:
@@ -513,6 +514,13 @@ def client_network(host: str) -> str:
         return host
 
 
+def is_among(client: str, networks: Sequence[Any]) -> bool:
+    """Return whether a client's IP address lies in one of the networks."""
+    address = ipaddress.ip_address(client)
+    return any(address.version == network.version and address in network for network in networks)
+
+
+@functools.lru_cache(maxsize=1000)
 def is_loopback(host: str) -> bool:
     try:
         return ipaddress.ip_address(clients_address(host)).is_loopback
@@ -1031,6 +1039,7 @@ class Crew:
         self._jobs: Deque[Callable[[], None]] = collections.deque()
         self._threads: Set[threading.Thread] = set()
         self._idle = 0
+        self._closed = False
         self._changed = threading.Condition()
 
     def do(self, job: Callable[[], None]) -> None:
@@ -1053,7 +1062,7 @@ class Crew:
             with self._changed:
                 self._idle += 1
                 while not self._jobs:
-                    if not self._changed.wait(self.IDLE) and not self._jobs:
+                    if self._closed or (not self._changed.wait(self.IDLE) and not self._jobs):
                         self._threads.discard(threading.current_thread())
                         self._idle -= 1
                         return
@@ -1065,9 +1074,11 @@ class Crew:
                 log.exception("a helper stumbled")
 
     def close(self) -> None:
-        """Drop what has not begun; what has is not waited for."""
+        """Drop what has not begun, and let all threads end; what has begun is not waited for."""
         with self._changed:
             self._jobs.clear()
+            self._closed = True
+            self._changed.notify_all()
 
 
 class Work(NamedTuple):
@@ -1102,7 +1113,7 @@ class Loop:
         self._soon: Deque[Tuple[Task, Any, Optional[BaseException]]] = collections.deque()  # to go on with; threads append
         self._paused: List[Tuple[float, int, Task]] = []    # a heap: when, serial number, task
         self._serial = itertools.count()
-        self._swept = 0.0
+        self._swept, self._tick = 0.0, self.TICK    # when deadlines were looked at, and how often that is due
         self._ends: Optional[float] = None          # when a stopping loop gives up waiting for messages in flight
         self._thread: Optional[threading.Thread] = None
         self._ear, self._mouth = socket.socketpair()    # a byte wakes the loop
@@ -1117,7 +1128,7 @@ class Loop:
 
     def stop(self, grace: float) -> None:
         """End all tasks, each once it is not in flight, or after `grace` seconds; return when they have ended."""
-        self._ends = self.clock() + grace
+        self._ends, self._tick = self.clock() + grace, 0.02
         self._wake()
         if self._thread:
             self._thread.join(grace + 2 * self.TICK + 1.0)
@@ -1146,8 +1157,8 @@ class Loop:
 
     def _pass(self) -> None:
         """Run the tasks whose time has come; commit and look at deadlines when those are due."""
-        ready = self._parcels and not self._committing
-        events = self.selector.select(0 if ready or self._soon else self._time_left())
+        busy = self._soon or (self._parcels and not self._committing)
+        events = self.selector.select(0 if busy else self._time_left() if self._paused else self._tick)
         for key, _ in events:
             task = key.data
             if task is None:
@@ -1163,17 +1174,17 @@ class Loop:
             self._commit(now)
         while self._paused and self._paused[0][0] <= now:
             self._soon.append((heapq.heappop(self._paused)[2], None, None))
-        for _ in range(len(self._soon)):
-            task, value, error = self._soon.popleft()
-            if task.waiting is not None:
-                self._go_on(task, value, error)
-        if now >= self._swept + self.TICK or self._ends is not None:
+        if self._soon:
+            for _ in range(len(self._soon)):
+                task, value, error = self._soon.popleft()
+                if task.waiting is not None:
+                    self._go_on(task, value, error)
+        if now >= self._swept + self._tick:
             self._sweep(now)
 
     def _time_left(self) -> float:
-        """Return for how long nothing is due."""
-        return max(0.0, min(self.TICK, self._paused[0][0] - self.clock())) if self._paused else \
-            self.TICK if self._ends is None else 0.02
+        """Return until when the next pause is over, in seconds."""
+        return max(0.0, min(self._tick, self._paused[0][0] - self.clock()))
 
     def _sweep(self, now: float) -> None:
         """Tell the tasks whose deadline has passed, and when the node stops, those that are not in flight."""
@@ -1444,7 +1455,7 @@ class Wire:
 
     async def fill(self, size: int = BLOCK) -> bytes:
         """Return input from the socket, unsent output sent first; Disconnected, TimedOut."""
-        if self.output:
+        if self.output and self.send_some():
             await self.flush()
         event = 0 if self.tls and self.sock.pending() else READ     # type: ignore[attr-defined]
         while True:
@@ -1483,7 +1494,7 @@ class Wire:
             sent = self.sock.send(data)
         except (OSError, ValueError) as error:
             self.output = [data]
-            return blocked_on(error)
+            return blocked_on(error, WRITE)
         self.pending -= sent
         self.output = [memoryview(data)[sent:]] if self.pending else []
         return WRITE if self.pending else 0
@@ -1539,9 +1550,14 @@ class Wire:
         self.sock.close()
 
 
-def blocked_on(error: Exception) -> int:
-    """Return what an operation that would have had to wait is to wait for; Disconnected when the error is a real one."""
-    if isinstance(error, (BlockingIOError, InterruptedError)) or type(error).__name__ == "SSLWantReadError":
+def blocked_on(error: Exception, plain: int = READ) -> int:
+    """Return what an operation that would have had to wait is to wait for; Disconnected when the error is a real one.
+
+    `plain` is what it waits for without TLS, where reading may have to write and the other way round.
+    """
+    if isinstance(error, (BlockingIOError, InterruptedError)):
+        return plain
+    if type(error).__name__ == "SSLWantReadError":
         return READ
     if type(error).__name__ == "SSLWantWriteError":
         return WRITE
@@ -1663,7 +1679,7 @@ class Storage:
         while True:
             fd = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | O_EXTRA, 0o600)
             try:
-                if lock_file(fd) and os.fstat(fd).st_nlink:
+                if lock_file(fd, wait=True) and os.fstat(fd).st_nlink:
                     return fd
             except OSError as error:
                 self.complain("locks", "no locks on this file system, what a crash leaves is not cleaned up: %s" % error)
@@ -1912,8 +1928,10 @@ class Watched:
         now = time.monotonic()
         if self._stamp is not None and now - self._checked < self.PAUSE:
             return False
+        if self._stamp is None or self._look() != self._stamp:
+            return True                             # ... and so it is for everybody until it is loaded
         self._checked = now
-        return bool(self._stamp is None or self._look() != self._stamp)
+        return False
 
     def _look(self) -> Any:
         stamps = []
@@ -7540,6 +7558,7 @@ class Connections:
         self.limit, self.per_client = limit, per_client
         self.owner = 0
         self.served = 0                             # by this process, since the start
+        self._totals = mmap.mmap(-1, 4 * processes)
         self._slots = mmap.mmap(-1, 16 * limit * processes)     # a digest of the client's address each, else zeros
         self._key = secrets.token_bytes(16)
         self._free = list(range(limit))             # slots of this process's part
@@ -7548,16 +7567,17 @@ class Connections:
 
     def enter(self, client: str) -> str:
         """Count a connection; return why it is refused, "" when it is not."""
-        digest = hashlib.blake2b(client_network(client).encode(), digest_size=16, key=self._key).digest()
         with self._lock:
-            table = self._slots[:]
-            if not self._free or len(table) // 16 - table.count(bytes(16)) >= self.limit:
+            if sum(memoryview(self._totals).cast("I")) >= self.limit:
                 return "too many connections, try again later"
-            if table.count(digest) >= self.per_client and not is_loopback(client):
-                return "too many connections from your address, try again later"
+            digest = b""
+            if not is_loopback(client):
+                digest = hashlib.blake2b(client_network(client).encode(), digest_size=16, key=self._key).digest()
+                if self._slots[:].count(digest) >= self.per_client:
+                    return "too many connections from your address, try again later"
             slot = self._free.pop()
             self._clients.setdefault(client, []).append(slot)
-            self._put(self.owner, slot, digest)
+            self._put(slot, digest, 1)
             self.served += 1
         return ""
 
@@ -7566,17 +7586,19 @@ class Connections:
             slot = self._clients[client].pop()
             if not self._clients[client]:
                 del self._clients[client]
-            self._put(self.owner, slot, bytes(16))
+            self._put(slot, bytes(16), -1)
             self._free.append(slot)
 
-    def _put(self, owner: int, slot: int, digest: bytes) -> None:
-        start = 16 * (owner * self.limit + slot)
-        self._slots[start:start + 16] = digest
+    def _put(self, slot: int, digest: bytes, more: int) -> None:
+        memoryview(self._totals).cast("I")[self.owner] += more
+        if digest:
+            start = 16 * (self.owner * self.limit + slot)
+            self._slots[start:start + 16] = digest
 
     def free_all(self, owner: int) -> None:
         """Free what a dead process had."""
-        for slot in range(self.limit):
-            self._put(owner, slot, bytes(16))
+        memoryview(self._totals).cast("I")[owner] = 0
+        self._slots[16 * owner * self.limit:16 * (owner + 1) * self.limit] = bytes(16 * self.limit)
 
 
 class Throttle:
@@ -7684,6 +7706,11 @@ class Site:
     stopping: bool = False
     sessions: Set["Session"] = dataclasses.field(default_factory=set)
 
+    @functools.cached_property
+    def trusts(self) -> Callable[[str], bool]:
+        """Tells whether a client's IP address is one of --trust; what it said is remembered."""
+        return functools.lru_cache(maxsize=1000)(lambda client: is_among(client, self.config.trust))
+
     def log_in(self, client: str, name: str, password: str) -> Optional[str]:
         """Return the account's key, None when name and password do not fit. Any fit in capture mode. Takes 50 ms."""
         if self.config.capture:
@@ -7729,6 +7756,7 @@ class Session(socketserver.BaseRequestHandler, Task):
         self.over = False
         self.pause = 0.0                            # seconds that a fault rule keeps the next answer back
         self.tape: Any = None
+        self.verbose = log.isEnabledFor(logging.DEBUG)
         self.wire = Wire(request, self.site.config.seconds(self.timeout))
         self.site.sessions.add(self)
         self.coroutine = self.converse()
@@ -7890,12 +7918,11 @@ class Session(socketserver.BaseRequestHandler, Task):
 
     async def keep_back(self) -> None:
         """Wait as long as a fault rule wants the next answer to take."""
-        if self.pause:
-            seconds, self.pause = self.pause, 0.0
-            self.wire.renew(seconds)
-            await self.wire.flush()
-            await wait(seconds)
-            self.wire.renew()
+        seconds, self.pause = self.pause, 0.0
+        self.wire.renew(seconds)
+        await self.wire.flush()
+        await wait(seconds)
+        self.wire.renew()
 
     # What the protocol adds.
 
@@ -7908,7 +7935,7 @@ class Session(socketserver.BaseRequestHandler, Task):
 
     def heard(self, line: bytes, name: str, known: bool) -> None:
         """Note a command. Only what a known one that has no secret says may be kept."""
-        if log.isEnabledFor(logging.DEBUG):
+        if self.verbose:
             log.debug("%s > %s", self.client, printable(self.public(line, name, known)))
 
     @staticmethod
@@ -8074,6 +8101,7 @@ class SMTPSession(Session):
     refusals = 0
     transaction: Optional[Transaction] = None
     busy = False                                    # a message is coming in, or on its way to disk
+    from_trust = False                              # the client's address is one of --trust
     started = 0.0
     ASKS_BOOK = ("MAIL", "RCPT", "AUTH")
     SYNCHRONOUS = ("EHLO", "HELO", "DATA", "STARTTLS", "AUTH", "VRFY", "QUIT", "NOOP")  # end a pipeline (RFC 2920)
@@ -8082,6 +8110,7 @@ class SMTPSession(Session):
     # What every conversation has.
 
     def greeting(self) -> Reply:
+        self.from_trust = self.site.trusts(self.client)
         if self.site.recorder:
             self.tape = self.site.recorder.tape(self)
         return self.faulty("connect", self.client) or Reply(220, "", self.site.hostname + " ESMTP minimail")
@@ -8127,15 +8156,17 @@ class SMTPSession(Session):
         return Reply(451, "4.3.0", "something went wrong here, try again later")
 
     async def tell(self, answer: Optional[Reply]) -> None:
-        await self.keep_back()
+        if self.pause:
+            await self.keep_back()
         if answer:
             self.say(answer)
-            await self.wire.drain()
+            if self.wire.pending >= BLOCK:
+                await self.wire.flush()
 
     def say(self, reply: Reply) -> None:
         if reply.code >= 400:
             event("refused", protocol="smtp", client=self.client, reason=printable(str(reply)))
-        elif log.isEnabledFor(logging.DEBUG):
+        elif self.verbose:
             log.debug("%s < %s", self.client, printable(str(reply)))
         data = reply.encode()
         if self.tape:
@@ -8182,10 +8213,7 @@ class SMTPSession(Session):
     @property
     def trusted(self) -> bool:
         """True for who may have mail passed on."""
-        if self.user is not None:
-            return True
-        client = ipaddress.ip_address(self.client)
-        return any(client.version == network.version and client in network for network in self.site.config.trust)
+        return self.user is not None or self.from_trust
 
     @property
     def lenient(self) -> bool:
@@ -8364,7 +8392,8 @@ class SMTPSession(Session):
         if transaction.parcel:
             raise Refused(503, "5.5.1", "BDAT has begun, DATA cannot follow")
         parcel = self.begin_parcel(transaction, dots=True)
-        await self.keep_back()
+        if self.pause:
+            await self.keep_back()
         self.say(Reply(354, "", "go ahead, end with CRLF.CRLF"))
         await self.receive(parcel, transaction.content, None)
         await self.deliver(transaction, parcel)
@@ -8449,20 +8478,23 @@ class SMTPSession(Session):
             self.busy = False
         self.idle = 0
         self.say(self.answer(parcel))
-        await self.wire.flush()                     # the client has its 250 before anybody else hears of the message
-        if self.tape:
-            self.tape.restart()
-        self.site.accepted(parcel)
-        if self.site.follow_up:
-            follow_up = self.site.follow_up
-            await wait(lambda: follow_up(parcel))
+        try:
+            await self.wire.flush()                 # the client has its 250 before anybody else hears of the message
+        finally:                                    # if it is gone, the message is there all the same
+            if self.tape:
+                self.tape.restart()
+            self.site.accepted(parcel)
+            if self.site.follow_up:
+                follow_up = self.site.follow_up
+                await wait(lambda: follow_up(parcel))
 
     async def ask_all(self, transaction: Transaction, parcel: Parcel) -> None:
         """Ask who has a say in a message that is there as a whole; Refused, and then nothing of it is left."""
         door, envelope = self.site.door, transaction.envelope
         try:
             self.raise_content_fault("end", envelope)
-            await self.keep_back()
+            if self.pause:
+                await self.keep_back()
             if door.asks_policy:
                 await wait(lambda: door.finish(parcel))
             else:
@@ -8582,9 +8614,11 @@ class POP3Session(Session):
         return b"-ERR [SYS/TEMP] %s\r\n" % reason.encode()
 
     async def tell(self, answer: bytes) -> None:
-        await self.keep_back()
+        if self.pause:
+            await self.keep_back()
         self.wire.send(answer)
-        await self.wire.drain()
+        if self.wire.pending >= BLOCK:
+            await self.wire.flush()
 
     def raise_fault(self, stage: str, subject: str = "") -> None:
         text = self.fault(stage, subject)

@@ -168,10 +168,19 @@ class Case(unittest.TestCase):
             file.write(content if isinstance(content, bytes) else content.encode())
         return path
 
-    def node(self, **options):
-        """Return a running node, in capture mode unless told otherwise."""
-        node = minimail.Node(**dict(dict(smtp="127.0.0.1:0", pop3="127.0.0.1:0", hostname="mail.test", no_sync=True),
-                                    **options))
+    OPTIONS = dict(smtp="127.0.0.1:0", pop3="127.0.0.1:0", hostname="mail.test", no_sync=True)
+
+    def node(self, accounts=None, aliases="", **options):
+        """Return a running node, in capture mode unless told otherwise; `accounts` are {address: password}."""
+        options = dict(self.OPTIONS, **options)
+        if accounts is not None:
+            options.setdefault("data", self.directory())
+            with open(os.path.join(options["data"], "users"), "w") as file:
+                for name, password in accounts.items():
+                    file.write("%s:%s\n" % (name, cheap_hash(password)))
+            with open(os.path.join(options["data"], "aliases"), "w") as file:
+                file.write(aliases)
+        node = minimail.Node(**options)
         node.start()
         self.addCleanup(node.stop)
         return node
@@ -180,7 +189,6 @@ class Case(unittest.TestCase):
         """Return the stores of section 7 over a new data directory."""
         stores = minimail.open_stores(Config(**dict(dict(data=self.directory(), hostname="mail.test", no_sync=True),
                                                     **options)))
-        self.addCleanup(stores.storage.close)
         return stores
 
     def talk(self, address, hello=True):
@@ -240,6 +248,28 @@ class Case(unittest.TestCase):
             time.sleep(0.01)
         self.fail("%s did not come true" % what)
 
+    def in_background(self, function, *arguments, **keywords):
+        """Run a function in a thread; return a function that waits for its result, or raises its error."""
+        results = []
+
+        def run():
+            try:
+                results.append((function(*arguments, **keywords), None))
+            except BaseException as error:
+                results.append((None, error))
+        thread = threading.Thread(target=run, daemon=True)
+        thread.start()
+        self.addCleanup(thread.join, PATIENCE)
+
+        def result():
+            thread.join(PATIENCE)
+            self.assertFalse(thread.is_alive(), "%r does not end" % function)
+            value, error = results[0]
+            if error:
+                raise error
+            return value
+        return result
+
     def refused(self, code, function, *arguments):
         """Assert that function(*arguments) is refused with a reply that begins with `code`."""
         with self.assertRaises(Refused) as caught:
@@ -252,8 +282,24 @@ class Case(unittest.TestCase):
                               if "/run" not in place and "users" not in name and "aliases" not in name])
 
 
+def cheap_hash(password):
+    """Return the record of a password that takes no time to check."""
+    with mock.patch.object(minimail, "SCRYPT", dict(n=16, r=1, p=1)):
+        return minimail.hash_password(password)
+
+
+def plain(name, password):
+    """Return the response of AUTH PLAIN."""
+    return base64.b64encode(("\0%s\0%s" % (name, password)).encode()).decode()
+
+
 def stuff_slowly(content):
     return b"\r\n".join(b"." + line if line.startswith(b".") else line for line in content.split(b"\r\n"))
+
+
+def end_line(content):
+    """Return content with what its last line lacks of a CRLF."""
+    return content if content[-1:] in (b"", b"\n") else content + b"\r\n"[content.endswith(b"\r"):]
 
 
 def body_of(message):
@@ -773,10 +819,14 @@ class Wires(Case):
         theirs.settimeout(PATIENCE)
         return minimail.Wire(ours, timeout, clock), theirs
 
+    @staticmethod
+    def line(wire, limit):
+        return minimail.run_blocking(wire, wire.line(limit))
+
     def test_lines(self):
         wire, peer = self.pair()
         peer.sendall(b"one\r\ntwo\n\r\n" + b"x" * 10 + b"\r\nA\rB\r\n")
-        self.assertEqual([wire.line(11) for _ in range(5)], [b"one", b"two", b"", b"x" * 10, b"A\rB"])
+        self.assertEqual([self.line(wire, 11) for _ in range(5)], [b"one", b"two", b"", b"x" * 10, b"A\rB"])
 
     def test_line_limit(self):
         for size in (1000, 7):
@@ -785,63 +835,65 @@ class Wires(Case):
             pieces = [data[i:i + size] for i in range(0, len(data), size)]
             sender = threading.Thread(target=lambda peer, pieces: list(map(peer.sendall, pieces)), args=(peer, pieces))
             sender.start()
-            self.assertRaises(minimail.LineTooLong, wire.line, 100)
-            self.assertEqual(wire.line(100), b"short")
-            self.assertRaises(minimail.LineTooLong, wire.line, 100)
-            self.assertEqual(wire.line(100), b"end")
+            self.assertRaises(minimail.LineTooLong, self.line, wire, 100)
+            self.assertEqual(self.line(wire, 100), b"short")
+            self.assertRaises(minimail.LineTooLong, self.line, wire, 100)
+            self.assertEqual(self.line(wire, 100), b"end")
             sender.join()
 
     def test_an_endless_line_is_not_kept(self):
         wire, peer = self.pair()
         sender = threading.Thread(target=lambda: (peer.sendall(b"x" * 5_000_000), peer.close()))
         sender.start()
-        self.assertRaises(minimail.Disconnected, wire.line, 100)
+        self.assertRaises(minimail.Disconnected, self.line, wire, 100)
         sender.join()
         self.assertLess(len(wire.input), 200)
 
     def test_output_waits_for_input_or_size(self):
         wire, peer = self.pair()
         peer.sendall(b"A\r\nB\r\n")
-        wire.line(100)
+        self.line(wire, 100)
         wire.send(b"1")
-        wire.line(100)
+        self.line(wire, 100)
         wire.send(b"2")
         self.assertEqual(select.select([peer], [], [], 0)[0], [], "nothing goes out while a command is there")
         peer.sendall(b"C\r\n")
-        wire.line(100)
+        self.line(wire, 100)
         self.assertEqual(peer.recv(100), b"12")
 
     def test_deadline(self):
         wire, peer = self.pair(timeout=0.01)
-        self.assertRaises(minimail.TimedOut, wire.line, 100)
+        self.assertRaises(minimail.TimedOut, self.line, wire, 100)
 
     def test_who_drips_bytes_runs_into_the_deadline(self):
         wire, peer = self.pair(timeout=10, clock=Clock(step=1.0))
         peer.sendall(b"x")
-        wire.blocked = lambda: (peer.sendall(b"x"), contextlib.nullcontext())[1]
-        with mock.patch.object(minimail, "set_kernel_timeout"):
-            wire.sock.setblocking(False)
-            self.assertRaises(minimail.TimedOut, wire.line, 100)
+        with mock.patch.object(minimail, "is_ready", lambda sock, events, seconds: (peer.sendall(b"x"), True)[1]):
+            self.assertRaises(minimail.TimedOut, self.line, wire, 100)
         self.assertLess(len(wire.input), 20)
 
     def test_a_slow_message_gets_time_for_what_it_brings(self):
         clock = Clock()
         session = minimail.SMTPSession.__new__(minimail.SMTPSession)
         session.wire, peer = self.pair(timeout=10, clock=clock)
-        session.wire.may_linger = lambda: True
         session.site = types.SimpleNamespace(config=minimail.Config())
-        session.transfer = minimail.Transfer(None, Content(), None, lambda: None, clock.now)
+        content = session.receive(None, Content(), None)
+        self.addCleanup(content.close)
+        self.assertIs(content.send(None), minimail.READ)
         for _ in range(100):
             peer.sendall(b"x" * 2 * minimail.MIN_RATE)
-            session.take_content()
+            content.send(None)
             clock.now += 1.5                        # faster than MIN_RATE: it may take as long as it likes
-        deadline = session.wire.deadline
-        with self.assertRaises(minimail.TimedOut):
-            for _ in range(1000):
-                peer.sendall(b"x")
-                session.take_content()
-                clock.now += 1.5                    # drips of a byte move it by next to nothing
-        self.assertLess(clock.now, deadline + 10)
+            self.assertGreater(session.wire.deadline, clock.now)
+        self.assertTrue(session.in_flight())
+        for _ in range(1000):
+            peer.sendall(b"x")
+            content.send(None)
+            clock.now += 1.5                        # drips of a byte move it by next to nothing
+            if clock.now > session.wire.deadline:
+                break
+        self.assertGreater(clock.now, session.wire.deadline)
+        self.assertLess(clock.now, 1000 + 200 + 10 + 5, "when it began, 200 s at MIN_RATE, the timeout, some drips")
 
     def test_send_file(self):
         content = bytes(range(256)) * 2000
@@ -853,9 +905,9 @@ class Wires(Case):
         fd = os.open(path, os.O_RDONLY)
         self.addCleanup(os.close, fd)
         wire.send(b"head")
-        wire.send_file(fd, 5, len(content) - 5)
+        minimail.run_blocking(wire, wire.send_file(fd, 5, len(content) - 5))
         wire.send(b"tail")
-        wire.flush()
+        minimail.run_blocking(wire, wire.flush())
         wire.close()
         reader.join(PATIENCE)
         self.assertEqual(b"".join(received), b"head" + content[5:] + b"tail")
@@ -864,9 +916,12 @@ class Wires(Case):
         wire, peer = self.pair()
         peer.sendall(b"half a line")
         peer.close()
-        self.assertRaises(minimail.Disconnected, wire.line, 100)
-        wire.send(b"x")
-        self.assertRaises(minimail.Disconnected, lambda: [wire.send(b"x" * 70000) for _ in range(3)])
+        self.assertRaises(minimail.Disconnected, self.line, wire, 100)
+        wire.send(b"x" * 70000)
+        with self.assertRaises(minimail.Disconnected):
+            for _ in range(3):
+                wire.send(b"x")
+                minimail.run_blocking(wire, wire.flush())
         wire.close()
 
 
@@ -878,7 +933,6 @@ class DurableFiles(Case):
     def storage(self, root=None, sync=True):
         storage = minimail.Storage(root or self.directory(), sync)
         storage.open()
-        self.addCleanup(storage.close)
         return storage
 
     def test_a_write_happens_whole_or_not_at_all(self):
@@ -935,28 +989,80 @@ class DurableFiles(Case):
         os.close(first)
         self.assertTrue(minimail.lock_file(second))
 
-    def test_who_is_alive(self):
+    def test_whose_writer_is_dead(self):
         root = self.directory()
         here, other = self.storage(root), self.storage(root)
-        self.assertTrue(here.is_alive(other.token) and here.is_alive(here.token))
-        self.assertFalse(here.is_alive("00000000"))
-        os.close(other._lock)                       # as when it is killed: the file stays, the lock does not
-        other._lock = -1
-        self.assertFalse(here.is_alive(other.token))
-        open(os.path.join(here.run, "%s.mail1" % other.token), "w").close()
-        here.sweep()
-        self.assertEqual(os.listdir(here.run), [here.token + ".lock"])
-        self.assertEqual(len({here.new_id(1e9) for _ in range(1000)} | {self.storage(root).new_id(1e9)}), 1001)
+        path = os.path.join(root, "draft")
+        fd = other.create(path)
+        self.assertFalse(here.is_abandoned(path))
+        here.remove_abandoned(path)
+        self.assertTrue(os.path.exists(path), "its writer is at it")
+        self.assertRaises(FileExistsError, here.create, path)
+        os.close(fd)                                # as when it is killed: the lock ends with its process
+        self.assertTrue(here.is_abandoned(path))
+        here.remove_abandoned(path)
+        self.assertFalse(os.path.exists(path))
+        self.assertFalse(here.is_abandoned(path), "what is not there")
+        here.remove_abandoned(path)
+        os.symlink(self.file("target", b""), path)
+        here.remove_abandoned(path)
+        self.assertTrue(os.path.islink(path), "what we never make is let alone")
+        self.assertEqual(len({here.new_id(1e9) for _ in range(1000)} | {other.new_id(1e9)}), 1001)
 
-    def test_wake(self):
+    def test_a_draft_that_is_swept_before_it_is_locked_is_made_again(self):
+        storage, real = self.storage(), minimail.lock_file
+        path = os.path.join(storage.root, "draft")
+        swept = []
+
+        def sweep():
+            storage.remove_abandoned(path)
+
+        def half_swept():                           # the other one has the lock, and removes the file only then
+            other = os.open(path, os.O_RDWR)
+            real(other)
+            self.in_background(lambda: (os.unlink(path), os.close(other)))
+        for way in (sweep, half_swept):
+            def lock(fd, wait=False, way=way):
+                if way not in swept:
+                    swept.append(way)
+                    way()
+                return real(fd, wait)
+            with mock.patch.object(minimail, "lock_file", lock):
+                fd = storage.create(path)
+            self.assertTrue(minimail.is_same_file(fd, path), way)
+            self.assertFalse(storage.is_abandoned(path))
+            os.close(fd)
+            os.unlink(path)
+
+    @unittest.skipUnless(minimail.fcntl, "other locks here")
+    def test_without_locks_mail_is_taken_and_nothing_swept(self):
+        storage = self.storage()
+        paths = [os.path.join(storage.root, name) for name in "ab"]
+        with mock.patch.object(minimail.fcntl, "flock", side_effect=OSError(errno.ENOLCK, "no locks")), \
+                self.assertLogs("minimail") as logs:
+            for path in paths:
+                os.close(storage.create(path))
+                self.assertFalse(storage.is_abandoned(path))
+                storage.remove_abandoned(path)
+        self.assertEqual(len(logs.records), 1, "said once")
+        self.assertTrue(all(map(os.path.exists, paths)))
+
+    def test_stamps(self):
         root = os.path.join(self.directory(), "long" * 20, "path" * 20)
         here, other = self.storage(root), self.storage(root)
-        with other.waker("mail") as sock:
-            sock.settimeout(PATIENCE)
-            here.wake("mail")
-            self.assertEqual(sock.recv(10), b"\n")
-        here.wake("mail")                           # nobody listens any more
-        with mock.patch.object(os, "listdir", side_effect=OSError(errno.EMFILE, "too many open files")):
+        self.assertEqual(here.stamp("mail"), 0)
+        seen = {0}
+        for storage in (here, other, here):
+            storage.wake("mail")
+            self.assertNotIn(here.stamp("mail"), seen)
+            self.assertEqual(here.stamp("mail"), other.stamp("mail"))
+            seen.add(here.stamp("mail"))
+        self.assertEqual(here.stamp("queue"), 0, "who waits for one thing is not told of others")
+        shutil.rmtree(root)
+        here.wake("mail")                           # somebody removed all of it underneath us
+        self.assertTrue(other.stamp("mail"))
+        with mock.patch.object(os, "utime", side_effect=OSError(errno.EMFILE, "too many open files")), \
+                mock.patch.object(os, "open", side_effect=OSError(errno.EMFILE, "too many open files")):
             here.wake("mail")                       # a hint after the fact: what it follows is done all the same
 
     @mock.patch.object(minimail.Reloaded, "PAUSE", 0.0)
@@ -972,6 +1078,67 @@ class DurableFiles(Case):
             self.assertEqual(reloaded.get()[-1], (6, "three"), "what was read last holds while the file cannot be read")
         os.unlink(path)
         self.assertEqual(reloaded.get(), [])
+
+    def test_who_asked_whether_it_is_stale_gets_it_loaded(self):
+        """The loop asks, a helper loads: whoever comes next gets what is in the file now."""
+        path = self.file("f", "one\n")
+        reloaded = minimail.Reloaded(path, lambda lines, complain: [text for _, text in lines])
+        with mock.patch.object(minimail.Watched, "PAUSE", 1000.0):
+            reloaded.get()
+            self.assertFalse(reloaded.is_stale())
+        with mock.patch.object(minimail.Watched, "PAUSE", 0.0):
+            with open(path, "a") as file:
+                file.write("two\n")
+            self.assertTrue(reloaded.is_stale())
+        with mock.patch.object(minimail.Watched, "PAUSE", 1000.0):
+            reloaded._checked -= 2000.0
+            self.assertTrue(reloaded.is_stale())
+            self.assertTrue(reloaded.is_stale(), "until it is loaded")
+            self.assertEqual(reloaded.get(), ["one", "two"])
+            self.assertFalse(reloaded.is_stale())
+
+    def test_who_comes_while_somebody_loads_waits_for_that(self):
+        loading, may_go_on, loads = threading.Event(), threading.Event(), []
+
+        def load():
+            loads.append(1)
+            loading.set()
+            self.assertTrue(may_go_on.wait(PATIENCE))
+            return len(loads)
+        watched = minimail.Watched([self.file("f", b"x")], load)
+        first = self.in_background(watched.get)
+        self.assertTrue(loading.wait(PATIENCE))
+        others = [self.in_background(watched.get) for _ in range(5)]
+        may_go_on.set()
+        self.assertEqual([result() for result in [first] + others], [1] * 6)
+
+    @mock.patch.object(minimail.Watched, "PAUSE", 0.0)
+    def test_what_cannot_be_loaded(self):
+        path = self.file("f", b"x")
+        outcomes = [OSError("first"), "good", ValueError("bad"), ValueError("bad"), "better"]
+
+        def load():
+            outcome = outcomes.pop(0)
+            if isinstance(outcome, Exception):
+                raise outcome
+            return outcome
+        watched = minimail.Watched([path, ""], load)
+        self.assertRaises(OSError, watched.get)     # better "later" than "no such user"
+        self.assertEqual(watched.get(), "good")
+        os.utime(path, (1, 1))
+        with self.assertLogs("minimail") as logs:
+            self.assertEqual([watched.get(), watched.get()], ["good", "good"], "the last good one serves on")
+        self.assertEqual(len(logs.records), 1, "said once")
+        self.assertEqual(watched.get(), "better")
+        self.assertEqual(outcomes, [])
+
+    def test_a_file_of_20_000_users_is_read_once(self):
+        path = self.file("users", "".join("user%d@example.org:$pbkdf2$1$YQ==$YQ==\n" % i for i in range(20_000)))
+        accounts = minimail.Accounts(path)
+        with mock.patch.object(minimail.Reloaded, "lines", autospec=True, side_effect=minimail.Reloaded.lines) as lines:
+            results = [self.in_background(accounts.names) for _ in range(8)]
+            self.assertEqual({len(result()) for result in results}, {20_000})
+        self.assertEqual(lines.call_count, 1)
 
     def test_directories_are_private(self):
         storage = self.storage(os.path.join(self.directory(), "data"))
@@ -993,8 +1160,8 @@ class Maildirs(Case):
 
     def put(self, content=b"Subject: x\r\n\r\nbody\r\n", *recipients):
         """Deliver a message; return its id."""
-        envelope = minimail.Envelope("a@example.net", [minimail.parse_address(r) for r in recipients or [self.box]])
-        return self.data.post.send(envelope, [self.data.book.resolve(r) for r in envelope.recipients], content)
+        addresses = [minimail.parse_address(recipient) for recipient in recipients or [self.box]]
+        return self.data.door.send(minimail.Envelope("a@example.net"), addresses, content).draft.id
 
     def put_foreign(self, name, content, place="new"):
         os.makedirs(os.path.join(self.path, place), exist_ok=True)
@@ -1098,15 +1265,16 @@ class Maildirs(Case):
             self.assertRegex(item.uid, r"\A[!-~]{1,70}\Z")
             content = contents[item.name]
             crlf = re.sub(rb"(?<!\r)\n", b"\r\n", content)
-            self.assertEqual(item.size, len(crlf if crlf[-1:] in (b"", b"\n") else crlf + b"\r\n"), item.name)
+            self.assertEqual(item.size, len(end_line(crlf)), item.name)
 
     def test_tmp_is_swept(self):
         self.put()
         tmp = os.path.join(self.path, "tmp")
-        names = {"1.%s.h" % self.data.storage.new_id(1e9): True, "1.00000000-00000-deadbeef1.h": False,
-                 "foreign-young": True, "foreign-old": False}
+        alive, dead = ("1.%s.h" % self.data.storage.new_id(1e9) for _ in range(2))
+        names = {alive: True, dead: False, "foreign-young": True, "foreign-old": False}
         for name in names:
-            open(os.path.join(tmp, name), "w").close()
+            fd = self.data.storage.create(os.path.join(tmp, name))
+            self.addCleanup(os.close, fd) if name == alive else os.close(fd)    # the lock ends with its writer
         old = time.time() - 37 * 3600
         os.utime(os.path.join(tmp, "foreign-old"), (old, old))
         self.boxes.sweep()
@@ -1125,6 +1293,14 @@ class Maildirs(Case):
         ids = [self.put() for _ in range(5)]
         self.boxes.prune(self.box, 2)
         self.assertEqual([minimail.message_id(item) for item in self.boxes.listing(self.box)], ids[3:])
+        old = "1000000000.%s.h,S=3,W=3" % self.data.storage.new_id(1e9)
+        self.put_foreign(old, b"x\r\n")
+        self.put_foreign("odd", b"x\r\n")           # nobody knows when it came
+        with self.assertLogs("minimail", "INFO") as logs:
+            self.boxes.prune(self.box, None, max_age=24 * 3600)
+        self.assertEqual([record.getMessage() for record in logs.records], ["pruned"])
+        self.assertEqual(sorted(os.listdir(self.path + "/new"))[-1], "odd")
+        self.assertEqual(len(self.boxes.listing(self.box)), 3)
 
     def test_links_where_there_are_none(self):
         with mock.patch.object(os, "link", side_effect=OSError(errno.EPERM, "no links here")):
@@ -1309,8 +1485,7 @@ class AllOrNothing(Case):
 
     def test_the_same_mailbox_twice_is_one_copy(self):
         stores = self.stores()
-        envelope = minimail.Envelope("", [Address("A", "x"), Address("a", "X"), Address("a", "x")])
-        stores.post.send(envelope, [stores.book.resolve(r) for r in envelope.recipients], b"x\r\n")
+        stores.door.send(minimail.Envelope(""), [Address("A", "x"), Address("a", "X"), Address("a", "x")], b"x\r\n")
         self.assertEqual(len(stores.mailboxes.listing("a@x")), 1)
 
     @mock.patch.object(os, "fsync", lambda fd: None)     # Faulty counts them; waiting for the disk shows nothing more
@@ -1347,6 +1522,45 @@ class AllOrNothing(Case):
         self.assertEqual([refused and refused.reply.code for refused in results], [None, 452, 552, None])
         self.assertEqual(len(stores.mailboxes.listing("a@x.example")), 2)
 
+    @mock.patch.object(os, "fsync", lambda fd: None)
+    def test_in_a_batch_every_operation_of_the_disk_fails_once(self):
+        """... of the message that it hits nothing is left, and the others are there."""
+        hit = set()
+        for n in itertools.count(1):
+            stores = self.stores(no_sync=False)
+            parcels = [self.begin(stores) for _ in range(3)]
+            with Faulty(n, errno.EIO) as faulty, self.assertLogs("minimail"):
+                minimail.log.warning("or assertLogs would miss one")
+                results = stores.post.commit_all(parcels)
+            stored = {minimail.message_id(item) for item in stores.mailboxes.listing("a@x.example")}
+            for parcel, refused in zip(parcels, results):
+                there = [os.path.join(place, name) for place, _, names in os.walk(stores.storage.root) for name in names
+                         if parcel.draft.id in name]
+                self.assertEqual(len(there), 0 if refused else 3, (n, faulty.failed, refused))
+                self.assertEqual(parcel.draft.id in stored, not refused)
+                self.assertEqual(parcel.draft.fd, -1)
+            if not faulty.failed:
+                break
+            hit.add((faulty.failed, sum(map(bool, results))))
+        self.assertGreater(n, 25)
+        self.assertEqual({count for what, count in hit if what in ("link", "rename")}, {1})
+
+    def test_a_flush_that_fails_hits_those_that_wanted_it(self):
+        stores, real = self.stores(no_sync=False), os.fsync
+        for wrong in ("file", "directory"):
+            parcels = [self.begin(stores) for _ in range(3)]
+
+            def fsync(fd, wrong=wrong, parcels=parcels):
+                if fd == parcels[1].draft.fd if wrong == "file" else stat.S_ISDIR(os.fstat(fd).st_mode):
+                    raise OSError(errno.EIO, "broken")
+                real(fd)
+            with mock.patch.object(os, "fsync", fsync), self.assertLogs("minimail"):
+                results = stores.post.commit_all(parcels)
+            self.assertEqual([bool(refused) for refused in results],
+                             [False, True, False] if wrong == "file" else [True] * 3)
+        self.assertEqual([minimail.message_id(item) for item in stores.mailboxes.listing("b@y.example")] and
+                         len(stores.mailboxes.listing("b@y.example")), 2)
+
     def test_loops_and_size(self):
         stores = self.stores(max_size=1000)
         self.refused("552 5.3.4", stores.post.commit, self.begin(stores, b"x" * 1001))
@@ -1363,6 +1577,141 @@ class AllOrNothing(Case):
         self.assertGreater(stores.mailboxes.listing("a@x.example")[0].size, 1_000_000)
 
 
+class Doors(Case):
+    """Whether mail may go, asked at the one place where all of it passes."""
+
+    USERS = {"bob@example.org": "x", "eve@example.org": "y"}
+
+    def door(self, policy=None, **options):
+        users = self.file("users", "".join("%s:%s\n" % (name, cheap_hash(word)) for name, word in self.USERS.items()))
+        aliases = self.file("aliases", "sales@example.org: bob@example.org, archive@friend.example\n")
+        self.data = minimail.open_stores(Config(**dict(dict(
+            data=self.directory(), hostname="mail.test", no_sync=True, domain=("example.org",), users=users, aliases=aliases),
+            **options)), policy=policy)
+        return self.data.door
+
+    def answer(self, function, *arguments):
+        """Return how a refusal begins, "" when there is none."""
+        try:
+            function(*arguments)
+        except Refused as refused:
+            return str(refused.reply)[:9]
+        return ""
+
+    def test_whose_address(self):
+        for user, sender, answer in (
+                ("bob@example.org", "bob@example.org", ""), ("bob@example.org", "bob+x@example.org", ""),
+                ("bob@example.org", "sales@example.org", ""), ("bob@example.org", "eve@example.org", "553 5.7.1"),
+                ("bob@example.org", "bob@elsewhere.example", "553 5.7.1"), ("bob@example.org", "", ""),
+                (None, "eve@example.org", "")):
+            door, address = self.door(), minimail.parse_address(sender) if sender else None
+            self.assertEqual(self.answer(door.check_sender, minimail.Envelope(sender), address, user), answer, (user, sender))
+            self.assertEqual(self.answer(door.send, minimail.Envelope(sender), [Address("eve", "example.org")], b"x\r\n", user),
+                             answer, (user, sender))
+            self.assertEqual(len(self.data.mailboxes.listing("eve@example.org")), not answer)
+        self.assertEqual(self.answer(self.door(domain=()).check_sender, minimail.Envelope(), Address("a", "x"), "b@x"), "",
+                         "in capture mode everybody may be everybody")
+
+    def test_where_to(self):
+        for recipient, trusted, answer in (
+                ("bob@example.org", False, ""), ("nobody@example.org", True, "550 5.1.1"),
+                ("u@friend.example", False, "550 5.7.1"), ("u@friend.example", True, ""), ("u@x.friend.example", True, "550 5.7.1"),
+                ("u@x.below.example", True, ""), ("u@elsewhere.example", True, "550 5.7.1"),
+                ("sales@example.org", False, "")):  # an alias leads out for everybody: it is ours
+            door = self.door(relay_to=("friend.example", ".below.example"))
+            envelope = minimail.Envelope("a@x")
+            self.assertEqual(self.answer(door.recipient, envelope, minimail.parse_address(recipient), trusted), answer, recipient)
+            self.assertEqual(list(map(str, envelope.recipients)), [] if answer else [recipient])
+        self.assertEqual(self.answer(self.door(relay_to=("other.example",)).recipient, minimail.Envelope(),
+                                     Address("sales", "example.org"), True), "550 5.7.1", "--relay-to holds for aliases, too")
+
+    def test_how_much(self):
+        door, envelope = self.door(), minimail.Envelope("a@x", [Address("u%d" % i, "x") for i in range(minimail.MAX_RECIPIENTS)])
+        self.assertEqual(self.answer(door.recipient, envelope, Address("bob", "example.org"), True), "452 4.5.3")
+        with mock.patch.object(self.data.post.queue, "is_full", lambda: True):
+            self.assertEqual(self.answer(door.recipient, minimail.Envelope(), Address("u", "friend.example"), True), "452 4.3.1")
+            self.assertEqual(self.answer(door.recipient, minimail.Envelope(), Address("bob", "example.org"), True), "")
+        self.data.post.queue = None
+        self.assertEqual(self.answer(door.recipient, minimail.Envelope(), Address("u", "friend.example"), True), "550 5.7.1")
+        door = self.door(max_size=10)
+        self.assertEqual(self.answer(door.send, minimail.Envelope(), [Address("bob", "example.org")], b"x" * 11), "552 5.3.4")
+        self.assertNothingLeft(self.data.storage.root)
+
+    def test_the_policy_is_asked_for_every_message(self):
+        asked = []
+
+        class Policy(minimail.Policy):
+            def on_mail(self, client, sender, user):
+                asked.append(("mail", client, sender, user))
+
+            def on_rcpt(self, envelope, recipient):
+                asked.append(("rcpt", recipient))
+
+            def on_message(self, envelope, path):
+                asked.append(("message", open_and_read(path).endswith(b"\r\n\r\nx\r\n"), envelope.eightbit))
+                raise wrong
+        for wrong, answer in ((Refused(554, "5.7.0", "no"), "554 5.7.0"), (RuntimeError("a bug"), "451 4.3.0")):
+            asked.clear()
+            door = self.door(Policy())
+            with self.assertLogs("minimail"):
+                minimail.log.warning("or assertLogs would miss one")
+                self.assertEqual(self.answer(door.send, minimail.Envelope("bob@example.org", client="192.0.2.1"),
+                                             [Address("eve", "example.org")], b"A: \xff\r\n\r\nx", "bob@example.org"), answer)
+            self.assertEqual(asked, [("mail", "192.0.2.1", "bob@example.org", "bob@example.org"), ("rcpt", "eve@example.org"),
+                                     ("message", True, True)])
+            self.assertNothingLeft(self.data.storage.root)
+
+
+class AwaitingMail(Case):
+    def setUp(self):
+        self.storage = minimail.Storage(self.directory())
+        self.storage.open()
+        self.clock = Clock()
+        patch = mock.patch.object(minimail, "time", types.SimpleNamespace(monotonic=self.clock, time_ns=time.time_ns))
+        patch.start()
+        self.addCleanup(patch.stop)
+
+    def wait(self, look, seconds=10.0, on_sleep=lambda: None):
+        def sleep(duration):
+            self.clock.now += duration
+            return on_sleep()
+        return minimail.await_mail(self.storage, look, self.clock.now + seconds, sleep)
+
+    def test_what_is_there_is_returned_at_once(self):
+        self.assertEqual(self.wait(lambda: "it", 0.0, on_sleep=self.fail), "it")
+
+    def test_it_is_looked_for_again_when_mail_came(self):
+        looks, sleeps = [], itertools.count()
+
+        def on_sleep():
+            if next(sleeps) == 2:
+                self.storage.wake("mail")
+        self.assertEqual(self.wait(lambda: looks.append(self.clock.now) or len(looks) == 2, on_sleep=on_sleep), True)
+        self.assertLess(looks[1] - looks[0], 0.5)
+
+    def test_a_stamp_that_did_not_change_is_not_trusted_for_ever(self):
+        looks = []
+        self.assertIsNone(self.wait(lambda: looks.append(self.clock.now), 10.0))
+        self.assertIn(len(looks), range(5, 8))
+        self.assertLessEqual(self.clock.now - looks[0], 10.1)
+
+    def test_the_end_of_the_node_ends_it(self):
+        self.assertIsNone(self.wait(lambda: None, on_sleep=lambda: False))
+        self.assertLess(self.clock.now, 1001)
+
+    def test_what_comes_between_look_and_sleep_is_not_missed(self):
+        looks = []
+
+        def look():
+            looks.append(1)
+            if len(looks) == 1:
+                self.storage.wake("mail")           # just after it looked
+                return None
+            return "found"
+        self.assertEqual(self.wait(look, on_sleep=self.fail), "found")
+
+
+
 RAM_DISK = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None      # thousands of small files are made and removed
 LETTER = b"From: me@here.test\r\nSubject: hi\r\n\r\nbody\r\n"
 
@@ -1371,7 +1720,7 @@ LETTER = b"From: me@here.test\r\nSubject: hi\r\n\r\nbody\r\n"
 # Harness of sections 8 to 12: a clock, names, peers, a world around a relay, a disk; all of them keep to a script.
 # ======================================================================================================================
 
-class ScriptedCase(unittest.TestCase):
+class ScriptedCase(Case):
     """A test with a temporary data directory and the log lines of the node in `self.logged`."""
 
     def setUp(self):
@@ -1388,16 +1737,6 @@ class ScriptedCase(unittest.TestCase):
             self.addCleanup(setattr, log, name, getattr(log, name))
             setattr(log, name, value)
         log.setLevel(logging.INFO)
-
-    def eventually(self, condition):
-        """Return the first true value of condition(), looked at again and again; the test fails when there is none."""
-        deadline, never = time.monotonic() + PATIENCE, threading.Event()
-        while time.monotonic() < deadline:
-            value = condition()
-            if value:
-                return value
-            never.wait(0.005)
-        self.fail("waited in vain for " + (condition.__doc__ or condition.__name__))
 
 
 class ScriptedClock:
@@ -6858,8 +7197,7 @@ class POP3(Case):
             number, uid = line.split()
             name = next((name for name in contents if name.startswith(uid)), None)
             if name:
-                expected = re.sub(rb"(?<!\r)\n", b"\r\n", contents[name])
-                expected += b"" if expected[-2:] in (b"", b"\r\n") else b"\r\n"
+                expected = end_line(re.sub(rb"(?<!\r)\n", b"\r\n", contents[name]))
                 size = int(talk.ask("LIST " + number).split()[2])
                 self.assertTrue(talk.listing("RETR " + number) == expected, name)
                 self.assertEqual(size, len(expected), name)
@@ -6900,27 +7238,6 @@ class POP3(Case):
 # ======================================================================================================================
 
 class Nodes(Case):
-    def background(self, function, *arguments, **keywords):
-        """Run a function in a thread; return a function that waits for its result."""
-        results = []
-
-        def run():
-            try:
-                results.append((function(*arguments, **keywords), None))
-            except BaseException as error:
-                results.append((None, error))
-        thread = threading.Thread(target=run)
-        thread.start()
-
-        def result():
-            thread.join(PATIENCE)
-            value, error = results[0]
-            if error:
-                raise error
-            return value
-        self.addCleanup(thread.join)
-        return result
-
     def test_the_example_of_the_documentation(self):
         with minimail.Node(smtp="127.0.0.1:0", pop3="127.0.0.1:0") as node:
             host, port = node.smtp_address
@@ -7000,10 +7317,10 @@ class Nodes(Case):
         with self.assertRaises(TimeoutError) as caught:
             node.wait_for("bob@x", timeout=0.01)
         self.assertIn("bob@x", str(caught.exception))
-        first = self.background(node.wait_for, "bob@x", timeout=PATIENCE)
-        two = self.background(node.wait_for, "BOB@X", timeout=PATIENCE, count=2)
-        any_one = self.background(node.wait_for, timeout=PATIENCE)
-        match = self.background(node.wait_for, None, timeout=PATIENCE, match=lambda message: message.email()["Subject"] == "2")
+        first = self.in_background(node.wait_for, "bob@x", timeout=PATIENCE)
+        two = self.in_background(node.wait_for, "BOB@X", timeout=PATIENCE, count=2)
+        any_one = self.in_background(node.wait_for, timeout=PATIENCE)
+        match = self.in_background(node.wait_for, None, timeout=PATIENCE, match=lambda message: message.email()["Subject"] == "2")
         self.deliver(node, b"Subject: 0\r\n", "other@x")
         self.assertEqual(any_one().recipient, "other@x")
         self.deliver(node, b"Subject: 1\r\n", "bob@x")
@@ -7018,7 +7335,7 @@ class Nodes(Case):
     def test_wait_for_mail_that_another_node_delivers(self):
         here = self.node(data=self.directory())
         there = self.node(data=here.data)
-        waiting = self.background(here.wait_for, "bob@x", timeout=PATIENCE)
+        waiting = self.in_background(here.wait_for, "bob@x", timeout=PATIENCE)
         self.deliver(there, b"x\r\n", "bob@x")
         self.assertEqual(waiting().size, there.messages("bob@x")[0].size)
 
@@ -7059,7 +7376,7 @@ class Nodes(Case):
         node = self.node(data=self.directory())
         talk = self.talk(node.smtp_address)
         self.dialog(talk, envelope())
-        stopped = self.background(node.stop)
+        stopped = self.in_background(node.stop)
         self.eventually(lambda: node.site is None or node.site.stopping)
         self.dialog(talk, "C: x\nC: .\nS: 250 2.0.0\nS: 421 4.3.2\nS: closed")
         stopped()
@@ -7068,7 +7385,7 @@ class Nodes(Case):
 
     def test_several_nodes_and_many_clients(self):
         nodes = [self.node() for _ in range(3)]
-        clients = [self.background(lambda node: [self.deliver(node, b"x\r\n", "bob@x") for _ in range(10)], node)
+        clients = [self.in_background(lambda node: [self.deliver(node, b"x\r\n", "bob@x") for _ in range(10)], node)
                    for node in nodes for _ in range(8)]
         ids = [id for client in clients for id in client()]
         self.assertEqual(len(set(ids)), 240)
@@ -7205,19 +7522,6 @@ class WebCase(Case):
         """Return the subjects in the list or of a search, newest first."""
         target = "/api/v1/search?query=" + quote(query) if query else "/api/v1/messages"
         return [message["Subject"] for message in self.ask(node, target).json["messages"]]
-
-    def in_background(self, function, *arguments, **keywords):
-        """Run a function in a thread; return a function that waits for its result."""
-        results = []
-        thread = threading.Thread(target=lambda: results.append(function(*arguments, **keywords)))
-        thread.start()
-        self.addCleanup(thread.join, PATIENCE)
-
-        def result():
-            thread.join(PATIENCE)
-            self.assertFalse(thread.is_alive(), "%r does not end" % function)
-            return results[0]
-        return result
 
     def wakers(self, data):
         """Return how many wait on a data directory for mail."""
