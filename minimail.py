@@ -483,11 +483,14 @@ def parse_dsn_of_rcpt(parameters: Dict[str, str], smtputf8: bool = False) -> Wis
     if orcpt and (not re.fullmatch(r"[A-Za-z0-9-]{1,40}", kind) or not text or len(orcpt) > 500 or not valid.fullmatch(text)
                   or not (smtputf8 or orcpt.isascii())):
         raise Refused(501, "5.5.4", "ORCPT is TYPE;ADDRESS, the address in xtext")
-    return Wish(",".join(words), ascii_orcpt(orcpt))
+    try:
+        return Wish(",".join(words), ascii_orcpt(orcpt))
+    except ValueError:
+        raise Refused(501, "5.5.4", "ORCPT is no address in UTF-8") from None
 
 
 def ascii_orcpt(orcpt: str) -> str:
-    """Return an ORCPT= as every server takes it: a UTF-8 address in ASCII."""
+    """Return an ORCPT= as every server takes it: a UTF-8 address in ASCII; ValueError."""
     kind, semicolon, text = orcpt.partition(";")
     return kind + semicolon + (text if text.isascii() else utf8_xtext_encode(utf8_xtext_decode(text)))
 
@@ -3722,7 +3725,8 @@ class Queue:
         draft, envelope = parcel.draft, parcel.envelope
         now = self.clock()
         entry = Entry(draft.id, envelope.sender, draft.written - parcel.own, parcel.own, now, now,
-                      self._recipients(parcel), extra=self._extra(parcel), eightbit=draft.eightbit, noted=[self.boot, self.steady(), now],
+                      self._recipients(parcel), eightbit=draft.eightbit, noted=[self.boot, self.steady(), now],
+                      extra=self._extra(parcel),
                       smtputf8=envelope.smtputf8 and not draft.head.partition(b"\r\n\r\n")[0].isascii())
         dispatch = Dispatch(entry)
         try:
@@ -3740,8 +3744,8 @@ class Queue:
         """Return the recipients of an entry: who waits, and who is served but whose sender has to be told."""
         waiting = [dict({"address": str(address), "state": "waiting", "last_reply": ""},
                         **parcel.wishes.get(address.key, Wish()).kept()) for address in parcel.remote]
-        return waiting + [dict({"address": str(address), "state": "delivered", "last_reply": "", "action": action}, **wish.kept())
-                          for address, action, wish in parcel.done]
+        return waiting + [dict({"address": str(address), "state": "delivered", "last_reply": "", "action": action},
+                               **wish.kept()) for address, action, wish in parcel.done]
 
     @staticmethod
     def _extra(parcel: Parcel) -> Dict[str, Any]:
@@ -4651,7 +4655,7 @@ class Outbound:
         return message
 
     def security(self, target: Target, host: str) -> Optional[Security]:
-        """Return what the destination itself demands of a connection to this host, None for nothing; Refused: not to this one."""
+        """Return what the destination itself demands of a connection to this host, None for nothing; Refused: not to it."""
         return None
 
     def explain(self, target: Target) -> str:
@@ -5500,8 +5504,8 @@ class Relay:
         """Use STARTTLS when it is offered, or insist on it; PeerFailed, OpportunityMissed."""
         if "STARTTLS" not in peer.extensions:
             if demanded.require:
-                raise PeerFailed(Reply(451, {"the password": "4.7.0", "--relay-tls require": "4.7.4"}.get(demanded.reason, "4.7.5"),
-                                       "%s offers no TLS, which %s asks for" % (peer.name, demanded.reason)))
+                status = {"the password": "4.7.0", "--relay-tls require": "4.7.4"}.get(demanded.reason, "4.7.5")
+                raise PeerFailed(Reply(451, status, "%s offers no TLS, which %s asks for" % (peer.name, demanded.reason)))
             return
         try:
             context = tls_context(demanded.verify)
@@ -7488,10 +7492,11 @@ class Standing(Outbound):
         """Return a message with a reverse-path that SPF holds for, and signed; the signature is kept with the entry."""
         if entry.extra.get("forward"):
             message = message._replace(sender=self.srs.forward(message.sender))
-        about = hashlib.sha256(message.sender.encode("utf-8") + b"\0" + message.head).hexdigest()[:16]     # --rewrite may change
+        about = hashlib.sha256(message.sender.encode("utf-8") + b"\0" + message.head).hexdigest()[:16]     # not rewritten since
         kept = entry.extra.get("signature")
         if not (isinstance(kept, list) and len(kept) == 2 and kept[0] == about):
-            signature = self.keyring.sign(content_blocks(message), message.sender, bool(entry.extra.get("trusted")), time.time())
+            trusted = bool(entry.extra.get("trusted"))
+            signature = self.keyring.sign(content_blocks(message), message.sender, trusted, time.time())
             kept = entry.extra["signature"] = [about, signature.decode("ascii")]
         head = str(kept[1]).encode("ascii")
         return message._replace(head=head + message.head, size=message.size + len(head))
@@ -7511,7 +7516,8 @@ class Standing(Outbound):
 
     def explain(self, target: Target) -> str:
         policy = self._policy(target)
-        return "TLS with a certificate that is verified, at %s (MTA-STS, %s)" % (" ".join(policy.mx), policy.mode) if policy else ""
+        demand = "TLS with a certificate that is verified, at %s (MTA-STS, %s)"
+        return demand % (" ".join(policy.mx), policy.mode) if policy else ""
 
     def _policy(self, target: Target) -> Optional[STSPolicy]:
         if target.server or not target.domain or domain_literal(target.domain):

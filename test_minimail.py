@@ -5999,6 +5999,325 @@ class Checkup(Case):
                 self.assertEqual(main(["--data", self.directory()] + arguments), 2)
 
 
+class Asked(Case):
+    """What MAIL and RCPT say about notices (RFC 3461, RFC 6533), as values."""
+
+    def test_xtext(self):
+        for text, coded in ("a+b=c", "a+2Bb+3Dc"), ("x y", "x+20y"), ("", ""), ("!~", "!~"), ("\u00fc", "+C3+BC"):
+            self.assertEqual(minimail.xtext_encode(text), coded)
+        self.assertEqual(minimail.xtext_decode("a+2Bb+3Dc"), "a+b=c")
+        for wrong in "a b", "a=b", "a+", "a+2", "a+2b", "\u00fc", "a+GG":
+            with self.assertRaises(ValueError):
+                minimail.xtext_decode(wrong)
+
+    def test_utf8_addresses(self):
+        for text, coded in ("b\u00f6b@x.test", "b\\x{F6}b@x.test"), ("a+b\\=", "a\\x{2B}b\\x{5C}\\x{3D}"), ("\U0001f600", "\\x{1F600}"):
+            self.assertEqual(minimail.utf8_xtext_encode(text), coded)
+            self.assertEqual(minimail.utf8_xtext_decode(coded), text)
+        self.assertEqual(minimail.utf8_xtext_decode("b\u00f6b"), "b\u00f6b")
+        for wrong in "a+b", "a=b", "a b", "\\x{}", "\\x{F6", "\\y", "\\x{110000}", "\\x{1234567}":
+            with self.assertRaises(ValueError):
+                minimail.utf8_xtext_decode(wrong)
+
+    def test_of_mail(self):
+        for given, ret, envid in (({}, "", ""), ({"RET": "full", "ENVID": "a+2Bb"}, "FULL", "a+2Bb"), ({"RET": "HDRS"}, "HDRS", "")):
+            self.assertEqual(minimail.parse_dsn_of_mail(dict(given, SIZE="1")), (ret, envid))
+        for wrong in {"RET": "ALL"}, {"ENVID": "a b"}, {"ENVID": "a" * 101}, {"ENVID": "a+0"}:
+            self.refused("501 5.5.4", minimail.parse_dsn_of_mail, wrong)
+
+    def test_of_rcpt(self):
+        for notify in "NEVER", "success", "FAILURE,DELAY", "SUCCESS,FAILURE,DELAY", "DELAY":
+            self.assertEqual(minimail.parse_dsn_of_rcpt({"NOTIFY": notify}).notify, notify.upper())
+        for orcpt, kept in (("rfc822;a+2Bb@x.test", ""), ("x-other;what+20ever", ""), ("utf-8;b\\x{F6}b@x.test", ""),
+                            ("utf-8;b\u00f6b@x.test", "utf-8;b\\x{F6}b@x.test")):
+            self.assertEqual(minimail.parse_dsn_of_rcpt({"ORCPT": orcpt}, True).orcpt, kept or orcpt)
+        for wrong in ({"NOTIFY": "NEVER,SUCCESS"}, {"NOTIFY": "ALWAYS"}, {"NOTIFY": "SUCCESS,SUCCESS"}, {"NOTIFY": ","}, {"ORCPT": "a@b"},
+                      {"ORCPT": "rfc822;"}, {"ORCPT": ";a@b"}, {"ORCPT": "rfc822;a=b"}, {"ORCPT": "rfc822;" + "a" * 500},
+                      {"ORCPT": "rfc 822;a"}, {"ORCPT": "utf-8;b\u00f6b@x.test"}, {"ORCPT": "utf-8;a+2Bb"}):
+            self.refused("501 5.5.4", minimail.parse_dsn_of_rcpt, wrong)
+        self.refused("501 5.5.4", minimail.parse_dsn_of_rcpt, {"ORCPT": "utf-8;\\x{110000}\u00f6"}, True)
+
+    def test_in_a_session(self):
+        node = self.node(domain=["here.test"], catch_all="all@here.test")
+        talk = self.talk(node.smtp_address)
+        self.assertIn("250-DSN", talk.ask("EHLO x"))
+        self.dialog(talk, """
+            C: MAIL FROM:<a@here.test> RET=SOME
+            S: 501 5.5.4
+            C: MAIL FROM:<a@here.test> RET=HDRS ENVID=a=b
+            S: 501 5.5.4
+            C: MAIL FROM:<a@here.test> RET=HDRS ENVID=QQ314159 SIZE=100
+            S: 250 2.1.0
+            C: RCPT TO:<b@here.test> NOTIFY=NEVER,DELAY
+            S: 501 5.5.4
+            C: RCPT TO:<b@here.test> NOTIFY=SUCCESS ORCPT=nothing
+            S: 501 5.5.4
+            C: RCPT TO:<b@here.test> NOTIFY=SUCCESS OTHER=x
+            S: 555 5.5.4
+            C: RCPT TO:<b@here.test> NOTIFY=SUCCESS,DELAY ORCPT=rfc822;b@here.test
+            S: 250 2.1.5
+            """)
+
+
+class OneByOne(ScriptedCase):
+    """A world with one far host and two aliases, in which messages are accepted as a session does it, and sent."""
+
+    PLAIN = ("PIPELINING", "8BITMIME", "SIZE 10000000")
+    ALL = ("", "NEVER", "SUCCESS", "FAILURE", "DELAY", "SUCCESS,FAILURE", "FAILURE,DELAY", "SUCCESS,FAILURE,DELAY")
+
+    def world(self, script=None, extensions=PLAIN, **options):
+        self.peer = ScriptedPeer(script, extensions)
+        self.case = tempfile.TemporaryDirectory(prefix="minimail-test-", dir=RAM_DISK)
+        self.addCleanup(self.case.cleanup)
+        os.mkdir(os.path.join(self.case.name, "d"), 0o700)
+        aliases = os.path.join(self.case.name, "aliases")
+        with open(aliases, "w") as file:
+            file.write("one@here.test: bob@far.test\ntwo@here.test: bob@far.test, all@here.test\n")
+        return ScriptedWorld(self, FAR, {"192.0.2.25": self.peer}, data=os.path.join(self.case.name, "d"), aliases=aliases, **options)
+
+    def submit(self, world, recipient, notify="", orcpt="", ret="", envid="", sender="me@here.test", trusted=True, content=LETTER):
+        """Accept a message as a session does."""
+        address = minimail.parse_address(recipient)
+        envelope = minimail.Envelope(sender=sender, trusted=trusted, ret=ret, envid=envid)
+        if notify or orcpt:
+            envelope.wishes[address.key] = minimail.Wish(notify, orcpt)
+        destinations = [world.stores.door.recipient(envelope, address, trusted)]
+        parcel = world.stores.post.begin(envelope, destinations)
+        parcel.draft.write(content)
+        world.stores.door.finish(parcel)
+        world.stores.post.commit(parcel)
+        world.step()
+        return parcel
+
+    def reports(self, world):
+        """Return [(action, status, final recipient)] of all reports to the sender."""
+        found = []
+        for message in world.mail():
+            if message.get_content_type() == "multipart/report":
+                for part in list(message.iter_parts())[1].get_payload()[1:]:
+                    found.append((part["Action"], part["Status"], part["Final-Recipient"].partition("; ")[2]))
+        return found
+
+
+class Notices(OneByOne):
+    """Every NOTIFY with everything that can become of a message (RFC 3461 section 5.2)."""
+
+    def test_every_notify_with_everything_that_can_happen(self):
+        for notify in self.ALL:
+            words = notify.split(",")
+            told_success, told_failure, told_delay = "SUCCESS" in words, "FAILURE" in words or not notify, "DELAY" in words or not notify
+            with self.subTest(notify=notify, what="delivered"):
+                world = self.world()
+                self.submit(world, "x@here.test", notify)
+                self.assertEqual(self.reports(world), [("delivered", "2.0.0", "x@here.test")] if told_success else [])
+                self.assertEqual((len(world.mail()), world.files()), (2 if told_success else 1, []))
+            with self.subTest(notify=notify, what="relayed to a peer without DSN"):
+                world = self.world()
+                self.submit(world, "bob@far.test", notify)
+                self.assertEqual(self.reports(world), [("relayed", "2.0.0", "bob@far.test")] if told_success else [])
+                self.assertEqual(len(self.peer.messages), 1)
+                self.assertNotIn("NOTIFY", "".join(self.peer.lines))
+            with self.subTest(notify=notify, what="relayed to a peer with DSN"):
+                world = self.world(extensions=self.PLAIN + ("DSN",))
+                self.submit(world, "bob@far.test", notify, "rfc822;Bob@far.test" if notify else "", "FULL", "QQ1")
+                self.assertEqual(self.reports(world), [])
+                self.assertIn(" RET=FULL ENVID=QQ1", [line for line in self.peer.lines if line.startswith("MAIL")][0])
+                rcpt, = [line for line in self.peer.lines if line.startswith("RCPT")]
+                self.assertEqual(rcpt, "RCPT TO:<bob@far.test>" + (" NOTIFY=%s ORCPT=rfc822;Bob@far.test" % notify if notify else ""))
+            with self.subTest(notify=notify, what="failed"):
+                world = self.world({"RCPT": "550 5.1.1 no such user"})
+                self.submit(world, "bob@far.test", notify)
+                self.assertEqual(self.reports(world), [("failed", "5.1.1", "bob@far.test")] if told_failure else [])
+                self.assertEqual(world.files(), [])
+            with self.subTest(notify=notify, what="delayed"):
+                world = self.world({"RCPT": "451 4.2.0 later"}, warn=100)
+                self.submit(world, "bob@far.test", notify)
+                self.assertEqual(self.reports(world), [], "too early")
+                for _ in range(3):
+                    world.clock.now += 4000
+                    world.step()
+                self.assertEqual(self.reports(world), [("delayed", "4.2.0", "bob@far.test")] if told_delay else [], "once")
+                self.assertEqual(len(world.entries()), 1)
+            with self.subTest(notify=notify, what="expanded"):
+                world = self.world(extensions=self.PLAIN + ("DSN",))
+                self.submit(world, "two@here.test", notify)
+                self.assertEqual(self.reports(world), [("expanded", "2.0.0", "two@here.test")] if told_success else [])
+                rcpt, = [line for line in self.peer.lines if line.startswith("RCPT")]
+                passed = ",".join(word for word in words if word != "SUCCESS") or ("NEVER" if notify else "")
+                self.assertEqual(rcpt, "RCPT TO:<bob@far.test>" + (" NOTIFY=" + passed if passed else ""))
+            with self.subTest(notify=notify, what="an alias for one"):
+                world = self.world()
+                self.submit(world, "one@here.test", notify)
+                self.assertEqual(self.reports(world), [("relayed", "2.0.0", "bob@far.test")] if told_success else [])
+
+    def test_nobody_is_told_of_a_notice(self):
+        world = self.world({"RCPT": "550 no"})
+        for recipient in "bob@far.test", "x@here.test":
+            self.submit(world, recipient, "SUCCESS,FAILURE", sender="")
+        self.assertEqual((self.reports(world), world.files()), ([], []))
+
+    def test_who_is_warned(self):
+        """Own users by --warn alone; strangers when they asked; nobody without it."""
+        for options, sender, notify, told in (({}, "me@here.test", "DELAY", 0), ({"warn": 10}, "me@here.test", "", 1),
+                                              ({"warn": 10}, "ann@far.test", "", 0), ({"warn": 10}, "ann@far.test", "DELAY", 1)):
+            world = self.world({"RCPT": "451 later"}, **options)
+            self.submit(world, "one@here.test", notify, sender=sender)
+            world.clock.now += 4000
+            world.step()
+            warned = self.reports(world) if "here" in sender else [e for e in world.entries() if not e.sender]
+            self.assertEqual(len(warned), told, (options, sender, notify))
+
+    def test_the_whole_message_when_it_is_asked_for(self):
+        body = b"From: me@here.test\r\n\r\n" + b"0123456789\r\n" * 50_000
+        for ret, whole in ("FULL", True), ("HDRS", False), ("", False):
+            world = self.world({"RCPT": "550 5.1.1 no"})
+            self.submit(world, "bob@far.test", "FAILURE", "rfc822;robert@far.test", ret, "a+2Bb", content=body)
+            report, = world.mail()
+            text, status, original = report.iter_parts()
+            self.assertEqual(original.get_content_type(), "message/rfc822" if whole else "text/rfc822-headers")
+            self.assertEqual("0123456789\n" * 50_000 in report.as_string(), whole)
+            whole_status, bob = status.get_payload()
+            self.assertEqual(whole_status["Original-Envelope-Id"], "a+b")
+            self.assertEqual(bob["Original-Recipient"], "rfc822;robert@far.test")
+
+    def test_what_is_hostile_stays_in_its_line(self):
+        world = self.world({"RCPT": "550 5.1.1 no"})
+        self.submit(world, "bob@far.test", "FAILURE", "rfc822;a+0D+0AX-Evil:+20yes", "", "b+0D+0AX-Evil:+20yes")
+        self.assertNotIn("\nX-Evil", world.mail()[0].as_string())
+
+    def test_a_crash_before_the_report(self):
+        """The entry says who is to be told: whoever finds it later does so."""
+        world = self.world()
+        with mock.patch.object(world.relay, "_settle", side_effect=KeyboardInterrupt), self.assertRaises(KeyboardInterrupt):
+            self.submit(world, "x@here.test", "SUCCESS")
+        entry, = world.entries()
+        self.assertEqual(entry.recipients[0]["action"], "delivered")
+
+
+class Leaving(OneByOne):
+    """What standing does to mail on its way out: signatures, rewritten reverse-paths, what policies demand."""
+
+    KEYS = DKIMSignatures.KEYS
+    RECORDS = DKIMSignatures.RECORDS
+
+    def keys(self):
+        return {"dkim": [(("", selector, self.key_file(key))) for _, selector, key in self.KEYS]}
+
+    def key_file(self, key):
+        with tempfile.NamedTemporaryFile(dir=self.folder(), delete=False, suffix=".pem") as file:
+            file.write(minimail.pem("PRIVATE KEY", key.encode()))
+        return file.name
+
+    def folder(self):
+        directory = tempfile.TemporaryDirectory(prefix="minimail-test-")
+        self.addCleanup(directory.cleanup)
+        return directory.name
+
+    def test_signed(self):
+        world = self.world(**self.keys())
+        self.submit(world, "bob@far.test")
+        content = self.peer.messages[0][2]
+        self.assertEqual(verified(content, self.RECORDS), DKIMSignatures.BOTH)
+        mail = [line for line in self.peer.lines if line.startswith("MAIL")][0]
+        self.assertEqual(int(re.search(r"SIZE=(\d+)", mail).group(1)), len(content))
+        self.assertTrue(content.startswith(b"DKIM-Signature: "))
+
+    def test_computed_once(self):
+        world = self.world({"end": ["451 later", "250 ok"]}, **self.keys())
+        self.submit(world, "bob@far.test")
+        entry, = world.entries()
+        world.clock.now += 4000
+        with mock.patch.object(minimail.RSAKey, "sign", side_effect=AssertionError("again")):
+            world.step()
+        self.assertIn(entry.extra["signature"][1].encode(), self.peer.messages[0][2])
+        self.assertEqual(self.peer.contents[0], self.peer.contents[1])
+
+    def test_without_a_key_nothing_changes(self):
+        world = self.world()
+        self.submit(world, "bob@far.test")
+        self.assertTrue(self.peer.messages[0][2].startswith(b"Received: "))
+
+    def test_signed_after_rewriting(self):
+        world = self.world(rewrite=["*@other.test=me@here.test"], **self.keys())
+        self.submit(world, "bob@far.test", sender="x@other.test", content=LETTER.replace(b"me@here", b"y@other"))
+        self.assertIn(b"From: me@here.test", self.peer.messages[0][2])
+        self.assertEqual(verified(self.peer.messages[0][2], self.RECORDS), DKIMSignatures.BOTH)
+
+    def test_bounces_are_signed(self):
+        world = self.world(**self.keys())
+        world.stores.door.send(minimail.Envelope(sender="", protocol="bounce"), [minimail.parse_address("bob@far.test")],
+                               b"From: <mailer-daemon@mx.here.test>\r\n\r\nx\r\n")
+        world.step()
+        self.assertEqual(verified(self.peer.messages[0][2], self.RECORDS), DKIMSignatures.BOTH)
+
+    def test_forwards(self):
+        """An alias that leads elsewhere: a reverse-path of ours, a signature of ours unless From could pass for ours."""
+        world = self.world(**self.keys())
+        world.stores.door.origin = minimail.SRS(world.config, world.stores.storage).reverse
+        self.submit(world, "one@here.test", sender="ann@origin.example", trusted=False, content=b"From: ann@origin.example\r\n\r\nx\r\n")
+        sender, _, content = self.peer.messages[0]
+        self.assertRegex(sender, r"^<SRS0=....=..=origin\.example=ann@here\.test>")
+        self.assertEqual(verified(content, self.RECORDS), DKIMSignatures.BOTH)
+        found = world.stores.door.destinations(minimail.Envelope(), minimail.parse_path(sender)[0], False)
+        self.assertEqual([str(address) for address in found.remote], ["ann@origin.example"])
+        with self.assertRaises(Refused):
+            world.stores.door.destinations(minimail.Envelope(), minimail.parse_path(sender.replace("ann", "eve"))[0], False)
+        self.submit(world, "one@here.test", sender="ann@origin.example", trusted=False)     # its From says me@here.test
+        self.assertEqual(verified(self.peer.messages[1][2], self.RECORDS), [])
+        for sender in "me@here.test", "":
+            self.submit(world, "one@here.test", sender=sender)
+            self.assertIn("<%s>" % sender, self.peer.messages[-1][0])
+
+    def test_what_is_not_a_forward_keeps_its_reverse_path(self):
+        world = self.world()
+        self.submit(world, "bob@far.test", sender="ann@origin.example")
+        self.assertIn("<ann@origin.example>", self.peer.messages[0][0])
+
+    def policy(self, world, mode, mx="mx.far.test"):
+        directory = os.path.join(world.config.data, "mta-sts")
+        os.mkdir(directory, 0o700)
+        with open(os.path.join(directory, "far.test"), "w") as file:
+            json.dump({"id": "1", "mode": mode, "mx": [mx], "max_age": 86400, "fetched_at": time.time() - 60}, file)
+
+    @unittest.skipUnless(ssl, "no ssl")
+    def test_policies(self):
+        """enforce: verified or not sent; testing: sent, and logged; a host that the policy does not name gets nothing."""
+        for mode, mx, tls, trusted, sent, reason in (
+                ("enforce", "mx.far.test", True, False, False, "4.7.5"), ("enforce", "mx.far.test", False, False, False, "4.7.5"),
+                ("enforce", "mx.other.test", True, True, False, "4.7.5"), ("enforce", "mx.far.test", True, True, True, ""),
+                ("testing", "mx.far.test", True, False, True, "tls-unverified"), ("testing", "mx.other.test", True, False, True, "sts-testing"),
+                ("testing", "mx.far.test", False, False, True, ""), ("none", "mx.far.test", False, False, True, "")):
+            with self.subTest(mode=mode, mx=mx, tls=tls, trusted=trusted):
+                world = self.world(extensions=self.PLAIN + (("STARTTLS",) if tls else ()))
+                server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+                server.load_cert_chain(self.certificate())
+                self.peer.tls = server
+                self.policy(world, mode, mx)
+                self.logged.clear()
+                real = minimail.tls_context
+
+                def context(verify, trusted=trusted, real=real):
+                    made = real(verify)
+                    if trusted and verify:
+                        made.load_verify_locations(cadata=CERTIFICATE.decode().partition("-----END PRIVATE KEY-----\n")[2])
+                        made.check_hostname = False     # of mail.test, which is all this certificate knows
+                    return made
+                with mock.patch.object(minimail, "tls_context", context):
+                    self.submit(world, "bob@far.test")
+                self.assertEqual(len(self.peer.messages), sent)
+                if sent:
+                    self.assertIn(reason, "\n".join(self.logged))
+                    self.assertEqual(self.peer.secured > 0, tls)
+                else:
+                    self.assertIn(reason, world.entries()[0].recipients[0]["last_reply"])
+                    self.assertIn("MTA-STS policy of far.test", world.entries()[0].recipients[0]["last_reply"])
+
+    def certificate(self):
+        with tempfile.NamedTemporaryFile(dir=self.folder(), delete=False) as file:
+            file.write(CERTIFICATE)
+        return file.name
+
+
 @contextlib.contextmanager
 def minimail_dns(names):
     """Yield HOST:PORT of a name server over UDP that knows these names."""
