@@ -7492,7 +7492,7 @@ class Standing(Outbound):
         """Return a message with a reverse-path that SPF holds for, and signed; the signature is kept with the entry."""
         if entry.extra.get("forward"):
             message = message._replace(sender=self.srs.forward(message.sender))
-        about = hashlib.sha256(message.sender.encode("utf-8") + b"\0" + message.head).hexdigest()[:16]     # not rewritten since
+        about = hashlib.sha256(message.sender.encode("utf-8") + b"\0" + message.head).hexdigest()[:16]   # not rewritten since
         kept = entry.extra.get("signature")
         if not (isinstance(kept, list) and len(kept) == 2 and kept[0] == about):
             trusted = bool(entry.extra.get("trusted"))
