@@ -4221,7 +4221,8 @@ class Queue:
         try:
             if draft.path != self.path(draft.id):
                 dispatch.copy = self._take_over(draft, self.path(draft.id))
-            dispatch.draft = self._create(self.path(draft.id, "env.tmp"))
+            flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | O_EXTRA
+            dispatch.draft = os.open(self.path(draft.id, "env.tmp"), flags, 0o600)
             write_all(dispatch.draft, entry.encode())
         except BaseException:
             self.withdraw(dispatch)
@@ -4701,18 +4702,18 @@ class Peer:
         As Postfix reads them: the last line has the code, noise is skipped, and a reply may be as long as it likes, of
         which only so much is kept.
         """
-        lines: List[str] = []
+        texts: List[bytes] = []
         self._budget, code, more = MAX_REPLY, 0, True
         with self.step(what, seconds):
             while more:
                 match = REPLY_LINE.fullmatch(await self._line())
                 if match:
                     code, more = int(match.group(1)), match.group(2) == b"-"
-                    shown = self._shown(match.group(3) or b"")
-                    if len(lines) < MAX_REPLY_LINES:
-                        lines.append(shown)
+                    if len(texts) < MAX_REPLY_LINES:
+                        texts.append(match.group(3) or b"")
                     else:
-                        lines[-2:] = "...", shown
+                        texts[-2:] = b"...", match.group(3) or b""
+        lines = list(map(self._shown, texts))
         if not 200 <= code <= 599:
             raise PeerFailed(Reply(451, "4.5.0", "%s: not an SMTP reply: %d %s" % (self.name, code, lines[-1][:100])))
         reply = with_enhanced_code(code, lines)
@@ -5325,7 +5326,8 @@ def is_own_address(address: str) -> bool:
 
 # As whom (--rewrite).
 
-FROM_TOKEN = re.compile(rb'"(?:[^"\\]|\\.)*"|\((?:[^()\\]|\\.)*\)|[^\s<>(),;:"\\]+', re.DOTALL)
+FROM_TOKEN = re.compile(                            # what has no end ends with the field: so no byte is looked at twice
+    rb'"[^"\\]*(?:\\.[^"\\]*)*"?|\([^()\\]*(?:\\.[^()\\]*)*\)?|[^\s<>(),;:"\\]+', re.DOTALL)
 FIELDS = re.compile(rb"(?<=\n)(?![ \t])")
 
 

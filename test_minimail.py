@@ -4193,9 +4193,9 @@ class ClientTest(ScriptedCase):
 
     def test_replies_that_are_none(self):
         garbage = {"not a reply": b"hello\r\n", "three digits only in part": b"25 ok\r\n", "code out of range": b"999 ok\r\n",
-                   "no end": b"250 " + b"x" * 100_000, "no last line": b"250-x\r\n" * 1000, "too long": b"250-x\r\n" * 200_000,
+                   "no end": b"250 " + b"x" * 90_000, "no last line": b"250-x\r\n" * 1000, "too long": b"250-x\r\n" * 20_000,
                    "binary": bytes(range(256)) + b"\r\n", "a superscript": "\u00b2\u00b2\u00b2 ok\r\n".encode(), "digits only": b"2500\r\n"}
-        with mock.patch.object(minimail, "FINAL_WAIT", 0.2):
+        with mock.patch.object(minimail, "FINAL_WAIT", 0.2), mock.patch.object(minimail, "MAX_REPLY", 100_000):
             for stage in "EHLO", "MAIL", "end":
                 for name, raw in garbage.items():
                     with self.subTest(name, stage=stage):
@@ -4249,7 +4249,8 @@ class ClientTest(ScriptedCase):
                             file.readline()
                         file.read(200_000)
                         peer.sendall(said)
-                        peer.shutdown(socket.SHUT_RDWR)
+                        file.close()
+                        peer.close()
                     serving = threading.Thread(target=serve)
                     serving.start()
                     try:
@@ -4773,7 +4774,7 @@ class RelayTest(ScriptedCase):
         for wait, wanted in zip(waits, [60, 300, 900] + [3600] * (len(waits) - 4)):
             self.assertTrue(wanted * 0.88 <= wait <= wanted * 1.13 + 1, (wait, wanted))
         self.assertGreater(len(set(waits)), 10, "no jitter")
-        self.assertEqual(len(world.connected), len(moments))
+        self.assertIn(len(moments) - len(world.connected), (0, 1), "the last one may come while the destination pauses")
         self.assertTrue(432_000 <= moments[-1] <= 432_000 + 120, moments[-1])
         report, = world.mail()
         status = list(report.iter_parts())[1].get_payload()[1]
@@ -4823,7 +4824,7 @@ class RelayTest(ScriptedCase):
                  "hello refused": {"EHLO": "451 no", "HELO": "451 no"},
                  "451 mail": {"MAIL": "451 no"}, "450 rcpt": {"RCPT": "450 no"}, "421 rcpt": {"RCPT": "421 no\nDROP"},
                  "451 data": {"DATA": "451 no"}, "452 end": {"end": "452 full"}, "lost after the dot": {"end": "DROP"},
-                 "garbage": {"EHLO": b"what?\r\n"}}
+                 "garbage": {"EHLO": "what?\nDROP"}}
         for name, first in cases.items():
             with self.subTest(name):
                 world, first, second = self.two(first, data=os.path.join(self.data, name))
@@ -5146,7 +5147,7 @@ class RewriteTest(ScriptedCase):
                 b"From: root (Cron) <root@nas.local>,\r\n\tbob@here.test\r\n": b"From: root (Cron) <alerts@example.org>,\r\n\trobert@provider.test\r\n",
                 b"To: bob@here.test\r\nX-From: bob@here.test\r\n": None, b"Subject: x\r\n From: bob@here.test\r\n": None,
                 b"From: eve@here.test\r\n": None, b"From: b\xfcb@here.test\r\n": None, b"From: bob@here.test@x\r\n": None, b"From:\r\n": None,
-                b'From: "unended <bob@here.test>\r\n': b'From: "unended <robert@provider.test>\r\n', b"": None}.items():
+                b'From: "unended <bob@here.test>\r\n': None, b"": None}.items():
             with self.subTest(before):
                 self.assertEqual(minimail.rewrite_from(before, self.RULES), before if after is None else after)
 
@@ -5170,7 +5171,7 @@ class RewriteTest(ScriptedCase):
         world.submit("bob@far.test", "eve@far.test", "me@here.test", sender="all@nas.local", content=content)
         world.submit("bob@far.test", sender="", content=content)
         world.step()
-        (one, _, wire), (two, _, _) = world.hosts["192.0.2.25"].messages
+        (two, _, _), (one, _, wire) = sorted(world.hosts["192.0.2.25"].messages)
         self.assertEqual(two.partition(" ")[0], "<>")
         size = len(re.sub(rb"(?m)^\.\.", b".", wire))
         self.assertEqual(one, "<alerts@example.org> SIZE=%d" % size)
