@@ -6906,16 +6906,16 @@ def is_prime(n: int, rounds: int = 20) -> bool:
 
 
 Point = Tuple[int, int, int, int]                   # X, Y, Z, T: x = X/Z, y = Y/Z, xy = T/Z (RFC 8032 section 5.1.4)
-FIELD = 2 ** 255 - 19
-ORDER = 2 ** 252 + 27742317777372353535851937790883648493
-CURVE = -121665 * pow(121666, FIELD - 2, FIELD) % FIELD
+CURVE_FIELD = 2 ** 255 - 19
+CURVE_ORDER = 2 ** 252 + 27742317777372353535851937790883648493
+CURVE = -121665 * pow(121666, CURVE_FIELD - 2, CURVE_FIELD) % CURVE_FIELD
 
 
 def curve_add(a: Point, b: Point) -> Point:
-    u, v = (a[1] - a[0]) * (b[1] - b[0]) % FIELD, (a[1] + a[0]) * (b[1] + b[0]) % FIELD
-    w, z = 2 * a[3] * b[3] * CURVE % FIELD, 2 * a[2] * b[2] % FIELD
+    u, v = (a[1] - a[0]) * (b[1] - b[0]) % CURVE_FIELD, (a[1] + a[0]) * (b[1] + b[0]) % CURVE_FIELD
+    w, z = 2 * a[3] * b[3] * CURVE % CURVE_FIELD, 2 * a[2] * b[2] % CURVE_FIELD
     e, f, g, h = v - u, z - w, z + w, v + u
-    return e * f % FIELD, g * h % FIELD, f * g % FIELD, e * h % FIELD
+    return e * f % CURVE_FIELD, g * h % CURVE_FIELD, f * g % CURVE_FIELD, e * h % CURVE_FIELD
 
 
 def curve_multiply(number: int, point: Point) -> Point:
@@ -6929,8 +6929,8 @@ def curve_multiply(number: int, point: Point) -> Point:
 
 
 def curve_encode(point: Point) -> bytes:
-    scale = pow(point[2], FIELD - 2, FIELD)
-    x, y = point[0] * scale % FIELD, point[1] * scale % FIELD
+    scale = pow(point[2], CURVE_FIELD - 2, CURVE_FIELD)
+    x, y = point[0] * scale % CURVE_FIELD, point[1] * scale % CURVE_FIELD
     return (y | (x & 1) << 255).to_bytes(32, "little")
 
 
@@ -6938,14 +6938,14 @@ def curve_decode(data: bytes) -> Point:
     """Return the point (RFC 8032 section 5.1.3); ValueError when there is none."""
     y = int.from_bytes(data, "little")
     sign, y = y >> 255, y & ((1 << 255) - 1)
-    square = (y * y - 1) * pow(CURVE * y * y + 1, FIELD - 2, FIELD) % FIELD
-    x = pow(square, (FIELD + 3) // 8, FIELD)
-    if (x * x - square) % FIELD:
-        x = x * pow(2, (FIELD - 1) // 4, FIELD) % FIELD
-    if len(data) != 32 or y >= FIELD or (x * x - square) % FIELD or (sign and not x):
+    square = (y * y - 1) * pow(CURVE * y * y + 1, CURVE_FIELD - 2, CURVE_FIELD) % CURVE_FIELD
+    x = pow(square, (CURVE_FIELD + 3) // 8, CURVE_FIELD)
+    if (x * x - square) % CURVE_FIELD:
+        x = x * pow(2, (CURVE_FIELD - 1) // 4, CURVE_FIELD) % CURVE_FIELD
+    if len(data) != 32 or y >= CURVE_FIELD or (x * x - square) % CURVE_FIELD or (sign and not x):
         raise ValueError("not a point of the curve")
-    x = FIELD - x if x & 1 != sign else x
-    return x, y, 1, x * y % FIELD
+    x = CURVE_FIELD - x if x & 1 != sign else x
+    return x, y, 1, x * y % CURVE_FIELD
 
 
 BASE = curve_decode(bytes([0x58]) + bytes([0x66]) * 31)
@@ -6982,12 +6982,12 @@ class Ed25519Key:
         """Return the signature over a SHA-256 digest (RFC 8463 section 3)."""
         r = number_of(self.prefix, digest)
         point = curve_encode(curve_multiply(r, BASE))
-        s = (r + number_of(point, self._public, digest) * self.scalar) % ORDER
+        s = (r + number_of(point, self._public, digest) * self.scalar) % CURVE_ORDER
         return point + s.to_bytes(32, "little")
 
 
 def number_of(*parts: bytes) -> int:
-    return int.from_bytes(hashlib.sha512(b"".join(parts)).digest(), "little") % ORDER
+    return int.from_bytes(hashlib.sha512(b"".join(parts)).digest(), "little") % CURVE_ORDER
 
 
 def ed25519_verifies(public: bytes, signature: bytes, digest: bytes) -> bool:
@@ -6995,7 +6995,7 @@ def ed25519_verifies(public: bytes, signature: bytes, digest: bytes) -> bool:
     key = curve_decode(public)
     s = int.from_bytes(signature[32:], "little")
     right = curve_add(curve_decode(signature[:32]), curve_multiply(number_of(signature[:32], public, digest), key))
-    return len(signature) == 64 and s < ORDER and curve_encode(curve_multiply(s, BASE)) == curve_encode(right)
+    return len(signature) == 64 and s < CURVE_ORDER and curve_encode(curve_multiply(s, BASE)) == curve_encode(right)
 
 
 SigningKey = Union[RSAKey, Ed25519Key]
