@@ -5626,8 +5626,8 @@ class SendmailTest(ScriptedCase):
         """Run it and return (sender, [recipient elsewhere], content without our Received) of what is in the queue."""
         self.assertEqual(self.sendmail(*arguments, **options), (0, ""))
         queue = minimail.Queue(minimail.Storage(self.data), minimail.Config())
-        entry = max(map(queue.read, queue.places()), key=lambda entry: entry.id)
-        with open(queue.message(entry.id), "rb") as file:
+        entry = max(queue.entries(), key=lambda entry: entry.id)
+        with open(queue.path(entry.id), "rb") as file:
             content = file.read()[entry.offset:]
         fields, body = minimail.split_headers(content)
         content = b"".join(value for _, value in fields[1:]) + b"\r\n" + body
@@ -5713,7 +5713,7 @@ class SendmailTest(ScriptedCase):
                 self.assertEqual((got, err.count("\n")), (status, 1), err)
                 self.assertIn(words, err)
         queue = minimail.Queue(minimail.Storage(self.data), minimail.Config())
-        self.assertEqual(list(queue.places()), [])
+        self.assertEqual(list(queue.entries()), [])
         with mock.patch.object(minimail, "open_stores", side_effect=OSError(errno.EACCES, "no", "/x")):
             self.assertEqual(self.sendmail("bob@far.test")[0], 75)
         with mock.patch.object(minimail, "open_stores", side_effect=ZeroDivisionError):
@@ -5857,7 +5857,7 @@ class SendmailTest(ScriptedCase):
             self.assertEqual((ran.returncode, ran.stderr), (0, b""))
             self.assertRegex(ran.stdout, rb"(?s)\A220 .*\r\n354 .*\r\n250 2.0.0 .*")
         queue = minimail.Queue(minimail.Storage(self.data), minimail.Config())
-        self.assertEqual([entry.attempts for entry in map(queue.read, queue.places())], [0, 0])
+        self.assertEqual([entry.attempts for entry in queue.entries()], [0, 0])
 
     @unittest.skipUnless(os.path.exists("/proc/self/status"), "no /proc here")
     def test_memory_does_not_grow_with_the_message(self):
@@ -5899,7 +5899,7 @@ class SendmailTest(ScriptedCase):
                                      stdin="Subject: B\u00fccher\n\n\u00fc\n".encode())
         self.assertEqual(recipients, ["b\u00f6b@far.test"])
         queue = minimail.Queue(minimail.Storage(self.data), minimail.Config())
-        entry, = map(queue.read, queue.places())
+        entry, = queue.entries()
         self.assertTrue(entry.eightbit and entry.smtputf8)
 
 
@@ -7688,7 +7688,7 @@ class Dialogs(Case):
         words = [line[4:] for line in talk.ask("EHLO [127.0.0.1]").split("\n")]
         self.assertEqual(words[0], "mail.test")
         self.assertEqual(set(words[1:]), {"PIPELINING", "SIZE 200000", "8BITMIME", "SMTPUTF8", "ENHANCEDSTATUSCODES",
-                                          "CHUNKING",
+                                          "CHUNKING", "DSN",
                                           "AUTH PLAIN LOGIN", "HELP"})
         self.assertEqual(talk.ask("HELO x"), "250 mail.test")
 
@@ -7741,7 +7741,7 @@ class Dialogs(Case):
             with self.subTest(command[:50]):
                 self.session("C: %s\nS: %s" % (command, reply))
         for command, reply in {
-                "RCPT": "501", "RCPT FROM:<a@x>": "501", "RCPT TO:<>": "501 5.1.3", "RCPT TO:<a@x> NOTIFY=NEVER": "555",
+                "RCPT": "501", "RCPT FROM:<a@x>": "501", "RCPT TO:<>": "501 5.1.3", "RCPT TO:<a@x> NOTIFY=EVER": "501", "RCPT TO:<a@x> X=Y": "555",
                 "RCPT TO:<bob>": "553",
                 "RCPT TO:<j\xf6rg@x>": "553 5.6.7", "RCPT TO:<%s@x>" % ("a" * 256): "553 5.1.3", "RCPT TO:<postmaster>": "250",
                 "RCPT TO:<@r.example,@s.example:a@x>": "250", "RCPT TO:<a@[127.0.0.1]>": "250", 'RCPT TO:<"a b"@x>': "250",
@@ -11050,11 +11050,21 @@ class TheFile(Case):
                 assert minimail.main(argv) == status, argv
             minimail.Node(domain="example.org", smtp="127.0.0.1:0", pop3="off", no_sync=True).start()
             """
-        for cut, left in ((relay, ["pop3", "web"]), (pop3, ["relay", "web"]), (web, ["pop3", "relay"]),
+        for cut, left in ((relay, ["pop3", "web"]), (pop3, ["relay", "standing", "web"]), (web, ["pop3", "relay", "standing"]),
                           (relay + pop3 + web, [])):
             with self.subTest(cut=cut):
                 printed = self.smoke(directory=self.without(*cut), after=commands).splitlines()
                 self.assertEqual(printed[-1], str(left))
+
+    def test_standing_can_be_deleted(self):
+        cut = re.sub(r"(?s)# ={100,}\n# \w+  Standing.*?(?=# ={100,}\n# \d+  )", "", self.text)
+        self.assertLess(len(cut), len(self.text) - 10_000)
+        path = self.file("minimail.py", cut)
+        printed = self.smoke(directory=os.path.dirname(path), after="""if True:
+            assert minimail.main(["check", "here.test"]) == 2
+            minimail.Node(domain="example.org", smtp="127.0.0.1:0", pop3="off", no_sync=True).start()
+            """).splitlines()
+        self.assertEqual(printed[-1], "['pop3', 'relay', 'web']")
 
     def test_isolated_and_without_site(self):
         self.smoke("-I", "-S", "-W", "error")
