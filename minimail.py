@@ -6362,6 +6362,8 @@ Takes a message on standard input, as /usr/sbin/sendmail does, and queues it dur
   -t           recipients also from To, Cc and Bcc (or from Resent-To, Resent-Cc, Resent-Bcc)
   -i, -oi      a line with a single dot does not end the message
   -f, -r FROM  envelope sender             -F NAME  the sender's full name
+  -N WHEN      notices: never, or some of success,failure,delay
+  -R WHAT      what a bounce returns: full or hdrs      -V ID  an id that it returns, too
   -bs          speak SMTP on standard input and output
   -bp, -q      list the queue, try all of it now (mailq is -bp)
   -bv          only say whether the recipients would be taken
@@ -6515,8 +6517,9 @@ def submit(stores: Stores, flags: List[Tuple[str, str]], words: Sequence[str]) -
     if len(names) > MAX_SUBMITTED_NAMES:
         raise NotSent(EX_DATAERR, "more than %d recipients" % MAX_SUBMITTED_NAMES)
     sender = local_sender(stores.book, given.get("f", given.get("r")))
-    envelope = Envelope(sender=sender, protocol="local")
+    envelope = Envelope(sender=sender, protocol="local", trusted=True)
     destinations, failed = sort_recipients(stores, envelope, list(dict.fromkeys(names)))
+    ask_for_notices(envelope, given)
     later = [pair for pair in failed if pair[1].code < 500 and pair[1].enhanced != "4.5.3"]
     failed = later or failed                        # then nothing is sent, and the caller tries all of it again
     head = submission_headers(message, sender or "mailer-daemon@" + stores.book.home, given.get("F", ""), stores)
@@ -6526,6 +6529,17 @@ def submit(stores: Stores, flags: List[Tuple[str, str]], words: Sequence[str]) -
     if not failed:
         return 0
     return send_back(stores, id, sender, failed, head)
+
+
+def ask_for_notices(envelope: Envelope, given: Dict[str, str]) -> None:
+    """Note what -N, -R and -V ask for; UsageError."""
+    try:
+        envelope.ret, envelope.envid = parse_dsn_of_mail({"RET": given.get("R", ""), "ENVID": xtext_encode(given.get("V", ""))})
+        if given.get("N"):
+            wish = parse_dsn_of_rcpt({"NOTIFY": given["N"]})
+            envelope.wishes = {address.key: wish for address in envelope.recipients}
+    except Refused as refused:
+        raise UsageError("sendmail: %s (-N, -R, -V)" % refused.reply.text) from None
 
 
 def sort_recipients(stores: Stores, envelope: Envelope, names: Sequence[str]) \

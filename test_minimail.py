@@ -7099,6 +7099,24 @@ class Notices(OneByOne):
         self.assertEqual(entry.recipients[0]["action"], "delivered")
 
 
+class SendmailNotices(ScriptedCase):
+    def setUp(self):
+        super().setUp()
+        os.makedirs(os.path.join(self.data, "run"))     # a node was here
+
+    def sendmail(self, *arguments):
+        return scripted_command("sendmail", *arguments, "-f", "me@here.test", "bob@far.test", "--data", self.data, "--domain",
+                                "here.test", "--hostname", "mx.here.test", "--no-sync", "--quiet", stdin=b"Subject: x\n\ny\n")
+
+    def test_flags(self):
+        self.assertEqual(self.sendmail("-N", "failure,delay", "-R", "full", "-V", "a+b"), (0, "", ""))
+        entry, = minimail.Queue(minimail.Storage(self.data), Config()).entries()
+        self.assertEqual((entry.extra["ret"], entry.extra["envid"], entry.extra["trusted"]), ("FULL", "a+2Bb", True))
+        self.assertEqual(entry.recipients[0]["notify"], "FAILURE,DELAY")
+        for wrong in ("-N", "always"), ("-R", "some"), ("-V", "x" * 101):
+            self.assertNotEqual(self.sendmail(*wrong)[0], 0, wrong)
+
+
 class Leaving(OneByOne):
     """What standing does to mail on its way out: signatures, rewritten reverse-paths, what policies demand."""
 
