@@ -7286,7 +7286,7 @@ class Keyring:
     def __init__(self, config: Config, hostname: str = "") -> None:
         self.config = config
         self.hostname = hostname
-        self.root = os.path.join(config.data, "dkim")
+        self.root = os.path.join(os.path.abspath(config.data), "dkim")
 
     def file(self, domain: str, selector: str) -> str:
         return os.path.join(self.root, encode_name(ascii_domain(domain)), encode_name(selector) + ".pem")
