@@ -11258,8 +11258,11 @@ class Recorder:
                   "helo": envelope.helo, "client": envelope.client, "protocol": envelope.protocol, "tls": tls,
                   "transcript": lines, "lint": list(rules)}
         try:                                        # torn by a crash, it is not read: nothing is promised about it
-            with open(self.path(envelope.id), "xb", buffering=0) as file:
-                file.write(json.dumps(record).encode())
+            fd = os.open(self.path(envelope.id), os.O_CREAT | os.O_EXCL | os.O_WRONLY | O_EXTRA, 0o600)
+            try:
+                write_all(fd, json.dumps(record).encode())
+            finally:
+                os.close(fd)
         except OSError as error:
             log.warning("transcript of %s not kept: %s", envelope.id, error)
 
