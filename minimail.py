@@ -4340,8 +4340,11 @@ class Queue:
                 if entry:
                     yield entry
 
-    def sweep(self, in_memory: Container[str] = ()) -> None:
-        """Remove what dead processes left half done, and hint at what nobody could find; OSError."""
+    def sweep(self, in_memory: Container[str] = (), age: float = 0.0) -> None:
+        """Remove what dead processes left half done, and hint at what nobody could find, if so many seconds old; OSError.
+
+        What another process has in its memory may be hinted at: it is sent once, by whoever locks it first.
+        """
         self._adopt()
         hinted = {os.path.basename(hint) for hint in self.hints()}
         names = list_directory(self.root)
@@ -4352,7 +4355,7 @@ class Queue:
                 if ENTRY_ID.fullmatch(id) and (kind.endswith("tmp") or (kind == "msg" and id not in envelopes)):
                     self._remove_if_dead(id, name)
         for id in envelopes - hinted:
-            if ENTRY_ID.fullmatch(id) and id not in in_memory:
+            if ENTRY_ID.fullmatch(id) and id not in in_memory and int(id[:8], 16) <= self.clock() - age:
                 self.place_hint(Dispatch(Entry(id, "", 0, 0, 0.0, 0.0, [])), self.new)
 
     def _remove_if_dead(self, id: str, name: str) -> None:
@@ -5294,7 +5297,7 @@ class Relay:
         self._rescan = True
         self._more = False                          # there was no room for all that is due
         self._next = 0.0                            # when to look into the queue again
-        self._ticked = 0.0
+        self._ticked = self._swept = 0.0
         self._stamps: Tuple[Any, ...] = ()
         self._running = self._stopping = False
 
@@ -5358,7 +5361,8 @@ class Relay:
                 self._guarded(self.queue.place_hint, dispatch, self.queue.new)
 
     def _sweep(self) -> None:
-        self.queue.sweep(self._active)
+        self.queue.sweep(self._active, SWEEP if self._swept else 0.0)
+        self._swept = self.queue.steady()
 
     def _guarded(self, function: Callable[..., None], *arguments: Any) -> None:
         """Call a function; whatever happens in it stops nothing else. What the disk refused is done again later."""
@@ -5389,6 +5393,8 @@ class Relay:
     def _tick(self) -> None:
         """See to what happens without anybody telling."""
         now, self._ticked = self.clock(), time.monotonic()
+        if self._running and self.queue.steady() >= self._swept + SWEEP:
+            self._guarded(self._sweep)              # for what a process had in its memory that died since
         stamps = tuple(self.storage.stamp(kind) for kind in ("queue", "flush"))
         if stamps != self._stamps:
             if self._stamps and stamps[1] != self._stamps[1]:
@@ -10175,7 +10181,7 @@ class Inbox:
             values += [("recipients_sent_total", "counter", relay.sent),
                        ("recipients_bounced_total", "counter", relay.bounced),
                        ("recipients_deferred_total", "counter", relay.deferred),
-                       ("queue_entries", "gauge", sum(1 for _ in relay.queue.places()))]
+                       ("queue_entries", "gauge", len(relay.queue.ids()))]
         text = "".join("# TYPE minimail_%s %s\nminimail_%s %d\n" % (name, kind, name, value) for name, kind, value in values)
         return Answered(200, "text/plain; version=0.0.4", text.encode())
 

@@ -5639,7 +5639,7 @@ class SendmailTest(ScriptedCase):
         """Run it and return (sender, [recipient elsewhere], content without our Received) of what is in the queue."""
         self.assertEqual(self.sendmail(*arguments, **options), (0, ""))
         queue = minimail.Queue(minimail.Storage(self.data), minimail.Config())
-        entry = max(map(queue.read, queue.places()), key=lambda entry: entry.id)
+        entry = max(queue.entries(), key=lambda entry: entry.id)
         with open(queue.message(entry.id), "rb") as file:
             content = file.read()[entry.offset:]
         fields, body = minimail.split_headers(content)
@@ -5726,7 +5726,7 @@ class SendmailTest(ScriptedCase):
                 self.assertEqual((got, err.count("\n")), (status, 1), err)
                 self.assertIn(words, err)
         queue = minimail.Queue(minimail.Storage(self.data), minimail.Config())
-        self.assertEqual(list(queue.places()), [])
+        self.assertEqual(queue.ids(), [])
         with mock.patch.object(minimail, "open_stores", side_effect=OSError(errno.EACCES, "no", "/x")):
             self.assertEqual(self.sendmail("bob@far.test")[0], 75)
         with mock.patch.object(minimail, "open_stores", side_effect=ZeroDivisionError):
@@ -5870,7 +5870,7 @@ class SendmailTest(ScriptedCase):
             self.assertEqual((ran.returncode, ran.stderr), (0, b""))
             self.assertRegex(ran.stdout, rb"(?s)\A220 .*\r\n354 .*\r\n250 2.0.0 .*")
         queue = minimail.Queue(minimail.Storage(self.data), minimail.Config())
-        self.assertEqual([entry.attempts for entry in map(queue.read, queue.places())], [0, 0])
+        self.assertEqual([entry.attempts for entry in queue.entries()], [0, 0])
 
     @unittest.skipUnless(os.path.exists("/proc/self/status"), "no /proc here")
     def test_memory_does_not_grow_with_the_message(self):
@@ -5912,7 +5912,7 @@ class SendmailTest(ScriptedCase):
                                      stdin="Subject: B\u00fccher\n\n\u00fc\n".encode())
         self.assertEqual(recipients, ["b\u00f6b@far.test"])
         queue = minimail.Queue(minimail.Storage(self.data), minimail.Config())
-        entry, = map(queue.read, queue.places())
+        entry, = queue.entries()
         self.assertTrue(entry.eightbit and entry.smtputf8)
 
 
