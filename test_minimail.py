@@ -2384,9 +2384,10 @@ class Doors(Case):
 
             def on_message(self, envelope, path):
                 asked.append(("message", open_and_read(path).endswith(b"\r\n\r\nx\r\n"), envelope.eightbit))
-                raise wrong
+                raise self.wrong
         for wrong, answer in ((Refused(554, "5.7.0", "no"), "554 5.7.0"), (RuntimeError("a bug"), "451 4.3.0")):
             asked.clear()
+            Policy.wrong = wrong
             door = self.door(Policy())
             with self.assertLogs("minimail"):
                 minimail.log.warning("or assertLogs would miss one")
