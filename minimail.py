@@ -145,7 +145,7 @@ MAX_FIELD = 1 << 18                 # bytes of one field that are read: some 8,0
 MAX_FIELDS = 2000                   # fields shown; real mail has up to ...
 MAX_ADDRESS = 1000                  # characters of an address or its name that are shown (RFC 5321 has 320)
 MAX_ADDRESSES = 10_000              # people of one header that are shown, and ...
-MAX_LISTED = 1000                   # ... in the list of messages
+MAX_NAMED = 1000                    # ... in the list of messages
 MAX_PARAMETERS = 100                # parameters of a Content-Type, RFC 2231 pieces counted singly
 MAX_DEPTH = 50                      # multiparts in one another, and ...
 MAX_PARTS = 1000                    # ... parts of a message
@@ -193,6 +193,22 @@ MAX_REWRITTEN = 1 << 18             # bytes of headers in which --rewrite looks 
 MAX_PATH = 1024                     # bytes in an address it looks at
 TICK = 0.1                          # seconds between two looks at what other processes did
 AGAIN = 5.0                         # seconds until what the disk refused is done again
+SWEEP = 60.0                        # seconds between two looks for what was in the memory of a process that died
+
+# Standing.
+MAX_SIGNED_HEADER = 1 << 20         # bytes of header held to sign it; a longer one goes out unsigned, and ...
+MAX_SIGNED_FIELDS = 2000            # ... one with more fields, each of which is named in the signature
+MAX_SIGNATURES = 8                  # keys that sign one message
+MAX_KEY_FILE = 1 << 16              # bytes in a key or certificate file
+MAX_KEY_BITS = 8192                 # of an RSA key: a longer one takes seconds for each message
+SRS_DAYS = 21                       # for which mail comes back to a forward's reverse-path, as with postsrsd
+MAX_STS_POLICY = 1 << 16            # bytes (RFC 8461 section 3.3)
+MAX_STS_HOSTS = 1000                # named in a policy
+STS_TIMEOUT = 30.0                  # seconds for fetching one
+STS_RETRY = 300.0                   # seconds after which it is tried again (RFC 8461 section 3.3)
+STS_REFRESH = 86400.0               # seconds after which an unchanged policy is fetched again, so that it does not run out
+MAX_SPF_LOOKUPS = 10                # RFC 7208 section 4.6.4, ...
+MAX_SPF_VOIDS = 2                   # ... and those of them without an answer
 
 
 class Reply(NamedTuple):
@@ -247,7 +263,7 @@ class Extension:
         """Return the listeners that the options ask for, their ports taken; OSError."""
         return []
 
-    def outbound(self, config: "Config", stores: Any) -> Any:
+    def outbound(self, config: "Config", stores: Any, resolver: Any) -> Any:
         """Return what has a say in mail that leaves (Outbound), None without one."""
 
     def equip(self, node: "Node") -> None:
@@ -487,6 +503,88 @@ def parse_parameters(text: str) -> Dict[str, str]:
     return parameters
 
 
+XTEXT = re.compile(r"(?:[!-*,-<>-~]|\+[0-9A-F]{2})*")                               # RFC 3461 section 4
+UTF8_XTEXT = re.compile(r"(?:[!-*,-<>-\[\]-~\u0080-\U0010ffff]|\\x\{[0-9A-F]{1,6}\})*")    # RFC 6533 section 3
+NOTIFY = ("SUCCESS", "FAILURE", "DELAY")
+
+
+class Wish(NamedTuple):
+    """What a sender wants to be told about one recipient, and by which name it knows it; both as it wrote them."""
+    notify: str = ""                                # NEVER, or words of NOTIFY with commas; "" for FAILURE, maybe DELAY
+    orcpt: str = ""                                 # TYPE;TEXT, in xtext or utf-8-addr-xtext
+
+    def wants(self, what: str, otherwise: bool = False) -> bool:
+        """Return whether the sender is to be told of a SUCCESS, FAILURE or DELAY; `otherwise` when it did not say."""
+        return what in self.notify.split(",") if self.notify else otherwise
+
+    def kept(self) -> Dict[str, str]:
+        """Return what of it is to be kept with a recipient in the queue."""
+        return {name: value for name, value in self._asdict().items() if value}
+
+    def without_success(self) -> "Wish":
+        """Return what is left to ask of others once we have reported that the mail was sent on to several."""
+        if self.notify in ("", "NEVER"):
+            return self
+        return self._replace(notify=",".join(w for w in self.notify.split(",") if w != "SUCCESS") or "NEVER")
+
+
+def xtext_encode(text: str) -> str:
+    """Return a text as an xtext (RFC 3461 section 4)."""
+    return "".join(chr(byte) if 33 <= byte <= 126 and byte not in b"+=" else "+%02X" % byte for byte in text.encode("utf-8"))
+
+
+def xtext_decode(text: str) -> str:
+    """Return what an xtext stands for; ValueError."""
+    if not XTEXT.fullmatch(text):
+        raise ValueError("not an xtext")
+    return re.sub(r"\+(..)", lambda match: chr(int(match.group(1), 16)), text)
+
+
+def utf8_xtext_encode(text: str) -> str:
+    """Return a UTF-8 address in ASCII (RFC 6533 section 3: utf-8-addr-xtext)."""
+    return "".join(c if "!" <= c <= "~" and c not in "+=\\" else "\\x{%02X}" % ord(c) for c in text)
+
+
+def utf8_xtext_decode(text: str) -> str:
+    """Return what a utf-8-addr-xtext or utf-8-addr-unitext stands for; ValueError."""
+    if not UTF8_XTEXT.fullmatch(text):
+        raise ValueError("not a utf-8-addr-xtext")
+    return re.sub(r"\\x\{([0-9A-F]+)\}", lambda match: chr(int(match.group(1), 16)), text)
+
+
+def parse_dsn_of_mail(parameters: Dict[str, str]) -> Tuple[str, str]:
+    """Take RET= and ENVID= out of the parameters of MAIL and return both, "" for what is not there; Refused."""
+    ret, envid = parameters.pop("RET", ""), parameters.pop("ENVID", "")
+    if ret.upper() not in ("", "FULL", "HDRS"):
+        raise Refused(501, "5.5.4", "RET is FULL or HDRS")
+    if len(envid) > 100 or not XTEXT.fullmatch(envid):
+        raise Refused(501, "5.5.4", "ENVID is an xtext of at most 100 characters")
+    return ret.upper(), envid
+
+
+def parse_dsn_of_rcpt(parameters: Dict[str, str], smtputf8: bool = False) -> Wish:
+    """Take NOTIFY= and ORCPT= out of the parameters of RCPT and return the wish; Refused."""
+    words = parameters.pop("NOTIFY", "").upper().split(",")
+    if words != [""] and words != ["NEVER"] and (set(words) - set(NOTIFY) or len(set(words)) < len(words)):
+        raise Refused(501, "5.5.4", "NOTIFY is NEVER, or some of SUCCESS,FAILURE,DELAY")
+    orcpt = parameters.pop("ORCPT", "")
+    kind, semicolon, text = orcpt.partition(";")
+    valid = UTF8_XTEXT if kind.lower() == "utf-8" else XTEXT
+    if orcpt and (not re.fullmatch(r"[A-Za-z0-9-]{1,40}", kind) or not text or len(orcpt) > 500 or not valid.fullmatch(text)
+                  or not (smtputf8 or orcpt.isascii())):
+        raise Refused(501, "5.5.4", "ORCPT is TYPE;ADDRESS, the address in xtext")
+    try:
+        return Wish(",".join(words), ascii_orcpt(orcpt))
+    except ValueError:
+        raise Refused(501, "5.5.4", "ORCPT is no address in UTF-8") from None
+
+
+def ascii_orcpt(orcpt: str) -> str:
+    """Return an ORCPT= as every server takes it: a UTF-8 address in ASCII; ValueError."""
+    kind, semicolon, text = orcpt.partition(";")
+    return kind + semicolon + (text if text.isascii() else utf8_xtext_encode(utf8_xtext_decode(text)))
+
+
 def covers(pattern: str, domain: str) -> bool:
     """Return whether a domain, in whatever spelling, is the one meant, or for `.example.org` lies under it."""
     pattern, domain = ascii_domain(pattern), ascii_domain(domain)
@@ -549,6 +647,10 @@ class Envelope:
     client: str = ""                                    # IP address, "" for a local program
     protocol: str = "SMTP"                              # "with" keyword of Received (RFC 3848, 6531)
     body: str = ""                                      # BODY= of MAIL, as declared
+    trusted: bool = False                               # it comes from somebody who may have mail passed on
+    ret: str = ""                                       # RET= and ENVID= of MAIL (RFC 3461), ...
+    envid: str = ""
+    wishes: Dict[str, Any] = dataclasses.field(default_factory=dict)    # ... and the Wish of recipients who have one
 
 
 def with_keyword(esmtp: bool, tls: bool, login: bool, utf8: bool) -> str:
@@ -1983,7 +2085,7 @@ class Storage:
     def make_directories(paths: Sequence[str]) -> List[str]:
         """Make directories (0700) and what is missing above them; return those that must be flushed for it. OSError."""
         changed: Dict[str, None] = {}
-        for path in paths:
+        for path in map(os.path.abspath, paths):
             missing = []
             while not os.path.isdir(path):
                 missing.append(path)
@@ -3054,7 +3156,7 @@ class Policy:
 class Parcel:
     """A message on its way to disk: the draft, its envelope, where it goes, and what of that has been done."""
 
-    __slots__ = ("draft", "envelope", "mailboxes", "remote", "own", "entry", "placed", "made")
+    __slots__ = ("draft", "envelope", "mailboxes", "remote", "own", "entry", "placed", "made", "wishes", "done", "forward")
 
     def __init__(self, draft: Draft, envelope: Envelope, mailboxes: List[str], remote: List[Address], own: int,
                  made: List[str]) -> None:
@@ -3063,6 +3165,9 @@ class Parcel:
         self.entry: Any = None                      # in the queue, not published yet
         self.placed: List[str] = []                 # paths in mailboxes
         self.made = made                            # directories that have new ones in them, to be flushed
+        self.wishes: Dict[str, Wish] = {}           # of remote recipients, by key
+        self.done: List[Tuple[Address, str, Wish]] = []     # who is served with this, how, and its sender wants to know
+        self.forward = False                        # an alias leads elsewhere with it
 
 
 class Post:
@@ -3077,7 +3182,7 @@ class Post:
         self.queue = queue                          # section 9; None in capture mode: nothing leaves the machine
         self.clock = clock
 
-    def begin(self, envelope: Envelope, destinations: Iterable[Destinations]) -> Parcel:
+    def begin(self, envelope: Envelope, destinations: Sequence[Destinations]) -> Parcel:
         """Return a parcel to write content into; duplicates among its destinations are removed."""
         boxes: Dict[str, None] = {}
         remote: Dict[str, Address] = {}
@@ -3097,7 +3202,24 @@ class Post:
             return fd_and_path
         draft = Draft(id, header, self.max_size, open_file)
         draft.keep_head = BLOCK if self.queue else 0
-        return Parcel(draft, envelope, mailboxes, list(remote.values()), own, made)
+        parcel = Parcel(draft, envelope, mailboxes, list(remote.values()), own, made)
+        if self.queue and (remote or envelope.wishes):
+            self._note_wishes(parcel, destinations)
+        return parcel
+
+    @staticmethod
+    def _note_wishes(parcel: Parcel, destinations: Sequence[Destinations]) -> None:
+        """Note what its sender wants to be told of each recipient, and what of that happens here (RFC 3461 section 5.2.7)."""
+        for address, found in zip(parcel.envelope.recipients, destinations):
+            parcel.forward = parcel.forward or any(target.key != address.key for target in found.remote)
+            wish = parcel.envelope.wishes.get(address.key)
+            if wish is None or not parcel.envelope.sender:
+                continue
+            several = len(found.remote) + len(found.mailboxes) > 1
+            if (several or not found.remote) and wish.wants("SUCCESS"):
+                parcel.done.append((address, "expanded" if several else "delivered", wish))
+            for target in found.remote:
+                parcel.wishes.setdefault(target.key, wish.without_success() if several else wish)
 
     @staticmethod
     def is_heavy(parcel: Parcel) -> bool:
@@ -3144,7 +3266,7 @@ class Post:
                 sum(name == "received" for name, _ in split_headers(draft.head)[0]) > MAX_RECEIVED:
             raise Refused(554, "5.4.6", "mail loop: more than %d Received headers" % MAX_RECEIVED)
         files: List[Union[int, str]] = [draft.complete()]
-        if parcel.remote:
+        if parcel.remote or parcel.done:
             parcel.entry = self.queue.add(parcel)
             files.append(parcel.entry.draft)
         return files
@@ -3209,6 +3331,7 @@ class Door:
         self.config, self.book, self.post = config, book, post
         self.policy = policy or Policy()
         self.asks_policy = type(self.policy) is not Policy      # it may take as long as it likes: in a thread
+        self.origin: Callable[[Address], Optional[Address]] = lambda address: None      # of what comes back to a forward
 
     def ask(self, hook: str, *arguments: Any) -> None:
         """Call a hook of the policy; Refused, also when it fails."""
@@ -3233,7 +3356,7 @@ class Door:
             raise Refused(452, "4.5.3", "more than %d recipients" % MAX_RECIPIENTS)
         if not trusted and not self.book.is_local(address):
             raise Refused(550, "5.7.1", "relaying denied: log in first")
-        found = self.book.resolve(address)
+        found = self.book.resolve(self.origin(address) or address)
         if found.remote:
             self._check_remote(found.remote)
         return found
@@ -3258,6 +3381,7 @@ class Door:
     def send(self, envelope: Envelope, recipients: Iterable[Address], content: Union[bytes, Iterable[bytes]],
              user: Optional[str] = None) -> Parcel:
         """Take a whole message over, in blocks or one, from somebody trusted; return the parcel that is on disk; Refused."""
+        envelope.trusted = True
         self.check_sender(envelope, parse_address(envelope.sender) if envelope.sender else None, user)
         self.ask("on_mail", envelope.client, envelope.sender, user)
         return self.post_all(envelope, [self.recipient(envelope, address, True) for address in recipients], content)
@@ -4115,8 +4239,8 @@ class Queue:
         draft, envelope = parcel.draft, parcel.envelope
         now = self.clock()
         entry = Entry(draft.id, envelope.sender, draft.written - parcel.own, parcel.own, now, now,
-                      [{"address": str(address), "state": "waiting", "last_reply": ""} for address in parcel.remote],
-                      eightbit=draft.eightbit, noted=[self.boot, self.steady(), now],
+                      self._recipients(parcel), eightbit=draft.eightbit, noted=[self.boot, self.steady(), now],
+                      extra=self._extra(parcel),
                       smtputf8=envelope.smtputf8 and not draft.head.partition(b"\r\n\r\n")[0].isascii())
         dispatch = Dispatch(entry)
         try:
@@ -4129,6 +4253,21 @@ class Queue:
             self.withdraw(dispatch)
             raise
         return dispatch
+
+    @staticmethod
+    def _recipients(parcel: Parcel) -> List[Dict[str, Any]]:
+        """Return the recipients of an entry: who waits, and who is served but whose sender has to be told."""
+        waiting = [dict({"address": str(address), "state": "waiting", "last_reply": ""},
+                        **parcel.wishes.get(address.key, Wish()).kept()) for address in parcel.remote]
+        return waiting + [dict({"address": str(address), "state": "delivered", "last_reply": "", "action": action},
+                               **wish.kept()) for address, action, wish in parcel.done]
+
+    @staticmethod
+    def _extra(parcel: Parcel) -> Dict[str, Any]:
+        """Return what else is to be known of a message that goes out; only what is not as usual."""
+        envelope = parcel.envelope
+        extra = {"trusted": envelope.trusted, "forward": parcel.forward, "ret": envelope.ret, "envid": envelope.envid}
+        return {name: value for name, value in extra.items() if value}
 
     def _take_over(self, draft: Draft, path: str) -> int:
         """Give the draft of a mailbox a name here, too, and return -1; the fd of a copy where there are no links. OSError."""
@@ -4391,61 +4530,137 @@ def boot_id() -> str:
 
 
 # ======================================================================================================================
-# 10  Bounces.  Pure: what could not be delivered in, a message to its sender out (RFC 3464, RFC 6533).
+# 10  Bounces and other reports.  Pure: what became of a message in, a message to its sender out (RFC 3464, RFC 6533).
 # ======================================================================================================================
+
+def original_recipient(orcpt: str, utf8: bool) -> str:
+    """Return an ORCPT= as the Original-Recipient of a report, in ASCII unless `utf8`; what would break a line stays coded."""
+    kind, _, text = orcpt.partition(";")
+    plain = text
+    with contextlib.suppress(ValueError):
+        plain = utf8_xtext_decode(text) if kind.lower() == "utf-8" else xtext_decode(text)
+    if plain.isprintable() and (utf8 or plain.isascii()):
+        return "%s;%s" % (kind, plain)
+    return "%s;%s" % (kind, utf8_xtext_encode(plain) if kind.lower() == "utf-8" else text)
+
+
+class Action(NamedTuple):
+    """What is to be told, as the field of RFC 3464 section 2.3.3 has it, and in words."""
+    subject: str
+    before: str                                     # ... the addresses
+    after: str
+    digits: str                                     # with which its status may begin
+
+
+ACTIONS = {
+    "failed": Action("Undelivered mail returned to sender", "could not be delivered to:",
+                     "It was taken over on %(taken)s as %(id)s and is not tried again.", "54"),
+    "delayed": Action("Delayed mail, still being tried", "could not be delivered yet to:",
+                      "It was taken over on %(taken)s as %(id)s and is tried until %(until)s.\r\n"
+                      "You need not send it again.", "4"),
+    "delivered": Action("Successful mail delivery report", "was delivered to:",
+                        "It was taken over on %(taken)s as %(id)s.", "2"),
+    "relayed": Action("Mail relay report", "was passed on to a server that will not report its delivery, for:",
+                      "It was taken over on %(taken)s as %(id)s.", "2"),
+    "expanded": Action("Mail expansion report", "was sent on to all who stand behind:",
+                       "It was taken over on %(taken)s as %(id)s.", "2")}
+
+
+class Report(NamedTuple):
+    """All that a report says but its recipients."""
+    hostname: str
+    sender: str                                     # whom it goes to
+    id: str                                         # of the message it is about
+    queued_at: float
+    now: float
+    envid: str = ""                                 # ENVID= as written
+    until: float = 0.0                              # when a delayed message is given up
+    full: bool = False                              # the whole message is enclosed, not its header
+    eightbit: bool = False                          # and it has bytes above 127
+
 
 def bounce_message(hostname: str, sender: str, recipients: Sequence[Dict[str, Any]], headers: bytes, id: str,
                    queued_at: float, now: float) -> bytes:
-    """Return a multipart/report to `sender` about recipients (address, last_reply, status, remote) of the message `id`.
+    """Return a whole report to `sender` about recipients (address, last_reply, remote) that failed."""
+    original = headers.rstrip(b"\r\n") + b"\r\n"
+    return b"".join(report_message(Report(hostname, sender, id, queued_at, now), recipients, original))
 
-    `headers` are the original's, as they went out. It goes out with the null reverse-path, so nobody answers it.
+
+def report_message(report: Report, recipients: Sequence[Dict[str, Any]], original: bytes) -> Tuple[bytes, bytes, bytes]:
+    """Return a multipart/report in three pieces: what stands before the original message, that, and what stands behind.
+
+    Each recipient has an address, and may have action (else failed), last_reply, remote, orcpt. `original` are the
+    message's header fields, as they went out; with `full` the caller puts the whole message in their place. The report goes
+    out with the null reverse-path, so that nobody answers it.
     """
-    boundary = "=_%s.%s" % (id, hashlib.sha256(headers + id.encode()).hexdigest()[:16])
-    utf8 = not (sender.isascii() and all(recipient["address"].isascii() for recipient in recipients))
-    encoding = "Content-Transfer-Encoding: %s" % ("8bit" if utf8 or not headers.isascii() else "7bit")
-    status_type = "message/global-delivery-status" if utf8 else "message/delivery-status"
-    headers_type = "message/global-headers" if utf8 else "text/rfc822-headers"
-    reasons = "\r\n".join("<%s>:\r\n    %s" % (r["address"], fold(r["last_reply"], "    ", utf8)) for r in recipients)
-    fields = [delivery_status(recipient, utf8) for recipient in recipients]
-    text = "\r\n".join([
-        "From: Mail Delivery System <mailer-daemon@%s>" % hostname, "To: <%s>" % sender,
-        "Subject: Undelivered mail returned to sender", "Date: " + rfc5322_date(int(now)),
-        "Message-ID: <%s.bounce@%s>" % (boundary[2:], hostname), "Auto-Submitted: auto-replied", "MIME-Version: 1.0",
-        'Content-Type: multipart/report; report-type=delivery-status;\r\n\tboundary="%s"' % boundary,
-        encoding, "",
-        "--" + boundary, "Content-Type: text/plain; charset=%s" % ("utf-8" if utf8 else "us-ascii"), encoding, "",
-        "This is the mail server at %s. Your message could not be delivered to:" % hostname, "", reasons, "",
-        "It was taken over on %s as %s and is not tried again." % (rfc5322_date(int(queued_at)), id),
-        "The headers of the message are attached.", "",
-        "--" + boundary, "Content-Type: " + status_type, encoding, "",
-        "Reporting-MTA: dns; %s\r\nArrival-Date: %s\r\n" % (hostname, rfc5322_date(int(queued_at))), "\r\n".join(fields),
-        "--" + boundary, "Content-Type: " + headers_type, encoding, "", ""])
-    return text.encode("utf-8") + headers.rstrip(b"\r\n") + ("\r\n\r\n--%s--\r\n" % boundary).encode()
+    boundary = "=_%s.%s" % (report.id, hashlib.sha256(original + report.id.encode()).hexdigest()[:16])
+    utf8 = not (report.sender.isascii() and all(recipient["address"].isascii() for recipient in recipients))
+    clean = not utf8 and original.isascii() and not (report.full and report.eightbit)
+    encoding = "Content-Transfer-Encoding: %s" % ("7bit" if clean else "8bit")
+    dates = {"taken": rfc5322_date(int(report.queued_at)), "until": rfc5322_date(int(report.until)), "id": report.id}
+    text = ["This is the mail server at %s." % report.hostname, ""]
+    present = [name for name in ACTIONS if any(recipient.get("action", "failed") == name for recipient in recipients)]
+    for name in present:
+        text += ["Your message " + ACTIONS[name].before, ""]
+        text += [words_for(recipient, utf8) for recipient in recipients if recipient.get("action", "failed") == name]
+        text += ["", ACTIONS[name].after % dates, ""]
+    status = ["Original-Envelope-Id: " + envelope_id(report.envid)] if report.envid else []
+    status += ["Reporting-MTA: dns; " + report.hostname, "Arrival-Date: " + dates["taken"], ""]
+    for recipient in recipients:
+        status += status_fields(recipient, utf8, dates["until"]) + [""]
+    kind = ("global" if utf8 else "rfc822") if report.full else "global-headers" if utf8 else "rfc822-headers"
+    parts = "\r\n".join([
+        "From: Mail Delivery System <mailer-daemon@%s>" % report.hostname, "To: <%s>" % report.sender,
+        "Subject: " + ACTIONS[present[0]].subject, "Date: " + rfc5322_date(int(report.now)),
+        "Message-ID: <%s.%s@%s>" % (boundary[2:], "bounce" if present[0] == "failed" else present[0], report.hostname),
+        "Auto-Submitted: auto-replied", "MIME-Version: 1.0",
+        'Content-Type: multipart/report; report-type=delivery-status;\r\n\tboundary="%s"' % boundary, encoding, "",
+        "--" + boundary, "Content-Type: text/plain; charset=%s" % ("utf-8" if utf8 else "us-ascii"), encoding, ""] + text + [
+        "The message is attached." if report.full else "The headers of the message are attached.", "",
+        "--" + boundary, "Content-Type: message/%sdelivery-status" % ("global-" if utf8 else ""), encoding, ""] + status + [
+        "--" + boundary, "Content-Type: %s/%s" % ("text" if kind == "rfc822-headers" else "message", kind), encoding, "", ""])
+    return parts.encode("utf-8"), original, ("\r\n--%s--\r\n" % boundary).encode()
 
 
-def delivery_status(recipient: Dict[str, Any], utf8: bool) -> str:
-    """Return the fields about one recipient (RFC 3464 section 2.3)."""
-    reply = recipient["last_reply"]
-    return "Final-Recipient: %s; %s\r\nAction: failed\r\nStatus: %s\r\n%sDiagnostic-Code: smtp; %s\r\n" % (
-        "rfc822" if recipient["address"].isascii() else "utf-8", recipient["address"], status_code(recipient),
-        "Remote-MTA: dns; %s\r\n" % recipient["remote"] if recipient.get("remote") else "",
-        fold(re.sub(r"^.*? said: ", "", reply), " ", utf8))
+def fold_reply(text: str, indent: str, utf8: bool) -> str:
+    """Return a reply in lines of decent length; what is not ASCII is escaped where the report has to be ASCII."""
+    text = text if utf8 else text.encode("ascii", "backslashreplace").decode()
+    return ("\r\n" + indent).join(re.findall(r"\S.{0,75}(?=\s|$)|\S{76}|\S+", text)) or "no answer"
 
 
-def status_code(recipient: Dict[str, Any]) -> str:
+def envelope_id(envid: str) -> str:
+    """Return an ENVID= decoded, unless that would break the line it stands in."""
+    plain = xtext_decode(envid)
+    return plain if plain.isascii() and plain.isprintable() else envid
+
+
+def words_for(recipient: Dict[str, Any], utf8: bool) -> str:
+    reply = recipient.get("last_reply", "")
+    return "<%s>%s" % (recipient["address"], ":\r\n    " + fold_reply(reply, "    ", utf8) if reply else "")
+
+
+def status_code(recipient: Dict[str, Any], digits: str = "54") -> str:
     """Return the enhanced code of the reply itself (RFC 3463): a text may hold much that looks like one, an address say."""
     known = str(recipient.get("status") or "")
     if not known:
-        said = re.sub(r"^.*? said: ", "", recipient["last_reply"])
-        match = re.match(r"[2-5]\d\d[ -]([45]\.\d{1,3}\.\d{1,3})\b", said, re.ASCII)
+        said = re.sub(r"^.*? said: ", "", recipient.get("last_reply", ""))
+        match = re.match(r"[2-5]\d\d[ -]([245]\.\d{1,3}\.\d{1,3})\b", said, re.ASCII)
         known = match.group(1) if match else ""
-    return known if re.fullmatch(r"[45]\.\d{1,3}\.\d{1,3}", known, re.ASCII) else "5.0.0"
+    return known if re.fullmatch(r"[%s]\.\d{1,3}\.\d{1,3}" % digits, known, re.ASCII) else digits[0] + ".0.0"
 
 
-def fold(text: str, indent: str, utf8: bool) -> str:
-    """Return a reply in lines of decent length; what is not ASCII is escaped where the bounce has to be ASCII."""
-    text = text if utf8 else text.encode("ascii", "backslashreplace").decode()
-    return ("\r\n" + indent).join(re.findall(r"\S.{0,75}(?=\s|$)|\S{76}|\S+", text)) or "no answer"
+def status_fields(recipient: Dict[str, Any], utf8: bool, until: str) -> List[str]:
+    """Return the fields about one recipient (RFC 3464 section 2.3)."""
+    action, reply = recipient.get("action", "failed"), recipient.get("last_reply", "")
+    fields = ["Original-Recipient: " + original_recipient(recipient["orcpt"], utf8)] if recipient.get("orcpt") else []
+    fields += ["Final-Recipient: %s; %s" % ("rfc822" if recipient["address"].isascii() else "utf-8", recipient["address"]),
+               "Action: " + action, "Status: " + status_code(recipient, ACTIONS[action].digits)]
+    if recipient.get("remote"):
+        fields.append("Remote-MTA: dns; " + recipient["remote"])
+    if reply or action == "failed":                 # X-: our own words, where no server said anything (section 2.3.6)
+        kind = "smtp" if " said: " in reply else "X-Minimail"
+        fields.append("Diagnostic-Code: %s; %s" % (kind, fold_reply(re.sub(r"^.*? said: ", "", reply), " ", utf8)))
+    return fields + (["Will-Retry-Until: " + until] if action == "delayed" else [])
 
 
 # ======================================================================================================================
@@ -4958,8 +5173,12 @@ class Outbound:
         return message
 
     def security(self, target: Target, host: str) -> Optional[Security]:
-        """Return what the destination itself demands of a connection to this host; None for nothing."""
+        """Return what the destination itself demands of a connection to this host, None for nothing; Refused: not to it."""
         return None
+
+    def explain(self, target: Target) -> str:
+        """Return in words what the destination demands, for `mx`; "" for nothing."""
+        return ""
 
 
 # Where to.
@@ -5281,7 +5500,7 @@ class Relay:
         self.hostname = stores.hostname
         self.routes = Routes(config, stores.hostname, resolver or Resolver(dns), own, options)
         self.outbound: Outbound = next(filter(None, (
-            section.outbound(config, stores) for section in EXTENSIONS)), Outbound(config, stores))
+            section.outbound(config, stores, self.routes.resolver) for section in EXTENSIONS)), Outbound(config, stores))
         self.clock = clock
         self.connect = connect
         self.timeout = config.seconds(300.0)
@@ -5623,6 +5842,8 @@ class Relay:
             destination.succeed(self.clock())
             if destination.jobs and destination.workers < destination.allowed:
                 self._tell(self._staff, destination)
+        for recipient in recipients:                # whoever knows DSN reports success itself (RFC 3461 section 5.2.2)
+            recipient["informed"] = bool(peer and "DSN" in peer.extensions)
         self._record(dispatch, recipients, replies, peer.name if peer else "", self.clock() - started)
         if peer and (peer.broken or peer.messages >= (destination.limit.messages or 1)):
             if peer.broken:
@@ -5736,14 +5957,19 @@ class Relay:
         """Return a connection ready for MAIL; PeerFailed."""
         server = self.routes.renewed(destination.target.server)
         demanded = self.security(destination.target, host, address, server)
-        for plain in (False, True):
+        tries = [(demanded, False), (demanded, True)]
+        if demanded.verify and not demanded.require and not server:
+            tries.insert(1, (Security(False, False), False))    # better TLS that was not verified than none
+        for demands, plain in tries:
             peer = self._connect(host, address, server)
             try:
-                run_blocking(peer.wire, self._prepare(peer, host or address, address, server, demanded, plain))
+                run_blocking(peer.wire, self._prepare(peer, host or address, address, server, demands, plain))
                 destination.peers.add(peer)
                 return peer
-            except OpportunityMissed:
+            except OpportunityMissed as missed:
                 peer.wire.close()                   # TLS was only an opportunity: once more without
+                if demands.verify:
+                    event("tls-unverified", peer=peer.name, reason=str(missed), policy=demands.reason)
             except BaseException:
                 peer.wire.close()
                 raise
@@ -5760,7 +5986,10 @@ class Relay:
             demanded = Security(True, server is None or server.verify, "--relay-tls require")
         if server and server.user:
             demanded = Security(demanded.require or not is_loopback(address), server.verify, demanded.reason or "the password")
-        own = self.outbound.security(target, host)
+        try:
+            own = self.outbound.security(target, host)
+        except Refused as refused:
+            raise PeerFailed(refused.reply) from None
         if own:
             demanded = Security(demanded.require or own.require, demanded.verify or own.verify, demanded.reason or own.reason)
         return demanded
@@ -5797,8 +6026,8 @@ class Relay:
         """Use STARTTLS when it is offered, or insist on it; PeerFailed, OpportunityMissed."""
         if "STARTTLS" not in peer.extensions:
             if demanded.require:
-                raise PeerFailed(Reply(451, "4.7.0" if demanded.reason == "the password" else "4.7.4",
-                                       "%s offers no TLS, which %s asks for" % (peer.name, demanded.reason)))
+                status = {"the password": "4.7.0", "--relay-tls require": "4.7.4"}.get(demanded.reason, "4.7.5")
+                raise PeerFailed(Reply(451, status, "%s offers no TLS, which %s asks for" % (peer.name, demanded.reason)))
             return
         try:
             context = tls_context(demanded.verify)
@@ -5808,10 +6037,13 @@ class Relay:
             return
         try:
             await peer.start_tls(context, name)
-        except PeerFailed:
+        except PeerFailed as error:
+            if demanded.require and demanded.reason not in ("the password", "--relay-tls require"):
+                text = "%s (%s asks for TLS that is verified)" % (error.reply.text, demanded.reason)
+                raise PeerFailed(Reply(451, "4.7.5", text)) from None
             if demanded.require:
                 raise
-            raise OpportunityMissed from None
+            raise OpportunityMissed(error.reply.text) from None
 
     # What came of it.
 
@@ -5867,10 +6099,14 @@ class Relay:
         if (entry.attempts or dispatch.tried) and self.queue.age(entry) >= self.config.give_up:
             self._give_up(entry)
         failed = [recipient for recipient in entry.recipients if recipient["state"] == "failed"]
-        if failed:
-            self.bounce(dispatch, failed)
+        self.report(dispatch, [dict(recipient, action="failed") for recipient in failed if wish_of(recipient).wants(
+            "FAILURE", True)])
+        self.report(dispatch, [dict(recipient, action=recipient.get("action", "relayed")) for recipient in entry.recipients
+                               if recipient["state"] == "delivered" and wish_of(recipient).wants("SUCCESS")
+                               and not recipient.get("informed")])
         entry.recipients = entry.waiting()
         left = len(entry.recipients)
+        self._warn(dispatch)
         if not left:
             self.queue.finish(dispatch)
         elif dispatch.tried or not dispatch.aside:
@@ -5893,27 +6129,57 @@ class Relay:
         entry.attempts += 1
         self.queue.postpone(dispatch, now + min(wait, max(1.0, self.config.give_up - self.queue.age(entry))))
 
-    def bounce(self, dispatch: Dispatch, failed: List[Dict[str, Any]]) -> None:
-        """Tell the sender; a bounce is never bounced (RFC 5321 section 6.1). OSError when that cannot be stored now."""
+    def _warn(self, dispatch: Dispatch) -> None:
+        """Tell the sender, once, that its message is late: who asked for that, and our own users (--warn). OSError."""
+        entry, warn = dispatch.entry, self.config.warn
+        if not entry.sender or warn is None or entry.extra.get("warned") or self.queue.age(entry) < warn:
+            return
+        own = self.stores.book.is_local(parse_address(entry.sender))
+        late = [dict(recipient, action="delayed") for recipient in entry.waiting() if wish_of(recipient).wants("DELAY", own)]
+        self.report(dispatch, late)
+        entry.extra["warned"] = True
+
+    def report(self, dispatch: Dispatch, recipients: List[Dict[str, Any]]) -> None:
+        """Tell the sender about recipients, each with its action; OSError when that cannot be stored now.
+
+        A bounce is never bounced (RFC 5321 section 6.1).
+        """
         entry = dispatch.entry
-        about = printable(" ".join(recipient["address"] for recipient in failed))
+        if not recipients:
+            return
+        about = printable(" ".join(recipient["address"] for recipient in recipients))
         if not entry.sender:
             event("dropped", id=entry.id, reason="a bounce that cannot be delivered", recipients=about)
             return
-        fields, _ = split_headers(pread(dispatch.lock, BLOCK, entry.offset))
-        content = bounce_message(self.hostname, entry.sender, failed, b"".join(field for _, field in fields), entry.id,
-                                 entry.queued_at, self.clock())
         utf8 = entry.smtputf8 or not (entry.sender + about).isascii()
         try:
-            id = self._send_notice(parse_address(entry.sender), content, utf8)
+            id = self._send_notice(parse_address(entry.sender), self._report_blocks(dispatch, recipients), utf8)
         except Refused as refused:
             if refused.reply.code < 500:
                 raise OSError(errno.EIO, "bounce not stored: %s" % refused) from None
             event("dropped", id=entry.id, reason="no bounce to %s: %s" % (printable(entry.sender), refused), recipients=about)
             return
-        event("bounce", id=id, about=entry.id, sender=printable(entry.sender), recipients=about)
+        event("bounce" if recipients[0]["action"] == "failed" else "report", id=id, about=entry.id,
+              sender=printable(entry.sender), recipients=about)
 
-    def _send_notice(self, recipient: Address, content: bytes, utf8: bool) -> str:
+    def _report_blocks(self, dispatch: Dispatch, recipients: List[Dict[str, Any]]) -> Iterator[bytes]:
+        """Yield a report; RET=FULL encloses the whole message where something failed (RFC 3461 section 4.3) and it fits."""
+        entry = dispatch.entry
+        full = entry.extra.get("ret") == "FULL" and recipients[0]["action"] == "failed" \
+            and entry.size + BLOCK < self.config.max_size
+        report = Report(self.hostname, entry.sender, entry.id, entry.queued_at, self.clock(), entry.extra.get("envid", ""),
+                        entry.queued_at + self.config.give_up, full, entry.eightbit)
+        fields, _ = split_headers(pread(dispatch.lock, BLOCK, entry.offset))
+        headers = b"".join(field for _, field in fields).rstrip(b"\r\n") + b"\r\n"
+        before, original, behind = report_message(report, recipients, headers)
+        yield before
+        if full:
+            yield from content_blocks(Outgoing(dispatch.lock, entry.offset, entry.size, "", [], False, False))
+        else:
+            yield original
+        yield behind
+
+    def _send_notice(self, recipient: Address, content: Iterable[bytes], utf8: bool) -> str:
         """Send a message of our own and return its id; what is for nobody we know is for postmaster. Refused."""
         book = self.stores.book
         if book.is_local(recipient):
@@ -5927,6 +6193,11 @@ class Relay:
 
 
 NO_REPLY = Reply(451, "4.4.1", "not tried")
+
+
+def wish_of(recipient: Dict[str, Any]) -> Wish:
+    """Return what the sender wants to be told of a recipient in the queue."""
+    return Wish(str(recipient.get("notify") or ""), str(recipient.get("orcpt") or ""))
 
 
 def tls_context(verify: bool) -> "ssl.SSLContext":
@@ -6038,6 +6309,10 @@ def mx_command(config: Config, arguments: List[str]) -> int:
         "by the exchangers in DNS (TTL %d)" % ttl if hosts[0].host != target.domain else \
         "no MX record, by the domain's own address (TTL %d)" % ttl
     print("%s: %s" % (printable(where), why))
+    for section in EXTENSIONS:
+        outbound = section.outbound(config, None, routes.resolver)
+        demands = outbound.explain(target) if outbound else ""
+        print("demanded: %s\n" % demands if demands else "", end="")
     for host in hosts:
         print("%d %s %s" % (host.preference, host.host or address.domain, " ".join(host.addresses)))
     return 0
@@ -6118,6 +6393,8 @@ Takes a message on standard input, as /usr/sbin/sendmail does, and queues it dur
   -t           recipients also from To, Cc and Bcc (or from Resent-To, Resent-Cc, Resent-Bcc)
   -i, -oi      a line with a single dot does not end the message
   -f, -r FROM  envelope sender             -F NAME  the sender's full name
+  -N WHEN      notices: never, or some of success,failure,delay
+  -R WHAT      what a bounce returns: full or hdrs      -V ID  an id that it returns, too
   -bs          speak SMTP on standard input and output
   -bp, -q      list the queue, try all of it now (mailq is -bp)
   -bv          only say whether the recipients would be taken
@@ -6271,8 +6548,9 @@ def submit(stores: Stores, flags: List[Tuple[str, str]], words: Sequence[str]) -
     if len(names) > MAX_SUBMITTED_NAMES:
         raise NotSent(EX_DATAERR, "more than %d recipients" % MAX_SUBMITTED_NAMES)
     sender = local_sender(stores.book, given.get("f", given.get("r")))
-    envelope = Envelope(sender=sender, protocol="local")
+    envelope = Envelope(sender=sender, protocol="local", trusted=True)
     destinations, failed = sort_recipients(stores, envelope, list(dict.fromkeys(names)))
+    ask_for_notices(envelope, given)
     later = [pair for pair in failed if pair[1].code < 500 and pair[1].enhanced != "4.5.3"]
     failed = later or failed                        # then nothing is sent, and the caller tries all of it again
     head = submission_headers(message, sender or "mailer-daemon@" + stores.book.home, given.get("F", ""), stores)
@@ -6282,6 +6560,17 @@ def submit(stores: Stores, flags: List[Tuple[str, str]], words: Sequence[str]) -
     if not failed:
         return 0
     return send_back(stores, id, sender, failed, head)
+
+
+def ask_for_notices(envelope: Envelope, given: Dict[str, str]) -> None:
+    """Note what -N, -R and -V ask for; UsageError."""
+    try:
+        envelope.ret, envelope.envid = parse_dsn_of_mail({"RET": given.get("R", ""), "ENVID": xtext_encode(given.get("V", ""))})
+        if given.get("N"):
+            wish = parse_dsn_of_rcpt({"NOTIFY": given["N"]})
+            envelope.wishes = {address.key: wish for address in envelope.recipients}
+    except Refused as refused:
+        raise UsageError("sendmail: %s (-N, -R, -V)" % refused.reply.text) from None
 
 
 def sort_recipients(stores: Stores, envelope: Envelope, names: Sequence[str]) \
@@ -6478,6 +6767,1629 @@ class RelayExtension(Extension):
 
 
 EXTENSIONS.append(RelayExtension())
+
+
+# ======================================================================================================================
+# 12b  Standing: what makes others trust this node. DKIM signatures, SRS for forwards, the MTA-STS policies of others, SPF as
+#      others read it, and `check`, which looks at all of it. Keys, addresses, records and policies are read and written by
+#      pure functions; queue, client and sessions know nothing of them but the calls of an Extension and an Outbound.
+#      Optional, needs 8 to 12.
+# ======================================================================================================================
+
+# Keys: DER (ITU-T X.690) and PEM, just as much of both as keys and certificates need.
+
+BOOLEAN, INTEGER, BIT_STRING, OCTET_STRING, NULL, OID, SEQUENCE = 1, 2, 3, 4, 5, 6, 0x30
+RSA_OID, ED25519_OID, SAN_OID = (bytes.fromhex(text) for text in ("2a864886f70d010101", "2b6570", "551d11"))
+PEM = re.compile(rb"-----BEGIN ([A-Z0-9 ]{1,40})-----([^-]+)-----END ")
+
+
+class DER:
+    """Reads one element after the other; nothing in it calls itself, so no nesting can exhaust it."""
+
+    def __init__(self, data: bytes) -> None:
+        self.data = data
+        self.at = 0
+
+    def next_tag(self) -> int:
+        """Return the tag of the next element; -1 at the end."""
+        return self.data[self.at] if self.at < len(self.data) else -1
+
+    def take(self, *tags: int) -> bytes:
+        """Return the content of the next element, which must have one of these tags (none given: any); ValueError."""
+        tag, at = self.next_tag(), self.at + 2
+        if tag < 0 or at > len(self.data) or (tags and tag not in tags):
+            raise ValueError("not the DER element that belongs here")
+        size = self.data[at - 1]
+        if size > 127:
+            count = size & 127
+            if not 1 <= count <= 4 or at + count > len(self.data):
+                raise ValueError("bad DER length")
+            size = int.from_bytes(self.data[at:at + count], "big")
+            at += count
+        if at + size > len(self.data):
+            raise ValueError("DER element runs over the end")
+        self.at = at + size
+        return self.data[at:at + size]
+
+    def inside(self, *tags: int) -> "DER":
+        return DER(self.take(*tags))
+
+    def integer(self) -> int:
+        """Return a number that is not negative; ValueError."""
+        content = self.take(INTEGER)
+        if not content or content[0] & 128:
+            raise ValueError("not a positive number")
+        return int.from_bytes(content, "big")
+
+
+def der(tag: int, *contents: bytes) -> bytes:
+    """Return an element in DER."""
+    content = b"".join(contents)
+    if len(content) < 128:
+        return bytes([tag, len(content)]) + content
+    size = len(content).to_bytes((len(content).bit_length() + 7) // 8, "big")
+    return bytes([tag, 128 | len(size)]) + size + content
+
+
+def der_integer(number: int) -> bytes:
+    return der(INTEGER, number.to_bytes(number.bit_length() // 8 + 1, "big"))
+
+
+def pem(label: str, data: bytes) -> bytes:
+    text = base64.b64encode(data).decode()
+    lines = [text[start:start + 64] for start in range(0, len(text), 64)]
+    return "\n".join(["-----BEGIN %s-----" % label] + lines + ["-----END %s-----" % label, ""]).encode()
+
+
+def unpem(text: bytes, *labels: bytes) -> Iterator[Tuple[bytes, bytes]]:
+    """Yield (label, DER) of what a PEM file holds under these labels; ValueError."""
+    if len(text) > MAX_KEY_FILE:
+        raise ValueError("larger than %d bytes: no key" % MAX_KEY_FILE)
+    for label, body in PEM.findall(text):
+        if label in labels:
+            yield label, base64.b64decode(b"".join(body.split()), validate=True)
+
+
+class RSAKey:
+    """An RSA key pair (RFC 8017). Signs with the Chinese remainders, which takes a quarter of the time."""
+
+    kind, algorithm = "rsa", "rsa-sha256"
+    PREFIX = bytes.fromhex("3031300d060960864801650304020105000420")    # DigestInfo of SHA-256 (RFC 8017 section 9.2)
+
+    def __init__(self, p: int, q: int, e: int = 65537) -> None:
+        """ValueError when these cannot be a key's numbers, or are too small or large to be of use."""
+        self.n, self.e, self.p, self.q = p * q, e, p, q
+        self.bits = self.n.bit_length()
+        if not 1024 <= self.bits <= MAX_KEY_BITS:
+            raise ValueError("an RSA key of %d bits; 1024 to %d are possible" % (self.bits, MAX_KEY_BITS))  # RFC 8301
+        if p == q or not p & q & e & 1 or not 3 <= e < 1 << 64 or min(p, q) < 1 << 256:
+            raise ValueError("not the numbers of an RSA key")
+        self.dp, self.dq, self.inverse = pow(e, -1, p - 1), pow(e, -1, q - 1), pow(q, -1, p)
+        self.sign(bytes(32))
+
+    @classmethod
+    def generate(cls, bits: int) -> "RSAKey":
+        """Return a new key; 2,048 bits take a second or so."""
+        while True:
+            p, q = random_prime(bits // 2), random_prime(bits - bits // 2)
+            if abs(p - q) >> (bits // 2 - 100):     # FIPS 186-5 section A.1.3; all but impossible
+                return cls(p, q)
+
+    @classmethod
+    def read(cls, numbers: DER) -> "RSAKey":
+        """Return the key in an RSAPrivateKey (RFC 8017 section A.1.2); ValueError."""
+        version, n, e, _, p, q = [numbers.integer() for _ in range(6)]
+        if version or p * q != n:
+            raise ValueError("not the numbers of an RSA key")
+        return cls(p, q, e)
+
+    def encode(self) -> bytes:
+        """Return the key as PKCS#8 (RFC 5958)."""
+        d = pow(self.e, -1, (self.p - 1) * (self.q - 1))
+        numbers = (0, self.n, self.e, d, self.p, self.q, self.dp, self.dq, self.inverse)
+        return der(SEQUENCE, der_integer(0), der(SEQUENCE, der(OID, RSA_OID), der(NULL)),
+                   der(OCTET_STRING, der(SEQUENCE, *map(der_integer, numbers))))
+
+    def public(self) -> bytes:
+        """Return what goes into the record's p= (RFC 6376 section 3.6.1): a SubjectPublicKeyInfo."""
+        key = der(SEQUENCE, der_integer(self.n), der_integer(self.e))
+        return der(SEQUENCE, der(SEQUENCE, der(OID, RSA_OID), der(NULL)), der(BIT_STRING, b"\0", key))
+
+    def sign(self, digest: bytes) -> bytes:
+        """Return the signature over a SHA-256 digest. ValueError when it is wrong: half of a wrong one tells the key."""
+        message = rsa_padded(digest, self.n)
+        blind = secrets.randbelow(self.n - 2) + 2   # the time it takes says nothing about the key
+        hidden = message * pow(blind, self.e, self.n) % self.n
+        by_p, by_q = pow(hidden, self.dp, self.p), pow(hidden, self.dq, self.q)
+        signed = (by_q + (by_p - by_q) * self.inverse % self.p * self.q) * pow(blind, -1, self.n) % self.n
+        if pow(signed, self.e, self.n) != message:
+            raise ValueError("not the numbers of an RSA key")
+        return signed.to_bytes((self.bits + 7) // 8, "big")
+
+
+def rsa_padded(digest: bytes, n: int) -> int:
+    """Return EMSA-PKCS1-v1_5 of a digest (RFC 8017 section 9.2)."""
+    size = (n.bit_length() + 7) // 8
+    return int.from_bytes(b"\0\1" + (b"\0" + RSAKey.PREFIX + digest).rjust(size - 2, b"\xff"), "big")
+
+
+def rsa_verifies(public: bytes, signature: bytes, digest: bytes) -> bool:
+    """Return whether a signature is that of the key in a SubjectPublicKeyInfo, or bare; ValueError when that is none."""
+    key = DER(public).inside(SEQUENCE)
+    if key.next_tag() == SEQUENCE:
+        if key.inside(SEQUENCE).take(OID) != RSA_OID:
+            raise ValueError("not an RSA key")
+        key = DER(key.take(BIT_STRING)[1:]).inside(SEQUENCE)
+    n, e = key.integer(), key.integer()
+    if n.bit_length() > MAX_KEY_BITS or e >= 1 << 64 or n < 1 << 512:
+        raise ValueError("an RSA key of %d bits" % n.bit_length())
+    return pow(int.from_bytes(signature, "big"), e, n) == rsa_padded(digest, n)
+
+
+def random_prime(bits: int) -> int:
+    """Return a random prime, its two topmost bits set, that fits an exponent of 65537."""
+    small = [n for n in range(3, 1000, 2) if all(n % divisor for divisor in range(3, 32, 2) if divisor < n)]
+    while True:
+        n = secrets.randbits(bits) | 3 << (bits - 2) | 1
+        if n % 65537 != 1 and all(n % prime for prime in small) and is_prime(n):
+            return n
+
+
+def is_prime(n: int, rounds: int = 20) -> bool:
+    """Return whether an odd number is a prime, wrong at most once in 4**rounds (Miller and Rabin)."""
+    odd, twos = n - 1, 0
+    while not odd & 1:
+        odd, twos = odd >> 1, twos + 1
+    for _ in range(rounds):
+        x = pow(secrets.randbelow(n - 3) + 2, odd, n)
+        if x in (1, n - 1):
+            continue
+        for _ in range(twos - 1):
+            x = x * x % n
+            if x == n - 1:
+                break
+        else:
+            return False
+    return True
+
+
+Point = Tuple[int, int, int, int]                   # X, Y, Z, T: x = X/Z, y = Y/Z, xy = T/Z (RFC 8032 section 5.1.4)
+CURVE_FIELD = 2 ** 255 - 19
+CURVE_ORDER = 2 ** 252 + 27742317777372353535851937790883648493
+CURVE = -121665 * pow(121666, CURVE_FIELD - 2, CURVE_FIELD) % CURVE_FIELD
+
+
+def curve_add(a: Point, b: Point) -> Point:
+    u, v = (a[1] - a[0]) * (b[1] - b[0]) % CURVE_FIELD, (a[1] + a[0]) * (b[1] + b[0]) % CURVE_FIELD
+    w, z = 2 * a[3] * b[3] * CURVE % CURVE_FIELD, 2 * a[2] * b[2] % CURVE_FIELD
+    e, f, g, h = v - u, z - w, z + w, v + u
+    return e * f % CURVE_FIELD, g * h % CURVE_FIELD, f * g % CURVE_FIELD, e * h % CURVE_FIELD
+
+
+def curve_multiply(number: int, point: Point) -> Point:
+    result: Point = (0, 1, 1, 0)
+    while number:
+        if number & 1:
+            result = curve_add(result, point)
+        point = curve_add(point, point)
+        number >>= 1
+    return result
+
+
+def curve_encode(point: Point) -> bytes:
+    scale = pow(point[2], CURVE_FIELD - 2, CURVE_FIELD)
+    x, y = point[0] * scale % CURVE_FIELD, point[1] * scale % CURVE_FIELD
+    return (y | (x & 1) << 255).to_bytes(32, "little")
+
+
+def curve_decode(data: bytes) -> Point:
+    """Return the point (RFC 8032 section 5.1.3); ValueError when there is none."""
+    y = int.from_bytes(data, "little")
+    sign, y = y >> 255, y & ((1 << 255) - 1)
+    square = (y * y - 1) * pow(CURVE * y * y + 1, CURVE_FIELD - 2, CURVE_FIELD) % CURVE_FIELD
+    x = pow(square, (CURVE_FIELD + 3) // 8, CURVE_FIELD)
+    if (x * x - square) % CURVE_FIELD:
+        x = x * pow(2, (CURVE_FIELD - 1) // 4, CURVE_FIELD) % CURVE_FIELD
+    if len(data) != 32 or y >= CURVE_FIELD or (x * x - square) % CURVE_FIELD or (sign and not x):
+        raise ValueError("not a point of the curve")
+    x = CURVE_FIELD - x if x & 1 != sign else x
+    return x, y, 1, x * y % CURVE_FIELD
+
+
+BASE = curve_decode(bytes([0x58]) + bytes([0x66]) * 31)
+
+
+class Ed25519Key:
+    """An Ed25519 key pair (RFC 8032 section 5.1)."""
+
+    kind, algorithm, bits = "ed25519", "ed25519-sha256", 256
+
+    def __init__(self, seed: bytes) -> None:
+        if len(seed) != 32:
+            raise ValueError("an Ed25519 key of %d bytes" % len(seed))
+        self.seed = seed
+        digest = hashlib.sha512(seed).digest()
+        self.scalar = int.from_bytes(digest[:32], "little") & ((1 << 254) - 8) | 1 << 254
+        self.prefix = digest[32:]
+        self._public = curve_encode(curve_multiply(self.scalar, BASE))
+
+    @classmethod
+    def generate(cls, bits: int) -> "Ed25519Key":
+        return cls(secrets.token_bytes(32))
+
+    def encode(self) -> bytes:
+        """Return the key as PKCS#8 (RFC 8410 section 7)."""
+        return der(SEQUENCE, der_integer(0), der(SEQUENCE, der(OID, ED25519_OID)),
+                   der(OCTET_STRING, der(OCTET_STRING, self.seed)))
+
+    def public(self) -> bytes:
+        """Return what goes into the record's p= (RFC 8463 section 4): the bare 32 bytes."""
+        return self._public
+
+    def sign(self, digest: bytes) -> bytes:
+        """Return the signature over a SHA-256 digest (RFC 8463 section 3)."""
+        r = number_of(self.prefix, digest)
+        point = curve_encode(curve_multiply(r, BASE))
+        s = (r + number_of(point, self._public, digest) * self.scalar) % CURVE_ORDER
+        return point + s.to_bytes(32, "little")
+
+
+def number_of(*parts: bytes) -> int:
+    return int.from_bytes(hashlib.sha512(b"".join(parts)).digest(), "little") % CURVE_ORDER
+
+
+def ed25519_verifies(public: bytes, signature: bytes, digest: bytes) -> bool:
+    """Return whether a signature is that of a public key (RFC 8032 section 5.1.7); ValueError when that is none."""
+    key = curve_decode(public)
+    s = int.from_bytes(signature[32:], "little")
+    right = curve_add(curve_decode(signature[:32]), curve_multiply(number_of(signature[:32], public, digest), key))
+    return len(signature) == 64 and s < CURVE_ORDER and curve_encode(curve_multiply(s, BASE)) == curve_encode(right)
+
+
+SigningKey = Union[RSAKey, Ed25519Key]
+
+
+def read_key(text: bytes) -> SigningKey:
+    """Return the private key in a PEM file as OpenSSL and OpenDKIM write it, PKCS#1 or PKCS#8; ValueError says why not."""
+    if b"ENCRYPTED" in text:
+        raise ValueError("the key has a passphrase: take it off, as with `openssl pkey -in FILE -out FILE2`")
+    for label, data in unpem(text, b"RSA PRIVATE KEY", b"PRIVATE KEY"):
+        outer = DER(data).inside(SEQUENCE)
+        if label == b"RSA PRIVATE KEY":
+            return RSAKey.read(outer)
+        outer.integer()
+        kind = outer.inside(SEQUENCE).take(OID)
+        inner = outer.inside(OCTET_STRING)
+        if kind == RSA_OID:
+            return RSAKey.read(inner.inside(SEQUENCE))
+        if kind == ED25519_OID:
+            return Ed25519Key(inner.take(OCTET_STRING))
+        raise ValueError("neither an RSA nor an Ed25519 key")
+    raise ValueError("no private key in PEM form")
+
+
+class Certificate(NamedTuple):
+    """What `check` wants to know of a certificate."""
+    names: List[str]                                # of hosts, in lower case, maybe with a leading *.
+    not_after: float                                # seconds since 1970
+
+
+def read_certificate(text: bytes) -> Certificate:
+    """Return names and end of the first certificate in a PEM file (RFC 5280 section 4.1); ValueError."""
+    for _, data in unpem(text, b"CERTIFICATE"):
+        fields = DER(data).inside(SEQUENCE).inside(SEQUENCE)
+        if fields.next_tag() == 0xA0:               # version
+            fields.take()
+        fields.take(INTEGER)
+        fields.take(SEQUENCE), fields.take(SEQUENCE)    # algorithm, issuer
+        validity = fields.inside(SEQUENCE)
+        validity.take()
+        form = "%y%m%d%H%M%SZ" if validity.next_tag() == 0x17 else "%Y%m%d%H%M%SZ"
+        import calendar
+        end = calendar.timegm(time.strptime(validity.take().decode("ascii"), form))
+        return Certificate(certificate_names(fields), end)
+    raise ValueError("no certificate in PEM form")
+
+
+def certificate_names(fields: DER) -> List[str]:
+    """Return the DNS names among what follows the validity; ValueError."""
+    while fields.next_tag() not in (0xA3, -1):
+        fields.take()
+    extensions = fields.inside(0xA3).inside(SEQUENCE) if fields.next_tag() == 0xA3 else DER(b"")
+    names = []
+    while extensions.next_tag() == SEQUENCE:
+        extension = extensions.inside(SEQUENCE)
+        if extension.take(OID) != SAN_OID:
+            continue
+        if extension.next_tag() == BOOLEAN:
+            extension.take()
+        alternatives = extension.inside(OCTET_STRING).inside(SEQUENCE)
+        while alternatives.next_tag() >= 0:
+            is_name = alternatives.next_tag() == 0x82
+            name = alternatives.take()
+            if is_name:
+                names.append(name.decode("ascii", "replace").lower())
+    return names
+
+
+# DKIM (RFC 6376): the signature of a message whose content comes in blocks.
+
+OVERSIGNED = ("from", "sender", "reply-to", "subject", "date", "message-id", "to", "cc", "in-reply-to", "references",
+              "mime-version", "content-type", "content-transfer-encoding")
+SIGNED = ("resent-date", "resent-from", "resent-to", "resent-cc", "resent-message-id", "list-id", "list-help",
+          "list-unsubscribe", "list-unsubscribe-post", "list-subscribe", "list-post", "list-owner", "list-archive")
+Fields = List[Tuple[str, bytes]]
+
+
+class BodyHash:
+    """The SHA-256 of a body in relaxed canonicalization (RFC 6376 section 3.4.4), block by block, whatever the blocks."""
+
+    BLANKS = re.compile(rb"[ \t]{2,}|\t")
+
+    def __init__(self) -> None:
+        self._hash = hashlib.sha256()
+        self._rest = b""                            # a blank or CR at the end: what it is depends on what follows
+        self._newlines = 0                          # line ends that count only when something follows
+        self._empty = True
+
+    def update(self, block: bytes) -> None:
+        data = self.BLANKS.sub(b" ", self._rest + block).replace(b" \r\n", b"\r\n")
+        text = data[:-1] if data.endswith(b"\r") else data
+        text = text[:-1] if text.endswith(b" ") else text
+        self._rest = data[len(text):]
+        content = text.rstrip(b"\r\n")
+        ends = text[len(content):]
+        whole = len(re.match(rb"(?:\n\r)*", ends[::-1]).group())    # type: ignore[union-attr]
+        self._add(text[:len(text) - whole])
+        self._newlines += whole // 2
+
+    def _add(self, content: bytes) -> None:
+        if not content:
+            return
+        while self._newlines:
+            count = min(self._newlines, BLOCK)
+            self._hash.update(b"\r\n" * count)
+            self._newlines -= count
+        self._hash.update(content)
+        self._empty = False
+
+    def digest(self) -> bytes:
+        """Return the hash of all; a body that is not empty ends in one line end, the empty one is nothing."""
+        self._add(self._rest.rstrip(b" "))
+        self._rest, self._newlines = b"", 0
+        if not self._empty:
+            self._hash.update(b"\r\n")
+        return self._hash.digest()
+
+
+def header_fields(head: bytes) -> Fields:
+    """Return (lower-case name, field without its last line end) of each; only CRLF ends a line, as for who verifies."""
+    fields = re.split(rb"\r\n(?![ \t])", head)
+    return [(field.partition(b":")[0].rstrip(b" \t").decode("ascii", "replace").lower(), field) for field in fields if field]
+
+
+def relaxed(field: bytes) -> bytes:
+    """Return a field in relaxed canonicalization, without a line end (RFC 6376 section 3.4.2)."""
+    name, _, value = field.partition(b":")
+    value = re.sub(rb"[ \t]+", b" ", value.replace(b"\r\n", b""))
+    return name.rstrip(b" \t").lower() + b":" + value.strip(b" ")
+
+
+def signed_names(fields: Fields) -> List[str]:
+    """Return h=: RFC 6376 section 5.4.1's list, each name once more than it is there, so that nobody adds another (8.15).
+
+    What a mailing list adds when it passes mail on unchanged is signed only if it is there already.
+    """
+    counts = collections.Counter(name for name, _ in fields)
+    return [name for name in OVERSIGNED + SIGNED if counts[name] or name in OVERSIGNED for _ in range(counts[name] + 1)]
+
+
+def fold_list(words: Sequence[str], separator: str) -> str:
+    """Return words joined, on lines of decent length: blanks may stand beside the separator."""
+    lines = [""]
+    for word in words:
+        if len(lines[-1]) + len(word) > 70:
+            lines.append("")
+        lines[-1] += word + separator
+    return "\r\n\t ".join(lines)[:-len(separator)] if words else ""
+
+
+def dkim_signature(key: SigningKey, domain: str, selector: str, fields: Fields, body: bytes, now: float) -> bytes:
+    """Return a DKIM-Signature header for a message with these fields and this body hash."""
+    names = signed_names(fields)
+    bare = "DKIM-Signature: v=1; a=%s; c=relaxed/relaxed; d=%s;\r\n\ts=%s; t=%d;\r\n\th=%s;\r\n\tbh=%s;\r\n\tb=" % (
+        key.algorithm, domain, selector, now, fold_list(names, ":"), base64.b64encode(body).decode())
+    left: Dict[str, List[bytes]] = {}
+    for name, field in fields:
+        left.setdefault(name, []).append(field)
+    hashed = hashlib.sha256()
+    for name in names:
+        if left.get(name):                          # several of a name: from the bottom up (RFC 6376 section 5.4.2)
+            hashed.update(relaxed(left[name].pop()) + b"\r\n")
+    hashed.update(relaxed(bare.encode()))
+    text = base64.b64encode(key.sign(hashed.digest())).decode()
+    return (bare + "\r\n\t ".join(text[i:i + 72] for i in range(0, len(text), 72)) + "\r\n").encode()
+
+
+def sign_content(blocks: Iterable[bytes], choose: Callable[[Fields], Sequence[Tuple[str, str, SigningKey]]],
+                 now: float) -> bytes:
+    """Return the DKIM-Signature headers of a message; `choose` names (domain, selector, key) for its header fields.
+
+    Memory stays flat: of the content only the header is held, and one that is too long gets no signature.
+    """
+    source = iter(blocks)
+    start: List[bytes] = []
+    tail, size = b"", 0                             # where the blank line may be cut in two
+    for block in source:
+        start.append(block)
+        size += len(block)
+        if b"\r\n\r\n" in tail + block or size > MAX_SIGNED_HEADER:
+            break
+        tail = (tail + block)[-3:]
+    head, blank, body = b"".join(start).partition(b"\r\n\r\n")
+    fields = header_fields(head)
+    if len(head) > MAX_SIGNED_HEADER or len(fields) > MAX_SIGNED_FIELDS:
+        return b""
+    keys = choose(fields)
+    if not keys:
+        return b""
+    hashed = BodyHash()
+    hashed.update(body)
+    for block in source:
+        hashed.update(block)
+    digest = hashed.digest()
+    return b"".join(dkim_signature(key, domain, selector, fields, digest, now) for domain, selector, key in keys)
+
+
+def author_domains(fields: Fields) -> List[str]:
+    """Return the domains of the addresses in From, lower case as A-labels; of what is no address, none."""
+    value = b" ".join(field.partition(b":")[2] for name, field in fields if name == "from")[:MAX_COMMAND]
+    kept: List[str] = []
+    depth, quoted, escaped = 0, False, False
+    for c in value.decode("utf-8", "replace"):      # without comments and quoted names
+        if escaped or (c == "\\" and (depth or quoted)):
+            escaped = not escaped
+        elif c == '"' and not depth:
+            quoted = not quoted
+        elif c in "()" and not quoted:
+            depth = max(0, depth + (1 if c == "(" else -1))
+        elif not depth and not quoted:
+            kept.append(c)
+    text = "".join(kept)
+    found = re.findall(r"<[^<>@]*@([^<>@]*)>", text) or re.findall(r"@([^<>@,;:\s]*)", text)
+    domains = []
+    for domain in map(str.strip, found):
+        with contextlib.suppress(ValueError):
+            domains.append(ascii_domain(domain))
+    return domains
+
+
+def parse_tags(text: str) -> Dict[str, str]:
+    """Return the tags of a DKIM, DMARC or TLSRPT record (RFC 6376 section 3.2); of what is no tag, none."""
+    tags: Dict[str, str] = {}
+    for part in text.split(";"):
+        name, equals, value = part.partition("=")
+        if equals:
+            tags.setdefault(name.strip(), value.strip())
+    return tags
+
+
+def key_record(key: SigningKey) -> str:
+    """Return the text of the TXT record for a key (RFC 6376 section 3.6.1, RFC 8463 section 4)."""
+    return "v=DKIM1; k=%s; p=%s" % (key.kind, base64.b64encode(key.public()).decode())
+
+
+def record_misfit(text: str, key: SigningKey) -> str:
+    """Return why signatures of a key do not verify with a published record; "" when they do."""
+    tags = parse_tags(text)
+    if tags.get("v", "DKIM1") != "DKIM1":
+        return "v= is not DKIM1"
+    if not tags.get("p"):
+        return "the key was revoked: p= is empty" if "p" in tags else "no key in it: there is no p="
+    if tags.get("k", "rsa") != key.kind:
+        return "it is for another kind of key: k=%s" % printable(tags.get("k", "rsa"), 20)
+    if "sha256" not in tags.get("h", "sha256").replace(" ", "").split(":"):
+        return "h= does not allow sha256"
+    if not {"*", "email"} & set(tags.get("s", "*").replace(" ", "").split(":")):
+        return "s= does not allow e-mail"
+    digest = hashlib.sha256(b"test").digest()
+    try:
+        public = base64.b64decode("".join(tags["p"].split()), validate=True)
+        verifies = (rsa_verifies if key.kind == "rsa" else ed25519_verifies)(public, key.sign(digest), digest)
+    except ValueError as error:
+        return "p= is broken: %s" % error
+    return "" if verifies else "it holds another key"
+
+
+def zone_record(name: str, text: str) -> str:
+    """Return a TXT record as zone files want it: in strings of at most 255 bytes (RFC 1035 section 3.3)."""
+    strings = [text[start:start + 250] for start in range(0, len(text), 250)] or [""]
+    quoted = ['"%s"' % re.sub(r'([\\"])', r"\\\1", string) for string in strings]
+    return "%s. IN TXT %s" % (name, quoted[0] if len(quoted) == 1 else "(\n\t%s )" % "\n\t".join(quoted))
+
+
+class Keyring:
+    """The keys of our domains: those of --dkim, else what `dkim` left in DATA/dkim/DOMAIN/SELECTOR.pem.
+
+    A file is read again when it changed; one that cannot be used is complained of once, and the last good key stays: also
+    when only root could read it, and we no longer are (--run-as).
+    """
+
+    _read: Dict[str, Tuple[Any, Optional[SigningKey]]] = {}     # of this process: (stamp, or what is wrong with it; key)
+
+    def __init__(self, config: Config, hostname: str = "") -> None:
+        self.config = config
+        self.hostname = hostname
+        self.root = os.path.join(os.path.abspath(config.data), "dkim")
+
+    def file(self, domain: str, selector: str) -> str:
+        return os.path.join(self.root, encode_name(ascii_domain(domain)), encode_name(selector) + ".pem")
+
+    def files(self, domain: str) -> List[Tuple[str, str]]:
+        """Return (selector, file) of each key for a domain of ours."""
+        given = [(selector, file) for own, selector, file in self.config.dkim if own in ("", domain)]
+        directory = os.path.join(self.root, encode_name(ascii_domain(domain)))
+        made = [] if given else [(decode_name(name[:-4]), os.path.join(directory, name))
+                                 for name in sorted(list_directory(directory)) if name.endswith(".pem")]
+        return (given or made)[:MAX_SIGNATURES]
+
+    def load(self, file: str) -> SigningKey:
+        """Return the key in a file; OSError, ValueError."""
+        info = os.stat(file)
+        stamp = info.st_mtime_ns, info.st_size, info.st_ino
+        known = self._read.get(file)
+        if known and known[0] == stamp and known[1]:
+            return known[1]
+        with open(file, "rb") as opened:
+            key = read_key(opened.read(MAX_KEY_FILE + 1))
+        self._read[file] = stamp, key
+        return key
+
+    def keys(self, domain: str) -> List[Tuple[str, str, SigningKey]]:
+        """Return (domain, selector, key) of each key for a domain of ours that can be used."""
+        found = []
+        for selector, file in self.files(domain):
+            try:
+                key: Optional[SigningKey] = self.load(file)
+            except (OSError, ValueError) as error:
+                known = self._read.get(file)
+                key = known[1] if known else None
+                if known is None or known[0] != str(error):
+                    self._read[file] = str(error), key
+                    log.warning("cannot use the key %s: %s", file, error)
+            if key:
+                found.append((ascii_domain(domain), selector, key))
+        return found
+
+    def check(self) -> None:
+        """Raise CannotRun when a file of --dkim cannot be used."""
+        for _, _, file in self.config.dkim:
+            try:
+                self.load(file)
+            except (OSError, ValueError) as error:
+                raise CannotRun("--dkim: cannot use %s: %s" % (file, getattr(error, "strerror", None) or error)) from None
+
+    def signing_domain(self, authors: Sequence[str], sender: str, trusted: bool) -> str:
+        """Return which of our domains answers for a message: From's, else the reverse-path's; "" for none.
+
+        Strangers' mail that an alias sends on is ours to sign by its rewritten reverse-path only, and not when that
+        would vouch for a From near our own domains (the alignment of RFC 7489 section 3.1): anybody can write that.
+        """
+        ours = {ascii_domain(domain): domain for domain in self.config.domain}
+        home = next((domain for domain in ours if covers("." + domain, self.hostname)), next(iter(ours), ""))
+        ours.setdefault(self.hostname, home)        # bounces are from there
+        by_author = next((ours[domain] for domain in authors if domain in ours), "")
+        by_sender = ours.get(sender, "")
+        if trusted:
+            return by_author or by_sender
+        near = [author for author in authors for domain in ours if author.split(".")[-2:] == domain.split(".")[-2:]]
+        return "" if near or not authors else by_sender
+
+    def sign(self, blocks: Iterable[bytes], sender: str, trusted: bool, now: float) -> bytes:
+        """Return the DKIM-Signature headers for a message that leaves; b"" when it is not ours to sign."""
+        if not any(map(self.files, self.config.domain)):
+            return b""
+
+        def choose(fields: Fields) -> List[Tuple[str, str, SigningKey]]:
+            path = sender.rpartition("@")[2]
+            with contextlib.suppress(ValueError):
+                path = ascii_domain(path)
+            domain = self.signing_domain(author_domains(fields), path, trusted)
+            return self.keys(domain) if domain else []
+        return sign_content(blocks, choose, now)
+
+
+def dkim_command(config: Config, arguments: List[str]) -> int:
+    """Make a key that signs a domain's mail, or show those there are, as the DNS records to publish."""
+    parser = Parser(prog="minimail.py dkim", description=dkim_command.__doc__)
+    parser.add_argument("domain", metavar="DOMAIN")
+    parser.add_argument("selector", nargs="?", metavar="SELECTOR", help="name of the key (default: mail)")
+    parser.add_argument("--type", choices=["rsa", "ed25519"], default="rsa", help="default: rsa")
+    parser.add_argument("--bits", type=int, choices=[1024, 2048, 3072, 4096], default=2048, help="of an RSA key")
+    given = parser.parse_args(arguments)
+    try:
+        domain, selector = ascii_domain(parse_domain(given.domain)), (given.selector or "mail").lower()
+        if not is_domain(selector) or not selector.isascii():
+            raise ValueError("expected a selector, as mail or 2026a")
+    except ValueError as error:
+        raise UsageError("dkim: %s" % error) from None
+    keyring = Keyring(config)
+    if given.selector or not keyring.files(domain):
+        make_key(config, keyring.file(domain, selector), given.type, given.bits)
+    for name, file in keyring.files(domain):
+        if given.selector in (None, name):
+            try:
+                print(show_key(name + "._domainkey." + domain, keyring.load(file)))
+            except ValueError as error:
+                raise CannotRun("%s: %s" % (file, error)) from None
+    return 0
+
+
+def make_key(config: Config, file: str, kind: str, bits: int) -> None:
+    """Put a new key into a file, durably, 0600; one that is there stays. OSError."""
+    storage = Storage(config.data, not config.no_sync)
+    storage.make_directory(os.path.dirname(file))
+    if not os.path.exists(file):
+        key: SigningKey = Ed25519Key.generate(bits) if kind == "ed25519" else RSAKey.generate(bits)
+        storage.write(file, pem("PRIVATE KEY", key.encode()))
+        print("; a new key, in %s" % file)
+
+
+def show_key(name: str, key: SigningKey) -> str:
+    text = key_record(key)
+    return "%s\n; where a form asks for it as one text, at %s:\n; %s" % (zone_record(name, text), name, text)
+
+
+# SRS: the Sender Rewriting Scheme, as libsrs2 and postsrsd have it. A forward's reverse-path becomes one of ours, so that SPF
+# holds at the next host, and what comes back to it finds its way.
+
+SRS_DIGITS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ234567"
+SRS_SEPARATORS = "=+-"
+
+
+def srs_hash(secret: str, *parts: str) -> str:
+    text = "".join(parts).encode("utf-8").lower()   # mail hosts may change the case
+    return base64.b64encode(hmac.new(secret.encode(), text, hashlib.sha1).digest()).decode()[:4]
+
+
+def srs_day(now: float) -> str:
+    day = int(now // 86400) % 1024
+    return SRS_DIGITS[day >> 5] + SRS_DIGITS[day & 31]
+
+
+def srs_forward(sender: Address, domain: str, secret: str, now: float) -> Address:
+    """Return the reverse-path, at our domain, under which mail from `sender` is sent on."""
+    tag, separator = sender.local[:4].upper(), sender.local[4:5]
+    if tag == "SRS0" and separator in SRS_SEPARATORS and separator:
+        host, rest = sender.domain, sender.local[4:]
+        return Address("SRS1=%s=%s=%s" % (srs_hash(secret, host, rest), host, rest), domain)
+    if tag == "SRS1" and sender.local[4:].count("=") >= 3 and separator in SRS_SEPARATORS:
+        _, host, rest = sender.local[5:].split("=", 2)
+        return Address("SRS1=%s=%s=%s" % (srs_hash(secret, host, rest), host, rest), domain)
+    day = srs_day(now)
+    return Address("SRS0=%s=%s=%s=%s" % (srs_hash(secret, day, sender.domain, sender.local), day, sender.domain, sender.local),
+                   domain)
+
+
+def srs_reverse(local: str, keys: Sequence[str], now: float) -> Optional[Address]:
+    """Return where mail to a local part of the kind goes back to; None for any other; Refused when it is forged or late."""
+    tag, separator, rest = local[:4].upper(), local[4:5], local[5:]
+    if tag not in ("SRS0", "SRS1") or not separator or separator not in SRS_SEPARATORS:
+        return None
+    parts = rest.split("=", 3 if tag == "SRS0" else 2)
+    if len(parts) != (4 if tag == "SRS0" else 3) or not all(parts) or not is_domain(parts[-2]):
+        raise Refused(550, "5.1.1", "not an address that this node made")
+    signed = parts[1:]
+    if not any(hmac.compare_digest(srs_hash(key, *signed).lower().encode(), parts[0].lower().encode()) for key in keys):
+        raise Refused(550, "5.1.1", "not an address that this node made")
+    if tag == "SRS1":
+        return Address("SRS0" + parts[2], parts[1])
+    if not is_recent(parts[1], now):
+        raise Refused(550, "5.1.1", "too late: mail could come back to this address for %d days" % SRS_DAYS)
+    return Address(parts[3], parts[2])
+
+
+def is_recent(day: str, now: float) -> bool:
+    """Return whether an SRS day is one of the last; they come round after 1,024."""
+    digits = [SRS_DIGITS.find(c) for c in day.upper()]
+    return len(digits) == 2 and min(digits) >= 0 and (int(now // 86400) - digits[0] * 32 - digits[1]) % 1024 <= SRS_DAYS
+
+
+class SRS:
+    """Rewrites reverse-paths with the secrets in DATA/srs, made when first needed; the first one signs, all are good."""
+
+    def __init__(self, config: Config, storage: Storage, clock: Callable[[], float] = time.time) -> None:
+        self.domains = [lower(domain) for domain in config.domain]
+        self.storage = storage
+        self.path = os.path.join(storage.root, "srs")
+        self.clock = clock
+        self._secrets = Reloaded(self.path, lambda lines, complain: [line for _, line in lines])
+
+    def secrets(self) -> List[str]:
+        found: List[str] = self._secrets.get()
+        if not found:
+            self._make_secret()
+            found = self._secrets.get(fresh=True)
+        return found
+
+    def _make_secret(self) -> None:
+        """Make the file, which another process may be doing, too: the first one counts. OSError."""
+        self.storage.make_directory(self.storage.root)
+        draft = self.path + "." + secrets.token_hex(4)
+        self.storage.write(draft, secrets.token_urlsafe(24).encode() + b"\n")
+        with contextlib.suppress(FileExistsError):
+            os.link(draft, self.path)
+        os.unlink(draft)
+        self.storage.sync_directory(self.storage.root)
+
+    def forward(self, sender: str) -> str:
+        """Return the reverse-path for mail that an alias sends on: ours and the null one stay. OSError."""
+        if not sender:
+            return sender
+        address = parse_address(sender)
+        if lower(address.domain) in self.domains or not address.domain or domain_literal(address.domain):
+            return sender
+        return str(srs_forward(address, self.domains[0], self.secrets()[0], self.clock()))
+
+    def reverse(self, address: Address) -> Optional[Address]:
+        """Return where mail to an address of ours goes back to; None when it is none of the kind; Refused."""
+        if lower(address.domain) not in self.domains or address.local[:3].upper() != "SRS":
+            return None
+        return srs_reverse(address.local, self.secrets(), self.clock())
+
+
+# MTA-STS (RFC 8461): what others publish about TLS to their exchangers.
+
+class STSPolicy(NamedTuple):
+    """A domain's policy, and when we got it."""
+    id: str
+    mode: str                                       # enforce, testing, none
+    mx: List[str]
+    max_age: int                                    # seconds
+    fetched_at: float = 0.0
+
+    def allows(self, host: str) -> bool:
+        """Return whether an exchanger is one of the policy's (RFC 8461 section 4.1): a * stands for one label."""
+        host = host.lower().rstrip(".")
+        return host in self.mx or "*." + host.partition(".")[2] in self.mx
+
+
+def parse_sts_record(texts: Sequence[str]) -> str:
+    """Return the id= of a domain's _mta-sts record; "" when there is none, or not just one (RFC 8461 section 3.1)."""
+    found = [text for text in texts if re.match(r"v=STSv1[ \t]*;", text)]
+    id = parse_tags(found[0]).get("id", "") if len(found) == 1 else ""
+    return id if re.fullmatch(r"[A-Za-z0-9]{1,32}", id) else ""
+
+
+def parse_sts_policy(text: bytes, id: str, now: float) -> STSPolicy:
+    """Return the policy in a file (RFC 8461 section 3.2); ValueError."""
+    values: Dict[str, List[str]] = {}
+    for line in text[:MAX_STS_POLICY].decode("utf-8", "replace").splitlines():
+        name, _, value = line.partition(":")
+        values.setdefault(name.strip(), []).append(value.strip())
+    mode, age = (values.get(name, [""])[0] for name in ("mode", "max_age"))
+    mx = [pattern.lower().rstrip(".") for pattern in values.get("mx", [])]
+    if values.get("version", [""])[0] != "STSv1":
+        raise ValueError("its version is not STSv1")
+    if mode not in ("enforce", "testing", "none"):
+        raise ValueError("its mode is none of enforce, testing, none")
+    if not re.fullmatch(r"[0-9]{1,10}", age):
+        raise ValueError("its max_age is no number of seconds")
+    if mode != "none" and not mx:
+        raise ValueError("it names no mx")
+    if not all(pattern.isascii() and is_domain(pattern[2:] if pattern.startswith("*.") else pattern) for pattern in mx):
+        raise ValueError("its mx is no host")
+    return STSPolicy(id, mode, mx[:MAX_STS_HOSTS], min(int(age), 31557600), now)
+
+
+def parse_http_answer(data: bytes, limit: int) -> Tuple[int, Dict[str, str], bytes]:
+    """Return (status, headers, body so far) of an HTTP answer; ValueError for what is none or too long."""
+    head, blank, body = data.partition(b"\r\n\r\n")
+    lines = head.decode("latin-1").split("\r\n")
+    match = re.match(r"HTTP/1\.[01] (\d{3})(?: |$)", lines[0])
+    headers = {name.strip().lower(): value.strip() for name, _, value in (line.partition(":") for line in lines[1:])}
+    if not blank or not match or len(head) > 1 << 14:
+        raise ValueError("not an HTTP answer")
+    if len(body) > limit:
+        raise ValueError("longer than %d bytes" % limit)
+    return int(match.group(1)), headers, body
+
+
+class STS:
+    """The policies of others, kept in DATA/mta-sts until they are too old (RFC 8461 section 3.3)."""
+
+    def __init__(self, root: str, resolver: Any, write: Callable[[str, bytes], None],
+                 clock: Callable[[], float] = time.time, port: int = 443) -> None:
+        self.root = os.path.join(root, "mta-sts")
+        self.resolver = resolver
+        self.write = write                          # puts a file in place
+        self.clock = clock
+        self.port = port
+        self._failed: Dict[str, float] = {}         # until when not to ask again
+
+    def policy(self, domain: str) -> Optional[STSPolicy]:
+        """Return the policy that holds for mail to a domain now; None when there is none, or its mode is none.
+
+        What was once fetched holds until max_age, also when the record is gone or nothing can be fetched (section 5.1):
+        who can make them vanish must not win by it.
+        """
+        now = self.clock()
+        known = self.kept(domain)
+        try:
+            id = parse_sts_record(self.resolver.lookup("_mta-sts." + domain, TXT))
+        except DNSError:
+            id = ""
+        fresh = known and known.id == id and now - known.fetched_at < STS_REFRESH
+        if id and not fresh and self._failed.get(domain, 0.0) <= now:
+            try:
+                known = self.fetch(domain, id)
+                self.keep(domain, known)
+            except (OSError, ValueError, DNSError, CannotRun) as error:
+                if len(self._failed) > 10000:
+                    self._failed = {}
+                self._failed[domain] = now + STS_RETRY      # section 3.3: not for each message
+                event("sts-failed", domain=domain, reason=printable(str(error), 200))
+        return known if known and known.mode != "none" else None
+
+    def kept(self, domain: str) -> Optional[STSPolicy]:
+        """Return the policy that was kept, if it is not too old."""
+        try:
+            with open(os.path.join(self.root, encode_name(domain)), "rb") as file:
+                policy = STSPolicy(**json.loads(file.read(4 * MAX_STS_POLICY)))
+            return policy if 0 <= self.clock() - policy.fetched_at <= policy.max_age else None
+        except (OSError, ValueError, TypeError):
+            return None
+
+    def keep(self, domain: str, policy: STSPolicy) -> None:
+        """Keep a policy over restarts; when that fails it holds for this time only."""
+        try:
+            if os.path.isdir(os.path.dirname(self.root)):
+                os.makedirs(self.root, 0o700, exist_ok=True)
+            self.write(os.path.join(self.root, encode_name(domain)), json.dumps(policy._asdict()).encode())
+        except OSError as error:
+            log.warning("cannot keep the MTA-STS policy of %s: %s", domain, error)
+
+    def fetch(self, domain: str, id: str) -> STSPolicy:
+        """Fetch a policy: HTTPS, verified, no redirects, bounded size and time. OSError, ValueError, DNSError, CannotRun."""
+        try:
+            import ssl
+        except ImportError:
+            raise CannotRun("this Python has no ssl module") from None
+        host = "mta-sts." + domain
+        deadline = time.monotonic() + STS_TIMEOUT
+        failure: Optional[OSError] = None
+        for address, _ in self.resolver.addresses(host)[:MAX_EXCHANGERS]:
+            try:
+                context = ssl.create_default_context()
+                with socket.create_connection((address, self.port), timeout=STS_TIMEOUT / 3) as plain, \
+                        context.wrap_socket(plain, server_hostname=host, suppress_ragged_eofs=False) as sock:
+                    return parse_sts_policy(self._get(sock, host, deadline), id, self.clock())
+            except OSError as error:
+                failure = error
+        raise failure or OSError(errno.EHOSTUNREACH, host + " has no address")
+
+    @staticmethod
+    def _get(sock: "ssl.SSLSocket", host: str, deadline: float) -> bytes:
+        """Ask for the policy file and return it; OSError, ValueError. As HTTP/1.0: nothing comes in chunks."""
+        sock.sendall(("GET /.well-known/mta-sts.txt HTTP/1.0\r\nHost: %s\r\nUser-Agent: minimail/%s\r\n"
+                      "Connection: close\r\n\r\n" % (host, __version__)).encode())
+        data, wanted = bytearray(), 2 * MAX_STS_POLICY
+        while len(data) < wanted:
+            sock.settimeout(max(0.001, deadline - time.monotonic()))
+            block = sock.recv(BLOCK)
+            if not block:
+                break
+            at = max(0, len(data) - 3)
+            data.extend(block)
+            end = data.find(b"\r\n\r\n", at) if wanted == 2 * MAX_STS_POLICY else -1
+            length = parse_http_answer(bytes(data), 2 * MAX_STS_POLICY)[1].get("content-length", "") if end >= 0 else ""
+            if length.isdecimal() and len(length) < 10:
+                wanted = min(wanted - 1, end + 4 + int(length))
+        status, headers, body = parse_http_answer(bytes(data), MAX_STS_POLICY)
+        if int(headers.get("content-length", len(body))) != len(body):
+            raise ValueError("%s sent %d bytes and said another number" % (host, len(body)))
+        if status != 200 or "transfer-encoding" in headers:
+            raise ValueError("%s answered with status %d" % (host, status))     # section 3.3: no redirects
+        return body
+
+
+# SPF (RFC 7208), as others read ours: pure but for `lookup(name, type) -> texts`, which raises DNSError.
+
+SPF_TERM = re.compile(r"([+?~-]?)([A-Za-z][A-Za-z0-9_.-]*)(.*)", re.DOTALL)
+SPF_MACRO = re.compile(r"%(?:([%_-])|\{([slodiphvSLODIPHV])([0-9]{0,3})([rR]?)([.+,/_=-]*)\})")
+SPF_RESULTS = {"+": "pass", "-": "fail", "~": "softfail", "?": "neutral"}
+
+
+class SPFError(Exception):
+    """The record cannot be evaluated; `result` is permerror or temperror."""
+
+    def __init__(self, result: str, text: str) -> None:
+        super().__init__(text)
+        self.result = result
+
+
+class SPFTerm(NamedTuple):
+    """A mechanism or modifier of a record."""
+    result: str                                     # when it matches
+    name: str
+    value: str                                      # behind : or =, a domain maybe with macros
+    size4: int                                      # prefix lengths to compare by
+    size6: int
+
+
+def parse_spf(text: str) -> List[SPFTerm]:
+    """Return the terms of a record behind its version (RFC 7208 section 4.6.1); SPFError."""
+    terms = []
+    for word in text.split(" ")[1:]:
+        if word:
+            terms.append(parse_spf_term(word))
+    for name in "redirect", "exp":
+        if sum(term.name == name + "=" for term in terms) > 1:
+            raise SPFError("permerror", "more than one %s=" % name)
+    return terms
+
+
+def parse_spf_term(word: str) -> SPFTerm:
+    """Return one term, its name with a = behind when it is a modifier; SPFError."""
+    wrong = SPFError("permerror", "wrong term: " + printable(word, 80))
+    match = SPF_TERM.fullmatch(word)
+    if not match or not word.isascii():
+        raise wrong
+    sign, name, rest = match.groups()
+    name = name.lower()
+    if rest.startswith("="):
+        if sign or (name in ("redirect", "exp") and len(rest) < 2):
+            raise wrong
+        spf_check_macros(rest)
+        return SPFTerm("", name + "=", rest[1:], 0, 0)
+    result = SPF_RESULTS[sign or "+"]
+    if name in ("ip4", "ip6"):
+        address, _, size = rest[1:].partition("/")
+        limit = 32 if name == "ip4" else 128
+        try:
+            parsed = (ipaddress.IPv4Address if name == "ip4" else ipaddress.IPv6Address)(address)
+            sizes = prefix_length(size, limit) if "/" in rest else limit
+        except ValueError:
+            raise wrong from None
+        if not rest.startswith(":"):
+            raise wrong
+        return SPFTerm(result, name, str(parsed), sizes, sizes)
+    value, size4, size6 = rest, 32, 128
+    if name in ("a", "mx"):
+        found = re.fullmatch(r"(.*?)(?:/([0-9]+))?(?://([0-9]+))?", rest)
+        try:
+            assert found
+            value = found.group(1)
+            size4 = prefix_length(found.group(2), 32) if found.group(2) else 32
+            size6 = prefix_length(found.group(3), 128) if found.group(3) else 128
+        except ValueError:
+            raise wrong from None
+    optional = name in ("a", "mx", "ptr")
+    if name not in ("all", "include", "exists", "a", "mx", "ptr") or (name == "all" and value) or (
+            name != "all" and not value.startswith(":") and not (optional and not value)) or value == ":":
+        raise wrong
+    spf_check_macros(value)
+    return SPFTerm(result, name, value[1:], size4, size6)
+
+
+def prefix_length(text: str, limit: int) -> int:
+    """Return the number behind a slash; ValueError."""
+    if not re.fullmatch(r"0|[1-9][0-9]{0,2}", text) or int(text) > limit:
+        raise ValueError("bad prefix length")
+    return int(text)
+
+
+def spf_check_macros(text: str) -> None:
+    if "%" in SPF_MACRO.sub("", text):
+        raise SPFError("permerror", "bad macro in " + printable(text, 80))
+
+
+class SPF:
+    """One evaluation: may a host send mail from `sender`? `lookups` counts the terms that cost the reader a question."""
+
+    def __init__(self, lookup: Callable[[str, str], List[str]], host: str, sender: str, helo: str = "") -> None:
+        self.lookup = lookup
+        self.host = ipaddress.ip_address(host)
+        self.sender = sender if "@" in sender else "postmaster@" + (sender or helo)
+        self.helo = helo
+        self.lookups = self.voids = 0
+        self.reason = ""                            # what decided
+
+    def check(self, domain: str) -> str:
+        """Return none, neutral, pass, fail, softfail, temperror or permerror (RFC 7208 section 2.6)."""
+        try:
+            return self._evaluate(domain.lower().rstrip("."), 0)
+        except SPFError as error:
+            self.reason = str(error)
+            return error.result
+
+    def _ask(self, name: str, type: str) -> List[str]:
+        """Return what DNS says; SPFError. More than two questions without an answer are an error (section 4.6.4)."""
+        try:
+            found = self.lookup(name, type)
+        except NoSuchDomain:
+            found = []
+        except DNSError as error:
+            raise SPFError("temperror", "%s: %s" % (name, error)) from None
+        if not found and type != "TXT":
+            self.voids += 1
+            if self.voids > MAX_SPF_VOIDS:
+                raise SPFError("permerror", "more than %d names without an answer" % MAX_SPF_VOIDS)
+        return found
+
+    def record(self, domain: str) -> Optional[str]:
+        """Return the record of a domain; SPFError when there are several (section 4.5)."""
+        if not is_domain(domain) or "." not in domain:
+            return None
+        found = [text for text in self._ask(domain, "TXT") if re.match(r"v=spf1(?: |$)", text, re.IGNORECASE)]
+        if len(found) > 1:
+            raise SPFError("permerror", "%s has %d SPF records" % (domain, len(found)))
+        return found[0] if found else None
+
+    def _evaluate(self, domain: str, depth: int) -> str:
+        text = self.record(domain)
+        if text is None:
+            return "none"
+        terms = parse_spf(text)
+        for term in terms:
+            if not term.name.endswith("=") and self._matches(term, domain, depth):
+                self.reason = self.reason if term.name == "include" else "%s in the record of %s" % (term.name, domain)
+                return term.result
+        for term in terms:
+            if term.name == "redirect=" and not any(term.name == "all" for term in terms):
+                self._count(depth)
+                result = self._evaluate(self._expand(term.value, domain), depth + 1)
+                if result == "none":
+                    raise SPFError("permerror", "redirect= leads to no record")
+                return result
+        self.reason = "nothing in the record of %s matches" % domain
+        return "neutral"
+
+    def _count(self, depth: int) -> None:
+        self.lookups += 1
+        if self.lookups > MAX_SPF_LOOKUPS or depth > MAX_SPF_LOOKUPS:
+            raise SPFError("permerror", "more than %d look-ups" % MAX_SPF_LOOKUPS)
+
+    def _matches(self, term: SPFTerm, domain: str, depth: int) -> bool:
+        if term.name == "all":
+            return True
+        if term.name in ("ip4", "ip6"):
+            return self._is_in(term.value, term)
+        self._count(depth)
+        target = self._expand(term.value, domain) if term.value else domain
+        if term.name == "include":
+            result = self._evaluate(target, depth + 1)
+            if result == "none":
+                raise SPFError("permerror", "include:%s has no record" % target)
+            return result == "pass"
+        if term.name == "exists":
+            return bool(self._ask(target, "A"))
+        if term.name == "ptr":
+            return any(name == target or name.endswith("." + target) for name in self._names())
+        hosts = self._ask(target, "MX") if term.name == "mx" else [target]
+        if len(hosts) > MAX_SPF_LOOKUPS:
+            raise SPFError("permerror", "%s has more than %d exchangers" % (target, MAX_SPF_LOOKUPS))
+        type = "A" if self.host.version == 4 else "AAAA"
+        return any(self._is_in(address, term) for host in hosts if host for address in self._ask(host, type))
+
+    def _is_in(self, address: str, term: SPFTerm) -> bool:
+        size = term.size4 if self.host.version == 4 else term.size6
+        return ipaddress.ip_address(address).version == self.host.version and \
+            self.host in ipaddress.ip_network("%s/%d" % (address, size), strict=False)
+
+    def _names(self) -> List[str]:
+        """Return the host's names that lead back to it (section 5.5)."""
+        type = "A" if self.host.version == 4 else "AAAA"
+        found = []
+        for name in self._ask(self.host.reverse_pointer, "PTR")[:MAX_SPF_LOOKUPS]:
+            try:
+                if str(self.host) in self._ask(name, type):
+                    found.append(name.lower().rstrip("."))
+            except SPFError:
+                break
+        return found
+
+    def _expand(self, text: str, domain: str) -> str:
+        """Return a domain with its macros replaced (section 7)."""
+        local, _, sender_domain = self.sender.rpartition("@")
+        host = ".".join("%x" % (byte >> shift & 15) for byte in self.host.packed for shift in (4, 0)) \
+            if self.host.version == 6 else str(self.host)
+        values = {"s": self.sender, "l": local, "o": sender_domain, "d": domain, "i": host, "p": "unknown",
+                  "v": "in-addr" if self.host.version == 4 else "ip6", "h": self.helo or domain}
+
+        def replace(match: "re.Match[str]") -> str:
+            literal, letter, digits, turned, delimiters = match.groups()
+            if literal:
+                return {"%": "%", "_": " ", "-": "%20"}[literal]
+            parts = re.split("[%s]" % re.escape(delimiters or "."), values[letter.lower()])
+            parts = parts[::-1] if turned else parts
+            value = ".".join(parts[-int(digits):] if digits and int(digits) else parts)
+            from urllib.parse import quote
+            return quote(value, safe="") if letter.isupper() else value
+        expanded = SPF_MACRO.sub(replace, text).lower().rstrip(".")
+        while len(expanded) > 253 and "." in expanded:
+            expanded = expanded.partition(".")[2]
+        return expanded
+
+
+# The doctor.
+
+class Finding(NamedTuple):
+    """What `check` found: ok, note (not wrong, but look at it), wrong or skipped; and the records to publish."""
+    domain: str
+    check: str
+    status: str
+    text: str
+    advice: str = ""
+    records: Tuple[str, ...] = ()
+
+
+class Doctor:
+    """Looks at a node's standing from outside and inside. A method check_NAME() yields what it found out about NAME.
+
+    It asks DNS only, and with `connect` the node's own addresses.
+    """
+
+    ORDER = ("hostname", "mx", "ptr", "spf", "dkim", "dmarc", "mta_sts", "certificate", "addresses")
+    MACHINE = ("clock", "data", "queue")
+
+    def __init__(self, config: Config, hostname: str, resolver: Any, connect: bool = False,
+                 clock: Callable[[], float] = time.time) -> None:
+        self.config = config
+        self.hostname = hostname
+        self.resolver = resolver
+        self.connect = connect
+        self.clock = clock
+        self.domain = ""                            # the one that is looked at
+        self.addresses: List[str] = []              # of the hostname
+        self.keyring = Keyring(config, hostname)
+
+    def examine(self, domains: Sequence[str]) -> Iterator[Finding]:
+        """Yield all findings, domain by domain, then those about the machine."""
+        for domain in domains:
+            self.domain = ascii_domain(domain)
+            yield from self._run(self.ORDER)
+        self.domain = ""
+        yield from self._run(self.MACHINE)
+
+    def _run(self, names: Sequence[str]) -> Iterator[Finding]:
+        for name in names:
+            try:
+                yield from getattr(self, "check_" + name)()
+            except DNSFailure as error:
+                yield self.wrong(name, "no answer from DNS: %s" % error, "ask again; if it stays so, look at the name servers")
+
+    def found(self, check: str, status: str, text: str, advice: str = "", *records: str) -> Finding:
+        return Finding(self.domain, check.replace("_", "-"), status, printable(text, 1000), advice, records)
+
+    def ok(self, check: str, text: str) -> Finding:
+        return self.found(check, "ok", text)
+
+    def note(self, check: str, text: str, advice: str = "", *records: str) -> Finding:
+        return self.found(check, "note", text, advice, *records)
+
+    def wrong(self, check: str, text: str, advice: str, *records: str) -> Finding:
+        return self.found(check, "wrong", text, advice, *records)
+
+    def addresses_of(self, host: str) -> List[str]:
+        """Return a host's addresses as DNS has them: what this machine's hosts file says, nobody else sees. DNSError."""
+        return self.lookup_of(host, "A") + self.lookup_of(host, "AAAA")
+
+    def lookup_of(self, name: str, type: str) -> List[str]:
+        """Return the data of a name's records as texts, of MX the hosts, the best one first; DNSError."""
+        found = self.resolver.lookup(name, TYPES[type])
+        return [host for _, host in sorted(found)] if type == "MX" else found
+
+    def texts(self, name: str, version: str) -> List[str]:
+        """Return the TXT records at a name that begin with a version tag; DNSFailure."""
+        try:
+            return [text for text in self.resolver.lookup(name, TXT) if re.match(re.escape(version) + r"\s*(;|$)", text)]
+        except NoSuchDomain:
+            return []
+
+    def check_hostname(self) -> Iterator[Finding]:
+        name, advice = self.hostname, "give the machine's name in DNS: --hostname NAME"
+        self.addresses = []
+        if "." not in name:
+            yield self.wrong("hostname", "%s is not a full name" % name, advice)
+            return
+        with contextlib.suppress(NoSuchDomain):
+            self.addresses = self.addresses_of(name)
+        private = [address for address in self.addresses if not ipaddress.ip_address(address).is_global]
+        if not self.addresses:
+            yield self.wrong("hostname", "%s has no address in DNS" % name, "publish one (with this machine's address)",
+                             "%s. IN A 192.0.2.1" % name)
+        elif private:
+            yield self.note("hostname", "%s has an address that nobody else reaches: %s" % (name, ", ".join(private)))
+        else:
+            yield self.ok("hostname", "%s has the addresses %s" % (name, ", ".join(self.addresses)))
+
+    def check_mx(self) -> Iterator[Finding]:
+        record = "%s. IN MX 10 %s." % (self.domain, self.hostname)
+        try:
+            records = sorted(self.resolver.mx(self.domain))
+        except NoSuchDomain:
+            yield self.wrong("mx", "the domain %s does not exist in DNS" % self.domain, "register it, and publish", record)
+            return
+        leads = []
+        for preference, host, _ in records:
+            with contextlib.suppress(NoSuchDomain):
+                if host == self.hostname or (host and set(self.addresses_of(host)) & set(self.addresses)):
+                    leads.append((preference, host))
+        if not leads:
+            shown = ", ".join(host or "." for _, host, _ in records)
+            yield self.wrong("mx", "MX leads to %s, not here" % shown if records else "no MX record", "publish", record)
+        elif leads[0][0] > records[0][0]:
+            yield self.note("mx", "MX leads here, but to %s before" % records[0][1], "as a backup only?")
+        else:
+            yield self.ok("mx", "MX leads here, to %s" % leads[0][1])
+
+    def check_ptr(self) -> Iterator[Finding]:
+        for address in self.addresses:
+            names: List[str] = []
+            with contextlib.suppress(NoSuchDomain):
+                names = self.resolver.lookup(ipaddress.ip_address(address).reverse_pointer, PTR)
+            if self.hostname in names:
+                yield self.ok("ptr", "%s is %s" % (address, self.hostname))
+            else:
+                yield self.wrong("ptr", "%s is %s, not %s" % (address, " ".join(names) or "nobody", self.hostname),
+                                 "have the owner of the address (the VPS's provider) name it",
+                                 "%s. IN PTR %s." % (ipaddress.ip_address(address).reverse_pointer, self.hostname))
+
+    def check_spf(self) -> Iterator[Finding]:
+        record, advice = zone_record(self.domain, "v=spf1 mx -all"), "publish"
+        first = SPF(self.lookup_of, "192.0.2.1", "postmaster@" + self.domain, self.hostname)
+        result = first.check(self.domain)           # of an address that nobody has: every term is looked at
+        if result == "temperror":
+            raise DNSFailure(first.reason)
+        if result == "none":
+            yield self.wrong("spf", "no SPF record", advice, record)
+        elif result == "permerror":
+            yield self.wrong("spf", "the record cannot be used: %s" % first.reason, "correct it, maybe to", record)
+        elif result == "pass":
+            yield self.wrong("spf", "the record lets anybody send: %s" % first.reason, "end it in -all or ~all", record)
+        elif self.config.smarthost:
+            yield self.note("spf", "the record uses %d of %d look-ups" % (first.lookups, MAX_SPF_LOOKUPS),
+                            "it has to let the smarthost %s send: see what its owner says" % self.config.smarthost.host)
+        else:
+            for address in self.addresses:
+                spf = SPF(self.lookup_of, address, "postmaster@" + self.domain, self.hostname)
+                result = spf.check(self.domain)
+                text = "%s: %s (%s); %d of %d look-ups" % (address, result, spf.reason, first.lookups, MAX_SPF_LOOKUPS)
+                yield self.ok("spf", text) if result == "pass" else self.wrong(
+                    "spf", text, "let the record allow this address, maybe with", record)
+
+    def check_dkim(self) -> Iterator[Finding]:
+        if not self.keyring.files(self.domain):
+            yield self.wrong("dkim", "no key: mail leaves unsigned", "make one: minimail.py dkim %s" % self.domain)
+        for selector, file in self.keyring.files(self.domain):
+            name = selector + "._domainkey." + self.domain
+            try:
+                key = self.keyring.load(file)
+                unsafe = os.name != "nt" and os.stat(file).st_mode & 0o077
+            except (OSError, ValueError) as error:
+                yield self.wrong("dkim", "%s: %s" % (file, error), "make another: minimail.py dkim %s NAME" % self.domain)
+                continue
+            texts: List[str] = []
+            with contextlib.suppress(NoSuchDomain):
+                texts = self.resolver.lookup(name, TXT)
+            misfits = [record_misfit(text, key) for text in texts]
+            record = zone_record(name, key_record(key))
+            if unsafe:
+                yield self.wrong("dkim", "others may read the key %s" % file, "chmod 600 %s" % file)
+            if not texts:
+                yield self.wrong("dkim", "the key %s is not published" % selector, "publish", record)
+            elif len(texts) > 1 or misfits[0]:
+                yield self.wrong("dkim", "%s: %s" % (name, misfits[0] or "several records"), "publish in its place", record)
+            elif key.kind == "rsa" and key.bits < 2048:
+                yield self.note("dkim", "the key %s fits, but has %d bits only" % (selector, key.bits),
+                                "make another: minimail.py dkim %s NAME" % self.domain)
+            else:
+                yield self.ok("dkim", "the key %s (%s, %d bits) is published, and a test signature verifies" % (
+                    selector, key.kind, key.bits))
+
+    def check_dmarc(self) -> Iterator[Finding]:
+        record = zone_record("_dmarc." + self.domain, "v=DMARC1; p=none; rua=mailto:postmaster@" + self.domain)
+        place, found = "", []
+        labels = self.domain.split(".")
+        for start in range(max(1, len(labels) - 1)):    # RFC 7489 section 6.6.3: else that of the domain above
+            place = "_dmarc." + ".".join(labels[start:])
+            found = self.texts(place, "v=DMARC1")
+            if found:
+                break
+        policy = parse_tags(found[0]).get("p", "") if found else ""
+        if not found:
+            yield self.wrong("dmarc", "no DMARC record", "publish, and p=quarantine once all is well", record)
+        elif len(found) > 1 or policy.lower() not in ("none", "quarantine", "reject"):
+            yield self.wrong("dmarc", "%s: %s" % (place, "several records" if len(found) > 1 else "its p= is none of "
+                             "none, quarantine, reject"), "publish in its place", record)
+        else:                                       # we sign with d= and send with a reverse-path of the very domain
+            yield self.ok("dmarc", "p=%s at %s; what we sign is aligned with From" % (policy, place))
+
+    def check_mta_sts(self) -> Iterator[Finding]:
+        reports = self.texts("_smtp._tls." + self.domain, "v=TLSRPTv1")
+        if len(reports) > 1 or (reports and not re.match(r"(mailto|https):", parse_tags(reports[0]).get("rua", ""))):
+            yield self.wrong("mta_sts", "the TLS reporting record is wrong: it needs one rua=mailto: or https:", "publish",
+                             zone_record("_smtp._tls." + self.domain, "v=TLSRPTv1; rua=mailto:postmaster@" + self.domain))
+        texts = self.texts("_mta-sts." + self.domain, "v=STSv1")
+        if not texts:
+            yield self.ok("mta_sts", "none published: TLS to here is an opportunity")
+            return
+        if not parse_sts_record(texts):
+            yield self.wrong("mta_sts", "the record at _mta-sts.%s is wrong" % self.domain, "publish in its place",
+                             zone_record("_mta-sts." + self.domain, "v=STSv1; id=%d" % self.clock()))
+            return
+        if not self.connect:
+            yield self.note("mta_sts", "published; the policy itself is fetched with --connect only")
+            return
+        try:
+            policy = STS(self.config.data, self.resolver, lambda path, data: None, self.clock).fetch(self.domain, "check")
+        except (OSError, ValueError, DNSError, CannotRun) as error:
+            yield self.wrong("mta_sts", "the policy of %s cannot be fetched: %s" % (self.domain, error),
+                             "let https://mta-sts.%s/.well-known/mta-sts.txt answer with it" % self.domain)
+            return
+        missing = [host for _, host, _ in self.resolver.mx(self.domain) if not policy.allows(host)]
+        if missing and policy.mode != "none":
+            yield self.wrong("mta_sts", "the policy does not name the exchanger %s" % missing[0], "add it: mx: " + missing[0])
+        else:
+            yield self.ok("mta_sts", "policy %s, for %d days, names all exchangers" % (policy.mode, policy.max_age // 86400))
+
+    def check_certificate(self) -> Iterator[Finding]:
+        if not self.config.tls_cert:
+            yield self.wrong("certificate", "no certificate: mail comes in clear", "get one for %s, and --tls-cert FILE "
+                             "--tls-key FILE" % self.hostname)
+            return
+        try:
+            with open(self.config.tls_cert, "rb") as file:
+                certificate = read_certificate(file.read(MAX_KEY_FILE + 1))
+        except (OSError, ValueError) as error:
+            yield self.wrong("certificate", "%s: %s" % (self.config.tls_cert, error), "give a certificate in PEM form")
+            return
+        days = (certificate.not_after - self.clock()) / 86400
+        fits = STSPolicy("", "", certificate.names, 0).allows(self.hostname)
+        text = "for %s, %d days left" % (", ".join(certificate.names[:5]) or "nobody", days)
+        if days <= 0 or not fits:
+            yield self.wrong("certificate", text if days > 0 else "it has ended", "get a new one for %s" % self.hostname)
+        elif days < 14:
+            yield self.note("certificate", text, "is it renewed by itself?")
+        else:
+            yield self.ok("certificate", text)
+
+    def check_addresses(self) -> Iterator[Finding]:
+        accounts = Accounts(self.config.file("users"))
+        book = AddressBook(self.config.domain, accounts, self.config.file("aliases"), self.config.catch_all, self.hostname)
+        for name in "postmaster", "abuse":
+            try:
+                found = book.resolve(Address(name, self.domain))
+            except Refused as refused:
+                yield self.wrong("addresses", "%s@%s: %s" % (name, self.domain, refused.reply),
+                                 "add an alias: %s@%s: YOU@%s" % (name, self.domain, self.domain))
+                continue
+            readers = [box for box in found.mailboxes if box in accounts.names()] + [str(address) for address in found.remote]
+            if readers:
+                yield self.ok("addresses", "%s@%s arrives at %s" % (name, self.domain, ", ".join(readers[:5])))
+            else:
+                yield self.note("addresses", "%s@%s is kept, but nobody can log in to read it" % (name, self.domain),
+                                "add an alias in %s: %s@%s: YOU@%s" % (
+                                    self.config.file("aliases"), name, self.domain, self.domain))
+        if self.connect:
+            yield from self.ports()
+
+    def ports(self) -> Iterator[Finding]:
+        """Yield whether the node's own addresses answer on the port to which others send."""
+        for address in self.addresses:
+            try:
+                with socket.create_connection((address, self.config.mx_port), timeout=10.0) as sock:
+                    greeting = sock.recv(MAX_REPLY_LINE)
+            except OSError as error:
+                yield self.wrong("port", "%s does not answer on port %d: %s" % (address, self.config.mx_port, error),
+                                 "listen there (--smtp 0.0.0.0:25), and open the port in firewall and provider's panel")
+                continue
+            if greeting.startswith(b"220") and self.hostname.encode() in greeting:
+                yield self.ok("port", "%s answers on port %d as %s" % (address, self.config.mx_port, self.hostname))
+            else:
+                yield self.wrong("port", "at %s somebody else answers: %s" % (address, printable(greeting, 100)),
+                                 "does another mail server run there?")
+
+    def check_clock(self) -> Iterator[Finding]:
+        synchronized = clock_is_synchronized()
+        if synchronized is None:
+            yield self.found("clock", "skipped", "this platform does not tell whether something sets it")
+        elif synchronized:
+            yield self.ok("clock", "set by NTP")
+        else:
+            yield self.note("clock", "nobody sets it", "install a time service, as chrony or systemd-timesyncd")
+
+    def check_data(self) -> Iterator[Finding]:
+        root = self.config.data
+        try:
+            info = os.stat(root)
+        except OSError as error:
+            yield self.wrong("data", "%s: %s" % (root, error.strerror), "start the node once, or give its --data DIR")
+            return
+        if os.name != "nt" and info.st_mode & 0o077:
+            yield self.wrong("data", "others may look into %s" % root, "chmod 700 %s" % root)
+        kind = file_system(root)
+        missing = broken_promises(root)
+        if missing:
+            yield self.wrong("data", "%s (%s) breaks promises: %s" % (root, kind, ", ".join(missing)), "use a local disk")
+        elif kind in ("tmpfs", "ramfs"):
+            yield self.wrong("data", "%s is in memory (%s): all mail is gone at a reboot" % (root, kind), "use a disk")
+        elif kind in ("nfs", "nfs4", "cifs", "smb3", "9p", "fuse.sshfs"):
+            yield self.note("data", "%s is on a network (%s)" % (root, kind), "one node only, and a server that keeps locks")
+        else:
+            yield self.ok("data", "%s is ours alone, on %s, which flushes, links, renames and locks" % (root, kind))
+
+    def check_queue(self) -> Iterator[Finding]:
+        """What the queue knows about the way out: when nobody at all can be reached, the port is closed."""
+        queue = Queue(Storage(self.config.data), self.config)
+        replies = [recipient["last_reply"] for entry in itertools.islice(queue.entries(), 1000)
+                   for recipient in entry.waiting() if recipient["last_reply"]]
+        silent = sum("cannot connect" in reply for reply in replies)
+        if silent > 1 and silent == len(replies):
+            yield self.wrong("queue", "all %d recipients that wait cannot be connected to" % silent,
+                             "is port 25 closed on the way out? Ask the provider, or use --smarthost")
+        else:
+            yield self.ok("queue", "%d recipients wait, %d of them for a host that does not answer" % (len(replies), silent))
+
+
+def clock_is_synchronized() -> Optional[bool]:
+    """Return what the kernel knows (adjtimex(2)); None when it does not tell."""
+    if not sys.platform.startswith("linux"):
+        return None
+    try:
+        import ctypes
+        state: int = ctypes.CDLL(None).adjtimex(ctypes.create_string_buffer(512))
+    except (ImportError, OSError, AttributeError):
+        return None
+    return None if state < 0 else state != 5        # TIME_ERROR
+
+
+def file_system(path: str) -> str:
+    """Return the kind of file system a path is on, "unknown" where /proc does not tell."""
+    best, kind = "", "unknown"
+    path = os.path.realpath(path) + "/"
+    with contextlib.suppress(OSError), open("/proc/self/mounts", encoding="utf-8", errors="replace") as file:
+        for line in file:
+            _, place, name = line.split(" ")[:3]
+            if path.startswith(place.rstrip("/") + "/") and len(place) >= len(best):
+                best, kind = place, name
+    return kind
+
+
+def must_lock(fd: int) -> None:
+    if not lock_file(fd):
+        raise OSError(errno.ENOLCK, "no locks")
+
+
+def broken_promises(root: str) -> List[str]:
+    """Return what the file system of a directory does not do of all we rely on."""
+    missing = []
+    first, second = (os.path.join(root, ".check-" + secrets.token_hex(4)) for _ in range(2))
+    try:
+        fd = os.open(first, os.O_CREAT | os.O_EXCL | os.O_RDWR | O_EXTRA, 0o600)
+    except OSError as error:
+        return ["making files (%s)" % error.strerror]
+    steps: List[Tuple[str, Callable[[], Any]]] = [
+        ("fsync", lambda: os.fsync(fd)), ("locks", lambda: must_lock(fd)),
+        ("links", lambda: os.link(first, second)), ("rename", lambda: os.replace(second, first + "x"))]
+    for name, act in steps:
+        try:
+            act()
+        except OSError:
+            missing.append(name)
+    close_quietly(fd)
+    for path in first, second, first + "x":
+        with contextlib.suppress(OSError):
+            os.unlink(path)
+    return missing
+
+
+def check_command(config: Config, arguments: List[str]) -> int:
+    """Look at the node's standing: what others' servers see of it, and what to do about it. Status 1 if something is wrong."""
+    parser = Parser(prog="minimail.py check", description=check_command.__doc__)
+    parser.add_argument("domain", nargs="?", metavar="DOMAIN", help="default: every --domain")
+    parser.add_argument("--json", action="store_true", help="print a JSON list")
+    parser.add_argument("--connect", action="store_true", help="also connect to the node's own addresses")
+    given = parser.parse_args(arguments)
+    try:
+        domains = [parse_domain(given.domain)] if given.domain else list(config.domain)
+    except ValueError as error:
+        raise UsageError("check %s: %s" % (printable(given.domain), error)) from None
+    if not domains:
+        raise UsageError("check: which domain? Name it, or give --domain or --data of the node")
+    if given.domain and domains[0] not in config.domain:
+        config = dataclasses.replace(config, domain=config.domain + (domains[0],))
+    hostname = config.hostname or socket.gethostname().lower()
+    doctor = Doctor(config, hostname, Resolver(config.dns), given.connect)
+    findings = []
+    for finding in doctor.examine(domains):
+        findings.append(finding)
+        if not given.json:
+            print("%-7s %s: %s%s" % (finding.status, finding.check, finding.text, finding.advice and " -- " + finding.advice),
+                  flush=True)
+    wrong = [finding for finding in findings if finding.status == "wrong"]
+    if given.json:
+        print(json.dumps([finding._asdict() for finding in findings], indent=1))
+    else:
+        print_records(findings)
+        print("%d things are wrong" % len(wrong) if wrong else "nothing is wrong")
+    return 1 if wrong else 0
+
+
+def print_records(findings: Sequence[Finding]) -> None:
+    records = list(dict.fromkeys(record for finding in findings for record in finding.records))
+    if records:
+        print("\n; to publish:\n" + "\n".join(records) + "\n")
+
+
+class Standing(Outbound):
+    """What this section does to mail that leaves."""
+
+    def __init__(self, config: Config, hostname: str, storage: Storage, resolver: Any) -> None:
+        config = dataclasses.replace(config, data=storage.root)
+        self.keyring = Keyring(config, hostname)
+        self.srs = SRS(config, storage)
+        self.sts = STS(storage.root, resolver, storage.write)
+
+    def dress(self, entry: Entry, message: Outgoing) -> Outgoing:
+        """Return a message with a reverse-path that SPF holds for, and signed; the signature is kept with the entry."""
+        if entry.extra.get("forward"):
+            message = message._replace(sender=self.srs.forward(message.sender))
+        about = hashlib.sha256(message.sender.encode("utf-8") + b"\0" + message.head).hexdigest()[:16]   # not rewritten since
+        kept = entry.extra.get("signature")
+        if not (isinstance(kept, list) and len(kept) == 2 and kept[0] == about):
+            trusted = bool(entry.extra.get("trusted"))
+            signature = self.keyring.sign(content_blocks(message), message.sender, trusted, time.time())
+            kept = entry.extra["signature"] = [about, signature.decode("ascii")]
+        head = str(kept[1]).encode("ascii")
+        return message._replace(head=head + message.head, size=message.size + len(head))
+
+    def security(self, target: Target, host: str) -> Optional[Security]:
+        """Return what the domain's MTA-STS policy demands (RFC 8461 section 5); Refused when it does not name the host."""
+        policy = self._policy(target)
+        if policy is None:
+            return None
+        name, testing = "the MTA-STS policy of " + target.domain, policy.mode == "testing"
+        if policy.allows(host):
+            return Security(not testing, True, name)
+        if not testing:
+            raise Refused(451, "4.7.5", "%s does not name the exchanger %s" % (name, host))
+        event("sts-testing", domain=target.domain, host=host, reason="the policy does not name it")
+        return None
+
+    def explain(self, target: Target) -> str:
+        policy = self._policy(target)
+        demand = "TLS with a certificate that is verified, at %s (MTA-STS, %s)"
+        return demand % (" ".join(policy.mx), policy.mode) if policy else ""
+
+    def _policy(self, target: Target) -> Optional[STSPolicy]:
+        if target.server or not target.domain or domain_literal(target.domain):
+            return None
+        return self.sts.policy(target.domain)
+
+
+class StandingExtension(Extension):
+    """What the queue and the sessions know of this section."""
+
+    name = "standing"
+    commands = {"dkim": dkim_command, "check": check_command}
+
+    def listeners(self, config: Config) -> List[Any]:
+        """Read the keys of --dkim while we may be root; CannotRun."""
+        Keyring(config).check()
+        return []
+
+    def outbound(self, config: Config, stores: Any, resolver: Any) -> Standing:
+        storage = stores.storage if stores else Storage(config.data, not config.no_sync)
+        return Standing(config, stores.hostname if stores else config.hostname, storage, resolver)
+
+    def equip(self, node: Any) -> None:
+        if not node.config.capture:
+            node.stores.door.origin = SRS(node.config, node.stores.storage).reverse
+
+
+EXTENSIONS.append(StandingExtension())
 
 
 # ======================================================================================================================
@@ -7168,7 +9080,7 @@ class SMTPSession(Session):
         """RFC 5321 section 4.1.1.1: announce only what works."""
         self.introduce(argument, esmtp=True)
         words = ["PIPELINING", "SIZE %d" % self.site.config.max_size, "8BITMIME", "SMTPUTF8", "ENHANCEDSTATUSCODES",
-                 "CHUNKING"]
+                 "CHUNKING", "DSN"]
         if self.site.certificates and not self.wire.tls:
             words.append("STARTTLS")
         if self.may_log_in and self.user is None:
@@ -7256,8 +9168,10 @@ class SMTPSession(Session):
         sender, rest = parse_path(path, self.lenient)
         if sender and self.lenient:
             sender = self.site.book.qualified(sender)
-        envelope = Envelope(sender=str(sender) if sender else "", helo=self.helo, client=self.client)
-        self.take_parameters(envelope, parse_parameters(rest) if rest else {})
+        envelope = Envelope(sender=str(sender) if sender else "", helo=self.helo, client=self.client, trusted=self.trusted)
+        parameters = parse_parameters(rest) if rest else {}
+        envelope.ret, envelope.envid = parse_dsn_of_mail(parameters)
+        self.take_parameters(envelope, parameters)
         if sender and not str(sender).isascii() and not envelope.smtputf8:
             raise Refused(553, "5.6.7", "this address needs SMTPUTF8")
         self.site.door.check_sender(envelope, sender, self.user)
@@ -7300,9 +9214,11 @@ class SMTPSession(Session):
             address = self.site.book.qualified(address)
         if address is None:
             raise Refused(501, "5.1.3", "the null path cannot receive mail")
-        for parameter in parse_parameters(rest) if rest else ():
-            raise Refused(555, "5.5.4", "unknown parameter " + printable(parameter, 60))
         envelope = transaction.envelope
+        parameters = parse_parameters(rest) if rest else {}
+        wish = parse_dsn_of_rcpt(parameters, envelope.smtputf8) if parameters else None
+        for parameter in parameters:
+            raise Refused(555, "5.5.4", "unknown parameter " + printable(parameter, 60))
         if not str(address).isascii() and not envelope.smtputf8:
             raise Refused(553, "5.6.7", "this address needs SMTPUTF8")
         trusted = self.trusted
@@ -7310,6 +9226,8 @@ class SMTPSession(Session):
         self.raise_fault("rcpt", address.key)
         door.ask("on_rcpt", envelope, str(address))
         envelope.recipients.append(address)
+        if wish:
+            envelope.wishes[address.key] = wish
         transaction.destinations.append(destinations)
         return Reply(250, "2.1.5", "recipient ok")
 
@@ -8670,7 +10588,7 @@ class Part:
                 "Children": [child.tree() for child in self.children]}
 
 
-FIELD_NAME = re.compile(rb"[!-9;-~]+[ \t]*:")
+FIELD_START = re.compile(rb"[!-9;-~]+[ \t]*:")
 
 
 def read_header(raw: bytes, start: int, stop: int, cut: List[str]) -> Tuple[List[Tuple[str, bytes]], int]:
@@ -8684,7 +10602,7 @@ def read_header(raw: bytes, start: int, stop: int, cut: List[str]) -> Tuple[List
     head, body = (raw[start:blank.start() + 1], blank.end()) if blank else (raw[start:stop], stop)
     fields = split_headers(head[:MAX_HEAD], MAX_FIELDS + 1)[0]
     seen = stray = sum(len(field) for _, field in fields)
-    while fields and not FIELD_NAME.match(fields[-1][1]):
+    while fields and not FIELD_START.match(fields[-1][1]):
         stray -= len(fields.pop()[1])
     if stray < seen:
         body = start + stray
@@ -9516,7 +11434,7 @@ class Letter:
         shown = {same_address(person["Address"]) for name in ("to", "cc") for person in named[name]}
         recipients = self.record()["recipients"]
         named["bcc"] = [{"Name": "", "Address": shorten(who)} for who in recipients if same_address(who) not in shown]
-        listed = {name: first_people(people, MAX_LISTED) for name, people in named.items()}
+        listed = {name: first_people(people, MAX_NAMED) for name, people in named.items()}
         return {"ID": self.id, "MessageID": shorten(view.header("message-id").strip("<>")),
                 "From": (named["from"] or [{"Name": shorten(view.header("from")), "Address": ""}])[0], "To": listed["to"],
                 "Cc": listed["cc"], "Bcc": listed["bcc"], "ReplyTo": listed["reply-to"],

@@ -10,6 +10,7 @@ import ast
 import base64
 import builtins
 import collections
+import concurrent.futures
 import contextlib
 import datetime
 import email
@@ -5641,7 +5642,7 @@ class SendmailTest(ScriptedCase):
         self.assertEqual(self.sendmail(*arguments, **options), (0, ""))
         queue = minimail.Queue(minimail.Storage(self.data), minimail.Config())
         entry = max(queue.entries(), key=lambda entry: entry.id)
-        with open(queue.message(entry.id), "rb") as file:
+        with open(queue.path(entry.id), "rb") as file:
             content = file.read()[entry.offset:]
         fields, body = minimail.split_headers(content)
         content = b"".join(value for _, value in fields[1:]) + b"\r\n" + body
@@ -6215,6 +6216,1072 @@ class CrashTest(ScriptedCase):
 
 
 # ======================================================================================================================
+# 12b  Standing: DKIM, SRS, MTA-STS, SPF, the doctor.  A second verifier, slow and simple; the examples of the RFCs.
+# ======================================================================================================================
+
+RSA_PKCS1 = b"""\
+-----BEGIN RSA PRIVATE KEY-----
+MIICXQIBAAKBgQDwIRP/UC3SBsEmGqZ9ZJW3/DkMoGeLnQg1fWn7/zYtIxN2SnFC
+jxOCKG9v3b4jYfcTNh5ijSsq631uBItLa7od+v/RtdC2UzJ1lWT947qR+Rcac2gb
+to/NMqJ0fzfVjH4OuKhitdY9tf6mcwGjaNBcWToIMmPSPDdQPNUYckcQ2QIDAQAB
+AoGBALmn+XwWk7akvkUlqb+dOxyLB9i5VBVfje89Teolwc9YJT36BGN/l4e0l6QX
+/1//6DWUTB3KI6wFcm7TWJcxbS0tcKZX7FsJvUz1SbQnkS54DJck1EZO/BLa5ckJ
+gAYIaqlA9C0ZwM6i58lLlPadX/rtHb7pWzeNcZHjKrjM461ZAkEA+itss2nRlmyO
+n1/5yDyCluST4dQfO8kAB3toSEVc7DeFeDhnC1mZdjASZNvdHS4gbLIA1hUGEF9m
+3hKsGUMMPwJBAPW5v/U+AWTADFCS22t72NUurgzeAbzb1HWMqO4y4+9Hpjk5wvL/
+eVYizyuce3/fGke7aRYw/ADKygMJdW8H/OcCQQDz5OQb4j2QDpPZc0Nc4QlbvMsj
+7p7otWRO5xRa6SzXqqV3+F0VpqvDmshEBkoCydaYwc2o6WQ5EBmExeV8124XAkEA
+qZzGsIxVP+sEVRWZmW6KNFSdVUpk3qzK0Tz/WjQMe5z0UunY9Ax9/4PVhp/j61bf
+eAYXunajbBSOLlx4D+TunwJBANkPI5S9iylsbLs6NkaMHV6k5ioHBBmgCak95JGX
+GMot/L2x0IYyMLAz6oLWh2hm7zwtb0CgOrPo1ke44hFYnfc=
+-----END RSA PRIVATE KEY-----
+"""                                                 # of RFC 6376 appendix C
+ED25519_SEED = bytes.fromhex("9d61b19deffd5a60ba844af492ec2cc44449c5697b326919703bac031cae7f60")     # of RFC 8463 appendix A, as is all of:
+ED25519_PUBLIC = "11qYAYKxCrfVS/7TyWQHOg7hcvPapiMlrwIaaPcHURo="
+EVERY_KIND_OF_FIELD = b"""\
+From: =?utf-8?q?B=C3=B6b?= (comment) <ann@here.test>\r
+FROM : second@here.test\r
+To:bob@far.test\r
+Subject:    many\t\t blanks   \r
+\tand folds  \r
+X-Odd-But-Not-Signed: \xff\xfe\r
+Cc: B\xc3\xb6b <boeb@far.test>\r
+Empty:\r
+Reply-To:\r
+\r
+"""
+ODD_BODIES = [b"", b"\r\n", b"\r\n\r\n\r\n", b"hello\r\n", b"hello", b" \t \r\n \r\n", b"  a  b\t\tc \r\n\r\n \r\n", b" \r\n x\r\n\r\n",
+              b"a\r\n\r\nb \r\n\r\n\r\n", b"\xff\x00 \xe4\r\n", b".\r\n..\r\n", b" ", b"\t\r\n\t", b"a " * 5000 + b"\r\n" * 500,
+              b"\r\n" * 300 + b"x"]
+
+
+def canonical_slowly(body):
+    """RFC 6376 section 3.4.4, line by line."""
+    lines = [re.sub(rb"[ \t]+", b" ", line).rstrip(b" ") for line in body.split(b"\r\n")]
+    while lines and not lines[-1]:
+        lines.pop()
+    return b"".join(line + b"\r\n" for line in lines)
+
+
+def verified(message, records):
+    """Return the (domain, algorithm) of each signature on a message that holds, by the published records."""
+    head, _, body = message.partition(b"\r\n\r\n")
+    lines = []
+    for line in head.split(b"\r\n"):
+        if line[:1] in b" \t" and lines and line:
+            lines[-1] += b"\r\n" + line
+        else:
+            lines.append(line)
+
+    def relaxed(line):
+        name, _, value = line.partition(b":")
+        return name.strip().lower() + b":" + b" ".join(value.replace(b"\r\n", b"").replace(b"\t", b" ").split(b" ")).strip()
+
+    def squeeze(line):
+        while b"  " in line:
+            line = line.replace(b"  ", b" ")
+        return line
+    good = []
+    for line in lines:
+        if not line.lower().startswith(b"dkim-signature:"):
+            continue
+        tags = dict((part.partition(b"=")[0].strip().decode(), b"".join(part.partition(b"=")[2].split()).decode())
+                    for part in line.partition(b":")[2].split(b";"))
+        left = list(reversed([other for other in lines if other is not line]))
+        data = b""
+        for name in tags["h"].lower().split(":"):
+            match = next((other for other in left if other.partition(b":")[0].strip().lower().decode("latin-1") == name), None)
+            if match is not None:
+                left.remove(match)
+                data += squeeze(relaxed(match)) + b"\r\n"
+        data += squeeze(relaxed(re.sub(rb"(\bb=)[^;]*$", rb"\1", line, flags=re.S)))
+        public = base64.b64decode(minimail.parse_tags(records["%s._domainkey.%s" % (tags["s"], tags["d"])])["p"])
+        holds = minimail.rsa_verifies if tags["a"] == "rsa-sha256" else minimail.ed25519_verifies
+        if tags["bh"] == base64.b64encode(hashlib.sha256(canonical_slowly(body)).digest()).decode() and \
+                holds(public, base64.b64decode(tags["b"]), hashlib.sha256(data).digest()):
+            good.append((tags["d"], tags["a"]))
+    return good
+
+
+class DKIMKeys(Case):
+    @classmethod
+    def setUpClass(cls):
+        cls.rsa = minimail.read_key(RSA_PKCS1)
+        cls.ed25519 = minimail.Ed25519Key(ED25519_SEED)
+
+    def test_pem_of_all_kinds(self):
+        for key in self.rsa, self.ed25519:
+            text = minimail.pem("PRIVATE KEY", key.encode())
+            for spelled in text, text.replace(b"\n", b"\r\n"), b"Private-Key: (1024 bit)\n" + text + b"\nmore", text * 2:
+                self.assertEqual(minimail.read_key(spelled).public(), key.public())
+        self.assertEqual(base64.b64encode(self.ed25519.public()).decode(), ED25519_PUBLIC)
+
+    def test_what_is_no_key(self):
+        other = minimail.der(0x30, minimail.der_integer(0), minimail.der(0x30, minimail.der(6, b"\x2b\x65\x71")),
+                             minimail.der(4, b""))
+        for text, words in ((b"", "no private key"), (CERTIFICATE.partition(b"-----BEGIN CERT")[0], "neither an RSA"),
+                            (b"-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n", "no private key"),
+                            (RSA_PKCS1.replace(b"-----\nMII", b"-----\nProc-Type: 4,ENCRYPTED\n\nMII"), "passphrase"),
+                            (b"-----BEGIN ENCRYPTED PRIVATE KEY-----\nAAAA\n-----END", "passphrase"),
+                            (minimail.pem("PRIVATE KEY", other), "neither an RSA"), (b"x" * 100_000, "larger than"),
+                            (RSA_PKCS1.replace(b"MIIC", b"M!IC"), ""), (RSA_PKCS1.replace(b"MIIC", b"MIID"), "DER"),
+                            (minimail.pem("RSA PRIVATE KEY", minimail.der(0x30, b"")), "DER")):
+            with self.subTest(text[:60]), self.assertRaisesRegex(ValueError, words):
+                minimail.read_key(text)
+
+    def test_numbers_that_are_no_key(self):
+        p, q = self.rsa.p, self.rsa.q
+        for wrong in (p, p), (p, q + 2), (p, q, 65536), (p, q, 1), (p, 3), (p * q, q), (p, q, p), (p, 0), (-p, -q):
+            with self.subTest(wrong), self.assertRaises(ValueError):
+                minimail.RSAKey(*wrong)
+
+    def test_fuzzed(self):
+        """Whatever bytes are changed, cut or put in: a key, or ValueError."""
+        chance = random.Random(14)
+        for number in range(600):
+            data = bytearray(chance.choice([self.ed25519.encode(), self.rsa.encode(), base64.b64decode(
+                b"".join(RSA_PKCS1.split(b"\n")[1:-2]))]))
+            for _ in range(chance.choice([1, 1, 2, 5])):
+                at = chance.randrange(min(len(data), chance.choice([30, len(data)])))
+                data[at:at + chance.choice([0, 1, 1, 9])] = bytes(chance.choice([
+                    [chance.randrange(256)], [0x84, 255, 255, 255, 255], [0x80], [], [2, 0], [0x30, 0x30]]))
+            label = chance.choice(["PRIVATE KEY", "RSA PRIVATE KEY"])
+            with self.subTest(number=number), contextlib.suppress(ValueError):
+                minimail.read_key(minimail.pem(label, bytes(data)))
+            for function in minimail.rsa_verifies, minimail.ed25519_verifies:
+                with self.subTest(number=number), contextlib.suppress(ValueError):
+                    self.assertFalse(function(bytes(data), bytes(64), bytes(32)))
+            with self.subTest(number=number), contextlib.suppress(ValueError):
+                minimail.read_certificate(minimail.pem("CERTIFICATE", bytes(data)))
+
+    def test_rfc_8032(self):
+        """Its first two examples: the empty message, and one of a byte."""
+        for seed, message, signature in (
+                (ED25519_SEED, b"", "e5564300c360ac729086e2cc806e828a84877f1eb8e5d974d873e065224901555fb8821590a33bacc61e39701c"
+                                    "f9b46bd25bf5f0595bbe24655141438e7a100b"),
+                (bytes.fromhex("4ccd089b28ff96da9db6c346ec114e0f5b8a319f35aba624da8cf6ed4fb8a6fb"), b"\x72",
+                 "92a009a9f0d4cab8720e820b5f642540a2b27b5416503f8fb3762223ebdb69da085ac1e43e15996e458f3613d0f11d8c387b2eaeb4302ae"
+                 "eb00d291612bb0c00")):
+            key = minimail.Ed25519Key(seed)
+            self.assertEqual(key.sign(message).hex(), signature)
+            self.assertTrue(minimail.ed25519_verifies(key.public(), bytes.fromhex(signature), message))
+
+    def test_wrong_signatures(self):
+        digest = hashlib.sha256(b"x").digest()
+        for key, holds in (self.rsa, minimail.rsa_verifies), (self.ed25519, minimail.ed25519_verifies):
+            good = key.sign(digest)
+            self.assertTrue(holds(key.public(), good, digest))
+            self.assertFalse(holds(key.public(), good, hashlib.sha256(b"y").digest()))
+            with contextlib.suppress(ValueError):
+                self.assertFalse(holds(key.public(), good[:-1] + bytes([good[-1] ^ 1]), digest))
+        with self.assertRaises(ValueError):
+            minimail.ed25519_verifies(bytes([2]) + bytes(31), bytes(64), digest)
+
+    def test_a_fault_while_signing_gives_nothing_away(self):
+        key = minimail.read_key(RSA_PKCS1)
+        key.dp ^= 4
+        with self.assertRaises(ValueError):
+            key.sign(bytes(32))
+
+    def test_generation(self):
+        key = minimail.RSAKey.generate(1024)
+        self.assertEqual(key.bits, 1024)
+        self.assertEqual(minimail.read_key(minimail.pem("PRIVATE KEY", key.encode())).n, key.n)
+        for n in 9, 561, 341550071728321, key.p * key.q, 3215031751:       # Carmichael numbers among them
+            self.assertFalse(minimail.is_prime(n))
+        self.assertTrue(all(map(minimail.is_prime, (5, 7, 104729, 2 ** 127 - 1))))
+
+    def command(self, *arguments):
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+            status = main(list(arguments))
+        return status, printed.getvalue()
+
+    def test_command(self):
+        data = os.path.join(self.directory(), "data")
+        status, printed = self.command("--data", data, "dkim", "Here.test")
+        file = os.path.join(data, "dkim", "here.test", "mail.pem")
+        self.assertEqual((status, stat.S_IMODE(os.stat(file).st_mode)), (0, 0o600))
+        with open(file, "rb") as opened:
+            key = minimail.read_key(opened.read())
+        self.assertEqual((key.kind, key.bits), ("rsa", 2048))
+        self.assertRegex(printed, r"(?m)^mail\._domainkey\.here\.test\. IN TXT \(\n\t\"v=DKIM1; k=rsa; p=")
+        strings = re.findall(r'"([^"]*)"', printed)
+        self.assertLessEqual(max(map(len, strings)), 255)
+        self.assertEqual(minimail.record_misfit("".join(strings), key), "")
+        again = self.command("--data", data, "dkim", "here.test")
+        self.assertIn("".join(strings), again[1])
+        self.assertEqual(self.command("--data", data, "dkim", "here.test", "second", "--type", "ed25519")[0], 0)
+        both = self.command("--data", data, "dkim", "here.test")[1]
+        self.assertIn("k=ed25519", both)
+        self.assertIn("".join(strings), both)
+        for arguments in (["not a domain"], [], ["here.test", "a/b"], ["here.test", "x", "--bits", "1"]):
+            self.assertEqual(self.command("--data", data, "dkim", *arguments)[0], 2, arguments)
+
+    def test_record(self):
+        record = minimail.key_record(self.rsa)
+        for text in record, record.replace("v=DKIM1; ", ""), record.replace("; ", ";\t"), record + "; t=y; s=email; h=sha256:x":
+            self.assertEqual(minimail.record_misfit(text, self.rsa), "", text)
+        for text, words in ((record.replace("DKIM1", "DKIM2"), "v="), ("v=DKIM1; p=", "revoked"), ("v=DKIM1", "no key"),
+                            (minimail.key_record(self.ed25519), "another kind"), (record + "; h=sha1", "sha256"),
+                            (record + "; s=tlsrpt", "e-mail"), (record.replace("p=MI", "p=AA"), "broken"),
+                            (record.replace("p=MI", "p=M"), "broken"),
+                            (minimail.key_record(minimail.RSAKey.generate(1024)), "another key")):
+            self.assertIn(words, minimail.record_misfit(text, self.rsa))
+
+    def test_zone_file(self):
+        self.assertEqual(minimail.zone_record("a.test", 'say "x\\"'), 'a.test. IN TXT "say \\"x\\\\\\""')
+        long = minimail.zone_record("a.test", "x" * 700)
+        self.assertEqual("".join(re.findall(r'"(x+)"', long)), "x" * 700)
+        self.assertLessEqual(max(map(len, re.findall(r'"(x+)"', long))), 255)
+
+    def test_certificate(self):
+        found = minimail.read_certificate(CERTIFICATE)
+        self.assertEqual(found.names, ["mail.test", "localhost"])
+        self.assertEqual(found.not_after, datetime.datetime(2120, 1, 1, tzinfo=datetime.timezone.utc).timestamp())
+
+
+class DKIMSignatures(Case):
+    KEYS = [("here.test", "one", minimail.read_key(RSA_PKCS1)), ("here.test", "two", minimail.Ed25519Key(ED25519_SEED))]
+    RECORDS = {"%s._domainkey.%s" % (selector, domain): minimail.key_record(key) for domain, selector, key in KEYS}
+    BOTH = [("here.test", "rsa-sha256"), ("here.test", "ed25519-sha256")]
+
+    def sign(self, message, size=7):
+        blocks = [message[start:start + size] for start in range(0, len(message), size)]
+        return minimail.sign_content(blocks, lambda fields: self.KEYS, 1e9)
+
+    def test_every_kind(self):
+        for size in 1, 7, 100000:
+            for body in ODD_BODIES[:-2] if size == 1 else ODD_BODIES:
+                message = EVERY_KIND_OF_FIELD + body
+                self.assertEqual(verified(self.sign(message, size) + message, self.RECORDS), self.BOTH, body[:50])
+
+    def test_body_hash_is_the_same_however_it_comes(self):
+        chance = random.Random(6376)
+        for number in range(2000):
+            body = b"".join(chance.choice([b" ", b"\t", b"\r\n", b"\r", b"\n", b"a", b".", b"\r\n\r\n"])
+                            for _ in range(chance.randrange(20)))
+            hashed = minimail.BodyHash()
+            at = 0
+            while at < len(body):
+                size = chance.choice([1, 1, 2, 3, 10])
+                hashed.update(body[at:at + size])
+                at += size
+            self.assertEqual(hashed.digest(), hashlib.sha256(canonical_slowly(body)).digest(), (number, body))
+
+    def test_whoever_adds_or_changes_a_field_breaks_it(self):
+        message = b"From: a@here.test\r\nTo: b@far.test\r\nSubject: x\r\nList-Id: <l.here.test>\r\nX: y\r\n\r\nbody\r\n"
+        signed = self.sign(message) + message
+        for name in (b"From", b"To", b"Subject", b"Date", b"Reply-To", b"Cc", b"Message-ID", b"Content-Type", b"List-Id"):
+            self.assertEqual(verified(name + b": more\r\n" + signed, self.RECORDS), [], name)
+        for old, new in (b"Subject: x", b"Subject: z"), (b"body", b"body!"), (b"X: y", b"Cc: y"):
+            self.assertEqual(verified(signed.replace(old, new), self.RECORDS), [], new)
+        for prefix in b"Received: by x\r\n", b"Return-Path: <a@b>\r\n", b"List-Unsubscribe: <mailto:x@y>\r\n", b"Resent-To: c@d\r\n":
+            self.assertEqual(verified(prefix + signed, self.RECORDS), self.BOTH, prefix)     # mail hosts and lists may
+        self.assertEqual(verified(signed.replace(b"X: y", b"X: z").replace(b"Subject: x", b"SUBJECT:  \r\n x "), self.RECORDS),
+                         self.BOTH)
+
+    def test_the_field_is_well_formed(self):
+        text = self.sign(EVERY_KIND_OF_FIELD + b"x\r\n").decode()
+        self.assertLessEqual(max(map(len, text.split("\r\n"))), 78)
+        self.assertEqual(text.count("DKIM-Signature: v=1; a="), 2)
+        self.assertIn("c=relaxed/relaxed; d=here.test;\r\n\ts=one; t=1000000000;", text)
+        self.assertNotIn("\n", text.replace("\r\n", ""))
+
+    def test_headers_that_are_hostile(self):
+        """Too long or with too many fields: no signature rather than memory or time without end."""
+        started = time.process_time()
+        for message in (b"To: x\r\n" * 10_000 + b"\r\nbody", b"Subject: " + b"x" * (3 << 20), b"A: b\r\n" + b" x\r\n" * 500_000,
+                        b"X" * (2 << 20) + b"\r\n\r\n"):
+            self.assertEqual(self.sign(message, 1 << 16), b"")
+        for message in b"", b"\r\n", b"no header at all\r\n", b":\r\n\r\n", b" folded first\r\nFrom: a@here.test\r\n\r\nx":
+            self.assertTrue(self.sign(message))
+        self.assertLess(time.process_time() - started, 20)
+
+    def test_from(self):
+        for field, domains in ((b"a@Here.test", ["here.test"]), (b"Ann <a@here.test>", ["here.test"]),
+                               (b'"x@evil.test" <a@here.test>', ["here.test"]), (b"(x@evil.test) a@here.test", ["here.test"]),
+                               (b"x@evil.test <a@here.test>", ["here.test"]), (b"a@here.test, b@far.test", ["here.test", "far.test"]),
+                               (b'"a@here.test"', []), (b"", []), (b"undisclosed:;", []), (b'"\\"<x@y>" <a@here.test>', ["here.test"]),
+                               (b"((nested) x@evil.test) <a@here.test>", ["here.test"]), (b"@", [""]),
+                               ("a@b\u00fccher.test".encode(), ["xn--bcher-kva.test"]), (b"a@here.test\r\n (x)", ["here.test"])):
+            self.assertEqual(minimail.author_domains([("from", b"From: " + field), ("to", b"To: x@y.test")]), domains, field)
+        for hostile in b"(" * 100_000, b"<@" * 50_000, b'"' * 100_001, b"\\" * 100_000, b"@" * 100_000:
+            minimail.author_domains([("from", b"From: " + hostile)])
+
+    def keyring(self, **options):
+        config = Config(**dict(dict(data=self.directory(), domain=("here.test", "there.test"), hostname="mx.here.test"), **options))
+        return minimail.Keyring(config, "mx.here.test")
+
+    def test_whose_mail_is_signed(self):
+        """From's domain, else the reverse-path's; of strangers' mail nothing that could pass for ours."""
+        ring = self.keyring()
+        for authors, sender, trusted, domain in (
+                (["here.test"], "x.test", True, "here.test"), (["there.test"], "here.test", True, "there.test"),
+                (["x.test"], "there.test", True, "there.test"), (["x.test"], "y.test", True, ""), ([], "here.test", True, "here.test"),
+                (["mx.here.test"], "", True, "here.test"), (["x.test", "there.test"], "", True, "there.test"),
+                (["x.example"], "here.test", False, "here.test"), (["here.test"], "here.test", False, ""),
+                (["sub.here.test"], "here.test", False, ""), ([], "here.test", False, ""),
+                (["x.example", "mx.there.test"], "here.test", False, ""), (["x.example"], "y.test", False, "")):
+            self.assertEqual(ring.signing_domain(authors, sender, trusted), domain, (authors, sender, trusted))
+
+    def test_keys_of_the_data_directory_and_of_options(self):
+        data = self.directory()
+        pem = minimail.pem("PRIVATE KEY", self.KEYS[1][2].encode())
+        message = [b"From: a@here.test\r\n\r\n", b"x\r\n"]
+        ring = self.keyring(data=data)
+        self.assertEqual(ring.sign(message, "a@here.test", True, 1e9), b"")
+        os.makedirs(os.path.dirname(ring.file("here.test", "k1")))
+        with open(ring.file("here.test", "k1"), "wb") as file:
+            file.write(RSA_PKCS1)
+        self.assertIn(b"d=here.test;\r\n\ts=k1;", ring.sign(message, "a@here.test", True, 1e9))
+        self.assertEqual(ring.sign(message, "a@here.test", False, 1e9), b"")
+        self.assertEqual(ring.sign([b"From: a@there.test\r\n\r\n"], "a@there.test", True, 1e9), b"")
+        with open(ring.file("here.test", "k2"), "wb") as file:
+            file.write(pem)
+        self.assertEqual(ring.sign(message, "a@here.test", True, 1e9).count(b"DKIM-Signature"), 2)
+        given = self.keyring(data=data, dkim=(("", "o", self.file("o.pem", pem)), ("there.test", "t", self.file("t.pem", pem))))
+        given.check()
+        signed = given.sign(message, "a@here.test", True, 1e9)
+        self.assertEqual((signed.count(b"DKIM-Signature"), b"s=o;" in signed), (1, True))
+        self.assertEqual(given.sign([b"From: a@there.test\r\n\r\n"], "", True, 1e9).count(b"DKIM-Signature"), 2)
+        with self.assertRaisesRegex(OSError, "--dkim: cannot use /nonexistent/x"):
+            self.keyring(dkim=(("", "o", "/nonexistent/x"),)).check()
+
+    def test_a_key_that_breaks_is_complained_of_once_and_the_old_one_stays(self):
+        file = self.file("k.pem", RSA_PKCS1)
+        ring = self.keyring(dkim=(("", "k", file),))
+        message = [b"From: a@here.test\r\n\r\n"]
+        self.assertTrue(ring.sign(message, "", True, 1e9))
+        with open(file, "wb") as broken:
+            broken.write(b"no key")
+        with self.assertLogs("minimail", "WARNING") as logged:
+            for _ in range(3):
+                self.assertTrue(ring.sign(message, "", True, 1e9))
+        self.assertEqual(len(logged.output), 1)
+        with open(file, "wb") as better:
+            better.write(minimail.pem("PRIVATE KEY", self.KEYS[1][2].encode()))
+        self.assertIn(b"a=ed25519-sha256", ring.sign(message, "", True, 1e9))
+
+
+class SRSRewriting(Case):
+    NOW = 1_700_000_000.0
+
+    def srs(self, **options):
+        config = Config(**dict(dict(data=self.directory(), domain=("here.test",)), **options))
+        return minimail.SRS(config, minimail.Storage(config.data, False), lambda: self.NOW)
+
+    def test_there_and_back(self):
+        srs = self.srs()
+        for sender in "ann@far.test", "Ann.B=c@far.test", "a+b-c@xn--bcher-kva.test", "o'hara@far.test":
+            ours = srs.forward(sender)
+            self.assertRegex(ours, r"^SRS0=[A-Za-z0-9+/]{4}=[A-Z2-7]{2}=[^=]+=.*@here\.test$")
+            for spelled in ours, ours.lower(), ours.upper():
+                back = srs.reverse(minimail.parse_address(spelled))
+                self.assertEqual(str(back).lower(), sender.lower())
+            self.assertEqual(str(srs.reverse(minimail.parse_address(ours))), sender)
+        self.assertEqual(stat.S_IMODE(os.stat(srs.path).st_mode), 0o600)
+        again = minimail.SRS(Config(data=os.path.dirname(srs.path), domain=("here.test",)), srs.storage, lambda: self.NOW)
+        self.assertEqual(again.forward("ann@far.test"), srs.forward("ann@far.test"), "the secret does not last")
+
+    def test_what_stays(self):
+        srs = self.srs()
+        for sender in "", "ann@here.test", "ann@HERE.test", "ann@[192.0.2.1]":
+            self.assertEqual(srs.forward(sender), sender)
+        for address in "ann@here.test", "srs0x=a@here.test", "srs@here.test", "SRS0=aaaa=bb=far.test=x@other.test", "SRS2=x@here.test":
+            self.assertIsNone(srs.reverse(minimail.parse_address(address)))
+
+    def test_twice(self):
+        """What is SRS already, of others or of ours at another node, becomes SRS1, which does not grow any more."""
+        first, second, third = (self.srs(domain=(name,)) for name in ("one.test", "two.test", "three.test"))
+        once = first.forward("ann@far.test")
+        twice = second.forward(once)
+        thrice = third.forward(twice)
+        self.assertRegex(twice, r"^SRS1=....=one\.test==....=..=far\.test=ann@two\.test$")
+        self.assertRegex(thrice, r"^SRS1=....=one\.test==....=..=far\.test=ann@three\.test$")
+        self.assertEqual(str(third.reverse(minimail.parse_address(thrice))), once)
+        self.assertEqual(str(second.reverse(minimail.parse_address(twice))), once)
+        self.assertEqual(srs_of(first, once), "ann@far.test")
+        for separator in "+-":
+            odd = "SRS0%sabcd=QX=far.test=ann@one.test" % separator
+            self.assertEqual(srs_of(second, second.forward(odd)), odd)
+
+    def test_forged(self):
+        srs = self.srs()
+        good = srs.forward("ann@far.test")
+        for wrong in (good.replace("far.test", "evil.test"), good.replace("ann", "eve"), "SRS0@here.test", "SRS0=@here.test",
+                      "SRS0====@here.test", "SRS0=====x@here.test", "SRS1=abcd=far.test==x@here.test", "SRS1=@here.test",
+                      "SRS0=" + good[10:], "SRS0=" + good[6:], re.sub("=(....)=", lambda m: "=" + m.group(1) * 2 + "=", good, count=1)):
+            with self.subTest(wrong):
+                try:
+                    address = minimail.parse_address(wrong)
+                except Refused:
+                    continue
+                if wrong == "SRS0@here.test":
+                    self.assertIsNone(srs.reverse(address))
+                else:
+                    self.refused("550", srs.reverse, address)
+
+    def test_its_time(self):
+        good = self.srs().forward
+        srs = self.srs()
+        address = minimail.parse_address(srs.forward("ann@far.test"))
+        start = self.NOW
+        for days, taken in (0, True), (20, True), (21, True), (22, False), (500, False), (1024, True), (-1, False):
+            self.NOW = start + days * 86400
+            if taken:
+                self.assertEqual(str(srs.reverse(address)), "ann@far.test", days)
+            else:
+                self.refused("550", srs.reverse, address)
+        self.assertTrue(good)
+
+    def test_several_secrets(self):
+        """As postsrsd has it: the first line signs, all are good."""
+        srs = self.srs()
+        old = srs.forward("ann@far.test")
+        with open(srs.path, "r+") as file:
+            secret = file.read()
+            file.seek(0)
+            file.write("new secret\n" + secret)
+        srs._secrets.get(fresh=True)
+        self.assertNotEqual(srs.forward("ann@far.test"), old)
+        self.assertEqual(srs_of(srs, old), "ann@far.test")
+
+    def test_two_that_make_the_secret_at_once(self):
+        directory = self.directory()
+        rings = [minimail.SRS(Config(data=directory, domain=("here.test",)), minimail.Storage(directory, False), lambda: self.NOW)
+                 for _ in range(8)]
+        with concurrent.futures.ThreadPoolExecutor(8) as pool:
+            made = set(pool.map(lambda srs: srs.forward("ann@far.test"), rings))
+        self.assertEqual(len(made), 1)
+        self.assertEqual(os.listdir(directory), ["srs"])
+
+
+def srs_of(srs, address):
+    return str(srs.reverse(minimail.parse_address(address)))
+
+
+class STSPolicies(Case):
+    POLICY = b"version: STSv1\r\nmode: enforce\r\nmx: mx.far.test\r\nmx: *.backup.test\r\nmax_age: 604800\r\n"
+
+    def test_record(self):
+        for texts, id in ((["v=STSv1; id=20160831085700Z;"], "20160831085700Z"), (["v=STSv1;id=1"], "1"), (["x", "v=STSv1; id=a"], "a"),
+                          ([], ""), (["v=STSv1"], ""), (["v=STSv1; id=a", "v=STSv1; id=b"], ""), (["v=STSv10; id=a"], ""),
+                          (["v=STSv1; id=a-b"], ""), (["v=STSv1; id=" + "a" * 33], ""), (["id=a; v=STSv1"], ""), (["v=STSv1 ;id=a; x=y"], "a")):
+            self.assertEqual(minimail.parse_sts_record(texts), id, texts)
+
+    def test_policy(self):
+        policy = minimail.parse_sts_policy(self.POLICY, "1", 1e9)
+        self.assertEqual((policy.mode, policy.mx, policy.max_age), ("enforce", ["mx.far.test", "*.backup.test"], 604800))
+        for host, allowed in (("mx.far.test", True), ("MX.far.test.", True), ("a.backup.test", True), ("backup.test", False),
+                              ("a.b.backup.test", False), ("far.test", False), ("xmx.far.test", False), ("", False)):
+            self.assertEqual(policy.allows(host), allowed, host)
+        same = minimail.parse_sts_policy(self.POLICY.replace(b"\r\n", b"\n") + b"new: value\n", "1", 1e9)
+        self.assertEqual(same, policy)
+        for old, new in ((b"STSv1", b"STSv2"), (b"enforce", b"strict"), (b"604800", b"soon"), (b"604800", b"-1"), (b"mx:", b"nx:"),
+                         (b"mx.far.test", b"mx far"), (b"*.backup", b"*backup"), (b"604800", "\u0661".encode()), (self.POLICY, b""),
+                         (b"mx.far.test", b"\xff"), (b"604800", b"9" * 11)):
+            with self.subTest(new), self.assertRaises(ValueError):
+                minimail.parse_sts_policy(self.POLICY.replace(old, new), "1", 1e9)
+        self.assertEqual(minimail.parse_sts_policy(b"version: STSv1\nmode: none\nmax_age: 9999999999\n", "", 0).max_age, 31557600)
+
+    def sts(self, directory=None, answers=()):
+        """Return an STS whose fetches give `answers` in turn: a policy's bytes, or an exception."""
+        self.now = 1e9
+        zone = minimail.Zone({"_mta-sts.far.test": ["TXT v=STSv1; id=1"]})
+        self.names = zone.names
+        resolver = minimail.Resolver([("127.0.0.1", 53)], exchange=zone.exchange, etc="/nonexistent", clock=lambda: self.now)
+        directory = directory or self.directory()
+        sts = minimail.STS(directory, resolver, minimail.Storage(directory, False).write, lambda: self.now)
+        answers = list(answers)
+        self.fetched = []
+
+        def fetch(domain, id):
+            self.fetched.append((domain, id))
+            answer = answers.pop(0)
+            if isinstance(answer, Exception):
+                raise answer
+            return minimail.parse_sts_policy(answer, id, self.now)
+        sts.fetch = fetch
+        return sts
+
+    def test_kept_over_a_restart_until_it_is_too_old(self):
+        directory = self.directory()
+        sts = self.sts(directory, [self.POLICY])
+        self.assertEqual(sts.policy("far.test").mode, "enforce")
+        self.assertEqual(sts.policy("far.test").mx[0], "mx.far.test")
+        self.assertEqual(self.fetched, [("far.test", "1")])
+        self.assertIsNone(sts.policy("other.test"))
+        later = self.sts(directory, [OSError("no")] * 99)
+        del self.names["_mta-sts.far.test"]         # whoever takes the record away does not win
+        self.now += 604000
+        self.assertEqual(later.policy("far.test").mode, "enforce")
+        self.now += 1000
+        self.assertIsNone(later.policy("far.test"))
+        self.assertEqual(self.fetched, [])
+
+    def test_fetched_anew(self):
+        weaker = self.POLICY.replace(b"enforce", b"testing")
+        sts = self.sts(None, [self.POLICY, OSError("down"), weaker, self.POLICY, weaker.replace(b"testing", b"none")])
+        self.assertEqual(sts.policy("far.test").mode, "enforce")
+        self.names["_mta-sts.far.test"] = ["TXT v=STSv1; id=2"]
+        self.now += 90                              # its TTL has run out
+        self.assertEqual(sts.policy("far.test").mode, "enforce")    # it cannot be fetched: the old one holds
+        self.assertEqual(sts.policy("far.test").mode, "enforce")
+        self.assertEqual(len(self.fetched), 2, "a fetch that failed is not tried for each message")
+        self.now += 301
+        self.assertEqual(sts.policy("far.test").mode, "testing")
+        self.assertEqual(sts.policy("far.test").id, "2")
+        self.now += 86500                           # the same id: refreshed now and then, so that it does not run out
+        self.assertEqual(sts.policy("far.test").mode, "enforce")
+        self.names["_mta-sts.far.test"] = ["TXT v=STSv1; id=3"]
+        self.now += 90
+        self.assertIsNone(sts.policy("far.test"), "mode none")
+
+    def test_a_file_that_is_broken(self):
+        sts = self.sts(None, [OSError("no")] * 9)
+        os.mkdir(sts.root)
+        for content in b"", b"[1]", b"{}", b"\xff", b'{"id": 1}', b'{"id":"1","mode":"enforce","mx":[],"max_age":"x","fetched_at":1e9}':
+            with open(os.path.join(sts.root, "far.test"), "wb") as file:
+                file.write(content)
+            self.assertIsNone(sts.policy("far.test"), content)
+
+    def test_when_nothing_can_be_fetched(self):
+        sts = self.sts(None, [OSError("no"), ValueError("a redirect")])
+        with self.assertLogs("minimail", "INFO") as logged:
+            self.assertIsNone(sts.policy("far.test"))
+            self.assertIsNone(sts.policy("far.test"))
+        self.assertEqual(len(logged.output), 1)
+
+    def test_http_answers(self):
+        parse = minimail.parse_http_answer
+        self.assertEqual(parse(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nhi", 9), (200, {"content-length": "2"}, b"hi"))
+        for wrong in b"", b"HTTP/1.1 200 OK\r\n", b"SSH-2.0\r\n\r\n", b"HTTP/1.1 20\r\n\r\n", b"HTTP/1.1 200 OK\r\n\r\n" + b"x" * 10, \
+                b"HTTP/1.1 200 OK\r\n" + b"A: b\r\n" * 9999 + b"\r\n":
+            with self.assertRaises(ValueError):
+                parse(wrong, 9)
+
+
+class SPFReading(Case):
+    ZONE = {
+        "here.test": ["TXT v=spf1 mx -all", "TXT unrelated", "MX 10 mx.here.test"], "mx.here.test": ["A 192.0.2.1", "AAAA 2001:db8::1"],
+        "none.test": ["TXT hello"], "two.test": ["TXT v=spf1 -all", "TXT v=spf1 +all"], "soft.test": ["TXT v=spf1 a:mx.here.test/24 ~all"],
+        "inc.test": ["TXT v=spf1 include:here.test ?all"], "gone.test": ["TXT v=spf1 include:nobody.test -all"],
+        "redirect.test": ["TXT v=spf1 redirect=here.test"], "loop.test": ["TXT v=spf1 include:loop.test -all"],
+        "ip.test": ["TXT v=spf1 ip4:192.0.2.0/28 ip6:2001:db8::/32 -all"], "bad.test": ["TXT v=spf1 a -al"],
+        "many.test": ["TXT v=spf1 " + " ".join("a:h%d.test" % n for n in range(11)) + " -all"],
+        "void.test": ["TXT v=spf1 a:n1.test a:n2.test a:n3.test -all"], "upper.test": ["TXT V=SPF1 A:MX.HERE.TEST -ALL"],
+        "macro.test": ["TXT v=spf1 exists:%{ir}.%{l1r-}.%{d2}.x.test -all"], "1.2.0.192.ann.macro.test.x.test": ["A 127.0.0.2"],
+        "ptr.test": ["TXT v=spf1 ptr:here.test -all"], "1.2.0.192.in-addr.arpa": ["PTR mx.here.test"], "fail.test": ["SERVFAIL"],
+        "mod.test": ["TXT v=spf1 new=x exp=e.%{d} a:mx.here.test -all"], "empty.test": ["TXT v=spf1"], "neutral.test": ["TXT v=spf1 ?ip4:192.0.2.1"],
+    }
+    ZONE.update({"h%d.test" % n: ["A 203.0.113.1"] for n in range(12)})
+
+    def spf(self, host, domain, sender="ann-x@macro.test"):
+        resolver = minimail.Zone(self.ZONE).resolver()
+
+        def lookup(name, type):
+            found = resolver.lookup(name, minimail.TYPES[type])
+            return [host for _, host in sorted(found)] if type == "MX" else found
+        spf = minimail.SPF(lookup, host, sender)
+        return spf.check(domain), spf
+
+    def test_results(self):
+        for host, domain, result in (
+                ("192.0.2.1", "here.test", "pass"), ("192.0.2.2", "here.test", "fail"), ("2001:db8::1", "here.test", "pass"),
+                ("2001:db8::2", "here.test", "fail"), ("192.0.2.1", "none.test", "none"), ("192.0.2.1", "nobody.test", "none"),
+                ("192.0.2.1", "two.test", "permerror"), ("192.0.2.99", "soft.test", "pass"), ("203.0.113.1", "soft.test", "softfail"),
+                ("192.0.2.1", "inc.test", "pass"), ("192.0.2.2", "inc.test", "neutral"), ("192.0.2.1", "gone.test", "permerror"),
+                ("192.0.2.1", "redirect.test", "pass"), ("192.0.2.2", "redirect.test", "fail"), ("192.0.2.1", "loop.test", "permerror"),
+                ("192.0.2.15", "ip.test", "pass"), ("192.0.2.16", "ip.test", "fail"), ("2001:db8:1::", "ip.test", "pass"),
+                ("192.0.2.1", "bad.test", "permerror"), ("192.0.2.1", "many.test", "permerror"), ("192.0.2.1", "void.test", "permerror"),
+                ("192.0.2.1", "upper.test", "pass"), ("192.0.2.1", "macro.test", "pass"), ("192.0.2.2", "macro.test", "fail"),
+                ("192.0.2.1", "ptr.test", "pass"), ("192.0.2.2", "ptr.test", "fail"), ("192.0.2.1", "fail.test", "temperror"),
+                ("192.0.2.1", "mod.test", "pass"), ("192.0.2.1", "empty.test", "neutral"), ("192.0.2.1", "neutral.test", "neutral"),
+                ("192.0.2.1", "test", "none"), ("192.0.2.1", "a..b", "none"), ("192.0.2.1", "x" * 64 + ".test", "none")):
+            self.assertEqual(self.spf(host, domain)[0], result, (host, domain))
+
+    def test_look_ups_are_counted(self):
+        self.assertEqual(self.spf("203.0.113.9", "inc.test")[1].lookups, 2)
+        self.assertEqual(self.spf("203.0.113.9", "ip.test")[1].lookups, 0)
+        self.assertIn("more than 10", self.spf("192.0.2.1", "many.test")[1].reason)
+
+    def test_wrong_terms(self):
+        for term in ("all:x", "ip4:1.2.3", "ip4:1.2.3.4/33", "ip4:1.2.3.4/", "ip4", "ip6:1.2.3.4", "include", "include:", "exists", "a:",
+                     "a/33", "mx/01", "foo", "a:%{z}", "a:%x", "-redirect=x", "redirect=", "a//129", "\u00e4", "include:a/24x%"):
+            with self.subTest(term), self.assertRaises(minimail.SPFError):
+                minimail.parse_spf("v=spf1 " + term)
+        with self.assertRaises(minimail.SPFError):
+            minimail.parse_spf("v=spf1 redirect=a redirect=b")
+
+
+class Checkup(Case):
+    GOOD = {
+        "here.test": ["MX 10 mx.here.test", "TXT v=spf1 mx -all"], "mx.here.test": ["A 8.8.4.4"],
+        "4.4.8.8.in-addr.arpa": ["PTR mx.here.test"], "_dmarc.here.test": ["TXT v=DMARC1; p=none"],
+        "k._domainkey.here.test": ["TXT " + minimail.key_record(minimail.Ed25519Key(ED25519_SEED))],
+    }
+
+    HASH = minimail.hash_password("secret")
+
+    def examine(self, changes=(), **options):
+        """Return {check: [finding]} of a domain whose names are those of GOOD, changed."""
+        names = dict(self.GOOD, **dict(changes))
+        key = self.file("k.pem", minimail.pem("PRIVATE KEY", minimail.Ed25519Key(ED25519_SEED).encode()))
+        os.chmod(key, 0o600)
+        data = self.directory()
+        options = dict(dict(data=data, domain=("here.test",), dkim=(("", "k", key),), tls_cert=self.file("c.pem", CERTIFICATE),
+                            users=self.file("users", "postmaster@here.test:%s\n" % self.HASH),
+                            aliases=self.file("aliases", "abuse@here.test: ann@far.test\n")), **options)
+        hostname = options.pop("hostname", "mx.here.test")
+        zone = minimail.Zone({name: items for name, items in names.items() if items})
+        doctor = minimail.Doctor(Config(**options), hostname, zone.resolver())
+        found = {}
+        for finding in doctor.examine(["here.test"]):
+            found.setdefault(finding.check, []).append(finding)
+        return found
+
+    def test_nothing_is_wrong(self):
+        found = self.examine()
+        wrong = [f for fs in found.values() for f in fs if f.status == "wrong" and f.check not in ("certificate", "data")]
+        self.assertEqual(wrong, [])
+        for check in "hostname", "mx", "ptr", "spf", "dkim", "dmarc":
+            self.assertEqual(found[check][0].status, "ok", found[check])
+        self.assertIn("1 of 10 look-ups", found["spf"][0].text)
+
+    def wrong(self, check, words, record="", **options):
+        changes = options.pop("changes", {})
+        found = [f for f in self.examine(changes, **options)[check] if f.status == "wrong"]
+        self.assertTrue(found, (check, changes))
+        self.assertIn(words, found[0].text)
+        self.assertTrue(found[0].advice)
+        self.assertIn(record, "\n".join(found[0].records))
+
+    def test_what_is_wrong(self):
+        for check, words, record, changes in (
+                ("hostname", "no address", "IN A", {"mx.here.test": []}), ("mx", "does not exist", "IN MX 10 mx.here.test.", {"here.test": []}),
+                ("mx", "no MX", "IN MX 10", {"here.test": ["TXT x"]}), ("mx", "not here", "IN MX", {"here.test": ["MX 5 mx.far.test"]}),
+                ("mx", "not here", "IN MX", {"here.test": ["MX 0 ."]}),
+                ("ptr", "nobody", "4.4.8.8.in-addr.arpa. IN PTR mx.here.test.", {"4.4.8.8.in-addr.arpa": []}),
+                ("ptr", "vps-1.far.test", "IN PTR", {"4.4.8.8.in-addr.arpa": ["PTR vps-1.far.test"]}),
+                ("spf", "no SPF", 'here.test. IN TXT "v=spf1 mx -all"', {"here.test": ["MX 10 mx.here.test"]}),
+                ("spf", "fail", "v=spf1", {"here.test": ["MX 10 mx.here.test", "TXT v=spf1 ip4:192.0.2.9 -all"]}),
+                ("spf", "anybody", "v=spf1", {"here.test": ["MX 10 mx.here.test", "TXT v=spf1 +all"]}),
+                ("spf", "cannot be used", "v=spf1", {"here.test": ["MX 10 mx.here.test", "TXT v=spf1 mxx -all"]}),
+                ("dkim", "not published", "k._domainkey.here.test. IN TXT", {"k._domainkey.here.test": []}),
+                ("dkim", "another key", "", {"k._domainkey.here.test": ["TXT v=DKIM1; k=ed25519; p=" + base64.b64encode(
+                    minimail.Ed25519Key(bytes(32)).public()).decode()]}),
+                ("dkim", "revoked", "", {"k._domainkey.here.test": ["TXT v=DKIM1; k=ed25519; p="]}),
+                ("dmarc", "no DMARC", "_dmarc.here.test. IN TXT", {"_dmarc.here.test": []}),
+                ("dmarc", "p=", "_dmarc", {"_dmarc.here.test": ["TXT v=DMARC1; p=maybe"]}),
+                ("mta-sts", "wrong", "_mta-sts.here.test. IN TXT", {"_mta-sts.here.test": ["TXT v=STSv1"]}),
+                ("mta-sts", "reporting", "_smtp._tls", {"_smtp._tls.here.test": ["TXT v=TLSRPTv1; rua=x"]}),
+                ("spf", "no answer", "", {"here.test": ["SERVFAIL"]})):
+            with self.subTest(check=check, changes=changes):
+                self.wrong(check, words, record, changes=changes)
+        self.wrong("hostname", "not a full name", hostname="localhost")
+        self.wrong("certificate", "no certificate", tls_cert="")
+        self.wrong("certificate", "mail.test", changes={})
+        self.wrong("certificate", "/nonexistent", tls_cert="/nonexistent")
+        self.wrong("dkim", "unsigned", dkim=())
+        self.wrong("dkim", "/nonexistent", dkim=(("", "k", "/nonexistent"),))
+        self.wrong("data", "No such file", data="/nonexistent/data")
+
+    def test_postmaster_and_abuse(self):
+        found = self.examine()["addresses"]
+        self.assertEqual([f.text for f in found], ["postmaster@here.test arrives at postmaster@here.test",
+                                                   "abuse@here.test arrives at ann@far.test"])
+        found = self.examine(users=self.file("users", "ann@here.test:%s\n" % self.HASH))["addresses"]
+        self.assertEqual(found[0].status, "note", found)
+
+    def test_the_machine(self):
+        directory = self.directory()
+        self.assertEqual(minimail.broken_promises(directory), [])
+        self.assertEqual(os.listdir(directory), [])
+        self.assertIsInstance(minimail.file_system(directory), str)
+        with mock.patch("os.link", side_effect=OSError(errno.EPERM, "no")), mock.patch.object(minimail, "lock_file", return_value=False):
+            self.assertEqual(minimail.broken_promises(directory)[:2], ["locks", "links"])
+        self.assertIn(minimail.clock_is_synchronized(), (None, True, False))
+
+    def test_command(self):
+        with minimail_dns({"here.test": []}) as where:
+            printed = io.StringIO()
+            with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+                status = main(["--data", self.directory(), "--dns", where, "--hostname", "mx.here.test", "check", "here.test", "--json"])
+            self.assertEqual(status, 1)
+            found = json.loads(printed.getvalue())
+            self.assertEqual({"domain", "check", "status", "text", "advice", "records"}, set(found[0]))
+            with contextlib.redirect_stdout(io.StringIO()) as printed:
+                self.assertEqual(main(["--data", self.directory(), "--dns", where, "check", "here.test"]), 1)
+            self.assertRegex(printed.getvalue(), r"(?s)wrong +mx: .*; to publish:\nhere\.test\. IN MX .*things are wrong\n$")
+        for arguments in ["check"], ["check", "no domain"]:
+            with contextlib.redirect_stderr(io.StringIO()):
+                self.assertEqual(main(["--data", self.directory()] + arguments), 2)
+
+
+class Asked(Case):
+    """What MAIL and RCPT say about notices (RFC 3461, RFC 6533), as values."""
+
+    def test_xtext(self):
+        for text, coded in ("a+b=c", "a+2Bb+3Dc"), ("x y", "x+20y"), ("", ""), ("!~", "!~"), ("\u00fc", "+C3+BC"):
+            self.assertEqual(minimail.xtext_encode(text), coded)
+        self.assertEqual(minimail.xtext_decode("a+2Bb+3Dc"), "a+b=c")
+        for wrong in "a b", "a=b", "a+", "a+2", "a+2b", "\u00fc", "a+GG":
+            with self.assertRaises(ValueError):
+                minimail.xtext_decode(wrong)
+
+    def test_utf8_addresses(self):
+        for text, coded in ("b\u00f6b@x.test", "b\\x{F6}b@x.test"), ("a+b\\=", "a\\x{2B}b\\x{5C}\\x{3D}"), ("\U0001f600", "\\x{1F600}"):
+            self.assertEqual(minimail.utf8_xtext_encode(text), coded)
+            self.assertEqual(minimail.utf8_xtext_decode(coded), text)
+        self.assertEqual(minimail.utf8_xtext_decode("b\u00f6b"), "b\u00f6b")
+        for wrong in "a+b", "a=b", "a b", "\\x{}", "\\x{F6", "\\y", "\\x{110000}", "\\x{1234567}":
+            with self.assertRaises(ValueError):
+                minimail.utf8_xtext_decode(wrong)
+
+    def test_of_mail(self):
+        for given, ret, envid in (({}, "", ""), ({"RET": "full", "ENVID": "a+2Bb"}, "FULL", "a+2Bb"), ({"RET": "HDRS"}, "HDRS", "")):
+            self.assertEqual(minimail.parse_dsn_of_mail(dict(given, SIZE="1")), (ret, envid))
+        for wrong in {"RET": "ALL"}, {"ENVID": "a b"}, {"ENVID": "a" * 101}, {"ENVID": "a+0"}:
+            self.refused("501 5.5.4", minimail.parse_dsn_of_mail, wrong)
+
+    def test_of_rcpt(self):
+        for notify in "NEVER", "success", "FAILURE,DELAY", "SUCCESS,FAILURE,DELAY", "DELAY":
+            self.assertEqual(minimail.parse_dsn_of_rcpt({"NOTIFY": notify}).notify, notify.upper())
+        for orcpt, kept in (("rfc822;a+2Bb@x.test", ""), ("x-other;what+20ever", ""), ("utf-8;b\\x{F6}b@x.test", ""),
+                            ("utf-8;b\u00f6b@x.test", "utf-8;b\\x{F6}b@x.test")):
+            self.assertEqual(minimail.parse_dsn_of_rcpt({"ORCPT": orcpt}, True).orcpt, kept or orcpt)
+        for wrong in ({"NOTIFY": "NEVER,SUCCESS"}, {"NOTIFY": "ALWAYS"}, {"NOTIFY": "SUCCESS,SUCCESS"}, {"NOTIFY": ","}, {"ORCPT": "a@b"},
+                      {"ORCPT": "rfc822;"}, {"ORCPT": ";a@b"}, {"ORCPT": "rfc822;a=b"}, {"ORCPT": "rfc822;" + "a" * 500},
+                      {"ORCPT": "rfc 822;a"}, {"ORCPT": "utf-8;b\u00f6b@x.test"}, {"ORCPT": "utf-8;a+2Bb"}):
+            self.refused("501 5.5.4", minimail.parse_dsn_of_rcpt, wrong)
+        self.refused("501 5.5.4", minimail.parse_dsn_of_rcpt, {"ORCPT": "utf-8;\\x{110000}\u00f6"}, True)
+
+    def test_in_a_session(self):
+        node = self.node(domain=["here.test"], catch_all="all@here.test")
+        talk = self.talk(node.smtp_address)
+        self.assertIn("250-DSN", talk.ask("EHLO x"))
+        self.dialog(talk, """
+            C: MAIL FROM:<a@here.test> RET=SOME
+            S: 501 5.5.4
+            C: MAIL FROM:<a@here.test> RET=HDRS ENVID=a=b
+            S: 501 5.5.4
+            C: MAIL FROM:<a@here.test> RET=HDRS ENVID=QQ314159 SIZE=100
+            S: 250 2.1.0
+            C: RCPT TO:<b@here.test> NOTIFY=NEVER,DELAY
+            S: 501 5.5.4
+            C: RCPT TO:<b@here.test> NOTIFY=SUCCESS ORCPT=nothing
+            S: 501 5.5.4
+            C: RCPT TO:<b@here.test> NOTIFY=SUCCESS OTHER=x
+            S: 555 5.5.4
+            C: RCPT TO:<b@here.test> NOTIFY=SUCCESS,DELAY ORCPT=rfc822;b@here.test
+            S: 250 2.1.5
+            """)
+
+
+class OneByOne(ScriptedCase):
+    """A world with one far host and two aliases, in which messages are accepted as a session does it, and sent."""
+
+    PLAIN = ("PIPELINING", "8BITMIME", "SIZE 10000000")
+    ALL = ("", "NEVER", "SUCCESS", "FAILURE", "DELAY", "SUCCESS,FAILURE", "FAILURE,DELAY", "SUCCESS,FAILURE,DELAY")
+
+    def world(self, script=None, extensions=PLAIN, **options):
+        self.peer = ScriptedPeer(script, extensions)
+        self.case = tempfile.TemporaryDirectory(prefix="minimail-test-", dir=RAM_DISK)
+        self.addCleanup(self.case.cleanup)
+        os.mkdir(os.path.join(self.case.name, "d"), 0o700)
+        aliases = os.path.join(self.case.name, "aliases")
+        with open(aliases, "w") as file:
+            file.write("one@here.test: bob@far.test\ntwo@here.test: bob@far.test, all@here.test\n")
+        return ScriptedWorld(self, FAR, {"192.0.2.25": self.peer}, data=os.path.join(self.case.name, "d"), aliases=aliases, **options)
+
+    def submit(self, world, recipient, notify="", orcpt="", ret="", envid="", sender="me@here.test", trusted=True, content=LETTER):
+        """Accept a message as a session does."""
+        address = minimail.parse_address(recipient)
+        envelope = minimail.Envelope(sender=sender, trusted=trusted, ret=ret, envid=envid)
+        if notify or orcpt:
+            envelope.wishes[address.key] = minimail.Wish(notify, orcpt)
+        destinations = [world.stores.door.recipient(envelope, address, trusted)]
+        parcel = world.stores.post.begin(envelope, destinations)
+        parcel.draft.write(content)
+        world.stores.door.finish(parcel)
+        world.stores.post.commit(parcel)
+        world.step()
+        return parcel
+
+    def reports(self, world):
+        """Return [(action, status, final recipient)] of all reports to the sender."""
+        found = []
+        for message in world.mail():
+            if message.get_content_type() == "multipart/report":
+                for part in list(message.iter_parts())[1].get_payload()[1:]:
+                    found.append((part["Action"], part["Status"], part["Final-Recipient"].partition("; ")[2]))
+        return found
+
+
+class Notices(OneByOne):
+    """Every NOTIFY with everything that can become of a message (RFC 3461 section 5.2)."""
+
+    def test_every_notify_with_everything_that_can_happen(self):
+        for notify in self.ALL:
+            words = notify.split(",")
+            told_success, told_failure, told_delay = "SUCCESS" in words, "FAILURE" in words or not notify, "DELAY" in words or not notify
+            with self.subTest(notify=notify, what="delivered"):
+                world = self.world()
+                self.submit(world, "x@here.test", notify)
+                self.assertEqual(self.reports(world), [("delivered", "2.0.0", "x@here.test")] if told_success else [])
+                self.assertEqual((len(world.mail()), world.files()), (2 if told_success else 1, []))
+            with self.subTest(notify=notify, what="relayed to a peer without DSN"):
+                world = self.world()
+                self.submit(world, "bob@far.test", notify)
+                self.assertEqual(self.reports(world), [("relayed", "2.0.0", "bob@far.test")] if told_success else [])
+                self.assertEqual(len(self.peer.messages), 1)
+                self.assertNotIn("NOTIFY", "".join(self.peer.lines))
+            with self.subTest(notify=notify, what="relayed to a peer with DSN"):
+                world = self.world(extensions=self.PLAIN + ("DSN",))
+                self.submit(world, "bob@far.test", notify, "rfc822;Bob@far.test" if notify else "", "FULL", "QQ1")
+                self.assertEqual(self.reports(world), [])
+                self.assertIn(" RET=FULL ENVID=QQ1", [line for line in self.peer.lines if line.startswith("MAIL")][0])
+                rcpt, = [line for line in self.peer.lines if line.startswith("RCPT")]
+                self.assertEqual(rcpt, "RCPT TO:<bob@far.test>" + (" NOTIFY=%s ORCPT=rfc822;Bob@far.test" % notify if notify else ""))
+            with self.subTest(notify=notify, what="failed"):
+                world = self.world({"RCPT": "550 5.1.1 no such user"})
+                self.submit(world, "bob@far.test", notify)
+                self.assertEqual(self.reports(world), [("failed", "5.1.1", "bob@far.test")] if told_failure else [])
+                self.assertEqual(world.files(), [])
+            with self.subTest(notify=notify, what="delayed"):
+                world = self.world({"RCPT": "451 4.2.0 later"}, warn=100)
+                self.submit(world, "bob@far.test", notify)
+                self.assertEqual(self.reports(world), [], "too early")
+                for _ in range(3):
+                    world.clock.now += 4000
+                    world.step()
+                self.assertEqual(self.reports(world), [("delayed", "4.2.0", "bob@far.test")] if told_delay else [], "once")
+                self.assertEqual(len(world.entries()), 1)
+            with self.subTest(notify=notify, what="expanded"):
+                world = self.world(extensions=self.PLAIN + ("DSN",))
+                self.submit(world, "two@here.test", notify)
+                self.assertEqual(self.reports(world), [("expanded", "2.0.0", "two@here.test")] if told_success else [])
+                rcpt, = [line for line in self.peer.lines if line.startswith("RCPT")]
+                passed = ",".join(word for word in words if word != "SUCCESS") or ("NEVER" if notify else "")
+                self.assertEqual(rcpt, "RCPT TO:<bob@far.test>" + (" NOTIFY=" + passed if passed else ""))
+            with self.subTest(notify=notify, what="an alias for one"):
+                world = self.world()
+                self.submit(world, "one@here.test", notify)
+                self.assertEqual(self.reports(world), [("relayed", "2.0.0", "bob@far.test")] if told_success else [])
+
+    def test_nobody_is_told_of_a_notice(self):
+        world = self.world({"RCPT": "550 no"})
+        for recipient in "bob@far.test", "x@here.test":
+            self.submit(world, recipient, "SUCCESS,FAILURE", sender="")
+        self.assertEqual((self.reports(world), world.files()), ([], []))
+
+    def test_who_is_warned(self):
+        """Own users by --warn alone; strangers when they asked; nobody without it."""
+        for options, sender, notify, told in (({}, "me@here.test", "DELAY", 0), ({"warn": 10}, "me@here.test", "", 1),
+                                              ({"warn": 10}, "ann@far.test", "", 0), ({"warn": 10}, "ann@far.test", "DELAY", 1)):
+            world = self.world({"RCPT": "451 later"}, **options)
+            self.submit(world, "one@here.test", notify, sender=sender)
+            world.clock.now += 4000
+            world.step()
+            warned = self.reports(world) if "here" in sender else [e for e in world.entries() if not e.sender]
+            self.assertEqual(len(warned), told, (options, sender, notify))
+
+    def test_the_whole_message_when_it_is_asked_for(self):
+        body = b"From: me@here.test\r\n\r\n" + b"0123456789\r\n" * 50_000
+        for ret, whole in ("FULL", True), ("HDRS", False), ("", False):
+            world = self.world({"RCPT": "550 5.1.1 no"})
+            self.submit(world, "bob@far.test", "FAILURE", "rfc822;robert@far.test", ret, "a+2Bb", content=body)
+            report, = world.mail()
+            text, status, original = report.iter_parts()
+            self.assertEqual(original.get_content_type(), "message/rfc822" if whole else "text/rfc822-headers")
+            self.assertEqual("0123456789\n" * 50_000 in report.as_string(), whole)
+            whole_status, bob = status.get_payload()
+            self.assertEqual(whole_status["Original-Envelope-Id"], "a+b")
+            self.assertEqual(bob["Original-Recipient"], "rfc822;robert@far.test")
+
+    def test_what_is_hostile_stays_in_its_line(self):
+        world = self.world({"RCPT": "550 5.1.1 no"})
+        self.submit(world, "bob@far.test", "FAILURE", "rfc822;a+0D+0AX-Evil:+20yes", "", "b+0D+0AX-Evil:+20yes")
+        self.assertNotIn("\nX-Evil", world.mail()[0].as_string())
+
+    def test_a_crash_before_the_report(self):
+        """The entry says who is to be told: whoever finds it later does so."""
+        world = self.world()
+        with mock.patch.object(world.relay, "_settle", side_effect=KeyboardInterrupt), self.assertRaises(KeyboardInterrupt):
+            self.submit(world, "x@here.test", "SUCCESS")
+        entry, = world.entries()
+        self.assertEqual(entry.recipients[0]["action"], "delivered")
+
+
+class SendmailNotices(ScriptedCase):
+    def setUp(self):
+        super().setUp()
+        os.makedirs(os.path.join(self.data, "run"))     # a node was here
+
+    def sendmail(self, *arguments):
+        return scripted_command("sendmail", *arguments, "-f", "me@here.test", "bob@far.test", "--data", self.data, "--domain",
+                                "here.test", "--hostname", "mx.here.test", "--no-sync", "--quiet", stdin=b"Subject: x\n\ny\n")
+
+    def test_flags(self):
+        self.assertEqual(self.sendmail("-N", "failure,delay", "-R", "full", "-V", "a+b"), (0, "", ""))
+        entry, = minimail.Queue(minimail.Storage(self.data), Config()).entries()
+        self.assertEqual((entry.extra["ret"], entry.extra["envid"], entry.extra["trusted"]), ("FULL", "a+2Bb", True))
+        self.assertEqual(entry.recipients[0]["notify"], "FAILURE,DELAY")
+        for wrong in ("-N", "always"), ("-R", "some"), ("-V", "x" * 101):
+            self.assertNotEqual(self.sendmail(*wrong)[0], 0, wrong)
+
+
+class Leaving(OneByOne):
+    """What standing does to mail on its way out: signatures, rewritten reverse-paths, what policies demand."""
+
+    KEYS = DKIMSignatures.KEYS
+    RECORDS = DKIMSignatures.RECORDS
+
+    def keys(self):
+        return {"dkim": [(("", selector, self.key_file(key))) for _, selector, key in self.KEYS]}
+
+    def key_file(self, key):
+        with tempfile.NamedTemporaryFile(dir=self.folder(), delete=False, suffix=".pem") as file:
+            file.write(minimail.pem("PRIVATE KEY", key.encode()))
+        return file.name
+
+    def folder(self):
+        directory = tempfile.TemporaryDirectory(prefix="minimail-test-")
+        self.addCleanup(directory.cleanup)
+        return directory.name
+
+    def test_signed(self):
+        world = self.world(**self.keys())
+        self.submit(world, "bob@far.test")
+        content = self.peer.messages[0][2]
+        self.assertEqual(verified(content, self.RECORDS), DKIMSignatures.BOTH)
+        mail = [line for line in self.peer.lines if line.startswith("MAIL")][0]
+        self.assertEqual(int(re.search(r"SIZE=(\d+)", mail).group(1)), len(content))
+        self.assertTrue(content.startswith(b"DKIM-Signature: "))
+
+    def test_computed_once(self):
+        world = self.world({"end": ["451 later", "250 ok"]}, **self.keys())
+        self.submit(world, "bob@far.test")
+        entry, = world.entries()
+        world.clock.now += 4000
+        with mock.patch.object(minimail.RSAKey, "sign", side_effect=AssertionError("again")):
+            world.step()
+        self.assertIn(entry.extra["signature"][1].encode(), self.peer.messages[0][2])
+        self.assertEqual(self.peer.contents[0], self.peer.contents[1])
+
+    def test_without_a_key_nothing_changes(self):
+        world = self.world()
+        self.submit(world, "bob@far.test")
+        self.assertTrue(self.peer.messages[0][2].startswith(b"Received: "))
+
+    def test_signed_after_rewriting(self):
+        world = self.world(rewrite=["*@other.test=me@here.test"], **self.keys())
+        self.submit(world, "bob@far.test", sender="x@other.test", content=LETTER.replace(b"me@here", b"y@other"))
+        self.assertIn(b"From: me@here.test", self.peer.messages[0][2])
+        self.assertEqual(verified(self.peer.messages[0][2], self.RECORDS), DKIMSignatures.BOTH)
+
+    def test_bounces_are_signed(self):
+        world = self.world(**self.keys())
+        world.stores.door.send(minimail.Envelope(sender="", protocol="bounce"), [minimail.parse_address("bob@far.test")],
+                               b"From: <mailer-daemon@mx.here.test>\r\n\r\nx\r\n")
+        world.step()
+        self.assertEqual(verified(self.peer.messages[0][2], self.RECORDS), DKIMSignatures.BOTH)
+
+    def test_forwards(self):
+        """An alias that leads elsewhere: a reverse-path of ours, a signature of ours unless From could pass for ours."""
+        world = self.world(**self.keys())
+        world.stores.door.origin = minimail.SRS(world.config, world.stores.storage).reverse
+        self.submit(world, "one@here.test", sender="ann@origin.example", trusted=False, content=b"From: ann@origin.example\r\n\r\nx\r\n")
+        sender, _, content = self.peer.messages[0]
+        self.assertRegex(sender, r"^<SRS0=....=..=origin\.example=ann@here\.test>")
+        self.assertEqual(verified(content, self.RECORDS), DKIMSignatures.BOTH)
+        found = world.stores.door.destinations(minimail.Envelope(), minimail.parse_path(sender)[0], False)
+        self.assertEqual([str(address) for address in found.remote], ["ann@origin.example"])
+        with self.assertRaises(Refused):
+            world.stores.door.destinations(minimail.Envelope(), minimail.parse_path(sender.replace("ann", "eve"))[0], False)
+        self.submit(world, "one@here.test", sender="ann@origin.example", trusted=False)     # its From says me@here.test
+        self.assertEqual(verified(self.peer.messages[1][2], self.RECORDS), [])
+        for sender in "me@here.test", "":
+            self.submit(world, "one@here.test", sender=sender)
+            self.assertIn("<%s>" % sender, self.peer.messages[-1][0])
+
+    def test_what_is_not_a_forward_keeps_its_reverse_path(self):
+        world = self.world()
+        self.submit(world, "bob@far.test", sender="ann@origin.example")
+        self.assertIn("<ann@origin.example>", self.peer.messages[0][0])
+
+    def policy(self, world, mode, mx="mx.far.test"):
+        directory = os.path.join(world.config.data, "mta-sts")
+        os.mkdir(directory, 0o700)
+        with open(os.path.join(directory, "far.test"), "w") as file:
+            json.dump({"id": "1", "mode": mode, "mx": [mx], "max_age": 86400, "fetched_at": time.time() - 60}, file)
+
+    @unittest.skipUnless(ssl, "no ssl")
+    def test_policies(self):
+        """enforce: verified or not sent; testing: sent, and logged; a host that the policy does not name gets nothing."""
+        for mode, mx, tls, trusted, sent, reason in (
+                ("enforce", "mx.far.test", True, False, False, "4.7.5"), ("enforce", "mx.far.test", False, False, False, "4.7.5"),
+                ("enforce", "mx.other.test", True, True, False, "4.7.5"), ("enforce", "mx.far.test", True, True, True, ""),
+                ("testing", "mx.far.test", True, False, True, "tls-unverified"), ("testing", "mx.other.test", True, False, True, "sts-testing"),
+                ("testing", "mx.far.test", False, False, True, ""), ("none", "mx.far.test", False, False, True, "")):
+            with self.subTest(mode=mode, mx=mx, tls=tls, trusted=trusted):
+                world = self.world(extensions=self.PLAIN + (("STARTTLS",) if tls else ()))
+                server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+                server.load_cert_chain(self.certificate())
+                self.peer.tls = server
+                self.policy(world, mode, mx)
+                self.logged.clear()
+                real = minimail.tls_context
+
+                def context(verify, trusted=trusted, real=real):
+                    made = real(verify)
+                    if trusted and verify:
+                        made.load_verify_locations(cadata=CERTIFICATE.decode().partition("-----END PRIVATE KEY-----\n")[2])
+                        made.check_hostname = False     # of mail.test, which is all this certificate knows
+                    return made
+                with mock.patch.object(minimail, "tls_context", context):
+                    self.submit(world, "bob@far.test")
+                self.assertEqual(len(self.peer.messages), sent)
+                if sent:
+                    self.assertIn(reason, "\n".join(self.logged))
+                    self.assertEqual(self.peer.secured > 0, tls)
+                else:
+                    self.assertIn(reason, world.entries()[0].recipients[0]["last_reply"])
+                    self.assertIn("MTA-STS policy of far.test", world.entries()[0].recipients[0]["last_reply"])
+
+    def certificate(self):
+        with tempfile.NamedTemporaryFile(dir=self.folder(), delete=False) as file:
+            file.write(CERTIFICATE)
+        return file.name
+
+
+@contextlib.contextmanager
+def minimail_dns(names):
+    """Yield HOST:PORT of a name server over UDP that knows these names."""
+    zone = minimail.Zone(names)
+    with contextlib.closing(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) as sock:
+        sock.bind(("127.0.0.1", 0))
+
+        def serve():
+            with contextlib.suppress(OSError):
+                while True:
+                    query, client = sock.recvfrom(4096)
+                    if not query:
+                        return
+                    with contextlib.suppress(ValueError):
+                        sock.sendto(zone.reply(query, False), client)
+        thread = threading.Thread(target=serve)
+        thread.start()
+        try:
+            yield "127.0.0.1:%d" % sock.getsockname()[1]
+        finally:
+            with contextlib.closing(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) as last:
+                last.sendto(b"", sock.getsockname())
+            thread.join()
+
+
+# ======================================================================================================================
 # 13  Sessions, policy, listeners
 # ======================================================================================================================
 
@@ -6654,7 +7721,7 @@ class Dialogs(Case):
         words = [line[4:] for line in talk.ask("EHLO [127.0.0.1]").split("\n")]
         self.assertEqual(words[0], "mail.test")
         self.assertEqual(set(words[1:]), {"PIPELINING", "SIZE 200000", "8BITMIME", "SMTPUTF8", "ENHANCEDSTATUSCODES",
-                                          "CHUNKING",
+                                          "CHUNKING", "DSN",
                                           "AUTH PLAIN LOGIN", "HELP"})
         self.assertEqual(talk.ask("HELO x"), "250 mail.test")
 
@@ -6707,7 +7774,7 @@ class Dialogs(Case):
             with self.subTest(command[:50]):
                 self.session("C: %s\nS: %s" % (command, reply))
         for command, reply in {
-                "RCPT": "501", "RCPT FROM:<a@x>": "501", "RCPT TO:<>": "501 5.1.3", "RCPT TO:<a@x> NOTIFY=NEVER": "555",
+                "RCPT": "501", "RCPT FROM:<a@x>": "501", "RCPT TO:<>": "501 5.1.3", "RCPT TO:<a@x> NOTIFY=EVER": "501", "RCPT TO:<a@x> X=Y": "555",
                 "RCPT TO:<j\xf6rg@x>": "553 5.6.7", "RCPT TO:<%s@x>" % ("a" * 256): "553 5.1.3", "RCPT TO:<postmaster>": "250",
                 "RCPT TO:<@r.example,@s.example:a@x>": "250", "RCPT TO:<a@[127.0.0.1]>": "250", 'RCPT TO:<"a b"@x>': "250",
                 "RCPT TO: <a@x>": "250"}.items():
@@ -10639,11 +11706,21 @@ class TheFile(Case):
                 assert minimail.main(argv) == status, argv
             minimail.Node(domain="example.org", smtp="127.0.0.1:0", pop3="off", no_sync=True).start()
             """
-        for cut, left in ((relay, ["pop3", "web"]), (pop3, ["relay", "web"]), (web, ["pop3", "relay"]),
+        for cut, left in ((relay, ["pop3", "web"]), (pop3, ["relay", "standing", "web"]), (web, ["pop3", "relay", "standing"]),
                           (relay + pop3 + web, [])):
             with self.subTest(cut=cut):
                 printed = self.smoke(directory=self.without(*cut), after=commands).splitlines()
                 self.assertEqual(printed[-1], str(left))
+
+    def test_standing_can_be_deleted(self):
+        cut = re.sub(r"(?s)# ={100,}\n# \w+  Standing.*?(?=# ={100,}\n# \d+  )", "", self.text)
+        self.assertLess(len(cut), len(self.text) - 10_000)
+        path = self.file("minimail.py", cut)
+        printed = self.smoke(directory=os.path.dirname(path), after="""if True:
+            assert minimail.main(["check", "here.test"]) == 2
+            minimail.Node(domain="example.org", smtp="127.0.0.1:0", pop3="off", no_sync=True).start()
+            """).splitlines()
+        self.assertEqual(printed[-1], "['pop3', 'relay', 'web']")
 
     def test_isolated_and_without_site(self):
         self.smoke("-I", "-S", "-W", "error")
