@@ -17,8 +17,9 @@ How mail travels, and the section that does each step:
 
 Map: 1 head, 2 limits and replies, 3 addresses, headers, options, 4 wire, 5 durable files, 6 mailboxes and accounts,
 7 delivery, 8 DNS, 9 queue, 10 bounces, 11 SMTP client, 12 relay, 13 sessions and listeners, 14 SMTP, 15 POP3,
-16 node, 17 web inbox, 18 command line. A section uses only names printed above it. Sections 8 to 12 (together), 15
-and 17 may be deleted: what is left runs without them. Protocol decisions (3, parts of 4 and 8, 10) are pure functions.
+16 node, 17 reading mail, 18 web inbox, 19 command line. A section uses only names printed above it. Sections 8 to 12
+(together), 15 and 18 may be deleted: what is left runs without them. Protocol decisions (3, parts of 4 and 8, 10, 17) are
+pure functions.
 
 Legend, used without exception: `address` an Address or its text local@domain; `key` the lower-case text by which
 addresses are compared; `mailbox` a key that has a Maildir; `sender` the envelope's reverse-path ("" for the null one);
@@ -97,6 +98,9 @@ MAX_ERRORS = 10                     # wrong commands in one session, then 421 (R
 MAX_REFUSALS = 100                  # refused recipients in one session, then 421: somebody is guessing names
 MAX_RECEIVED = 50                   # trace headers, then the message is in a loop (RFC 5321 section 6.3)
 MAX_EXPANSION = 1000                # addresses one recipient may become through aliases
+MAX_ALIAS_STEPS = 10 * MAX_EXPANSION   # targets looked at for one recipient: lists may name each other many times over
+MAX_ALIAS_DEPTH = 50                # lists inside lists
+MAX_REMEMBERED = 100_000            # destinations of aliases kept in memory, so that naming one again costs nothing
 MAX_NAME = 255                      # bytes in a file name: what ext4, NTFS and APFS take
 MAX_EXCHANGERS = 10                 # hosts tried for one delivery attempt
 MAX_SENDERS = 128                   # outbound connections at once, and ...
@@ -105,6 +109,10 @@ MAX_ACTIVE = 2000                   # queue entries held in memory; the others w
 MAX_QUEUE = 1_000_000               # messages in the queue, then 452: something is badly wrong
 MAX_WAITING = 500                   # of them for one destination, so that a slow one does not fill them all
 MAX_HTTP_BODY = 1 << 26             # bytes in a request to the JSON API
+MAX_WORKERS = 64                    # processes sharing a data directory
+MAX_SUBMITTED_HEADER = 1 << 20      # bytes of header that `sendmail` takes; it is held in memory, the body is not
+MAX_SUBMITTED_NAMES = 10_000         # recipients named to it; past MAX_RECIPIENTS of them come back
+MAX_PASSWORD = 4096                 # bytes read from standard input
 MIN_RATE = 1024                     # bytes/s below which a message transfer runs into the command's deadline
 BLOCK = 1 << 16                     # bytes read from a socket at once, and ...
 BIG_BLOCK = 1 << 18                 # ... while content flows
@@ -123,6 +131,29 @@ LOGIN_FAILURES = 10                 # wrong passwords from one address within ..
 LOGIN_WINDOW = 600                  # ... these seconds cut it off, and ...
 ACCOUNT_FAILURES = 100              # ... so many for one account, from wherever: its owner may be known already
 SHUTDOWN_GRACE = 9.0                # seconds a message in flight has when the node stops
+MAX_HEAD = 1 << 20                  # bytes of a header that are shown and searched; the longest real one had ...
+MAX_FIELD = 1 << 18                 # bytes of one field that are read: some 8,000 recipients
+MAX_FIELDS = 2000                   # fields shown; real mail has up to ...
+MAX_ADDRESS = 1000                  # characters of an address or its name that are shown (RFC 5321 has 320)
+MAX_ADDRESSES = 10_000              # people of one header that are shown, and ...
+MAX_LISTED = 1000                   # ... in the list of messages
+MAX_PARAMETERS = 100                # parameters of a Content-Type, RFC 2231 pieces counted singly
+MAX_DEPTH = 50                      # multiparts in one another, and ...
+MAX_PARTS = 1000                    # ... parts of a message
+MAX_DELIMITERS = 100_000            # lines of a message that could end a part and are looked at
+MAX_PIECES = 100_000                # padded pieces of base64 that follow one another in a part
+MAX_TEXT = 1 << 22                  # bytes of a text or HTML body that are shown, and ...
+MAX_RENDERED = 1 << 20              # ... characters of HTML that are made text
+MAX_LINKS = 5000                    # links of a message that are listed, ...
+MAX_LINK = 8192                     # ... characters in one: what servers take
+MAX_NAME_SHOWN = 1000               # characters of a file name
+MAX_SNIPPET = 250                   # characters of a message in the list
+MAX_EVENTS = 20                     # events of a calendar that are shown, and ...
+MAX_ATTENDEES = 200                 # ... who is invited to one
+MAX_SUMMARIES = 1 << 26              # bytes of memory for the entries of lists, and ...
+MAX_SEARCHED = 1 << 27              # ... for what messages are searched by
+MAX_SEARCH = 4096                   # characters of a search, and ...
+MAX_TERMS = 50                      # ... what it asks for
 UDP_SIZE = 1232                     # bytes of a DNS answer we take over UDP: no fragments (DNS flag day 2020)
 MAX_RECORDS = 500                   # looked at in one DNS answer
 MAX_CNAMES = 8                      # followed from one name
@@ -169,7 +200,8 @@ class UsageError(ValueError):
 
 
 class CannotRun(OSError):
-    """What was asked for cannot be done on this machine; the message says what to do (exit status 1)."""
+    """What was asked for cannot be done on this machine; the message says what to do (exit status 1, if not another)."""
+    status = 0
 
 
 class Extension:
@@ -232,12 +264,19 @@ def printable(text: Union[str, bytes], limit: int = 500) -> str:
     return text if len(text) <= limit else text[:limit] + "..."
 
 
+def show(text: str, end: str = "\n") -> None:
+    """Print text on standard output; what its encoding cannot hold is escaped, so that no message makes it fail."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    print(text.encode(encoding, "backslashreplace").decode(encoding), end=end)
+
+
 # ======================================================================================================================
 # 3  Addresses, envelopes, headers, options.  Pure: text in, values out; knows no socket, no file, no clock.
 # ======================================================================================================================
 
 class Address(NamedTuple):
-    """A parsed address; `local` is without quotes, `domain` "" only for the bare postmaster of RFC 5321 section 4.1.1.3."""
+    """A parsed address; `local` is without quotes, `domain` "" for the bare postmaster of RFC 5321 section 4.1.1.3, and for
+    other bare names where they are taken: AddressBook.qualified() gives them a domain."""
     local: str
     domain: str
 
@@ -252,12 +291,23 @@ class Address(NamedTuple):
         return lower(self.local) + "@" + lower(self.domain) if self.domain else lower(self.local)
 
 
-ATOM = r"[A-Za-z0-9!#$%&'*+/=?^_`{|}~\-\u0080-\U0010ffff]+"
+ATEXT = r"A-Za-z0-9!#$%&'*+/=?^_`{|}~\-\u0080-\U0010ffff"
+ATOM = "[%s]+" % ATEXT
 DOT_STRING = re.compile(r"%s(?:\.%s)*" % (ATOM, ATOM))
+ANY_DOTS = re.compile("[%s.]+" % ATEXT)             # what some mobile networks gave away: a..b.@example.jp
 QUOTED = re.compile(r'"(?:[^"\\\x00-\x1f\x7f]|\\[\x20-\x7e])*"')
 LABEL = r"[A-Za-z0-9_\u0080-\U0010ffff](?:[A-Za-z0-9_\-\u0080-\U0010ffff]*[A-Za-z0-9_\u0080-\U0010ffff])?"
 DOMAIN = re.compile(r"%s(?:\.%s)*" % (LABEL, LABEL))
 SOURCE_ROUTE = re.compile(r"@[^,:@<>\s]+(?:,@[^,:@<>\s]+)*:")
+BLANK_LINE = re.compile(rb"\n\r?\n")
+FOLD = re.compile(rb"\r?\n[ \t]+")
+FIELD = re.compile(rb"[^\n]*(?:\n[ \t][^\n]*)*\n?")
+ADDRESS_WORD = re.compile(r"=\?[^?\s]{1,60}\?[bq]\?[^?\s]*\?=|@\[[^\[\]\s]{1,60}\]|"
+                          r"[^\s\"(<>,;:@=\[]+(?:@[^\s\"(<>,;:@=\[]+)?|[@=>\[]|\s+", re.IGNORECASE)
+ADDRESS_QUOTED = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
+ADDRESS_ANGLE = re.compile(r'<+("[^"\\]{0,200}"[^<>]*|[^<>]*)>|<+([^<>,;\s]*)')
+ADDRESS_STRAY = re.compile(r'\(+|"+|.', re.DOTALL)
+PARENTHESIS = re.compile(r"\\.|[()]", re.DOTALL)
 BAD_SYNTAX = Reply(501, "5.1.3", "bad address syntax")
 
 
@@ -315,13 +365,16 @@ def domain_literal(domain: str) -> Optional[str]:
         return None
 
 
-def parse_address(text: str) -> Address:
-    """Return the Address of local@domain (RFC 5321 section 4.1.2, RFC 6531); Refused 501 or 553 when it is none."""
+def parse_address(text: str, lenient: bool = False) -> Address:
+    """Return the Address of local@domain (RFC 5321 section 4.1.2, RFC 6531); Refused 501 or 553 when it is none.
+
+    `lenient`, for whom we serve, also takes dots anywhere in the local part, and bare names, whose domain is "".
+    """
     if text.startswith('"'):
         match = QUOTED.match(text)
         local = re.sub(r"\\(.)", r"\1", match.group()[1:-1]) if match else ""
     else:
-        match = DOT_STRING.match(text)
+        match = (ANY_DOTS if lenient else DOT_STRING).match(text)
         local = match.group() if match else ""
     if not match or any("\ud800" <= c <= "\udfff" or "\x80" <= c <= "\x9f" for c in text):
         raise Refused(BAD_SYNTAX)
@@ -329,6 +382,8 @@ def parse_address(text: str) -> Address:
     if not rest:
         if local.lower() == "postmaster":
             return Address("postmaster", "")
+        if lenient:
+            return Address(local, "")
         raise Refused(553, "5.1.3", "the address needs a domain")
     if not rest.startswith("@"):
         raise Refused(BAD_SYNTAX)
@@ -343,13 +398,20 @@ def parse_address(text: str) -> Address:
     return Address(local, domain)
 
 
+# A path without its brackets: up to a blank outside quotes.
+BARE_PATH = re.compile(r'(?:"(?:[^"\\]|\\.)*"|[^"<>\s])+(?=\s|$)')
+
+
 @functools.lru_cache(maxsize=1000)
 def parse_path(text: str, lenient: bool = False) -> Tuple[Optional[Address], str]:
     """Return (address, parameters) of `<path> parameters`; None for the null reverse-path <>. Refused 501 or 553.
 
-    A source route is ignored, as RFC 5321 appendix C allows.
+    A source route is ignored, as RFC 5321 appendix C allows. `lenient` also takes a path without brackets, with blanks
+    inside them, or after a name, and what parse_address() then takes.
     """
-    text = text.lstrip(" ")
+    text = text.strip(" ")
+    if lenient:
+        text = bracketed(text)
     if not text.startswith("<"):
         raise Refused(501, "5.1.3", "an address stands in angle brackets: <local@domain>")
     if text.startswith("<>"):
@@ -366,7 +428,17 @@ def parse_path(text: str, lenient: bool = False) -> Tuple[Optional[Address], str
     if not path:
         return None, rest.strip(" ")
     route = SOURCE_ROUTE.match(path)
-    return parse_address(path[route.end():] if route else path), rest.strip(" ")
+    return parse_address(path[route.end():] if route else path, lenient), rest.strip(" ")
+
+
+def bracketed(text: str) -> str:
+    """Return what devices say in place of `<path> parameters` in that form: `path parameters`, `Name <path>`, `< path >`."""
+    bare = BARE_PATH.match(text)
+    if bare and "@" in bare.group() or bare and "<" not in text:
+        return "<%s>%s" % (bare.group(), text[bare.end():])
+    before, bracket, rest = text.partition("<")
+    path, end, rest = rest.partition(">")
+    return "<%s>%s" % (path.strip(" "), rest) if end and '"' not in before + path else text
 
 
 def parse_parameters(text: str) -> Dict[str, str]:
@@ -417,6 +489,13 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(clients_address(host)).is_loopback
     except ValueError:
         return host in ("", "localhost")
+
+
+def is_this_host(host: str) -> bool:
+    """Return whether an IP address, in whatever spelling, means the machine that it is used on."""
+    address = ipaddress.ip_address(host)
+    address = getattr(address, "ipv4_mapped", None) or address
+    return address.is_loopback or address.is_unspecified
 
 
 def address_literal(host: str) -> str:
@@ -480,21 +559,162 @@ def parse_key(key: str) -> Address:
     return Address(local, domain)
 
 
-def split_headers(content: bytes) -> Tuple[List[Tuple[str, bytes]], bytes]:
-    """Return ([(lower-case name, raw field with its line ends)], body) of a message; never fails."""
-    head, blank, body = content.partition(b"\r\n\r\n")
-    if content.startswith(b"\r\n"):
-        head, body = b"", content[2:]
-    fields: List[Tuple[str, bytes]] = []
-    for line in (head + blank[:2]).splitlines(keepends=True):
-        if line[:1] in (b" ", b"\t") and fields:
-            fields[-1] = (fields[-1][0], fields[-1][1] + line)
+def split_headers(content: bytes, most: Optional[int] = None) -> Tuple[List[Tuple[str, bytes]], bytes]:
+    """Return ([(lower-case name, raw field with its line ends)], body), at most so many fields; never fails, in one pass."""
+    if content.startswith((b"\r\n", b"\n")):
+        return [], content[content.index(b"\n") + 1:]
+    blank = BLANK_LINE.search(content)
+    head, body = (content[:blank.start() + 1], content[blank.end():]) if blank else (content, b"")
+    fields = (match.group() for match in itertools.islice(FIELD.finditer(head), most))
+    return [(field.partition(b":")[0].strip().decode("ascii", "replace").lower(), field) for field in fields if field], body
+
+
+def unfold(value: bytes) -> str:
+    """Return a header's value as text: each fold a blank (RFC 5322 section 2.2.3), raw 8-bit as decode_unknown() has it."""
+    return re.sub(r"[\t\r\n]", " ", decode_unknown(FOLD.sub(b" ", value))).strip(" ")
+
+
+def decode_unknown(data: bytes) -> str:
+    """Return bytes of no known charset as text: UTF-8, in which a bad byte costs one character, else windows-1252."""
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        text = data.decode("utf-8-sig", "replace")
+    bad = text.count("\ufffd")
+    good = len(text) - bad - len(text.encode("ascii", "ignore"))
+    return text if good >= bad else data.decode("cp1252", "replace")
+
+
+# Addresses as people write them into headers (RFC 5322 section 3.4 and beyond): nothing is refused, all is read in one pass.
+
+class Token(NamedTuple):
+    """A piece of an address header; `kind` is blank, word, quoted, comment, angle, or the separator itself."""
+    kind: str
+    text: str
+
+
+def comment_end(text: str, position: int) -> int:
+    """Return where the comment at position ends, comments in it included; -1 when it never does (RFC 5322 section 3.2.2)."""
+    depth = 0
+    for match in PARENTHESIS.finditer(text, position):
+        depth += {"(": 1, ")": -1}.get(match.group(), 0)
+        if depth == 0:
+            return match.end()
+    return -1
+
+
+def address_tokens(text: str) -> Iterator[Token]:
+    """Yield the tokens of an address header. A quote or parenthesis that never closes is looked for once, then a character."""
+    position, unclosed = 0, ""
+    while position < len(text):
+        char, match = text[position], ADDRESS_WORD.match(text, position)
+        closed = comment_end(text, position) if char == "(" and char not in unclosed else -1
+        if match:
+            token = Token("blank" if char.isspace() else "word", match.group())
+        elif closed > 0:
+            token = Token("comment", text[position:closed])
+        elif char == "<":
+            match = ADDRESS_ANGLE.match(text, position)
+            token = Token("angle", (match.group(1) or match.group(2) or "") if match else "")
+        elif char in ",;:":
+            token = Token(char, char)
         else:
-            fields.append((line.partition(b":")[0].strip().decode("ascii", "replace").lower(), line))
-    return fields, body
+            match = ADDRESS_QUOTED.match(text, position) if char == '"' and char not in unclosed else None
+            token = Token("quoted", match.group()) if match else Token("word", ADDRESS_STRAY.match(text, position).group())   # type: ignore[union-attr]
+            unclosed += "" if match else char
+        yield token
+        position = match.end() if match else position + max(len(token.text), 1)
+
+
+def phrase(tokens: Sequence[Token]) -> str:
+    """Return a display name: words as they stand, quotes and what they quote undone; its encoded words are still encoded."""
+    text = "".join(re.sub(r"\\(.)", r"\1", token.text[1:-1]) if token.kind == "quoted" else token.text for token in tokens)
+    return re.sub(" {2,}", " ", text).strip(" ")
+
+
+def clean_address(text: str) -> str:
+    """Return what stands in angle brackets without blanks, source route and `mailto:`."""
+    if not text.lstrip().startswith('"'):
+        text = "".join(text.split())
+    route = SOURCE_ROUTE.match(text)
+    text = (text[route.end():] if route else text).strip()
+    return text[7:] if text[:7].lower() == "mailto:" else text
+
+
+def bare_addresses(tokens: Sequence[Token], comment: str) -> Iterator[Tuple[str, str]]:
+    """Yield the addresses of an entry without angle brackets: `bob`, `bob@x (Bob)`, `Bob bob@x`, `bob @ x`."""
+    words: List[List[str]] = [[]]
+    for token in tokens:
+        last = words[-1][-1] if words[-1] else ""
+        if token.kind != "blank":
+            words[-1].append(token.text)
+        elif last and last != "@":
+            words.append([])
+        if token.text.startswith("@") and len(words) > 1 and len(words[-1]) == 1:
+            words[-2:] = [words[-2] + words[-1]]    # a blank before the @ is none
+    texts = ["".join(word) for word in words if word]
+    found = [text for text in texts if "@" in text] or (texts if len(texts) == 1 else [])
+    name = comment or " ".join(text for text in texts if text not in found)[:MAX_ADDRESS]
+    for address in found:
+        yield name, address.strip(">")
+        name = ""
+    if texts and not found:
+        yield phrase(tokens), ""
+
+
+def entry_addresses(entry: Sequence[Token]) -> Iterator[Tuple[str, str]]:
+    """Yield (display name, address) of what stands between two commas; more than one where a comma is missing."""
+    comment = next((token.text[1:-1].strip() for token in entry if token.kind == "comment"), "")
+    entry = [token for token in entry if token.kind != "comment"]
+    if not any(token.kind == "angle" for token in entry):
+        yield from bare_addresses(entry, comment)
+        return
+    found: List[Tuple[str, str]] = []
+    before = 0
+    for place, token in enumerate(entry):
+        if token.kind == "angle" and (token.text.strip() or not found):
+            found.append((phrase(entry[before:place]), clean_address(token.text)))
+            before = place + 1
+    name, address = found[0]
+    found[0] = name or phrase([token for token in entry[before:] if token.kind != "angle"]).strip(">") or comment, address
+    yield from (pair for pair in found if any(pair))
+
+
+def read_addresses(text: str) -> Iterator[Tuple[str, str]]:
+    """Yield (display name with its encoded words as they are, address) of an address header, in order; never fails.
+
+    Commas and semicolons separate, also where nothing stands between them; names of groups are left out, their members not.
+    """
+    entry: List[Token] = []
+    addressed = False                               # the entry has an address already: a colon names no group any more
+    for token in itertools.chain(address_tokens(text), [Token(",", ",")]):
+        if token.kind in (",", ";"):
+            if len(entry) == 1 and entry[0].kind == "word":
+                yield "", entry[0].text             # by far the most frequent one
+            else:
+                yield from entry_addresses(entry)
+            entry, addressed = [], False
+        elif token.kind == ":" and not addressed:
+            entry = []
+        elif entry or token.kind != "blank":
+            entry.append(token)
+            addressed = addressed or token.kind == "angle" or (token.kind == "word" and "@" in token.text)
+
+
+def same_address(text: str) -> str:
+    """Return what the spellings of an address have in common: quotes that are not needed, case and the domain's form apart."""
+    try:
+        address = parse_address(text[:MAX_ADDRESS])
+        return lower(address.local) + "@" + (address.domain and (
+            address.domain.lower() if domain_literal(address.domain) else ascii_domain(address.domain)))
+    except (Refused, ValueError):
+        return lower(text[:MAX_ADDRESS])
 
 
 # Options.
+
+HELP_WIDTH = 100                                    # columns
+
 
 class Parser:
     """Makes argparse raise UsageError with its one line, rather than print its usage and exit."""
@@ -505,8 +725,22 @@ class Parser:
         class OneLine(argparse.ArgumentParser):
             def error(self, message: str) -> NoReturn:
                 raise UsageError(message)
+
+            def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+                given, rest = self.parse_known_args(args, namespace)
+                if rest:                            # not with its value: a password may have gone astray
+                    raise UsageError("%s: %s" % (self.prog.partition(" ")[2], show_word(rest[0])))
+                return given
+        keywords.setdefault("formatter_class", functools.partial(argparse.HelpFormatter, width=HELP_WIDTH))
         keywords["allow_abbrev"] = False
         return OneLine(*arguments, **keywords)
+
+
+def show_word(word: str) -> str:
+    """Return what is said about a word of the command line that has no place there; nothing that could be a secret."""
+    if word.startswith("-"):
+        return "unknown option " + printable(word.partition("=")[0], 40)
+    return "too many arguments"
 
 
 Endpoint = Tuple[str, int]
@@ -540,9 +774,12 @@ def parse_server(text: str) -> Endpoint:
 def parse_ip(text: str) -> str:
     """Return an IP address in one spelling, IPv4 in IPv6 as IPv4, IPv6 with its zone (fe80::1%eth0); ValueError."""
     address, percent, zone = text.partition("%")
-    ip = ipaddress.ip_address(address)
+    try:
+        ip = ipaddress.ip_address(address)
+    except ValueError:
+        raise ValueError("expected an IP address") from None
     if percent and (ip.version == 4 or not re.fullmatch(r"[\w.-]{1,64}", zone, re.ASCII)):
-        raise ValueError("not an IP address: " + printable(text, 100))
+        raise ValueError("expected an IP address")
     return str(getattr(ip, "ipv4_mapped", None) or ip) + percent + zone
 
 
@@ -587,8 +824,11 @@ def parse_waits(text: Union[str, Sequence[float]]) -> Tuple[float, ...]:
     return tuple(parse_seconds(wait) for wait in waits)
 
 
-def parse_network(text: str) -> Any:
-    return ipaddress.ip_network(text.strip(), strict=False)
+def parse_network(text: Any) -> Any:
+    try:
+        return ipaddress.ip_network(text.strip() if isinstance(text, str) else text, strict=False)
+    except ValueError:
+        raise ValueError("expected a network, as 192.0.2.0/24") from None
 
 
 def parse_domain(text: str) -> str:
@@ -603,6 +843,11 @@ def parse_pattern_domain(text: str) -> str:
     """Return a domain, or `.domain` for all that lies under it; ValueError."""
     text = text.strip()
     return "." + parse_domain(text[1:]) if text.startswith(".") else parse_domain(text)
+
+
+def parse_hostname(text: str) -> str:
+    """Return a domain as it may stand in a greeting, which has no SMTPUTF8 yet; ValueError."""
+    return ascii_domain(parse_domain(text))
 
 
 def parse_mailbox(text: str) -> str:
@@ -625,12 +870,12 @@ class Server(NamedTuple):
     def __str__(self) -> str:
         return "%s://%s" % ("smtps" if self.tls else "smtp", show_endpoint((self.host, self.port)))
 
-    def __repr__(self) -> str:
-        return str(self)                                # a password never enters a text
+    def __repr__(self) -> str:                          # a password never enters a text
+        return str(self)
 
 
 def parse_url(text: Union[str, Server]) -> Server:
-    """Return the Server of an smtp:// or smtps:// URL; user and password may be %-encoded; ValueError."""
+    """Return the Server of an smtp:// or smtps:// URL; user and password may be %-encoded; ValueError without a secret."""
     from urllib.parse import parse_qsl, unquote, urlsplit
     if isinstance(text, Server):
         return text
@@ -752,9 +997,18 @@ def parse_rule(text: str) -> Any:
     return extension("web").parse_fault(text)
 
 
-def option(parse: Callable[[Any], Any], default: Any, metavar: str, help: str, many: bool = False) -> Any:
-    """Return a Config field: `parse` takes the text of the command line or a Python value; ValueError says what is wrong."""
-    return dataclasses.field(default=default, metadata={"parse": parse, "metavar": metavar, "help": help, "many": many})
+def option(parse: Callable[[Any], Any], default: Any, metavar: str, help: str, many: bool = False, secret: bool = False,
+           comma: str = ",") -> Any:
+    """Return a Config field: `parse` takes the text of the command line or a Python value; ValueError says what is wrong.
+
+    The value of one that is `secret` never enters a text. `comma` is what separates those of `many` in one variable.
+    """
+    return dataclasses.field(default=default, metadata={
+        "parse": parse, "metavar": metavar, "help": help, "many": many, "secret": secret, "comma": comma})
+
+
+# A comma between two --limit, not one inside.
+LIMIT_COMMA = r",(?=[^,=]*=[a-z]+=)"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -773,10 +1027,12 @@ class Config:
                                         "host name or origin that the web answers to besides its own", many=True)
     web_admin: Tuple[str, ...] = option(parse_mailbox, (), "ADDRESS",
                                         "node mode: account that sees every mailbox", many=True)
-    release: Optional[Server] = option(parse_url, None, "URL", "capture mode: server to which single messages may be released")
-    webhook: str = option(parse_hook, "", "URL", "each message's summary is POSTed there")
+    release: Optional[Server] = option(parse_url, None, "URL", "capture mode: server to which single messages "
+                                       "may be released", secret=True)
+    webhook: str = option(parse_hook, "", "URL", "each message's summary is POSTed there", secret=True)
     data: str = option(parse_text, "minimail-data", "DIR", "the one directory everything lives in")
-    hostname: str = option(parse_domain, "", "NAME", "name in greetings, trace headers, bounces (default: the machine's)")
+    hostname: str = option(parse_hostname, "", "NAME", "name in greetings, trace headers, bounces "
+                           "(default: the machine's)")
     domain: Tuple[str, ...] = option(parse_domain, (), "NAME",
                                      "a domain whose mail is kept here; turns node mode on", many=True)
     users: str = option(parse_text, "", "FILE", "accounts (default DATA/users)")
@@ -786,15 +1042,18 @@ class Config:
                                     "clients that may relay without log-in", many=True)
     route: Tuple[Tuple[str, Server], ...] = option(parse_route, (), "DOMAIN=URL",
                                                    "skip MX for DOMAIN (.DOMAIN: what lies under it; from:DOMAIN: by sender)",
-                                                   many=True)
-    limit: Tuple[Limit, ...] = option(parse_limit, (), "[DOMAIN=]LIMITS", "outbound, per destination: connections=10,"
-                                      "messages=100,recipients=100,rate=N/SECONDS", many=True)
+                                                   many=True, secret=True)
+    limit: Tuple[Limit, ...] = option(parse_limit, (), "[DOMAIN=]LIMITS", "outbound, per destination: connections=N,"
+                                      "messages=N,recipients=N,rate=N/SECONDS (default 10, 100, 100, none)", many=True,
+                                      comma=LIMIT_COMMA)
     rewrite: Tuple[Tuple[str, str], ...] = option(parse_rewrite, (), "FROM=TO",
                                                   "reverse-path and From of mail that leaves (FROM: or a pattern)", many=True)
     dkim: Tuple[Tuple[str, str, str], ...] = option(parse_dkim, (), "[DOMAIN=]SELECTOR:FILE",
-                                                    "sign mail of own domains that leaves with this key", many=True)
+                                                    "sign mail of own domains that leaves with this key "
+                                                    "(default: those under DATA)", many=True)
     warn: Optional[float] = option(parse_seconds, None, "SECONDS", "a delay notice to own senders after this time")
-    smarthost: Optional[Server] = option(parse_url, None, "URL", "all mail for elsewhere goes through this server")
+    smarthost: Optional[Server] = option(parse_url, None, "URL", "all mail for elsewhere goes through this server",
+                                         secret=True)
     dns: Tuple[Endpoint, ...] = option(parse_server, (), "HOST[:PORT]",
                                        "name server to ask (default: /etc/resolv.conf)", many=True)
     mx_port: int = option(parse_port, 25, "PORT", "port to reach mail exchangers on (for test beds)")
@@ -814,7 +1073,8 @@ class Config:
     workers: int = option(parse_count, 1, "N", "processes sharing the listeners and the data directory")
     run_as: str = option(parse_text, "", "USER", "drop root after the ports are bound")
     relay_to: Tuple[str, ...] = option(parse_pattern_domain, (), "DOMAIN",
-                                       "node mode: relay to these domains only (.DOMAIN: and below)", many=True)
+                                       "node mode: relay to these domains only "
+                                       "(.DOMAIN: and below; default everywhere)", many=True)
     keep: Optional[int] = option(parse_count, None, "N", "newest messages kept per mailbox (default: all)")
     max_age: Optional[float] = option(parse_seconds, None, "SECONDS", "older messages are removed (default: none)")
     transcripts: Optional[bool] = option(parse_flag, None, "on|off", "keep envelope and conversation of each message "
@@ -824,6 +1084,14 @@ class Config:
     log: str = option(one_of("text", "json"), "text", "text|json", "log lines, on standard error")
     quiet: bool = option(parse_flag, False, "", "log warnings only")
     verbose: bool = option(parse_flag, False, "", "log every command")
+
+    # Not an option: where those stand that a file of their own holds, see current().
+    sources: Dict[str, Callable[..., Any]] = dataclasses.field(default_factory=dict, repr=False, compare=False)
+
+    def current(self, name: str) -> Any:
+        """Return an option's value as it is now: one that stands in a file of its own may have changed since the start."""
+        source = self.sources.get(name)
+        return source() if source else getattr(self, name)
 
     @property
     def capture(self) -> bool:
@@ -839,28 +1107,72 @@ class Config:
         return given or os.path.join(self.data, name)
 
 
+def option_fields() -> Dict[str, Any]:
+    """Return {name: metadata} of all options."""
+    return {field.name: field.metadata for field in dataclasses.fields(Config) if field.metadata}
+
+
 def read_options(given: Dict[str, Any], name: Callable[[str], str]) -> Dict[str, Any]:
     """Return Config fields from texts or Python values; `name` turns a field into what the user wrote (UsageError)."""
-    fields = {field.name: field.metadata for field in dataclasses.fields(Config)}
-    values: Dict[str, Any] = {}
-    for key, raw in given.items():
-        meta = fields[key]
+    fields = option_fields()
+    return {key: read_option(raw, fields[key], name(key)) for key, raw in given.items()}
+
+
+def read_option(raw: Any, meta: Any, name: str) -> Any:
+    """Return an option's value; UsageError says what is wrong with which one of several, but shows no secret."""
+    if not meta["many"]:
+        items = [raw]
+    elif raw is None or raw in ("off", ["off"]):
+        items = []
+    else:
+        items = list(raw.items()) if isinstance(raw, dict) else \
+            list(raw) if isinstance(raw, (list, tuple, set, frozenset)) else [raw]
+    parsed = []
+    for item in items:
         try:
-            if not meta["many"]:
-                values[key] = meta["parse"](raw)
-                continue
-            if raw is None or raw in ("off", ["off"]):
-                raw = []
-            items = list(raw.items()) if isinstance(raw, dict) else \
-                raw if isinstance(raw, (list, tuple, set, frozenset)) else [raw]
-            parsed = []
-            for raw in items:                       # an error names the one that is wrong
-                parsed.append(meta["parse"](raw))
-            values[key] = tuple(parsed)
+            parsed.append(meta["parse"](item))
         except (ValueError, TypeError, AttributeError, Refused) as error:
             reason = "a value of the wrong type" if isinstance(error, (TypeError, AttributeError)) else error
-            raise UsageError("%s: %r: %s" % (name(key), raw, reason)) from None
-    return values
+            shown = "" if meta["secret"] or "://" in str(item) else "%r: " % (item,)
+            raise UsageError("%s: %s%s" % (name, shown, reason)) from None
+    return tuple(parsed) if meta["many"] else parsed[0]
+
+
+def split_values(text: str, meta: Any) -> Any:
+    """Return what a variable says: one text, or the list of texts where an option may be given several times."""
+    if not meta["many"]:
+        return text
+    return [part.strip() for part in re.split(meta["comma"], text) if part.strip()]
+
+
+NEEDS = (                                           # option, what it needs, how that is written
+    ("tls_key", "tls_cert", "FILE"), ("smtps", "tls_cert", "FILE"), ("pop3s", "tls_cert", "FILE"),
+    ("webs", "tls_cert", "FILE"), ("catch_all", "domain", "NAME"), ("web_admin", "domain", "NAME"))
+
+
+def check_together(config: Config, name: Callable[[str], str]) -> None:
+    """Raise UsageError where one option lacks another; `name` as in read_options(). The library asks the same."""
+    for one, other, metavar in NEEDS:
+        if getattr(config, one) and not getattr(config, other):
+            raise UsageError("%s: needs %s %s" % (name(one), name(other), metavar))
+    if config.release and config.domain:
+        raise UsageError("%s: only in capture mode, without %s" % (name("release"), name("domain")))
+    if config.workers > MAX_WORKERS:
+        raise UsageError("%s: %d is more than %d" % (name("workers"), config.workers, MAX_WORKERS))
+
+
+LIBRARY_KINDS: Tuple[Tuple[str, Sequence[str], str], ...] = (      # argument, what it must have, its kind in words
+    ("on_message", ("__call__",), "a function"), ("clock", ("__call__",), "a function"),
+    ("policy", ("on_connect", "on_mail", "on_rcpt", "on_message"), "a Policy"))
+
+
+def check_library(given: Dict[str, Any]) -> None:
+    """Raise TypeError that names the first argument of Node() which is not of its kind; None is none at all."""
+    for name, attributes, kind in LIBRARY_KINDS:
+        value = given.get(name)
+        if value is not None and (isinstance(value, type) or not all(
+                callable(getattr(value, attribute, None)) for attribute in attributes)):
+            raise TypeError("%s: expected %s, not %.80r" % (name, kind, value))
 
 
 # ======================================================================================================================
@@ -1893,6 +2205,47 @@ class Reloaded(Watched):
         return [(number, " ".join(pieces)) for number, pieces in lines]
 
 
+class OptionFile(Reloaded):
+    """An option's value in a file of its own, read again when it changes; while that is wrong or gone the last good counts."""
+
+    def __init__(self, name: str, path: str, meta: Any) -> None:
+        super().__init__(path, lambda lines, complain: read_option(self.texts(), meta, name))
+        self.name = name
+        self.meta = meta
+
+    def texts(self) -> Any:
+        """Return its text, or the list of texts where the option may be given several times; CannotRun."""
+        try:
+            texts = [split_values(line, self.meta) for _, line in self.lines()]
+        except OSError as error:
+            raise CannotRun("%s: %s: %s" % (self.name, self.path, error.strerror or error)) from None
+        if not texts:
+            raise CannotRun("%s: %s is not there, or empty" % (self.name, self.path))
+        return list(itertools.chain(*texts)) if self.meta["many"] else "\n".join(texts)
+
+
+def refuse_shared(path: str) -> None:
+    """Raise CannotRun when others can write to the data directory: what they put there we would open and follow."""
+    try:
+        info = os.stat(path)
+    except FileNotFoundError:
+        return
+    if not hasattr(os, "getgroups"):                # Windows
+        return
+    ours = info.st_gid in [os.getegid()] + os.getgroups()
+    if info.st_mode & (0o002 if ours else 0o022):
+        raise CannotRun("%s: others can write to it; say chmod go-w, or name another with --data" % path)
+
+
+def read_regular(path: str, limit: int = 1 << 20) -> bytes:
+    """Return the beginning of a regular file; OSError for what is a link, a pipe or a device, and nothing is waited for."""
+    fd = os.open(path, os.O_RDONLY | O_EXTRA | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
+    with open(fd, "rb") as file:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise OSError(errno.EINVAL, "not a regular file", path)
+        return file.read(limit)
+
+
 # ======================================================================================================================
 # 6  Mailboxes and accounts.  A Maildir per address, who may open it, what an address stands for; knows no protocol.
 #
@@ -2288,7 +2641,7 @@ def pbkdf2(password: bytes, salt: bytes, rounds: int) -> bytes:
 def hash_password(password: str, salt: Optional[bytes] = None) -> str:
     """Return the record of a password for the users file: $scrypt$n,r,p$salt$hash, or $pbkdf2$rounds$salt$hash."""
     salt = secrets.token_bytes(16) if salt is None else salt
-    secret = password.encode("utf-8")
+    secret = password.encode("utf-8", "surrogateescape")
     if hasattr(hashlib, "scrypt"):
         kind, cost, digest = "scrypt", "%(n)d,%(r)d,%(p)d" % SCRYPT, hashlib.scrypt(secret, salt=salt, dklen=32, **SCRYPT)
     else:
@@ -2415,22 +2768,50 @@ class Accounts:
             os.close(fd)
 
 
-def parse_aliases(lines: List[Tuple[int, str]], complain: Callable[[int, str], None]) -> Dict[str, List[Address]]:
-    """Return {key: targets} of an aliases file, as in aliases(5) with full addresses."""
+ALIAS = re.compile(r'((?:"(?:[^"\\]|\\.)*"|[^":])+):(.*)')
+ALIAS_TARGET = re.compile(r'(?:"(?:[^"\\]|\\.)*"|[^",]|")+')
+
+
+def parse_aliases(lines: List[Tuple[int, str]], complain: Callable[[int, str], None], home: str = "") \
+        -> Dict[str, List[Address]]:
+    """Return {key: targets} of an aliases file, as in aliases(5); bare names belong to `home`, no programs and files."""
     aliases: Dict[str, List[Address]] = {}
     for number, line in lines:
-        match = re.match(r'((?:"(?:[^"\\]|\\.)*"|[^":])+):(.*)', line)
+        match = ALIAS.match(line)
         try:
             if not match:
                 raise ValueError("expected address: target, target")
-            key = parse_address(match.group(1).strip()).key
-            targets = [parse_address(target.strip()) for target in match.group(2).split(",") if target.strip()]
-            if not targets or any(not target.domain for target in targets):
-                raise ValueError("expected full addresses as targets")
-            aliases.setdefault(key, []).extend(targets)
+            name = at_home(parse_address(match.group(1).strip(), lenient=True), home)
         except (Refused, ValueError) as error:
             complain(number, "ignored: %s" % error)
+            continue
+        targets = aliases.setdefault(name.key, [])
+        for text in map(str.strip, ALIAS_TARGET.findall(match.group(2))):
+            try:
+                if text.lstrip('"')[:1] in ("|", "/", ":"):
+                    raise ValueError("programs and files are not possible")
+                if text:
+                    targets.append(at_home(parse_address(text.lstrip("\\"), lenient=True), home))
+            except (Refused, ValueError) as error:
+                complain(number, "target %s ignored: %s" % (printable(text, 70), error))
+        if not targets:
+            complain(number, "ignored: it has no target")
+            del aliases[name.key]
     return aliases
+
+
+def at_home(address: Address, home: str) -> Address:
+    """Return an address with the domain `home` where it has none."""
+    return address if address.domain else Address(address.local, home)
+
+
+def machine_name() -> str:
+    """Return this machine's name in lower case, as it may stand in a greeting; "localhost" where it has none of that kind."""
+    name = socket.gethostname()
+    try:
+        return ascii_domain(name) if is_domain(name) else "localhost"
+    except ValueError:
+        return "localhost"
 
 
 class Destinations(NamedTuple):
@@ -2440,6 +2821,40 @@ class Destinations(NamedTuple):
 
 
 UNKNOWN_USER = Reply(550, "5.1.1", "no such user here")
+ALIAS_LOOP = Reply(550, "5.4.6", "the alias leads back to itself")
+ROLES = ("root", "abuse", "mailer-daemon", "hostmaster")        # go where postmaster goes, unless they are somebody
+
+
+class Expansion:
+    """What one recipient becomes while aliases are looked up: each name once, so the work is that of the targets it reads."""
+
+    def __init__(self) -> None:
+        self.mailboxes: Dict[str, None] = {}
+        self.remote: Dict[str, Address] = {}
+        self.above: Dict[str, None] = {}            # the aliases on the way to where we are
+        self.done: Set[str] = set()
+        self.steps = 0
+
+    def check(self) -> None:
+        """Raise Refused when it becomes too much."""
+        if self.steps > MAX_ALIAS_STEPS or len(self.above) > MAX_ALIAS_DEPTH \
+                or len(self.mailboxes) + len(self.remote) > MAX_EXPANSION:
+            raise Refused(550, "5.4.6", "the alias has too many targets")
+
+
+class Remembered:
+    """What aliases became, as long as the files they come from stay the same."""
+
+    def __init__(self, aliases: Dict[str, List[Address]], users: Dict[str, str]) -> None:
+        self.aliases = aliases
+        self.users = users
+        self.found: Dict[str, Union[Destinations, Reply]] = {}
+        self.size = 0
+
+    def keep(self, key: str, found: Union[Destinations, Reply]) -> None:
+        self.size += 1 + (len(found.mailboxes) + len(found.remote) if isinstance(found, Destinations) else 0)
+        if self.size <= MAX_REMEMBERED:
+            self.found[key] = found
 
 
 class AddressBook:
@@ -2451,8 +2866,10 @@ class AddressBook:
         self.home = domains[0] if domains else hostname
         self.capture = not domains
         self.accounts = accounts
-        self.aliases = Reloaded(aliases_path, parse_aliases)
+        self.aliases = Reloaded(aliases_path, functools.partial(parse_aliases, home=self.home))
         self.catch_all = catch_all
+        self.own_names = {"localhost", "localhost.localdomain", ascii_domain(hostname), machine_name()}
+        self._remembered = Remembered({}, {})
 
     def is_stale(self) -> bool:
         """Return whether files have to be read before the next answer: better not on the loop."""
@@ -2467,65 +2884,106 @@ class AddressBook:
     def is_local(self, address: Address) -> bool:
         return self.capture or not address.domain or ascii_domain(lower(address.domain)) in self.domains
 
-    def key(self, address: Address) -> str:
-        """Return the key of a local address, its domain spelled as in --domain; postmaster without one gets the first."""
+    def qualified(self, address: Address) -> Address:
+        """Return the address as those we serve mean it: bare names, localhost and this machine's name are the first domain's.
+
+        In capture mode every name is its own, and only bare ones are given the node's.
+        """
         if not address.domain:
-            return "%s@%s" % (lower(address.local), self.home)
+            return Address(address.local, self.home)
+        if self.is_local(address):
+            return address
+        literal = domain_literal(address.domain)
+        own = is_this_host(literal) if literal else ascii_domain(lower(address.domain)) in self.own_names
+        return Address(address.local, self.home) if own else address
+
+    def key(self, address: Address) -> str:
+        """Return the key of a local address, its domain spelled as in --domain; a bare name gets the first."""
+        if not address.domain:
+            return "%s@%s" % (lower(address.local), lower(self.home))
         if self.capture:
             return address.key
         domain = lower(address.domain)
         return "%s@%s" % (lower(address.local), self.domains.get(ascii_domain(domain), domain))
 
     def resolve(self, address: Address) -> Destinations:
-        """Return the destinations of one recipient; Refused 550 when it is local and unknown, or an alias loops."""
-        found = Destinations([], [])
-        self._expand(address, found, [])
-        if not found.mailboxes and not found.remote:
-            raise Refused(UNKNOWN_USER)
-        return found
+        """Return the destinations of one recipient; Refused 550 when it is local and unknown, or an alias loops.
 
-    def _expand(self, address: Address, found: Destinations, above: List[str]) -> None:
-        if not self.is_local(address):
-            if address.key not in [known.key for known in found.remote]:
-                found.remote.append(address)
-        elif self.capture:
-            key = self.key(address)
-            for part in key.rpartition("@")[::2]:
-                encode_name(part)                   # Refused when too long
-            found.mailboxes.append(key)
-        else:
-            self._expand_local(self.key(address), found, above)
-        if len(found.mailboxes) + len(found.remote) > MAX_EXPANSION or len(above) > 50:
-            raise Refused(550, "5.4.6", "the alias has too many targets")
-
-    def _expand_local(self, key: str, found: Destinations, above: List[str]) -> None:
-        local, _, domain = key.rpartition("@")
-        candidates = [key] + ([local.partition("+")[0] + "@" + domain] if "+" in local[1:] else [])
+        What came of an alias is remembered, refusals too: a client may name the same list a thousand times.
+        """
+        if self.capture:
+            return Destinations([self._captured(address)], [])
         aliases: Dict[str, List[Address]] = self.aliases.get()
         users = self.accounts.names()
-        for name in candidates:
-            if name in above and name not in users:
-                raise Refused(550, "5.4.6", "the alias leads back to itself")
-            if name in aliases and name not in above:
-                for target in aliases[name]:
-                    self._expand(target, found, above + [name])
-                return
-            if name in users or name == self.catch_all:
-                break
-        else:
-            if self.catch_all:
-                name = self.catch_all
-            elif local == "postmaster" and (domain == self.home or above):
-                name = key
-            elif local == "postmaster":
-                return self._expand_local("postmaster@" + self.home, found, above)
-            elif above:
-                log.warning("alias %s: target %s is no mailbox here", above[-1], printable(key))
-                return
-            else:
+        memory = self._remembered
+        if memory.aliases is not aliases or memory.users is not users or memory.size > MAX_REMEMBERED:
+            self._remembered = memory = Remembered(aliases, users)
+        known = memory.found.get(address.key)
+        if isinstance(known, Reply):
+            raise Refused(known)
+        if known is not None:
+            return known
+        expansion = Expansion()
+        try:
+            self._expand(address, expansion, memory)
+            expansion.check()
+            if not expansion.mailboxes and not expansion.remote:
                 raise Refused(UNKNOWN_USER)
-        if name not in found.mailboxes:
-            found.mailboxes.append(name)
+        except Refused as refused:
+            if expansion.steps > 1:
+                memory.keep(address.key, refused.reply)
+            raise
+        found = Destinations(list(expansion.mailboxes), list(expansion.remote.values()))
+        if expansion.steps > 1:                     # what costs nothing to find out is not kept
+            memory.keep(address.key, found)
+        return found
+
+    def _expand(self, address: Address, found: Expansion, files: Remembered) -> None:
+        """Add to `found` what an address becomes; Refused."""
+        found.steps += 1
+        found.check()
+        if not self.is_local(address):
+            found.remote.setdefault(address.key, address)
+        else:
+            self._expand_local(self.key(address), found, files)
+
+    def _captured(self, address: Address) -> str:
+        """Return the mailbox of an address in capture mode; Refused when its name is too long for a file."""
+        key = self.key(address)
+        for part in key.rpartition("@")[::2]:
+            encode_name(part)
+        return key
+
+    def _expand_local(self, key: str, found: Expansion, files: Remembered) -> None:
+        local, _, domain = key.rpartition("@")
+        candidates = [key] + ([local.partition("+")[0] + "@" + domain] if "+" in local[1:] else [])
+        for name in candidates:
+            if name in files.aliases and name not in found.above:
+                return self._expand_alias(name, found, files)
+            if name in files.users or name == self.catch_all:
+                found.mailboxes[name] = None
+                return
+            if name in found.above:
+                raise Refused(ALIAS_LOOP)
+        if self.catch_all:
+            found.mailboxes[self.catch_all] = None
+        elif local == "postmaster" and (domain == self.home or found.above):
+            found.mailboxes[key] = None
+        elif local in ROLES or local == "postmaster":
+            self._expand_local("postmaster@" + (domain if local in ROLES else self.home), found, files)
+        elif found.above:
+            log.warning("alias %s: target %s is no mailbox here", next(reversed(list(found.above))), printable(key))
+        else:
+            raise Refused(UNKNOWN_USER)
+
+    def _expand_alias(self, name: str, found: Expansion, files: Remembered) -> None:
+        if name in found.done:                      # a list inside several others
+            return
+        found.above[name] = None
+        for target in files.aliases[name]:
+            self._expand(self.qualified(target), found, files)
+        del found.above[name]
+        found.done.add(name)
 
     def owns(self, account: str, sender: Address) -> bool:
         """Return whether an account may send as `sender`: its own address, a sub-address, or an alias that leads to it."""
@@ -2807,8 +3265,8 @@ def open_stores(config: Config, clock: Callable[[], float] = time.time, policy: 
     """Open the data directory, made where it is missing; OSError."""
     hostname = config.hostname
     if not hostname:
-        hostname = socket.gethostname().lower()
-        hostname = hostname if is_domain(hostname) else "localhost"
+        hostname = machine_name()
+    refuse_shared(config.data)
     storage = Storage(config.data, not config.no_sync)
     storage.open()
     mailboxes = Mailboxes(storage, hostname)
@@ -2838,6 +3296,27 @@ def await_mail(storage: Storage, look: Callable[[], Any], until: float, sleep: C
                 return None
             if woken:
                 break
+
+
+EX_TEMPFAIL = 75                                    # sysexits(3): the caller may try again
+
+
+def refuse_unused(data: str) -> None:
+    """Raise CannotRun where no node was ever at work in the directory: nobody would read the mail."""
+    if not any(os.path.lexists(os.path.join(data, name)) for name in ("options.json", "mail", "queue", "run")):
+        error = CannotRun("sendmail: %s: no node was ever here, nobody would read the mail; start one there, or name its "
+                          "directory with --data or MINIMAIL_DATA" % data)
+        error.status = EX_TEMPFAIL
+        raise error
+
+
+def mailbox_named(command: str, text: str, config: Config) -> str:
+    """Return the mailbox that a word of the command line means; UsageError."""
+    try:
+        address = parse_address(text, lenient=True)
+    except Refused as refused:
+        raise UsageError("%s %s: %s" % (command, printable(text, 100), refused.reply.text)) from None
+    return at_home(address, config.domain[0] if config.domain else config.hostname or machine_name()).key
 
 
 # ======================================================================================================================
@@ -4795,53 +5274,292 @@ def explain_local(book: AddressBook, address: Address, whole: bool) -> int:
     return 0
 
 
+# What sendmail(8) takes. sysexits(3), as those who call it check them:
+EX_DATAERR, EX_NOUSER, EX_NOHOST, EX_UNAVAILABLE, EX_NOPERM = 65, 67, 68, 69, 77
+FLAGS_WITH_VALUE = "ABCDFLMNORVXbefhopr"            # in the same word or the next; others may have one attached
+MBOX_LINE = re.compile(rb">?From ")
+FIELD_NAME = re.compile(rb"[!-9;-~]{1,200}[ \t]{0,20}:")
+ODD_LINE_END = re.compile(rb"(?<!\r)\r+\n|\r")      # CRLF, CR CR LF, or CR alone; the look-behind keeps long runs cheap
+DROPPED_FIELDS = ("bcc", "resent-bcc", "return-path", "content-length")
+ORIGINATORS = ("from", "sender", "reply-to", "to", "cc")
+
+
+class NotSent(CannotRun):
+    """A message that `sendmail` did not take over, and the exit status that says why."""
+
+    def __init__(self, status: int, text: str) -> None:
+        super().__init__("sendmail: " + text)
+        self.status = status
+
+
+def exit_status(reply: Reply) -> int:
+    """Return the exit status of sysexits(3) for a refusal."""
+    if reply.code < 500:
+        return EX_TEMPFAIL
+    known = {"5.1.1": EX_NOUSER, "5.1.2": EX_NOHOST, "5.1.3": EX_DATAERR, "5.7.1": EX_NOPERM}
+    return known.get(reply.enhanced, EX_UNAVAILABLE)
+
+
 def sendmail_command(config: Config, arguments: List[str]) -> int:
     """Take a message on standard input, as /usr/sbin/sendmail does, and queue it durably."""
-    parser = Parser(prog="minimail.py sendmail", description=sendmail_command.__doc__)
-    parser.add_argument("-t", action="store_true", help="recipients also from To, Cc and Bcc")
-    parser.add_argument("-i", action="store_true", help="a line with a single dot does not end the message")
-    parser.add_argument("-f", "-r", dest="sender", metavar="FROM", help="envelope sender")
-    parser.add_argument("-F", dest="name", metavar="NAME", help="sender's full name")
-    parser.add_argument("-o", action="append", default=[], metavar="OPTION", help="-oi is -i; others are ignored")
-    parser.add_argument("-B", "-N", "-R", "-V", "-X", "-O", dest="ignored", action="append", help="ignored")
-    parser.add_argument("-b", dest="mode", metavar="MODE", help="-bm (deliver) only")
-    for flag in "-U", "-v", "-n", "-m", "-G":
-        parser.add_argument(flag, dest="ignored", action="store_const", const="", help="ignored")
-    parser.add_argument("recipients", nargs="*", metavar="TO")
-    given = parser.parse_args(arguments)
-    if given.mode not in (None, "m"):
-        raise UsageError("sendmail -b%s: only -bm is possible" % printable(given.mode))
-    raw = sys.stdin.buffer.read()
-    if not (given.i or "i" in given.o):
-        raw = re.split(rb"(?m)^\.\r?\n", raw, maxsplit=1)[0]
-    content = BARE_NEWLINE.sub(b"\r\n", raw)
-    content += b"" if content.endswith(b"\r\n") or not content else b"\r\n"
+    flags, words = sendmail_flags(arguments)
+    given = dict(flags)
+    mode = given.get("b", "q" if "q" in given else "i" if "I" in given else "m")
+    if "help" in given:
+        print(SENDMAIL_HELP, end="")
+        return 0
+    if mode in ("p", "q"):
+        return queue_command(config, ["list" if mode == "p" else "flush"])
+    if mode == "i":                                 # newaliases: they are read when they change
+        return 0
+    if mode not in ("m", "v"):
+        raise UsageError("sendmail -b%s: only -bm, -bs, -bp, -bi and -bv are possible" % printable(mode, 20))
+    refuse_unused(config.data)
     stores = open_stores(config)
     try:
-        home = stores.book.home if "." in stores.book.home or config.capture else stores.hostname
-        user = given.sender if given.sender is not None else login_name()
-        fields, body = split_headers(content)
-        if not re.match(rb"[!-9;-~]+[ \t]*:", content):     # no header at all: `echo hello | sendmail bob`
-            fields, body = [], content
-        names = [local_address(text, home) for text in given.recipients]
-        if given.t:
-            headers = [value.partition(b":")[2].decode("utf-8", "replace") for name, value in fields
-                       if name in ("to", "cc", "bcc")]
-            names += [local_address(found, home) for _, found in email.utils.getaddresses(headers) if found]
-        if not names:
-            raise UsageError("sendmail: no recipients: name them, or use -t with To, Cc or Bcc headers")
-        sender = "" if user in ("", "<>") else str(local_address(user, home))
-        head = submission_headers(fields, sender or "mailer-daemon@" + home, given.name, stores.hostname)
-        envelope = Envelope(sender=sender, protocol="local",
-                            smtputf8=not all(map(str.isascii, [sender] + list(map(str, names)))))
-        try:
-            print_id = stores.door.send(envelope, names, head + b"\r\n" + body).draft.id
-        except Refused as refused:
-            raise CannotRun("sendmail: not accepted: %s; nothing was sent" % str(refused.reply)) from None
-        event("message", id=print_id, client="local", sender=printable(sender), recipients=len(names), size=len(content))
+        if mode == "v":
+            return verify(stores, words)
+        return submit(stores, flags, words)
     finally:
         stores.accounts.hashing.close()
-    return 0
+
+
+SENDMAIL_HELP = """\
+usage: minimail.py sendmail [-t] [-i] [-f FROM] [-F NAME] [TO ...] [options]
+
+Takes a message on standard input, as /usr/sbin/sendmail does, and queues it durably.
+  -t           recipients also from To, Cc and Bcc (or from Resent-To, Resent-Cc, Resent-Bcc)
+  -i, -oi      a line with a single dot does not end the message
+  -f, -r FROM  envelope sender             -F NAME  the sender's full name
+  -bs          speak SMTP on standard input and output
+  -bp, -q      list the queue, try all of it now (mailq is -bp)
+  -bv          only say whether the recipients would be taken
+All other flags of sendmail(8) are taken and mean nothing here; the exit status is one of
+sysexits(3).
+"""
+
+
+def sendmail_flags(words: Sequence[str]) -> Tuple[List[Tuple[str, str]], List[str]]:
+    """Return ([(flag, value)], recipients) by the rules of getopt(3), flags in any place; UsageError."""
+    flags: List[Tuple[str, str]] = []
+    recipients: List[str] = []
+    left = iter(words)
+    for word in left:
+        if word == "--":
+            recipients += left
+        elif word in ("--help", "--version"):
+            flags.append((word[2:], ""))
+        elif word.startswith("--"):
+            raise UsageError("sendmail: " + show_word(word))
+        elif not word.startswith("-"):
+            recipients.append(word)
+        else:
+            flags += word_flags(word[1:], left)
+    return flags, recipients
+
+
+def word_flags(letters: str, left: Iterator[str]) -> Iterator[Tuple[str, str]]:
+    """Yield the flags in one word; the last one's value may be the next word."""
+    for at, letter in enumerate(letters):
+        rest = letters[at + 1:]
+        if letter in FLAGS_WITH_VALUE:
+            value = rest or next(left, None)
+            if value is None:
+                raise UsageError("sendmail: -%s needs a value" % letter)
+            yield letter, value
+            return
+        yield letter, rest
+        if letter in "qdQ":
+            return
+
+
+class Submission:
+    """A message as a local program writes it: line ends of any kind, perhaps an mbox line first, perhaps no header at all.
+
+    The header is held in `fields`, with LF; the body comes in blocks, with CRLF. Without `dots` a lone dot ends it.
+    """
+
+    def __init__(self, file: Any, dots: bool) -> None:
+        lines = self._lines(file)
+        self._blocks = lines if dots else self._until_dot(lines)
+        self._ahead = bytearray()                   # read, but not taken
+        self.fields: List[Tuple[str, bytes]] = []
+        self.read_header()
+
+    @staticmethod
+    def _lines(file: Any) -> Iterator[bytes]:
+        """Yield the text in blocks with LF as the only line end."""
+        held = b""                                  # CRs that an LF may follow
+        for raw in iter(lambda: file.read1(BLOCK), b""):
+            data = held + raw
+            text = data.rstrip(b"\r")
+            if len(data) - len(text) > BLOCK:       # no line end, whatever follows
+                text = data
+            held = data[len(text):]
+            if text:
+                yield ODD_LINE_END.sub(b"\n", text) if b"\r" in text else text
+        if held:
+            yield b"\n"
+
+    @staticmethod
+    def _until_dot(blocks: Iterator[bytes]) -> Iterator[bytes]:
+        """Yield blocks up to a line that is a single dot."""
+        held, fresh = b"", True                     # a dot that began a line; are we at the beginning of one?
+        for block in blocks:
+            data = held + block
+            end = -1 if fresh and data.startswith(b".\n") else data.find(b"\n.\n")
+            if end >= 0 or data.startswith(b".\n") and fresh:
+                yield data[:end + 1]
+                return
+            held = b"." if data.endswith(b"\n.") or fresh and data == b"." else b""
+            data = data[:len(data) - len(held)]
+            if data:
+                fresh = data.endswith(b"\n")
+                yield data
+
+    def _line(self) -> bytes:
+        """Return the next line, or the beginning of one that is too long for a header; b"" at the end."""
+        looked = 0
+        while self._ahead.find(b"\n", looked) < 0 and len(self._ahead) <= MAX_SUBMITTED_HEADER:
+            looked = len(self._ahead)
+            block = next(self._blocks, None)
+            if block is None:
+                break
+            self._ahead += block
+        size = self._ahead.find(b"\n", looked) + 1 or len(self._ahead)
+        line = bytes(self._ahead[:size])
+        del self._ahead[:size]
+        return line
+
+    def read_header(self) -> None:
+        """Read `fields`: as far as lines look like a header; what follows, with an empty line or not, is the body. NotSent."""
+        line = self._line()
+        if MBOX_LINE.match(line):
+            line = self._line()
+        pieces: List[List[bytes]] = []
+        size = 0
+        while line.strip(b"\n"):
+            if pieces and line[:1] in (b" ", b"\t"):
+                pieces[-1].append(line)
+            elif FIELD_NAME.match(line):
+                pieces.append([line])
+            else:
+                break
+            size += len(line)
+            if size > MAX_SUBMITTED_HEADER:
+                raise NotSent(EX_DATAERR, "the header is larger than %d bytes" % MAX_SUBMITTED_HEADER)
+            line = self._line()
+        if line != b"\n":
+            self._ahead[:0] = line
+        for piece in pieces:
+            name = piece[0].partition(b":")[0].strip().decode("ascii").lower()
+            self.fields.append((name, b"".join(piece).rstrip(b"\n") + b"\n"))
+
+    @property
+    def resent(self) -> str:
+        """The prefix of the fields that count: "resent-" when somebody passes a message on (RFC 5322 section 3.6.6)."""
+        return "resent-" if any(name.startswith("resent-") for name, _ in self.fields) else ""
+
+    def recipients(self) -> List[str]:
+        """Return the addresses in To, Cc and Bcc, or their Resent- counterparts."""
+        names = [self.resent + name for name in ("to", "cc", "bcc")]
+        values = [unfold(field.partition(b":")[2]) for name, field in self.fields if name in names]
+        return [address for value in values for _, address in read_addresses(value) if address]
+
+    def body(self) -> Iterator[bytes]:
+        yield bytes(self._ahead).replace(b"\n", b"\r\n")
+        for block in self._blocks:
+            yield block.replace(b"\n", b"\r\n")
+
+
+def submit(stores: Stores, flags: List[Tuple[str, str]], words: Sequence[str]) -> int:
+    """Queue the message on standard input for whom it can go to; what else is named comes back to the sender. NotSent."""
+    given = dict(flags)
+    dots = "i" in given or ("o", "i") in flags
+    message = Submission(getattr(sys.stdin, "buffer", None) or io.BytesIO(), dots)
+    names = [address for word in words for _, address in read_addresses(word) or [("", word)] if address]
+    names += message.recipients() if "t" in given else []
+    if not names:
+        raise UsageError("sendmail: no recipients: name them, or use -t with To, Cc or Bcc headers")
+    if len(names) > MAX_SUBMITTED_NAMES:
+        raise NotSent(EX_DATAERR, "more than %d recipients" % MAX_SUBMITTED_NAMES)
+    sender = local_sender(stores.book, given.get("f", given.get("r")))
+    envelope = Envelope(sender=sender, protocol="local")
+    destinations, failed = sort_recipients(stores, envelope, list(dict.fromkeys(names)))
+    later = [pair for pair in failed if pair[1].code < 500 and pair[1].enhanced != "4.5.3"]
+    failed = later or failed                        # then nothing is sent, and the caller tries all of it again
+    head = submission_headers(message, sender or "mailer-daemon@" + stores.book.home, given.get("F", ""), stores)
+    if later or not destinations:
+        raise NotSent(exit_status(failed[0][1]), "%s: %s; nothing was sent" % (printable(failed[0][0], 200), failed[0][1]))
+    id = store(stores, envelope, destinations, head, message)
+    if not failed:
+        return 0
+    return send_back(stores, id, sender, failed, head)
+
+
+def sort_recipients(stores: Stores, envelope: Envelope, names: Sequence[str]) \
+        -> Tuple[List[Destinations], List[Tuple[str, Reply]]]:
+    """Put those that can be reached into the envelope; return their destinations, and the others with what is wrong."""
+    destinations: List[Destinations] = []
+    failed: List[Tuple[str, Reply]] = []
+    for name in names:
+        try:
+            address = stores.book.qualified(parse_address(name, lenient=True))
+            destinations.append(stores.door.recipient(envelope, address, trusted=True))
+        except Refused as refused:
+            failed.append((name, refused.reply))
+    envelope.smtputf8 = not all(map(str.isascii, [envelope.sender] + list(map(str, envelope.recipients))))
+    return destinations, failed
+
+
+def store(stores: Stores, envelope: Envelope, destinations: List[Destinations], head: bytes, message: Submission) -> str:
+    """Write the message to disk as it comes in and return its id; NotSent."""
+    parcel = stores.post.begin(envelope, destinations)
+    try:
+        parcel.draft.write(head + b"\r\n")
+        for block in message.body():
+            parcel.draft.write(block)
+            if parcel.draft.too_large:
+                break
+        stores.door.finish(parcel)
+        stores.post.commit(parcel)
+    except Refused as refused:
+        raise NotSent(exit_status(refused.reply), "not accepted: " + str(refused.reply)) from None
+    except BaseException:
+        parcel.draft.discard()
+        raise
+    event("message", id=envelope.id, client="local", sender=printable(envelope.sender), recipients=len(envelope.recipients),
+          size=parcel.draft.size)
+    return envelope.id
+
+
+def send_back(stores: Stores, id: str, sender: str, failed: List[Tuple[str, Reply]], head: bytes) -> int:
+    """Tell the sender who did not get it, or postmaster when that is nobody here; return the exit status."""
+    status, first = exit_status(failed[0][1]), "%s: %s" % (printable(failed[0][0], 200), failed[0][1])
+    if not sender:
+        raise NotSent(status, first + "; the others were sent to")
+    failures = [{"address": printable(name, 300), "last_reply": str(reply)} for name, reply in failed]
+    now = time.time()
+    content = bounce_message(stores.hostname, sender, failures, head[:BLOCK], id, now, now)
+    for address in (parse_address(sender, lenient=True), Address("postmaster", "")):
+        envelope = Envelope(protocol="bounce", smtputf8=not content.isascii())
+        try:
+            stores.door.send(envelope, [address], content)
+            event("bounce", id=envelope.id, about=id, sender=printable(sender), recipients=len(failed))
+            return 0
+        except Refused as refused:
+            event("undeliverable", id=envelope.id, about=id, sender=printable(str(address)), reason=str(refused))
+    raise NotSent(status, first + "; the others were sent to")
+
+
+def verify(stores: Stores, words: Sequence[str]) -> int:
+    """Say of each recipient whether mail for it would be taken."""
+    status = 0
+    for word in words:
+        _, failed = sort_recipients(stores, Envelope(), [address for _, address in read_addresses(word)] or [word])
+        print("%s: %s" % (printable(word, 200), str(failed[0][1]) if failed else "deliverable"))
+        status = status or (exit_status(failed[0][1]) if failed else 0)
+    return status
 
 
 def login_name() -> str:
@@ -4852,26 +5570,92 @@ def login_name() -> str:
         return "nobody"
 
 
-def local_address(text: str, home: str) -> Address:
-    """Return the address a local user wrote, with our domain where it has none; UsageError."""
-    text = text.strip().strip("<>")
+def local_sender(book: AddressBook, text: Optional[str]) -> str:
+    """Return the reverse-path that a local user asked for, or the own one; what is no address is told and not used."""
+    if text is not None and text.strip() in ("", "<>"):
+        return ""
+    own = str(book.qualified(Address(re.sub(r"[^A-Za-z0-9._-]", "-", login_name()), "")))
+    if text is None:
+        return own
     try:
-        return parse_address(text if "@" in text else text + "@" + home)
-    except Refused as refused:
-        raise UsageError("sendmail: %s: %s" % (printable(text), refused.reply.text)) from None
+        return str(book.qualified(parse_address(next((address for _, address in read_addresses(text)), text), lenient=True)))
+    except Refused:
+        log.warning("sendmail -f: %s is no address, %s is used", printable(text, 200), own)
+        return own
 
 
-def submission_headers(fields: List[Tuple[str, bytes]], sender: str, name: Optional[str], hostname: str) -> bytes:
-    """Return a local program's headers without Bcc, and with Date, From and Message-ID (RFC 6409 section 8)."""
-    present = {field for field, _ in fields}
-    head = b"".join(value for field, value in fields if field != "bcc")
-    if "date" not in present:
-        head += ("Date: %s\r\n" % rfc5322_date(int(time.time()))).encode()
-    if "message-id" not in present:
-        head += ("Message-ID: <%x.%s@%s>\r\n" % (int(time.time()), secrets.token_hex(6), hostname)).encode()
-    if "from" not in present:
-        head += ("From: %s\r\n" % email.utils.formataddr((name or "", sender))).encode("utf-8")
+def submission_headers(message: Submission, sender: str, name: str, stores: Stores) -> bytes:
+    """Return a local program's headers as they go out: without Bcc, with Date, From and Message-ID, bare names with our
+    domain (RFC 6409 section 8); for a message passed on, the Resent- fields are those that must be there."""
+    prefix, present = message.resent, {field for field, _ in message.fields}
+    lines = [qualify_field(field, stores.book.home) if name.replace("resent-", "") in ORIGINATORS else field
+             for name, field in message.fields if name not in DROPPED_FIELDS]
+    head = b"".join(lines).replace(b"\n", b"\r\n")
+    now = time.time()
+    added = (("Date", rfc5322_date(int(now))), ("From", show_mailbox(name, sender)),
+             ("Message-ID", "<%x.%s@%s>" % (int(now), secrets.token_hex(6), stores.hostname)))
+    for field, value in added:
+        if prefix + field.lower() not in present:
+            head += ("%s%s: %s\r\n" % (prefix.title(), field, value)).encode("utf-8")
     return head
+
+
+ADDRESS_TOKEN = re.compile(rb'"(?:[^"\\]|\\.)*"|\\.|\s+|[^\s()<>,;:"\\]+|.', re.DOTALL)
+
+
+def qualify_field(field: bytes, home: str) -> bytes:
+    """Return an address field with @home after each bare name: `From: root (Cron Daemon)` is refused elsewhere.
+
+    A bare name is one word without @, alone between commas or in angle brackets; names of groups and of people are not.
+    """
+    start = field.index(b":") + 1
+    ends: List[int] = []                            # where something is to be put in
+    words: List[Tuple[int, int]] = []               # (start, end) of runs without a blank
+    depth, closed = 0, False                        # in comments; after an angle address
+
+    def settle() -> None:
+        if len(words) == 1 and not closed and b"@" not in field[words[0][0]:words[0][1]]:
+            ends.append(words[0][1])
+        words.clear()
+    for token in ADDRESS_TOKEN.finditer(field, start):
+        text = token.group()
+        depth = max(0, depth + (text == b"(") - (text == b")"))
+        if depth or text == b")" or text.isspace():
+            continue
+        if text in (b",", b";"):
+            settle()
+            closed = False
+        elif text == b">":
+            settle()
+            closed = True
+        elif text in (b"<", b":"):
+            words.clear()
+        elif words and words[-1][1] == token.start():
+            words[-1] = words[-1][0], token.end()
+        else:
+            words.append((token.start(), token.end()))
+    settle()
+    pieces, done = [], 0
+    for end in ends:
+        pieces += [field[done:end], b"@" + home.encode("utf-8")]
+        done = end
+    return b"".join(pieces) + field[done:]
+
+
+def show_mailbox(name: str, address: str) -> str:
+    """Return `Name <address>` for a header; the name as a program gave it, in UTF-8 or Latin-1, on one line."""
+    raw = os.fsencode(name)
+    try:
+        name = raw.decode("utf-8")
+    except UnicodeDecodeError:
+        name = raw.decode("latin-1")
+    name = "".join(c if c.isprintable() else " " for c in name).strip()[:200]
+    if not name:
+        return address
+    if name.isascii():
+        return '"%s" <%s>' % (re.sub(r'([\\"])', r"\\\1", name), address)
+    import email.header
+    return "%s <%s>" % (email.header.Header(name, "utf-8", maxlinelen=70).encode(linesep="\r\n"), address)
 
 
 class RelayExtension(Extension):
@@ -4885,7 +5669,7 @@ class RelayExtension(Extension):
 
     def equip(self, node: Any) -> None:
         node.relay = None
-        if node.stores.post.queue:
+        if node.stores.post.queue and node.relays:
             resolver = node.resolver if node.zone is None else Zone(node.zone).resolver()
             own = [endpoint for name, endpoint in node.endpoints() if name == "smtp"]
             node.relay = Relay(node.config, node.stores, node.config.dns, own, node.clock, resolver)
@@ -5079,7 +5863,7 @@ class Site:
         """Return the account's key, None when name and password do not fit. Any fit in capture mode. Takes 50 ms."""
         if self.config.capture:
             try:
-                return self.book.key(parse_address(name))
+                return self.book.key(parse_address(name, lenient=self.book.capture))
             except Refused:
                 return lower(name)
         if not self.throttle.charge(client, lower(name)):
@@ -5680,6 +6464,8 @@ class SMTPSession(Session):
         if keyword.strip().upper() != "FROM" or not colon:
             raise Refused(501, "5.5.4", "MAIL FROM:<address>")
         sender, rest = parse_path(path, self.lenient)
+        if sender and self.lenient:
+            sender = self.site.book.qualified(sender)
         envelope = Envelope(sender=str(sender) if sender else "", helo=self.helo, client=self.client)
         self.take_parameters(envelope, parse_parameters(rest) if rest else {})
         if sender and not str(sender).isascii() and not envelope.smtputf8:
@@ -5720,6 +6506,8 @@ class SMTPSession(Session):
         if keyword.strip().upper() != "TO" or not colon:
             raise Refused(501, "5.5.4", "RCPT TO:<address>")
         address, rest = parse_path(path, self.lenient)
+        if address and self.lenient:
+            address = self.site.book.qualified(address)
         if address is None:
             raise Refused(501, "5.1.3", "the null path cannot receive mail")
         for parameter in parse_parameters(rest) if rest else ():
@@ -6291,13 +7079,15 @@ class Node:
     taken an OSError naming it. `on_message(message)` is called once per accepted message, after the client has its 250.
     """
 
+    relays = True                                   # what is queued; not for `sendmail -bs`, whose caller waits for its end
+
     def __init__(self, *, data: Optional[str] = None, on_message: Optional[Callable[[Message], Any]] = None,
                  policy: Optional[Policy] = None, clock: Callable[[], float] = time.time, resolver: Any = None,
                  **options: Any) -> None:
         if "faults" in options:
             options["fault"] = options.pop("faults")
         zone = options.pop("dns") if isinstance(options.get("dns"), dict) else None
-        unknown = set(options) - {field.name for field in dataclasses.fields(Config)}
+        unknown = set(options) - set(option_fields())
         if unknown:
             raise TypeError("Node() has no option %r" % min(unknown))
         given = {name: value for name, value in options.items() if value is not None or name in LISTENERS}
@@ -6308,6 +7098,8 @@ class Node:
         if data is not None:
             given["data"] = data
         config = Config(**read_options(given, lambda name: name))
+        check_together(config, lambda name: name)
+        check_library({"on_message": on_message, "policy": policy, "clock": clock})
         if config.workers != 1:
             raise ValueError("workers: only the command line forks; start several nodes on one data directory instead")
         self._set_up(config, data is None, on_message, policy, clock, resolver, zone)
@@ -6528,7 +7320,7 @@ class Node:
     def _mailbox(self, address: str) -> str:
         assert self.stores
         try:
-            return self.stores.book.key(parse_address(address))
+            return self.stores.book.key(parse_address(address, lenient=self.stores.book.capture))
         except Refused as refused:
             raise ValueError("address %r: %s" % (address, refused.reply.text)) from None
 
@@ -6585,7 +7377,1036 @@ LISTENERS = ("smtp", "smtps", "pop3", "pop3s", "web", "webs")
 
 
 # ======================================================================================================================
-# 17  Web inbox, JSON API, transcripts and lint, faults, wait, selftest: for looking at the mail your program sends.
+# 17  Reading mail.  Pure: the bytes of a message in, what people see out; knows no file, socket or site. Mail is hostile:
+#     everything is read once from front to back, within limits of section 2, and what is cut says so. Nothing here fails.
+# ======================================================================================================================
+
+# Charsets: those that mail uses, by the labels of https://encoding.spec.whatwg.org/ and some that older mail has.
+
+CHARSETS = {                                        # codecs of Python, tried in this order: labels without their punctuation
+    "utf-8": "utf8 unicode11utf8 xunicode20utf8 utf8mb4",
+    "cp1252": "latin1 l1 ibm819 iso88591 iso885911987 isoir100 csisolatin1 ascii8 ansi xansi",
+    "iso8859-2": "latin2 l2 csisolatin2", "iso8859-3": "latin3 l3 csisolatin3", "iso8859-4": "latin4 l4 csisolatin4",
+    "iso8859-5": "cyrillic csisolatincyrillic", "iso8859-6": "arabic asmo708 ecma114 csisolatinarabic",
+    "iso8859-7": "greek greek8 elot928 ecma118 suneugreek csisolatingreek", "cp1254": "latin5 l5 csisolatin5 iso88599",
+    "iso8859-8": "hebrew visual logical csisolatinhebrew csiso88598e csiso88598i", "iso8859-10": "latin6 l6 csisolatin6",
+    "iso8859-15": "latin9 latin0 l9 csisolatin9", "iso8859-16": "latin10", "cp874": "tis620 dos874 iso885911 thai",
+    "koi8_r": "koi8r koi koi8 cskoi8r", "koi8_u": "koi8u koi8ru", "cp866": "ibm866 csibm866", "kz1048": "kz1048 rk1048",
+    "mac_roman": "macintosh mac xmacroman macroman csmacintosh", "mac_cyrillic": "xmaccyrillic xmacukrainian maccyrillic",
+    "mac_latin2": "xmacce xmaccentraleurope", "mac_greek": "xmacgreek", "mac_turkish": "xmacturkish",
+    "gb18030": "gb2312 gb231280 gbk gb18030 xgbk chinese csgb2312 csiso58gb231280 isoir58 cp936 ms936 windows936 euccn xeuccn",
+    "hz": "hz hzgb2312", "cp950 big5hkscs": "big5 cnbig5 xxbig5 csbig5 cp950 windows950 big5eten",
+    "big5hkscs cp950": "big5hkscs",
+    "cp932 shift_jis_2004": "shiftjis sjis xsjis csshiftjis ms932 mskanji windows31j cswindows31j cp932 windows932",
+    "euc_jp euc_jis_2004": "eucjp xeucjp xeuc cseucpkdfmtjapanese ujis",
+    "iso2022_jp": "iso2022jp csiso2022jp iso2022jp1 iso2022jp2 iso2022jp3 iso2022jpext iso2022jpms cp50220 cp50221 jis",
+    "cp949": "euckr cseuckr korean ksc56011987 ksc56011989 ksc5601 csksc56011987 isoir149 cp949 uhc windows949 ms949",
+    "johab": "johab cp1361", "iso2022_kr": "iso2022kr csiso2022kr", "utf-7": "utf7 unicode11utf7 csunicode11utf7",
+    "utf-16-le": "utf16 utf16le ucs2 iso10646ucs2 unicode csunicode unicodefeff", "utf-16-be": "utf16be unicodefffe",
+    "utf-32-le": "utf32 utf32le ucs4", "utf-32-be": "utf32be",
+}
+CODECS = {label: tuple(codecs.split()) for codecs, labels in CHARSETS.items() for label in labels.split()}
+CODE_PAGES = {"437", "720", "737", "775", "850", "852", "855", "857", "858", "860", "861", "862", "863", "864", "865", "866",
+              "869", "874", "1125", "1250", "1251", "1252", "1253", "1254", "1255", "1256", "1257", "1258"}
+JIS_ESCAPE = re.compile(rb"(\x1b(?:\$[@B]|\$\(D|\([BJIH]))")
+
+
+@functools.lru_cache(maxsize=200)
+def find_codecs(charset: str) -> Tuple[str, ...]:
+    """Return the codecs for a charset, () for US-ASCII and what mail does not use: then nothing is known of the text."""
+    label = re.sub(r"[^a-z0-9]", "", charset[:60].lower())
+    page = re.fullmatch(r"x?(?:cp|ibm|windows|win|ms)0*([1-9]\d{2,3})", label)
+    part = re.fullmatch(r"iso8859([1-9]\d?)(?:e|i|19\d\d)?", label)
+    if label in CODECS:
+        return CODECS[label]
+    if page and page.group(1) in CODE_PAGES:
+        return ("cp" + page.group(1),)
+    if part and part.group(1) in {"2", "3", "4", "5", "6", "7", "8", "10", "13", "14", "15", "16"}:
+        return ("iso8859-" + part.group(1),)
+    return ("cp1252",) if part and part.group(1) == "1" else ("cp1254",) if part and part.group(1) == "9" else ()
+
+
+def decode_text(data: bytes, charset: str) -> str:
+    """Return bytes as text by the charset they claim or the larger one that is meant; what is wrong costs one character."""
+    codecs = find_codecs(charset)
+    if data.startswith((b"\xff\xfe", b"\xfe\xff")) and (not codecs or codecs[0].startswith("utf")):
+        codecs = ("utf-16",)
+    if not codecs or codecs[0] == "utf-8":
+        return decode_unknown(data)
+    for codec in codecs:
+        with contextlib.suppress(UnicodeError, LookupError):        # Python may have been built without some
+            return whole_characters(data.decode(codec))
+    if codecs[0] == "iso2022_jp":
+        return decode_japanese(data)
+    try:
+        return whole_characters(data.decode(codecs[0], "replace"))
+    except (UnicodeError, LookupError):
+        return decode_unknown(data)
+
+
+def decode_japanese(data: bytes) -> str:
+    """Return ISO-2022-JP as text, with what Windows and telephones put into its empty rows: as cp932 has them."""
+    charset, text = b"", []
+    for piece in JIS_ESCAPE.split(data):
+        if piece.startswith(b"\x1b") and JIS_ESCAPE.fullmatch(piece):
+            charset = piece
+        elif charset in (b"\x1b$@", b"\x1b$B"):
+            text.append(shift_jis(piece).decode("cp932", "replace"))
+        elif charset == b"\x1b$(D":
+            pairs = zip(piece[::2], piece[1::2])
+            text.append(b"".join(bytes((0x8f, row | 0x80, cell | 0x80)) for row, cell in pairs).decode("euc_jp", "replace"))
+        elif charset == b"\x1b(I":
+            text.append(bytes(byte | 0x80 for byte in piece).decode("cp932", "replace"))
+        else:
+            text.append(piece.decode("cp932", "replace"))
+    return "".join(text)
+
+
+def shift_jis(data: bytes) -> bytes:
+    """Return the 7-bit pairs of JIS X 0208 as Shift_JIS; the arithmetic is that of JIS X 0208 annex 1."""
+    found = bytearray()
+    cells = iter(data)
+    for row in cells:
+        if row < 0x21:                              # a line end: those are of one byte
+            found.append(row)
+            continue
+        cell = next(cells, 0)
+        lead = (row - 0x21) // 2 + 0x81
+        found.append(lead if lead < 0xa0 else lead + 0x40)
+        found.append(min(cell + (0x1f if cell < 0x60 else 0x20) if row % 2 else cell + 0x7e, 0xff))
+    return bytes(found)
+
+
+def whole_characters(text: str) -> str:
+    """Return text without lone surrogates, which some encodings can produce and no file or reply can hold."""
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
+# Header values: encoded words, parameters, dates.
+
+ENCODED_WORD = re.compile(r"=\?([^?\s*]{1,60})(?:\*[^?\s]{0,40})?\?([bq])\?((?:[^?]*(?<!=)\?(?!=)){0,8}[^?]*)\?=",
+                          re.IGNORECASE)
+PARAMETER = re.compile(r'([^\s=;"()]{1,80})\s{0,20}=\s{0,20}("[^"\\]*(?:\\.[^"\\]*)*"|[^;]*)', re.DOTALL)
+PARAMETER_BLANK = re.compile(r"[\s;]*")
+PARAMETER_VALUE = re.compile(r"\s(?=[\w*-]{1,40}=)")
+SECTION = re.compile(r"(.*?)(?:\*(\d{1,3}))?(\*?)", re.DOTALL | re.ASCII)
+DATE_LIMIT = 200                                    # characters
+
+
+def decode_words(value: Union[str, bytes]) -> str:
+    """Return a header's value with its encoded words decoded (RFC 2047); those of unknown charsets stay as they came."""
+    text = unfold(value) if isinstance(value, bytes) else value
+    if "=?" not in text:
+        return text
+    found: List[str] = []
+    run: List[bytes] = []                           # words that follow each other in one charset: characters may be cut in two
+    charset, end = "", 0
+    for match in ENCODED_WORD.finditer(text):
+        data = word_bytes(match.group(2), match.group(3))
+        if data is None or not known_charset(match.group(1)):
+            continue
+        between = text[end:match.start()]
+        if run and (between.strip(" ") or match.group(1).lower() != charset):
+            found.append(decode_text(b"".join(run), charset))
+            run = []
+        if between.strip(" ") or not end:
+            found.append(between)
+        run.append(data)
+        charset, end = match.group(1).lower(), match.end()
+    found += [decode_text(b"".join(run), charset), text[end:]]
+    return re.sub(r"[\r\n]+", " ", "".join(found))
+
+
+def word_bytes(encoding: str, text: str) -> Optional[bytes]:
+    """Return what an encoded word holds, None when it is none."""
+    if encoding in "bB":
+        return decode_base64(text.encode("ascii", "ignore")) if not re.search(r"[^A-Za-z0-9+/=\s]", text) else None
+    return binascii.a2b_qp(text.encode("utf-8"), header=True)
+
+
+def known_charset(charset: str) -> bool:
+    return bool(find_codecs(charset)) or charset.lower() in ("us-ascii", "ascii", "ansi_x3.4-1968", "iso-ir-6", "646")
+
+
+def read_parameters(text: str) -> Tuple[str, Dict[str, str]]:
+    """Return (value in lower case, parameters) of a Content-Type or the like (RFC 2045 section 5.1, RFC 2231); never fails.
+
+    Parameters may lack their semicolons and quotes. Of `name*` and `name`, the first is taken.
+    """
+    value = text[:MAX_ADDRESS].lstrip().partition(";")[0].partition("(")[0].partition(" ")[0]
+    value = "" if "=" in value else value           # there is none, parameters only
+    position = text.find(value) + len(value)
+    pieces: Dict[str, Dict[int, Tuple[bool, str]]] = {}
+    for _ in range(MAX_PARAMETERS):
+        position = skip_comments(text, position)
+        match = PARAMETER.match(text, position)
+        if match:
+            key, number, encoded, given, position = parameter(match)
+            pieces.setdefault(key, {}).setdefault(number, (encoded, given))
+        else:                                       # nothing that we understand: on with the next one
+            position = text.find(";", position + 1)
+            if position < 0:
+                break
+    found = {name: decode_words(given[0][1]) for name, given in pieces.items() if not name.endswith("*")}
+    found.update((name[:-1], join_sections(given)) for name, given in pieces.items() if name.endswith("*"))
+    return value.strip("\"'").lower(), found
+
+
+def parameter(match: Any) -> Tuple[str, int, bool, str, int]:
+    """Return (name, with * when it is of RFC 2231; number of its section; whether it is encoded; value; where it ends)."""
+    given, end = match.group(2), match.end()
+    name, number, starred = SECTION.fullmatch(match.group(1).lower()).groups()      # type: ignore[union-attr]
+    if given.startswith('"') and len(given) > 1 and given.endswith('"'):
+        given = re.sub(r'\\(["\\])', r"\1", given[1:-1])
+    else:
+        more = PARAMETER_VALUE.search(given)        # the semicolon before the next parameter is missing
+        if more:
+            end, given = end - len(given) + more.start(), given[:more.start()]
+        if name not in ("name", "filename"):        # a comment; people call their files `a (2).txt` without quotes
+            given = given.partition("(")[0]
+        given = given.strip().strip('"')
+    return name + "*" if starred or number else name, int(number or 0), bool(starred), given, end
+
+
+def skip_comments(text: str, position: int) -> int:
+    """Return where the next parameter begins: after semicolons, blanks and comments."""
+    for _ in range(MAX_PARAMETERS):
+        position = PARAMETER_BLANK.match(text, position).end()      # type: ignore[union-attr]
+        end = comment_end(text, position) if text.startswith("(", position) else -1
+        if end < 0:
+            break
+        position = end
+    return position
+
+
+def join_sections(sections: Dict[int, Tuple[bool, str]]) -> str:
+    """Return the value of a parameter that came in sections, percent-encoded or not (RFC 2231 sections 3 and 4)."""
+    from urllib.parse import unquote_to_bytes
+    charset, data = "", []
+    for number, (encoded, text) in sorted(sections.items()):
+        if encoded and number == min(sections) and text.count("'") >= 2:
+            charset, _, text = text.split("'", 2)
+        data.append(unquote_to_bytes(text) if encoded else text.encode("utf-8"))
+    whole = b"".join(data)
+    return decode_text(whole, charset) if charset else decode_words(decode_unknown(whole))
+
+
+def parse_date(text: str) -> Any:
+    """Return a Date header as an aware datetime, None when it is none; without a zone, or with one unknown, it is UTC."""
+    import datetime
+    try:
+        given = email.utils.parsedate_tz(text[:DATE_LIMIT])
+        if given is None:
+            return None
+        zone = datetime.timezone(datetime.timedelta(seconds=given[9] or 0))
+        return datetime.datetime(*given[:6], tzinfo=zone)
+    except (ValueError, TypeError, IndexError, OverflowError):
+        return None
+
+
+def iso_time(seconds: float) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds)) + ".%03d+00:00" % (seconds % 1 * 1000)
+
+
+# Transfer encodings (RFC 2045 section 6). What can be decoded is.
+
+NOT_BASE64 = bytes(set(range(256)) - set(b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/="))
+
+
+def decode_base64(data: bytes) -> bytes:
+    """Return what base64 holds, whatever stands between its letters; padded pieces may follow each other (RFC 4648)."""
+    found = []
+    for piece in re.split(b"=+", data.translate(None, NOT_BASE64).rstrip(b"="), maxsplit=MAX_PIECES):
+        whole = piece[:-1] if len(piece) % 4 == 1 else piece        # one letter does not make a byte
+        with contextlib.suppress(binascii.Error):
+            found.append(binascii.a2b_base64(whole + b"=" * (-len(whole) % 4)))
+    return b"".join(found)
+
+
+def decode_uu(data: bytes) -> bytes:
+    """Return the lines between `begin` and `end`."""
+    start = re.search(rb"^begin [^\n]*\n", data, re.MULTILINE)
+    found = []
+    for line in io.BytesIO(data[start.end():] if start else b""):
+        if line.rstrip() == b"end":
+            break
+        with contextlib.suppress(binascii.Error):
+            length = ((line[0] - 32 & 63) * 4 + 5) // 3             # some encoders put more at the end than they announce
+            found.append(binascii.a2b_uu(line.rstrip(b"\r\n")[:length]))
+    return b"".join(found) if found else data
+
+
+def decode_transfer(data: bytes, encoding: str) -> bytes:
+    """Return a body decoded; what is of no known encoding as it stands."""
+    if encoding == "base64":
+        return decode_base64(data)
+    if encoding == "quoted-printable":
+        return binascii.a2b_qp(re.sub(rb"=[ \t]+(\r?\n|\Z)", rb"=\1", data))
+    return decode_uu(data) if encoding in ("x-uuencode", "uuencode", "x-uue", "uue") else data
+
+
+# HTML, as far as a glance needs it: one pass, no tree.
+
+MARKUP = re.compile(r"<(?=[a-zA-Z/!?])")
+TAG_NAME = re.compile(r"<(/?[a-zA-Z][^\s/>]{0,40})")
+TAG_MARK = re.compile(r"[>=]")
+ATTRIBUTE_BLANK = re.compile(r"[ \t\r\n\f]*")
+HIDDEN = {name: re.compile("</" + name, re.IGNORECASE) for name in (
+    "script", "style", "title", "template", "noembed", "noframes")}
+BREAKS = frozenset("br p div tr table ul ol li dl dt dd h1 h2 h3 h4 h5 h6 hr blockquote pre section article header footer "
+                   "address center form fieldset main nav aside figure figcaption".split())
+ENTITY = re.compile(r"&(?:#\d{1,7}|#[xX][0-9a-fA-F]{1,6}|[A-Za-z]\w{1,31});?", re.ASCII)
+ATTRIBUTE = re.compile(r"([^\s=>\"'/]{1,80})[ \t\r\n\f]*(?:=[ \t\r\n\f]*(\"[^\"]*\"|'[^']*'|[^\s\"'>]+))?")
+SENTENCE_MARKS = ".,;:!?'*_`}\u3001\u3002\uff0c\uff09\u300d\u201d\u2019"
+URL = re.compile(r"(?<![A-Za-z0-9])https?://[^\s<>\"\x00-\x1f\x7f]+", re.IGNORECASE)
+
+
+def unescape(text: str) -> str:
+    """Return text with its character references resolved; those of endless length are none."""
+    import html
+    return ENTITY.sub(lambda match: html.unescape(match.group()), text) if "&" in text else text
+
+
+def tag_end(html: str, position: int) -> int:
+    """Return where the `>` of a tag stands, outside of quoted values; the end of the HTML where there is none."""
+    while True:
+        mark = TAG_MARK.search(html, position)
+        if not mark or mark.group() == ">":
+            return mark.start() if mark else len(html)
+        position = ATTRIBUTE_BLANK.match(html, mark.end()).end()        # type: ignore[union-attr]
+        quote = html[position:position + 1]
+        if quote and quote in "\"'":
+            closed = html.find(quote, position + 1)
+            position = closed + 1 if closed > 0 else position + 1
+
+
+def html_tokens(html: str) -> Iterator[Tuple[str, str]]:
+    """Yield ("", text) and (name of a tag, its attributes); comments, scripts and what else is not shown are left out."""
+    position = 0
+    while position < len(html):
+        markup = MARKUP.search(html, position)
+        at = markup.start() if markup else len(html)
+        if at > position:
+            yield "", html[position:at]
+        tag = TAG_NAME.match(html, at)
+        if tag:
+            end, name = tag_end(html, tag.end()), tag.group(1).lower()
+            yield name, html[tag.end():end]
+            position = end + 1
+            if name in HIDDEN:
+                closed = HIDDEN[name].search(html, position)
+                position = closed.start() if closed else len(html)
+        else:
+            comment = html.startswith("<!--", at)
+            end = html.find("-->" if comment else ">", at + 2)
+            position = end + (3 if comment else 1) if end >= 0 else len(html)
+
+
+def html_text(html: str) -> str:
+    """Return the text of some HTML, a line for a line, without entities."""
+    found: List[str] = []
+    for name, text in html_tokens(html[:MAX_RENDERED]):
+        if not name:
+            found.append(re.sub(r"[ \t\r\n\f]+", " ", unescape(text)))
+        elif name.lstrip("/") in BREAKS:
+            found.append("\n")
+        elif name in ("td", "th"):
+            found.append(" ")
+    text = re.sub(r" *\n *", "\n", re.sub(" {2,}", " ", "".join(found)))
+    return re.sub(r"\n{3,}", "\n\n", text).strip() + ("\n[cut here]" if len(html) > MAX_RENDERED else "")
+
+
+def html_links(html: str) -> Iterator[str]:
+    """Yield where the links of some HTML lead, as browsers take them: blanks around and line ends within do not count."""
+    for name, attributes in html_tokens(html):
+        found = ATTRIBUTE.finditer(attributes[:MAX_LINK * 2]) if name in ("a", "area") else ()
+        value = next((match.group(2) or "" for match in found if match.group(1).lower() == "href"), "")
+        link = re.sub(r"[\t\r\n]", "", unescape(value[1:-1] if value[:1] in ("'", '"') else value)).strip(" ")
+        if re.match(r"https?://", link, re.IGNORECASE):
+            yield link.replace(" ", "%20")
+
+
+def text_links(text: str) -> Iterator[str]:
+    """Yield the URLs that stand in text, without the punctuation of the sentence around them."""
+    for match in URL.finditer(text):
+        link = match.group()[:MAX_LINK]
+        opened = {")": link.count("(") - link.count(")"), "]": link.count("[") - link.count("]")}
+        end = len(link)
+        while end and (link[end - 1] in SENTENCE_MARKS or opened.get(link[end - 1], 0) < 0):
+            if link[end - 1] in opened:
+                opened[link[end - 1]] += 1
+            end -= 1
+        yield link[:end]
+
+
+def squeeze(text: str) -> str:
+    """Return text with every run of white space made one blank; in pieces, as a list of all its words would take much room."""
+    found: List[str] = []
+    blank = False
+    for start in range(0, len(text), BLOCK):
+        piece = text[start:start + BLOCK]
+        words = " ".join(piece.split())
+        blank = blank or piece[:1].isspace()
+        if words:
+            found.append(" " + words if blank and found else words)
+            blank = piece[-1:].isspace()
+    return "".join(found)
+
+
+# A message and its parts.
+
+CID = re.compile(r"((?:[=(,]|url\()\s{0,20}(?:[\"']|&quot;|&apos;|&#0*3[49];|&#x0*2[27];)?\s{0,20})"
+                 r"cid(?::|&#0*58;|&#x0*3a;|&colon;)((?:[^\s\"'<>&]|&(?!quot|apos|#0*3[49]|#x0*2[27])){1,998})", re.IGNORECASE)
+ACTIVE = re.compile(r"<(?=/?(?:link|meta|base)[\s/>])(/?)", re.IGNORECASE)
+REMOTE = re.compile(r"(?:\b(?:src|srcset|background|poster)\s{0,20}=\s{0,20}(?:[\"']\s{0,20})?|"
+                    r"url\(\s{0,20}(?:[\"']|&quot;|&#3[49];)?)(?:https?:)?(?://|&#47;&#47;)", re.IGNORECASE)
+META_CHARSET = re.compile(rb"<meta\b[^>]{0,500}?charset\s{0,20}=\s{0,20}[\"']?\s{0,20}([\w.:-]{1,40})", re.IGNORECASE)
+DOCTYPE = re.compile(r"\s{0,100}<!doctype[^>]{0,500}>", re.IGNORECASE)
+IMAGES = {                                          # those that browsers show: how they begin
+    "image/png": b"\x89PNG", "image/jpeg": b"\xff\xd8\xff", "image/gif": b"GIF8", "image/bmp": b"BM", "image/webp": b"RIFF",
+    "image/svg+xml": b"<svg", "image/avif": b"\0\0\0", "image/x-icon": b"\0\0\1\0"}
+IMAGE_NAMES = {"image/jpg": "image/jpeg", "image/pjpeg": "image/jpeg", "image/jpe": "image/jpeg", "image/x-png": "image/png",
+               "image/x-citrix-jpeg": "image/jpeg", "image/x-citrix-png": "image/png", "image/svg": "image/svg+xml",
+               "image/apng": "image/png", "image/x-ms-bmp": "image/bmp", "image/vnd.microsoft.icon": "image/x-icon"}
+SUFFIXES = {".png": "image/png", ".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".gif": "image/gif", ".webp": "image/webp",
+            ".svg": "image/svg+xml", ".bmp": "image/bmp", ".avif": "image/avif"}
+
+
+class Part:
+    """A part of a message: what its header says, and where its body stands in the message."""
+
+    def __init__(self, raw: bytes, id: str, fields: List[Tuple[str, bytes]], start: int, default: str = "text/plain") -> None:
+        self.raw, self.id, self.fields, self.start, self.end = raw, id, fields, start, len(raw)
+        self.children: List["Part"] = []
+        kind, self.parameters = read_parameters(self.field("content-type"))
+        self.kind = kind if re.fullmatch(r"[!-.0-~]{1,100}/[!-.0-~]{1,100}", kind) else default
+        self.disposition, self._place = read_parameters(self.field("content-disposition"))
+        self.boundary = self.parameters.get("boundary", "").encode("utf-8") if self.kind.startswith("multipart/") else b""
+
+    def field(self, name: str) -> str:
+        return next((unfold(raw.partition(b":")[2]) for field, raw in self.fields if field == name), "")
+
+    @property
+    def name(self) -> str:
+        """The file name as it was sent, "" when there is none."""
+        name = self._place.get("filename") or self.parameters.get("name") or ""
+        return name if len(name) <= MAX_NAME_SHOWN else name[:MAX_NAME_SHOWN] + "... (cut)"
+
+    @property
+    def content_id(self) -> str:
+        return "".join(self.field("content-id").split())[:MAX_NAME_SHOWN].strip("<>")
+
+    @property
+    def encoding(self) -> str:
+        """The transfer encoding's name; what stands around it does not count."""
+        name = re.search(r"[\w-]{1,40}", self.field("content-transfer-encoding")[:MAX_ADDRESS])
+        return name.group().lower() if name else ""
+
+    @property
+    def is_text(self) -> bool:
+        """Whether it is shown among the texts."""
+        broken = self.kind.startswith("multipart/")         # and yet without parts: no usable boundary
+        return broken or (self.kind in ("text/plain", "text/html") and self.disposition != "attachment")
+
+    @property
+    def is_inline(self) -> bool:
+        """Whether a file belongs into the text rather than beside it; so does one that only has an ID, or nothing at all."""
+        return self.disposition == "inline" or self.is_text or (
+            self.disposition != "attachment" and bool(self.content_id or not self.name))
+
+    @property
+    def shown_name(self) -> str:
+        return self.name or self.content_id or ("message.eml" if self.kind in ("message/rfc822", "message/global") else "")
+
+    def data(self, limit: Optional[int] = None) -> bytes:
+        """Return the body decoded, or its first `limit` bytes; an attached message is the bytes that were sent."""
+        end = self.end if limit is None else min(self.end, self.start + limit * 3)
+        found = decode_transfer(self.raw[self.start:end], self.encoding)
+        return found if limit is None else found[:limit]
+
+    def text(self) -> str:
+        """Return the body as text; of a long one the beginning, and that it is cut."""
+        data = self.data(MAX_TEXT + 1)
+        charset = self.parameters.get("charset", "")
+        if self.kind == "text/html" and not known_charset(charset):
+            named = META_CHARSET.search(data[:4096])
+            charset = named.group(1).decode("ascii") if named else charset
+            charset = "utf-8" if charset.lower().startswith(("utf-16", "utf16")) else charset
+        if len(data) <= MAX_TEXT:
+            return decode_text(data, charset)
+        return decode_text(data[:MAX_TEXT], charset) + "\n[cut here: the part has %d bytes]\n" % (self.end - self.start)
+
+    def image_type(self) -> str:
+        """Return the type of an image that browsers show, "" when it is none."""
+        kind = IMAGE_NAMES.get(self.kind, self.kind)
+        if kind in IMAGES:
+            return kind
+        if kind not in ("application/octet-stream", "image/*"):
+            return ""
+        suffix, start = os.path.splitext(self.name.lower())[1], self.data(16)
+        return SUFFIXES.get(suffix) or next((kind for kind in ("image/png", "image/jpeg", "image/gif")
+                                             if start.startswith(IMAGES[kind])), "")
+
+    def entry(self) -> Dict[str, Any]:
+        """Return the part as an attachment in Mailpit's JSON."""
+        data = self.data()
+        sums = {}
+        for name in ("MD5", "SHA1", "SHA256"):
+            with contextlib.suppress(ValueError):   # a Python or a machine that lacks the older ones
+                sums[name] = hashlib.new(name.lower(), data).hexdigest()
+        return {"PartID": self.id, "FileName": self.shown_name, "ContentType": self.kind, "ContentID": self.content_id,
+                "Size": len(data), "Checksums": sums}
+
+    def tree(self) -> Dict[str, Any]:
+        return {"PartID": self.id, "ContentType": self.kind, "FileName": self.name, "Size": self.end - self.start,
+                "Children": [child.tree() for child in self.children]}
+
+
+FIELD_NAME = re.compile(rb"[!-9;-~]+[ \t]*:")
+
+
+def read_header(raw: bytes, start: int, stop: int, cut: List[str]) -> Tuple[List[Tuple[str, bytes]], int]:
+    """Return (fields, where the body begins) of a header that begins at start and ends at stop or at the first empty line.
+
+    Lines that are no fields are passed over when fields follow (some mailers leave one there), else the body begins with them.
+    """
+    if raw.startswith((b"\n", b"\r\n"), start):
+        return [], raw.index(b"\n", start) + 1
+    blank = BLANK_LINE.search(raw, start, stop)
+    head, body = (raw[start:blank.start() + 1], blank.end()) if blank else (raw[start:stop], stop)
+    fields = split_headers(head[:MAX_HEAD], MAX_FIELDS + 1)[0]
+    seen = stray = sum(len(field) for _, field in fields)
+    while fields and not FIELD_NAME.match(fields[-1][1]):
+        stray -= len(fields.pop()[1])
+    if stray < seen:
+        body = start + stray
+    elif len(head) > MAX_HEAD or len(fields) > MAX_FIELDS:
+        cut.append("of a header, the first %d fields and %d bytes are read" % (MAX_FIELDS, MAX_HEAD))
+    return [(name, field if len(field) <= MAX_FIELD else field[:MAX_FIELD] + b"... (cut)")
+            for name, field in fields[:MAX_FIELDS] if b":" in field], body
+
+
+class TreeReader:
+    """Reads the MIME tree of a message in one pass: each line that could end a part is looked at once (RFC 2046 section 5.1).
+
+    `open` holds the multiparts that are not yet ended, outermost first; `leaf` is the part that the text at hand belongs to.
+    """
+
+    def __init__(self, raw: bytes, cut: List[str]) -> None:
+        self.raw, self.cut = raw, cut
+        self.open: List[Part] = []
+        self.leaf: Optional[Part] = None
+        self.count = 0
+
+    def read(self) -> Part:
+        """Return the message as a part, its parts in it."""
+        fields, start = read_header(self.raw, 0, len(self.raw), self.cut)
+        root = Part(self.raw, "", fields, start)
+        self.enter(root)
+        at = self.raw.find(b"\n--", max(start - 1, 0))
+        for _ in range(MAX_DELIMITERS):
+            if at < 0 or not self.open:
+                break
+            at = self.raw.find(b"\n--", max(self.delimiter(at), at + 1))
+        if at >= 0 and self.open:
+            self.cut.append("the message has too many lines that begin with --")
+        root.id = root.id if root.children else "1"
+        return root
+
+    def enter(self, part: Part) -> None:
+        """Go on with a part: into it when it has parts, else through its text."""
+        self.leaf = part
+        if part.boundary and len(self.open) < MAX_DEPTH:
+            self.open.append(part)
+            self.leaf = None
+        elif part.boundary:
+            self.cut.append("parts are nested deeper than %d" % MAX_DEPTH)
+
+    def delimiter(self, at: int) -> int:
+        """Take the line after the line end at `at`, if it is a delimiter; return from where to look for the next."""
+        end = self.raw.find(b"\n", at + 1, at + 1 + MAX_COMMAND)
+        end = end if end >= 0 else min(len(self.raw), at + 1 + MAX_COMMAND)
+        line = self.raw[at + 3:end].rstrip(b" \t\r")
+        for depth in range(len(self.open) - 1, -1, -1):
+            boundary = self.open[depth].boundary
+            if line == boundary:
+                self.close(depth + 1, at)
+                return self.begin(self.open[-1], end + 1)
+            if line == boundary + b"--":
+                self.close(depth, at)
+                return end - 1
+        for depth in range(len(self.open) - 1, -1, -1):
+            if line.startswith(self.open[depth].boundary + b"--"):      # something follows that should not
+                self.close(depth, at)
+                return end - 1
+        return at + 1
+
+    def close(self, depth: int, at: int) -> None:
+        """End all that is inside of the first `depth` multiparts."""
+        at = at - 1 if self.raw[at - 1:at] == b"\r" else at
+        for part in self.open[depth:] + ([self.leaf] if self.leaf else []):
+            part.end = max(part.start, at)
+        del self.open[depth:]
+        self.leaf = None
+
+    def begin(self, parent: Part, start: int) -> int:
+        """Begin a part; its header ends at an empty line, or where another delimiter could be."""
+        self.count += 1
+        if self.count > MAX_PARTS:
+            self.open.clear()
+            self.cut.append("the message has more than %d parts" % MAX_PARTS)
+            return start
+        following = self.raw.find(b"\n--", start - 1)
+        following = following if following >= 0 else len(self.raw)
+        fields, body = read_header(self.raw, start, min(following + 1, len(self.raw)), self.cut)
+        id = "%s.%d" % (parent.id, len(parent.children) + 1) if parent.id else str(len(parent.children) + 1)
+        part = Part(self.raw, id, fields, body, "message/rfc822" if parent.kind == "multipart/digest" else "text/plain")
+        parent.children.append(part)
+        self.enter(part)
+        return body - 1
+
+
+class View:
+    """A message as people see it: page, API, `mail`, `wait` and lint take it from here. What is computed is kept in it."""
+
+    def __init__(self, raw: bytes) -> None:
+        self.raw = raw
+        self.cut: List[str] = []                    # sentences that say what is not shown
+        self.root = TreeReader(raw, self.cut).read()
+        self.fields = self.root.fields
+        self.parts = list(leaves(self.root))
+        self._people: Dict[str, List[Dict[str, str]]] = {}
+
+    def header(self, name: str) -> str:
+        """Return the first header of a name, decoded; "" when there is none."""
+        return decode_words(self.root.field(name))
+
+    def headers(self) -> Dict[str, List[str]]:
+        """Return all headers by their names as API clients expect them, values as they stand."""
+        values: Dict[str, List[str]] = {}
+        for name, raw in self.fields:
+            key = "-".join(word.capitalize() for word in name.split("-"))
+            values.setdefault(key, []).append(unfold(raw.partition(b":")[2]))
+        return values
+
+    def addresses(self, name: str) -> List[Dict[str, str]]:
+        """Return who stands in the headers of a name. Names are decoded last, so that they do not look like addresses."""
+        text = ",".join(unfold(raw.partition(b":")[2]) for field, raw in self.fields if field == name)[:MAX_FIELD]
+        people = ({"Name": shorten(decode_words(who)), "Address": shorten(address)}
+                  for who, address in read_addresses(text))
+        if name not in self._people:
+            self._people[name] = first_people(people, MAX_ADDRESSES)
+        return self._people[name]
+
+    def date(self, default: str) -> str:
+        """Return the Date header in ISO 8601, always with a zone."""
+        found = parse_date(self.header("date"))
+        return str(found.isoformat()) if found else default
+
+    def part(self, id: str) -> Part:
+        """Return a part; KeyError."""
+        return {part.id: part for part in self.parts}[id]
+
+    @functools.cached_property
+    def bodies(self) -> List[Part]:
+        """The parts that are shown as text."""
+        return [part for part in self.parts if part.is_text]
+
+    @functools.cached_property
+    def plain(self) -> str:
+        return "\n".join(part.text() for part in self.bodies if part.kind != "text/html")
+
+    @functools.cached_property
+    def html(self) -> str:
+        """The message's HTML, as it was sent."""
+        return "\n".join(part.text() for part in self.bodies if part.kind == "text/html")
+
+    @functools.cached_property
+    def rendered(self) -> str:
+        """The text of the HTML."""
+        return html_text(self.html)
+
+    @property
+    def text(self) -> str:
+        """The message's text; made from its HTML when that is all there is."""
+        return self.plain if self.plain.strip() else self.rendered or self.plain
+
+    @functools.cached_property
+    def others(self) -> List[Part]:
+        """The parts that are listed as files: those that are no texts, and texts with a name after the first of their kind."""
+        first = {part.kind: part for part in reversed(self.bodies)}
+        return [part for part in self.parts if not part.is_text or (part.name and part is not first[part.kind])]
+
+    @property
+    def inlines(self) -> List[Part]:
+        return [part for part in self.others if part.is_inline]
+
+    @property
+    def attachments(self) -> List[Part]:
+        return [part for part in self.others if not part.is_inline]
+
+    def files(self) -> Tuple[List[Dict[str, Any]], List[Dict[str, Any]]]:
+        """Return (inline parts, attachments): together with the texts, all parts there are."""
+        return [part.entry() for part in self.inlines], [part.entry() for part in self.attachments]
+
+    def links(self) -> List[str]:
+        """Return the URLs in the message, in order, each once."""
+        found = itertools.chain(html_links(self.html[:MAX_RENDERED]), text_links(self.plain))
+        return list(dict.fromkeys(itertools.islice(found, MAX_LINKS)))
+
+    @functools.cached_property
+    def has_remote(self) -> bool:
+        """Whether the HTML would load something from elsewhere."""
+        return bool(REMOTE.search(self.html))
+
+    def framed(self) -> str:
+        """Return the HTML with the images that came along. Links open new windows; what would connect by itself is no tag.
+
+        All references together bring in at most twice the message, so that one image named a thousand times stays one message.
+        """
+        parts = {lower(part.content_id): part for part in reversed(self.parts) if part.content_id}
+        urls: Dict[str, str] = {}
+        room = 2 * len(self.raw) + BIG_BLOCK
+
+        def put(match: Any) -> str:
+            nonlocal room
+            from urllib.parse import unquote
+            whole = match.group(2)
+            for id in (whole, whole.partition(")")[0]):
+                name = lower(unquote(unescape(id)).strip("<>"))
+                part = parts.get(name)
+                kind = part.image_type() if part else ""
+                if part and kind:
+                    urls[name] = urls.get(name) or "data:%s;base64,%s" % (kind, base64.b64encode(part.data()).decode())
+                    room -= len(urls[name])
+                    return str(match.group(1) + urls[name] + whole[len(id):]) if room >= 0 else str(match.group())
+            return str(match.group())
+        html = CID.sub(put, ACTIVE.sub(r"<\1x-", self.html))
+        doctype = DOCTYPE.match(html)
+        start = doctype.end() if doctype else 0
+        return html[:start] + '<base target="_blank">' + html[start:]
+
+    def snippet(self) -> str:
+        """Return how the message begins, in one line."""
+        text = squeeze(self.plain[:8000]) or squeeze(html_text(self.html[:BLOCK]))
+        return text if len(text) <= MAX_SNIPPET else text[:MAX_SNIPPET] + "..."
+
+    def unsubscribe(self) -> Dict[str, Any]:
+        """Return what List-Unsubscribe offers (RFC 2369 section 3.2, RFC 8058), as Mailpit has it."""
+        header = self.header("list-unsubscribe")
+        links = [link.strip() for link in re.findall(r"<([^<>]*)>", header)[:MAX_PARAMETERS]]
+        good = [link for link in links if re.match(r"(?:https?://|mailto:)[^\s]+\Z", link, re.IGNORECASE)]
+        wrong = ["%s should be a link or address" % link for link in links if link not in good]
+        if header and not links:
+            wrong = ["no links in <> found"]
+        return {"Header": header, "Links": good, "Errors": ", ".join(wrong),
+                "HeaderPost": self.header("list-unsubscribe-post")}
+
+    def tree(self) -> Dict[str, Any]:
+        """Return all parts as they lie in one another."""
+        return self.root.tree()
+
+    def calendar(self) -> List[Dict[str, Any]]:
+        """Return the events of invitations that came along."""
+        kinds = ("text/calendar", "application/ics")
+        texts = [part.text() for part in self.parts if part.kind in kinds or part.name.lower().endswith(".ics")][:MAX_EVENTS]
+        return [found for text in dict.fromkeys(texts) for found in read_calendar(text[:MAX_RENDERED])][:MAX_EVENTS]
+
+
+def leaves(part: Part) -> Iterator[Part]:
+    """Yield the parts that have no parts; a multipart in which none was found is one."""
+    if not part.children:
+        yield part
+    for child in part.children:
+        yield from leaves(child)
+
+
+def first_people(people: Iterable[Dict[str, str]], limit: int) -> List[Dict[str, str]]:
+    """Return the first people, and as the last one how many more there are."""
+    rest = iter(people)
+    found = list(itertools.islice(rest, limit))
+    more = sum(1 for _ in rest)
+    return found + ([{"Name": "... and %d more" % more, "Address": ""}] if more else [])
+
+
+def shorten(text: str) -> str:
+    return text if len(text) <= MAX_ADDRESS else text[:MAX_ADDRESS] + "... (cut)"
+
+
+def download_name(name: str) -> str:
+    """Return a file name that does no harm where it is saved: no directory, no control character, not hidden, not long."""
+    name = re.sub(r"[\x00-\x1f\x7f-\x9f/\\:*?\"<>|\u200e\u200f\u202a-\u202e\u2066-\u2069]", "_", name).strip(". ")
+    while len(name.encode("utf-8", "replace")) > MAX_NAME - 15:
+        stem, suffix = os.path.splitext(name)
+        name = stem[:-max(1, (len(name.encode("utf-8", "replace")) - MAX_NAME + 15) // 4)] + suffix[:20]
+    return name
+
+
+# Invitations (RFC 5545).
+
+CALENDAR_LINE = re.compile(r'([A-Za-z-]{1,40})((?:;(?:[^":;]|"[^"]*"){0,400})*):(.*)', re.DOTALL)
+
+
+def calendar_time(value: str, parameters: Dict[str, str]) -> str:
+    """Return 20261126T100000Z as 2026-11-26T10:00:00Z, with the name of the zone where there is one."""
+    match = re.fullmatch(r"(\d{4})(\d\d)(\d\d)(?:T(\d\d)(\d\d)(\d\d)?(Z?))?", value.strip(), re.ASCII)
+    if not match:
+        return value[:100]
+    year, month, day, hour, minute, second, utc = match.groups()
+    zone = parameters.get("tzid", "")[:100]
+    return "-".join((year, month, day)) + ("T%s:%s:%s%s" % (hour, minute, second or "00", utc) if hour else "") + (
+        " " + zone if zone and hour and not utc else "")
+
+
+def calendar_person(value: str, parameters: Dict[str, str]) -> str:
+    address = value.strip()[7:] if value.strip()[:7].lower() == "mailto:" else value.strip()
+    return (("%s <%s>" % (parameters["cn"], address)) if parameters.get("cn", address) != address else address)[:MAX_ADDRESS]
+
+
+def read_calendar(text: str) -> Iterator[Dict[str, Any]]:
+    """Yield what, when, where and who of the events in a calendar."""
+    method = ""
+    event_found: Optional[Dict[str, Any]] = None
+    depth = 0                                       # of what stands inside of an event: alarms
+    for line in re.sub(r"\r?\n[ \t]", "", text).splitlines():
+        match = CALENDAR_LINE.match(line[:MAX_LINK])
+        if not match:
+            continue
+        name, value = match.group(1).lower(), match.group(3)
+        parameters = read_parameters("x" + match.group(2))[1]
+        plain = re.sub(r"\\([\\;,])", r"\1", re.sub(r"\\[nN]", "\n", value)).strip()
+        if name == "method":
+            method = plain[:40]
+        elif name == "begin" and plain.upper() == "VEVENT":
+            event_found = {"Method": method, "Summary": "", "Start": "", "End": "", "Location": "", "Organizer": "",
+                           "Attendees": [], "Description": ""}
+        elif event_found is None:
+            continue
+        elif name in ("begin", "end") and plain.upper() != "VEVENT":
+            depth += 1 if name == "begin" else -1
+        elif name == "end":
+            yield event_found
+            event_found, depth = None, 0
+        elif depth == 0 and name in ("summary", "location", "description"):
+            event_found[name.capitalize()] = plain
+        elif depth == 0 and name in ("dtstart", "dtend"):
+            event_found[name[2:].capitalize()] = calendar_time(value, parameters)
+        elif depth == 0 and name == "organizer":
+            event_found["Organizer"] = calendar_person(value, parameters)
+        elif depth == 0 and name == "attendee" and len(event_found["Attendees"]) <= MAX_ATTENDEES:
+            full = len(event_found["Attendees"]) == MAX_ATTENDEES
+            event_found["Attendees"].append("... (cut)" if full else calendar_person(value, parameters))
+
+
+# Searching.
+
+class Searched(NamedTuple):
+    """What a message is searched by, in lower case, white space made one blank; computed once for each message."""
+    people: Dict[str, str]                          # from, to, cc, bcc, reply-to: names and addresses
+    subject: str
+    message_id: str
+    words: str                                      # people, subject, names of files: where words are besides the text
+    text: str
+    headers: str                                    # a line each, "name: value"
+    created: float                                  # seconds
+    size: int
+    attachments: int
+    inlines: int
+    cut: bool                                       # the text is not all there: what is not in it may yet be in the message
+
+    def cost(self) -> int:
+        """Return about how many bytes of memory it takes."""
+        texts = list(self.people.values()) + [self.subject, self.message_id, self.words, self.text, self.headers]
+        return 1000 + sum(len(text) if text.isascii() else 4 * len(text) for text in texts)
+
+
+def searched(view: View, summary: Dict[str, Any], created: float) -> Searched:
+    """Return what a message is searched by, from its view and its entry in the list."""
+    def names(people: Iterable[Dict[str, str]]) -> str:
+        return "\n".join("%(Name)s %(Address)s" % person for person in people).lower()
+    people = {name: names(view.addresses(name)) for name in ("from", "to", "cc", "reply-to")}
+    people["from"] = people["from"] or names([summary["From"]])
+    people["bcc"] = names(summary["Bcc"])
+    people["to"] += "\n" + people["bcc"]            # whom it is to, though no header says so
+    text = squeeze(view.plain.lower()) + "\n" + squeeze(view.rendered.lower())
+    headers = "\n".join("%s: %s" % (name, decode_words(raw.partition(b":")[2])) for name, raw in view.fields).lower()
+    files = [squeeze(part.shown_name.lower()) for part in view.others]
+    subject = squeeze(view.header("subject").lower())
+    long = any(part.end - part.start > MAX_TEXT for part in view.bodies) or len(view.html) > MAX_RENDERED
+    return Searched(people, subject, view.header("message-id").lower(),
+                    "\n".join([subject, people["from"], people["to"], people["cc"], people["reply-to"]] + files),
+                    text, headers, created, summary["Size"], len(view.attachments), len(view.inlines), bool(view.cut or long))
+
+
+def summary_cost(summary: Dict[str, Any]) -> int:
+    """Return about how many bytes of memory an entry of the list takes."""
+    people = [person for name in ("To", "Cc", "Bcc", "ReplyTo") for person in summary[name]]
+    return 3000 + 500 * len(people) + 4 * len(summary["Subject"]) + sum(4 * len(person["Name"]) for person in people)
+
+
+class Query:
+    """A search as Mailpit has it: words and `"phrases"`, all of which must match, operators of OPERATORS, `-` or `!` before
+    what must not. `text:` (the body only) and `header:Name=text` are ours. ValueError when it is too long.
+
+    `unknown` lists the terms that look like operators and are none of ours, or have no value that they could mean: a search
+    takes them as words, but nobody should delete by them.
+    """
+
+    PEOPLE = ("from", "to", "cc", "bcc", "reply-to", "addressed")
+    OPERATORS = PEOPLE + ("subject", "message-id", "text", "header", "tag", "is", "has", "before", "after", "larger",
+                          "smaller")
+    STATES = {"is": ("read", "unread", "tagged"), "has": ("attachment", "attachments", "inline", "inlines")}
+
+    def __init__(self, text: str = "", **fields: str) -> None:
+        if len(text) > MAX_SEARCH:
+            raise ValueError("a search has at most %d characters" % MAX_SEARCH)
+        self.terms: List[Tuple[bool, str, str, float]] = []     # (negated, operator or "", value, number)
+        self.unknown: List[str] = []
+        for key, value in fields.items():
+            if value:
+                self.terms.append((False, key, squeeze(value.lower()), 0.0))
+        for negation, term in re.findall(r'([-!]?)((?:"[^"]*"?|[^\s"])+)', text):
+            self._add(bool(negation), term)
+        self.terms = list(dict.fromkeys(self.terms))
+        if len(self.terms) > MAX_TERMS:
+            raise ValueError("a search has at most %d terms" % MAX_TERMS)
+
+    def _add(self, negated: bool, term: str) -> None:
+        key, colon, value = term.replace('"', "").partition(":")
+        key, value = key.lower(), squeeze(value.lower())
+        number = self.number(key, value)
+        if colon and key in self.OPERATORS and value and number is not None:
+            self.terms.append((negated, key, value, number))
+            return
+        operator = key in self.OPERATORS or (not term.startswith('"') and re.fullmatch(r"[a-z][a-z_-]*", key))
+        if colon and operator and not value.startswith("//"):
+            self.unknown.append(term)
+        words = squeeze(term.replace('"', "").lower())
+        if words and not (colon and key in self.OPERATORS and not value):       # somebody is still writing it
+            self.terms.append((negated, "", words, 0.0))
+
+    @classmethod
+    def number(cls, key: str, value: str) -> Optional[float]:
+        """Return what the operator compares with, 0.0 where that is no number; None when the value says nothing to it."""
+        if key in ("before", "after"):
+            return parse_when(value)
+        if key in ("larger", "smaller"):
+            match = re.fullmatch(r"(\d{1,12}(?:\.\d{1,9})?) ?(?:(k|m|g)?b?)", value, re.ASCII)
+            return float(match.group(1)) * {"k": 1 << 10, "m": 1 << 20, "g": 1 << 30}.get(match.group(2), 1) if match else None
+        if key == "header":
+            return 0.0 if value.partition("=")[0] else None
+        return 0.0 if value in cls.STATES.get(key, (value,)) else None
+
+    def certain(self) -> "Query":
+        """Return itself; ValueError unless it is clear what it means: before something is deleted or changed by it."""
+        if self.unknown or not self.terms:
+            raise ValueError("nothing is changed by this search: " + (", ".join(self.unknown) or "it is empty"))
+        return self
+
+    def matches(self, letter: Any) -> bool:
+        """Return whether a message is meant; `letter` has searched(), read and tags."""
+        try:
+            found = letter.searched()
+            return all(self.fits(found, letter, term) for term in self.terms)
+        except FileNotFoundError:                   # removed while we looked
+            return False
+
+    @classmethod
+    def fits(cls, found: Searched, letter: Any, term: Tuple[bool, str, str, float]) -> bool:
+        """Return whether one term holds. Where the text is cut, nobody can say that something is not in it."""
+        negated, key, value, number = term
+        if cls.holds(found, letter, key, value, number):
+            return not negated
+        return negated and not (found.cut and key in ("", "text", "header"))
+
+    @staticmethod
+    def holds(found: Searched, letter: Any, key: str, value: str, number: float) -> bool:
+        if not key:
+            return value in found.words or value in found.text
+        if key == "addressed":
+            return any(value in people for people in found.people.values())
+        if key in found.people:
+            return value in found.people[key]
+        if key == "header":
+            name, equals, wanted = value.partition("=")
+            return any(line.startswith(name + ":") and wanted in line[len(name) + 1:] for line in found.headers.split("\n"))
+        if key == "tag":
+            return value in (tag.lower() for tag in letter.tags)
+        simple: Dict[str, Callable[[], bool]] = {
+            "subject": lambda: value in found.subject, "message-id": lambda: value in found.message_id,
+            "text": lambda: value in found.text,
+            "is": lambda: bool(letter.tags) if value == "tagged" else bool(letter.read) is (value == "read"),
+            "has": lambda: bool(found.inlines if value.startswith("inline") else found.attachments),
+            "before": lambda: found.created <= number, "after": lambda: found.created >= number,
+            "larger": lambda: found.size > number, "smaller": lambda: found.size < number}
+        return simple[key]()
+
+
+def parse_when(text: str) -> Optional[float]:
+    """Return the seconds of a moment as people write it into a search, in local time unless it has a zone; None."""
+    import datetime
+    match = re.fullmatch(r"(\d{4})(?:[-/.](\d{1,2}))?(?:[-/.](\d{1,2}))?"
+                         r"(?:[t ](\d{1,2}):(\d\d)(?::(\d\d))?(?:\.\d{1,9})?)?\s*(z|[+-]\d\d:?\d\d)?", text, re.ASCII)
+    other = re.fullmatch(r"(\d{1,2})/(\d{1,2})/(\d{4})", text, re.ASCII)
+    try:
+        if re.fullmatch(r"\d{9,13}", text, re.ASCII):
+            return int(text) / (1000.0 if len(text) > 11 else 1.0)
+        if match:
+            numbers = [int(number or least) for number, least in zip(match.groups(), (1, 1, 1, 0, 0, 0))]
+            zone, found = match.group(7), datetime.datetime(*numbers)     # type: ignore[arg-type]
+            if zone:
+                offset = 0 if zone == "z" else (-1 if zone[0] == "-" else 1) * (int(zone[1:3]) * 60 + int(zone[-2:]))
+                found = found.replace(tzinfo=datetime.timezone(datetime.timedelta(minutes=offset)))
+            return found.timestamp()
+        if other:
+            return datetime.datetime(int(other.group(3)), int(other.group(1)), int(other.group(2))).timestamp()
+        found = parse_date(text)
+        return float(found.timestamp()) if found else None
+    except (ValueError, OverflowError, OSError):
+        return None
+
+
+class Cache:
+    """What was computed about messages, bounded by the bytes it takes; the longest unused goes first."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit, self.size = limit, 0
+        self._kept: "collections.OrderedDict[str, Tuple[Any, int]]" = collections.OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, key: str) -> Any:
+        """Return the value, None when it is not there."""
+        with self._lock:
+            if key not in self._kept:
+                return None
+            self._kept.move_to_end(key)
+            return self._kept[key][0]
+
+    def put(self, key: str, value: Any, cost: int) -> None:
+        """Keep a value that takes `cost` bytes, unless it would push out half of the others."""
+        self.forget(key)
+        if cost > self.limit // 2:
+            return
+        with self._lock:
+            self._kept[key] = value, cost
+            self.size += cost
+            while self.size > self.limit:
+                self.size -= self._kept.popitem(last=False)[1][1]
+
+    def forget(self, key: str) -> None:
+        with self._lock:
+            self.size -= self._kept.pop(key, (None, 0))[1]
+
+    def forget_others(self, keys: Any) -> None:
+        """Forget all but `keys`."""
+        with self._lock:
+            others = [key for key in self._kept if key not in keys]
+        for key in others:
+            self.forget(key)
+
+
+# ======================================================================================================================
+# 18  Web inbox, JSON API, transcripts and lint, faults, wait, selftest: for looking at the mail your program sends.
 #     Optional. Mail is hostile: what comes out of a message is data, never markup. Knows sessions by their hooks only.
 # ======================================================================================================================
 
@@ -6787,234 +8608,6 @@ class Faults:
         return None
 
 
-# What is in a message, for people and programs.
-
-def decode_words(value: bytes) -> str:
-    """Return a header's value as text: encoded words decoded (RFC 2047), raw 8-bit as UTF-8 or Latin-1; never fails."""
-    import codecs
-    import email.header
-    text = " ".join(value.decode("utf-8" if is_utf8(value) else "latin-1").split())
-    if "=?" not in text:
-        return text
-    try:
-        chunks = email.header.decode_header(re.sub(r"(=\?[\w-]+)\*\w+(?=\?)", r"\1", text))     # RFC 2231 has a language there
-        for _, charset in chunks:
-            codecs.lookup(charset or "ascii")       # a charset that is none: all stays as it came
-        return "".join(chunk if isinstance(chunk, str) else decode_text(chunk, charset or "ascii")
-                       for chunk, charset in chunks)
-    except Exception:                               # broken encodings raise nearly anything
-        return text
-
-
-def is_utf8(data: bytes) -> bool:
-    try:
-        data.decode("utf-8")
-        return True
-    except UnicodeDecodeError:
-        return False
-
-
-def address_list(value: str) -> List[Dict[str, str]]:
-    return [{"Name": name, "Address": found} for name, found in email.utils.getaddresses([value]) if name or found]
-
-
-def part_text(part: Any) -> str:
-    """Return a text part decoded, whatever its charset says."""
-    data = part_bytes(part)
-    try:
-        charset = part.get_content_charset() or "utf-8"
-    except ValueError:
-        charset = "utf-8"
-    return decode_text(data, charset)
-
-
-def decode_text(data: bytes, charset: str) -> str:
-    """Return bytes as text, by the charset they claim or the larger one that is meant by it; never fails."""
-    charset = charset.lower()
-    meant = {"gb2312": "gb18030", "gbk": "gb18030", "iso-2022-jp": "iso2022_jp_ext",
-             "shift_jis": "cp932"}.get(charset, charset)
-    for name in (meant, charset, "utf-8"):
-        try:
-            return whole_characters(str(data.decode(name)))
-        except (LookupError, ValueError):
-            continue
-    return data.decode("latin-1" if charset in ("us-ascii", "ascii", "utf-8") else "utf-8", "replace")
-
-
-def whole_characters(text: str) -> str:
-    """Return text without lone surrogates, which some encodings can produce and no file or reply can hold."""
-    return text.encode("utf-8", "replace").decode("utf-8")
-
-
-def strip_tags(html: str) -> str:
-    """Return about the text of some HTML, for a glance: in one pass, whatever it is."""
-    first, *pieces = html[:50_000].split("<")
-    found, skipped = [first], ""
-    for piece in pieces:
-        tag, _, text = piece.partition(">")
-        name = tag[:7].lower()
-        if skipped and not name.startswith("/" + skipped):
-            continue
-        skipped = next((element for element in ("style", "script") if name.startswith(element)), "")
-        if not skipped:
-            found.append(text)
-    return " ".join(found)
-
-
-class View:
-    """A message as the API shows it; what is broken in it is shown as far as it goes."""
-
-    def __init__(self, raw: bytes) -> None:
-        self.fields = split_headers(raw[:1 << 20])[0]
-        self.raw = raw
-
-    @functools.cached_property
-    def tree(self) -> Any:
-        import email
-        import email.policy
-        try:
-            return email.message_from_bytes(self.raw, policy=email.policy.compat32)
-        except Exception:                           # nested too deep, or otherwise made to break this: as text, then
-            return email.message_from_bytes(b"\r\n" + self.raw[:BIG_BLOCK], policy=email.policy.compat32)
-
-    def header(self, name: str) -> str:
-        return next((decode_words(value.partition(b":")[2]) for field, value in self.fields if field == name), "")
-
-    def addresses(self, name: str) -> List[Dict[str, str]]:
-        """Return the addresses of a header; names are decoded after parsing, so that they cannot look like addresses."""
-        raw = b" ".join(value.partition(b":")[2].strip() for field, value in self.fields if field == name)
-        text = " ".join(raw.decode("utf-8" if is_utf8(raw) else "latin-1").split())
-        return [{"Name": decode_words(found["Name"].encode("utf-8")), "Address": found["Address"]}
-                for found in address_list(text)]
-
-    @functools.cached_property
-    def parts(self) -> List[Tuple[str, Any]]:
-        """The leaves of the MIME tree as (PartID, part)."""
-        found: List[Tuple[str, Any]] = []
-
-        def walk(part: Any, id: str) -> None:
-            children = part.get_payload() if part.is_multipart() else None
-            if isinstance(children, list) and part.get_content_maintype() == "multipart" and id.count(".") < 50:
-                for number, child in enumerate(children, 1):
-                    walk(child, "%s.%d" % (id, number) if id else str(number))
-            else:
-                found.append((id or "1", part))
-        walk(self.tree, "")
-        return found[:1000]
-
-    def is_body(self, part: Any) -> bool:
-        broken = part.get_content_maintype() == "multipart"     # and yet a leaf: no usable boundary
-        return broken or (part.get_content_type() in ("text/plain", "text/html") and
-                          part.get_content_disposition() != "attachment" and not file_name(part))
-
-    def text(self, kind: str) -> str:
-        """Return the message's text/plain or text/html."""
-        texts = [part_text(part) for _, part in self.parts if self.is_body(part) and kind == (
-            "text/html" if part.get_content_type() == "text/html" else "text/plain")]
-        return "\n".join(texts)
-
-    def files(self) -> Tuple[List[Dict[str, Any]], List[Dict[str, Any]]]:
-        """Return (inline parts, attachments)."""
-        inline: List[Dict[str, Any]] = []
-        attached: List[Dict[str, Any]] = []
-        for id, part in self.parts:
-            content_id = str(part.get("Content-ID", "")).strip("<> \t")
-            name = file_name(part) or content_id or ("message.eml" if part.get_content_type() == "message/rfc822" else "")
-            if self.is_body(part) or not (name or part.get_content_disposition() == "attachment"):
-                continue
-            data = part_bytes(part)
-            entry = {"PartID": id, "FileName": name, "ContentType": part.get_content_type(), "ContentID": content_id,
-                     "Size": len(data), "Checksums": {"SHA256": hashlib.sha256(data).hexdigest()}}
-            to = inline if content_id and part.get_content_disposition() != "attachment" else attached
-            to.append(entry)
-        return inline, attached
-
-    def links(self) -> List[str]:
-        """Return the URLs in the message, in order, each once."""
-        import html
-        found = re.findall(r"""href\s*=\s*["']?(https?://[^\s"'<>]+)""", self.text("text/html"), re.IGNORECASE)
-        found = [html.unescape(link) for link in found]
-        found += re.findall(r"https?://[^\s<>\"']+", self.text("text/plain"))
-        return list(dict.fromkeys(link.rstrip(".,;:!?)") for link in found))
-
-
-def file_name(part: Any) -> str:
-    """Return a part's file name decoded (RFC 2231, RFC 2047), without directories or control characters."""
-    try:
-        raw = " ".join(str(value) for key, value in part.raw_items() if key.lower() == "content-disposition")
-        plain = re.search(r'filename\s*=\s*"([^"]*)"', raw, re.IGNORECASE)
-        if plain and not plain.group(1).isascii():  # against the RFCs, but common: the bytes as they stand
-            name = plain.group(1)
-        else:
-            found = part.get_param("filename", None, "content-disposition") or part.get_param("name") or ""
-            name = decode_text(bytes(found[2], "raw-unicode-escape"), found[0] or "us-ascii") \
-                if isinstance(found, tuple) else str(found)
-        data = name.encode("utf-8", "surrogateescape")
-        name = decode_words(data if is_utf8(data) else data.decode("latin-1").encode("utf-8"))
-    except Exception:                               # broken RFC 2231 encodings
-        name = "attachment"
-    return re.sub(r"[\x00-\x1f\x7f/\\:]", "_", name).strip(". ")[:200]
-
-
-def part_bytes(part: Any) -> bytes:
-    try:
-        if part.is_multipart():
-            return b"".join(child.as_bytes() for child in part.get_payload())
-        data = part.get_payload(decode=True)
-    except Exception:                               # a transfer encoding that is none
-        data = str(part.get_payload()).encode("utf-8", "surrogateescape")
-    return data if isinstance(data, bytes) else str(part.get_payload() or "").encode("utf-8", "replace")
-
-
-def iso_time(seconds: float) -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds)) + ".%03d+00:00" % (seconds % 1 * 1000)
-
-
-class Query:
-    """A search: `from: to: subject: addressed: is:read is:unread has:attachment` and words, all of which must match."""
-
-    KEYS = ("from", "to", "cc", "bcc", "reply-to", "addressed", "subject", "message-id", "is", "has", "text", "tag")
-
-    def __init__(self, text: str = "", **fields: str) -> None:
-        self.terms: List[Tuple[bool, str, str]] = [(False, key, value.lower()) for key, value in fields.items() if value]
-        for negation, term in re.findall(r'([-!]?)((?:"[^"]*"|\S)+)', text):
-            term = term.replace('"', "")
-            key, colon, value = term.partition(":")
-            if not colon or key.lower() not in self.KEYS:
-                key, value = "", term
-            if value:
-                self.terms.append((bool(negation), key.lower(), value.lower()))
-
-    def matches(self, letter: "Letter") -> bool:
-        try:
-            return all(bool(self.fits(letter, key, value)) is not negation for negation, key, value in self.terms)
-        except FileNotFoundError:                   # removed while we looked
-            return False
-
-    @staticmethod
-    def fits(letter: "Letter", key: str, value: str) -> bool:
-        summary = letter.summary()
-        people = {"from": [summary["From"]], "to": summary["To"], "cc": summary["Cc"], "bcc": summary["Bcc"],
-                  "reply-to": summary["ReplyTo"]}
-        people["addressed"] = [person for group in people.values() for person in group]
-        if key in people:
-            found = people[key] + (summary["Bcc"] if key == "to" else [])
-            return any(value in ("%(Name)s %(Address)s" % person).lower() for person in found)
-        if key in ("subject", "message-id"):
-            return value in summary["Subject" if key == "subject" else "MessageID"].lower()
-        if key == "is":
-            return bool(summary["Read"]) is (value == "read")
-        if key == "has":
-            return bool(summary["Attachments"])
-        if key == "tag":
-            return False
-        if not key and value in " ".join([summary["Subject"]] + ["%(Name)s %(Address)s" % person
-                                                                 for person in people["addressed"]]).lower():
-            return True
-        view = letter.view()
-        return value in (view.text("text/plain") + "\n" + view.text("text/html")).lower()
-
-
 class Letter:
     """An accepted message, however many mailboxes have it."""
 
@@ -7043,12 +8636,12 @@ class Letter:
                           if rule in LINT]
         return record
 
-    def summary(self) -> Dict[str, Any]:
-        """Return the entry of a list; what is in the file is read once and remembered."""
+    def summary(self, view: Optional[View] = None) -> Dict[str, Any]:
+        """Return the entry of a list; what is in the file is read once (not at all with its view) and remembered."""
         known = self.inbox.summaries.get(self.id)
         if known is None:
             try:
-                known = self._summary()
+                known = self._summary(view or self.view())
             except OSError:
                 raise
             except Exception as error:              # one message must not hide the others
@@ -7057,38 +8650,48 @@ class Letter:
                 known = {"ID": self.id, "MessageID": "", "From": nobody, "To": [], "Cc": [], "Bcc": [], "ReplyTo": [],
                          "Subject": "(cannot be shown)", "Created": iso_time(self.message().received_at.timestamp()),
                          "Username": "", "Tags": [], "Size": self.message().size, "Attachments": 0, "Snippet": ""}
-            self.inbox.remember(self.id, known)
+            self.inbox.summaries.put(self.id, known, summary_cost(known))
         return dict(known, Read=self.read)
 
-    def _summary(self) -> Dict[str, Any]:
+    @property
+    def tags(self) -> List[str]:
+        return []
+
+    def searched(self) -> Searched:
+        """Return what the message is searched by; computed once."""
+        found: Optional[Searched] = self.inbox.searched.get(self.id)
+        if found is None:
+            view = self.view()
+            found = searched(view, self.summary(view), self.message().received_at.timestamp())
+            self.inbox.searched.put(self.id, found, found.cost())
+        return found
+
+    def _summary(self, view: View) -> Dict[str, Any]:
         message = self.message()
-        view = View(message.read() if message.size < 1 << 20 else message.head(1 << 20))
         recorder = self.inbox.site.recorder
         record = recorder.load(self.id) if recorder else None
         named = {name: view.addresses(name) for name in ("from", "to", "cc", "reply-to")}
-        shown = {lower(person["Address"]) for name in ("to", "cc") for person in named[name]}
+        shown = {same_address(person["Address"]) for name in ("to", "cc") for person in named[name]}
         recipients = record["recipients"] if record else [mailbox for mailbox, _ in self.copies]
-        hidden = [{"Name": "", "Address": recipient} for recipient in recipients if lower(recipient) not in shown]
-        text = view.text("text/plain") or strip_tags(view.text("text/html"))
-        return {"ID": self.id, "MessageID": view.header("message-id").strip("<>"),
-                "From": (named["from"] or [{"Name": view.header("from"), "Address": ""}])[0], "To": named["to"],
-                "Cc": named["cc"], "Bcc": hidden, "ReplyTo": named["reply-to"], "Subject": view.header("subject"),
-                "Created": iso_time(message.received_at.timestamp()), "Username": "", "Tags": [], "Size": message.size,
-                "Attachments": len(view.files()[1]), "Snippet": " ".join(text[:2000].split())[:250]}
+        named["bcc"] = [{"Name": "", "Address": shorten(who)} for who in recipients if same_address(who) not in shown]
+        listed = {name: first_people(people, MAX_LISTED) for name, people in named.items()}
+        return {"ID": self.id, "MessageID": shorten(view.header("message-id").strip("<>")),
+                "From": (named["from"] or [{"Name": shorten(view.header("from")), "Address": ""}])[0], "To": listed["to"],
+                "Cc": listed["cc"], "Bcc": listed["bcc"], "ReplyTo": listed["reply-to"],
+                "Subject": view.header("subject"), "Created": iso_time(message.received_at.timestamp()), "Username": "",
+                "Tags": [], "Size": message.size, "Attachments": len(view.attachments), "Snippet": view.snippet()}
 
     def whole(self) -> Dict[str, Any]:
-        """Return the message as GET /api/v1/message/ID gives it."""
-        view, summary = self.view(), self.summary()
+        """Return the message as GET /api/v1/message/ID gives it, and what more the page shows of it."""
+        view = self.view()
+        summary = self.summary(view)
         inline, attached = view.files()
-        try:
-            date = email.utils.parsedate_to_datetime(view.header("date")).isoformat()
-        except (TypeError, ValueError, IndexError, OverflowError):
-            date = summary["Created"]
         shown = {key: summary[key] for key in ("ID", "MessageID", "Read", "From", "To", "Cc", "Bcc", "ReplyTo", "Subject",
                                                "Tags", "Username", "Size")}
-        return dict(shown, ReturnPath=self.message().sender, Date=date, Text=view.text("text/plain"),
-                    HTML=view.text("text/html"), Inline=inline, Attachments=attached,
-                    ListUnsubscribe={"Header": view.header("list-unsubscribe"), "Links": [], "Errors": "", "HeaderPost": ""})
+        people = {key: view.addresses(name) for key, name in (("To", "to"), ("Cc", "cc"), ("ReplyTo", "reply-to"))}
+        return dict(shown, **people, ReturnPath=self.message().sender, Date=view.date(summary["Created"]), Text=view.text,
+                    HTML=view.html, Inline=inline, Attachments=attached, ListUnsubscribe=view.unsubscribe(),
+                    Links=view.links(), Calendar=view.calendar(), Tree=view.tree(), RemoteImages=view.has_remote, Cut=view.cut)
 
 
 class Answered(NamedTuple):
@@ -7118,7 +8721,7 @@ class Inbox:
     def __init__(self, site: Any, node: Any = None) -> None:
         self.site, self.node = site, node
         self.mailboxes = site.mailboxes
-        self.summaries: "collections.OrderedDict[str, Dict[str, Any]]" = collections.OrderedDict()
+        self.summaries, self.searched = Cache(MAX_SUMMARIES), Cache(MAX_SEARCHED)
         self.changed = threading.Condition()
         self.events: "collections.deque[Tuple[int, str]]" = collections.deque(maxlen=1000)
         self.serial = 0
@@ -7126,12 +8729,6 @@ class Inbox:
         self._letters: List[Letter] = []
         self._by_id: Dict[str, Letter] = {}
         self._stamp: Any = None
-
-    def remember(self, id: str, summary: Dict[str, Any]) -> Dict[str, Any]:
-        self.summaries[id] = summary
-        while len(self.summaries) > 20_000:
-            self.summaries.popitem(last=False)
-        return summary
 
     def tell(self, kind: str) -> None:
         """Tell the pages that are open."""
@@ -7154,6 +8751,8 @@ class Inbox:
                 self._letters = [Letter(id, found, self) for id, found in copies.items()]
                 self._letters.sort(key=lambda letter: letter.copies[0][1].name, reverse=True)
                 self._by_id = {letter.id: letter for letter in self._letters}
+                self.summaries.forget_others(self._by_id)
+                self.searched.forget_others(self._by_id)
                 self._stamp = stamp
             return self._letters
 
@@ -7238,10 +8837,7 @@ class Inbox:
         return json_answer(whole)
 
     def headers(self, id: str, query: Dict[str, str], **_: Any) -> Answered:
-        values: Dict[str, List[str]] = {}
-        for name, value in View(self.letter(id, query).message().read()).fields:
-            key = "-".join(word.capitalize() for word in name.split("-"))
-            values.setdefault(key, []).append(" ".join(value.partition(b":")[2].decode("utf-8", "replace").split()))
+        values = self.letter(id, query).view().headers()
         for name in ("Content-Type", "Date", "Delivered-To", "From", "Message-Id"):
             values.setdefault(name, [])             # client libraries look these up without asking whether they are there
         return json_answer(values)
@@ -7253,14 +8849,14 @@ class Inbox:
 
     def part(self, id: str, part: str, query: Dict[str, str], **_: Any) -> Answered:
         from urllib.parse import quote
-        found = dict(self.letter(id, query).view().parts)[part]
-        kind = found.get_content_type()
-        name = file_name(found) or "part-" + part
+        found = self.letter(id, query).view().part(part)
+        kind = found.kind
+        name = download_name(found.shown_name) or "part-" + part
         shown = kind in SAFE_TYPES
         ascii_name = re.sub(r'[^A-Za-z0-9._ -]', "_", name)
         place = "%s; filename=\"%s\"; filename*=UTF-8''%s" % (
             "inline" if shown else "attachment", ascii_name, quote(name, safe=""))
-        return Answered(200, kind if shown else "application/octet-stream", part_bytes(found), {
+        return Answered(200, kind if shown else "application/octet-stream", found.data(), {
             "Content-Disposition": place, "Content-Security-Policy": "default-src 'none'; sandbox"})
 
     def session(self, id: str, query: Dict[str, str], **_: Any) -> Answered:
@@ -7270,21 +8866,16 @@ class Inbox:
         """Serve a message's HTML so that it can do nothing: no script, no form, no load from elsewhere unless asked for."""
         letter = self.letter(id, query)
         view = letter.view()
-        text = view.text("text/html")
-        if not text:
+        if not view.html:
             return text_answer(404, "This message does not contain a HTML part")
-        parts = dict(view.parts)
-        for entry in view.files()[0]:               # images that come along, and only these: a link could do things here
-            if entry["ContentType"] in SAFE_TYPES[:4] and entry["ContentID"]:
-                data = base64.b64encode(part_bytes(parts[entry["PartID"]])).decode()
-                text = text.replace("cid:" + entry["ContentID"], "data:%s;base64,%s" % (entry["ContentType"], data))
+        text = view.framed()
         images = "img-src data: http: https:" if query.get("images") else "img-src data:"
         return Answered(200, "text/html; charset=utf-8", text.encode("utf-8", "replace"), {
             "Content-Security-Policy": "sandbox; default-src 'none'; style-src 'unsafe-inline'; font-src data:; %s; "
             "form-action 'none'; base-uri 'none'; frame-ancestors 'self'" % images})
 
     def view_text(self, id: str, query: Dict[str, str], **_: Any) -> Answered:
-        return text_answer(200, self.letter(id, query).view().text("text/plain"))
+        return text_answer(200, self.letter(id, query).view().text)
 
     def _chosen(self, body: bytes, type: str) -> Tuple[List[Letter], Dict[str, Any]]:
         """Return (messages a request means, its parameters): the IDs it names, the search, else all; ValueError."""
@@ -7306,7 +8897,7 @@ class Inbox:
             raise ValueError("expected {\"IDs\": [...]}")
         letters = self.letters()
         if given.get("Search"):
-            wanted = Query(str(given["Search"]))
+            wanted = Query(str(given["Search"])).certain()
             return [letter for letter in letters if wanted.matches(letter)], given
         if given.get("IDs"):
             return [self._by_id[id] for id in map(str, given["IDs"]) if id in self._by_id], given
@@ -7317,6 +8908,7 @@ class Inbox:
         return OK_ANSWER
 
     def delete_found(self, query: Dict[str, str], **_: Any) -> Answered:
+        Query(query.get("query", "")).certain()
         self._delete(self._found(query))
         return OK_ANSWER
 
@@ -7650,11 +9242,8 @@ def wait_command(config: Config, arguments: List[str]) -> int:
     parser.add_argument("--timeout", default="30", metavar="SECONDS", help="how long to wait (default 30)")
     parser.add_argument("--print", dest="show", choices=["raw", "text", "links", "json"], help="what to print of it")
     given = parser.parse_args(arguments)
-    try:
-        deadline = time.monotonic() + (float(given.timeout) if given.timeout == "0" else parse_seconds(given.timeout))
-        address = parse_address(given.address).key if given.address else None
-    except (ValueError, Refused) as error:
-        raise UsageError("wait: %s" % error) from None
+    deadline = time.monotonic() + wait_seconds(given.timeout)
+    address = mailbox_named("wait", given.address, config) if given.address else None
     query = Query(**{"from": given.sender, "subject": given.subject, "text": given.text})
     stores = open_stores(config)
     inbox = Inbox(types.SimpleNamespace(recorder=Recorder(stores.mailboxes), mailboxes=stores.mailboxes))
@@ -7671,10 +9260,17 @@ def wait_command(config: Config, arguments: List[str]) -> int:
         return None
     found = await_mail(stores.storage, look, deadline)
     if found is None:
-        print("minimail: no such message within %s seconds" % given.timeout, file=sys.stderr)
-        return 1
+        raise CannotRun("no such message within %s seconds" % given.timeout)
     show_letter(found, given.show)
     return 0
+
+
+def wait_seconds(text: str) -> float:
+    """Return how long to wait, which may be not at all; UsageError."""
+    try:
+        return 0.0 if text.strip() == "0" else parse_seconds(text)
+    except ValueError as error:
+        raise UsageError("wait --timeout %s: %s" % (printable(text, 100), error)) from None
 
 
 def show_letter(letter: Letter, kind: Optional[str]) -> None:
@@ -7683,9 +9279,9 @@ def show_letter(letter: Letter, kind: Optional[str]) -> None:
         sys.stdout.buffer.write(letter.message().read())
         sys.stdout.buffer.flush()
     elif kind == "text":
-        print(letter.view().text("text/plain") or letter.view().text("text/html"))
+        show(letter.view().text)
     elif kind == "links":
-        print("".join(link + "\n" for link in letter.view().links()), end="")
+        show("".join(link + "\n" for link in letter.view().links()), end="")
     elif kind == "json":
         print(json.dumps(letter.whole(), indent=1))
 
@@ -8267,7 +9863,7 @@ EXTENSIONS.append(WebExtension())
 
 
 # ======================================================================================================================
-# 18  Command line.  Options and environment to a Config, log lines, signals, processes, exit statuses.
+# 19  Command line.  Options and environment to a Config, log lines, signals, processes, exit statuses.
 # ======================================================================================================================
 
 COMMANDS = {name: function for section in EXTENSIONS for name, function in section.commands.items()}
@@ -8305,91 +9901,170 @@ class Lines(logging.Formatter):
 PLAIN = re.compile(r"[!#-~]+")
 
 
-def option_parser(leave_out: Sequence[str] = (), show_help: bool = False) -> Any:
+def option_parser() -> Any:
     """Return a parser with all Config options, each text kept as it is: read_options() turns them into values."""
     from argparse import RawDescriptionHelpFormatter
-    parser = Parser(prog="minimail.py", add_help=False, formatter_class=RawDescriptionHelpFormatter,
+    parser = Parser(prog="minimail.py", add_help=False,
+                    formatter_class=functools.partial(RawDescriptionHelpFormatter, width=HELP_WIDTH),
                     usage="minimail.py [serve] [options]\n       minimail.py %s ..." % "|".join(sorted(COMMANDS)),
                     description="A mail node in one file. Without --domain it captures all mail; with it, it is a real node.",
-                    epilog="Every option can be given as an environment variable MINIMAIL_<OPTION> (repeatable ones "
-                           "comma-separated).\nCommands share the data directory with a running node; each has --help.")
-    for field in dataclasses.fields(Config):
-        if field.name in leave_out:
-            continue
-        meta, name = field.metadata, "--" + field.name.replace("_", "-")
+                    epilog="Every option can be given as an environment variable MINIMAIL_<OPTION> (repeatable ones\n"
+                           "comma-separated), or in a file that MINIMAIL_<OPTION>_FILE names.\n"
+                           "Commands share the data directory with a running node; each has --help.")
+    for name, meta in option_fields().items():
         if not meta["metavar"]:
-            parser.add_argument(name, action="store_const", const="on", help=meta["help"])
+            parser.add_argument(option_name(name), action="store_const", const="on", help=meta["help"])
             continue
-        default: Any = field.default
-        if field.name in ("smtp", "pop3"):
-            default = show_endpoint(default[0])
-        default = "%g" % default if isinstance(default, float) else default
-        shown = " (default %s)" % default if isinstance(default, (str, int)) and default else ""
         optional = {"nargs": "?", "const": "on"} if meta["metavar"] == "on|off" else {}
-        parser.add_argument(name, metavar=meta["metavar"], action="append" if meta["many"] else None,
-                            help=meta["help"].replace("%", "%%") + shown, **optional)
+        parser.add_argument(option_name(name), metavar=meta["metavar"], action="append" if meta["many"] else None,
+                            help=(meta["help"] + shown_default(name, meta["help"])).replace("%", "%%"), **optional)
     parser.add_argument("--version", action="store_true", help="print the version and exit")
     parser.add_argument("--help", "-h", action="store_true", help="print this help and exit")
     return parser
 
 
+def option_name(field: str) -> str:
+    return "--" + field.replace("_", "-")
+
+
+def shown_default(name: str, help: str) -> str:
+    """Return what --help says about an option's default, where its text does not."""
+    default: Any = getattr(Config, name)
+    if re.search(r"\bdefault", help):
+        return ""
+    if name in LISTENERS and default:
+        default = show_endpoint(default[0])
+    elif isinstance(default, tuple):
+        default = ",".join("%g" % item if isinstance(item, float) else str(item) for item in default)
+    return " (default %s)" % ("%g" % default if isinstance(default, float) else default or "none")
+
+
+OFFERED = re.compile(r"(?:tcp|udp|sctp)://\S*")     # what Kubernetes sets for a Service named minimail-...
+
+
 def environment_options(environ: Any) -> Dict[str, Any]:
-    """Return {field: text} of the MINIMAIL_ variables that are set."""
-    given: Dict[str, Any] = {}
-    for field in dataclasses.fields(Config):
-        text = environ.get("MINIMAIL_" + field.name.upper())
-        if text is not None and (text.strip() or not field.metadata["metavar"]):
-            given[field.name] = [part.strip() for part in text.split(",") if part.strip()] if field.metadata["many"] else text
+    """Return {field: text} of the MINIMAIL_ variables that are set, and of the files they name; UsageError, CannotRun."""
+    given = {name: file.texts() for name, file in option_files(environ).items()}
+    for name, meta in option_fields().items():
+        text = environ.get(variable(name))
+        if text is None or OFFERED.fullmatch(text.strip()) or not text.strip() and meta["metavar"]:
+            continue
+        if name in given:
+            raise UsageError("%s and %s_FILE: only one of them can be" % (variable(name), variable(name)))
+        given[name] = split_values(text, meta)
     return given
 
 
-def parse_command_line(argv: List[str]) -> Tuple[str, List[str], Dict[str, Any]]:
+def option_files(environ: Any) -> Dict[str, OptionFile]:
+    """Return the files that MINIMAIL_<OPTION>_FILE variables name, not read yet."""
+    paths = {name: environ.get(variable(name) + "_FILE", "") for name in option_fields()}
+    return {name: OptionFile(variable(name) + "_FILE", path, option_fields()[name]) for name, path in paths.items() if path}
+
+
+def variable(field: str) -> str:
+    return "MINIMAIL_" + field.upper()
+
+
+def strange_variables(environ: Any) -> str:
+    """Return what is to be said about MINIMAIL_ variables that are no options, by name only; "" when there are none."""
+    known = [variable(name) for name in option_fields()]
+    said = []
+    for name in sorted(environ):
+        if not name.startswith("MINIMAIL_"):
+            continue
+        if name in known or name[:-len("_FILE")] in known:
+            if OFFERED.fullmatch(environ[name].strip()):
+                said.append("%s comes from Kubernetes, not from you" % name)
+        elif not OFFERED.fullmatch(environ[name].strip()):
+            import difflib
+            near = difflib.get_close_matches(name, known, 1, 0.0)[0]
+            said.append("%s is no option, is %s meant?" % (printable(name, 60), near))
+    more = "; and %d more" % (len(said) - 5) if len(said) > 5 else ""
+    return "ignored: " + "; ".join(said[:5]) + more if said else ""
+
+
+def split_words(argv: Sequence[str], command: str = "") -> Tuple[str, List[str], List[str]]:
+    """Return (command, words that are options of ours, the command's own words).
+
+    What a command has itself is not ours: the --timeout of `wait`, and every flag with one dash of `sendmail`.
+    """
+    takes = {option_name(name): meta["metavar"] for name, meta in option_fields().items()
+             if (command, name) != ("wait", "timeout")}
+    takes.update({"--help": "", "--version": ""})
+    ours: List[str] = []
+    own: List[str] = []
+    left = collections.deque(argv)
+    while left:
+        word = left.popleft()
+        if word == "--":
+            own += [word, *left]
+            break
+        name, equals, _ = word.partition("=")
+        (ours if name in takes else own).append(word)
+        maybe = takes.get(name) == "on|off"         # its value may be left out
+        if takes.get(name) and not equals and left and not (maybe and (left[0][:1] == "-" or left[0] in COMMANDS)):
+            ours.append(left.popleft())
+    first = next((word for word in own if not word.startswith("-")), "serve")
+    if first == "wait" and not command:
+        return split_words(argv, first)
+    if first in own:
+        own.remove(first)
+    return first, ours, own
+
+
+def parse_command_line(argv: Sequence[str]) -> Tuple[str, List[str], Dict[str, Any]]:
     """Return (command, its arguments, {field: text}); UsageError."""
-    known, rest = option_parser().parse_known_args(argv)
-    command = next((word for word in rest if not word.startswith("-")), "serve")
-    if command not in COMMANDS and command != "serve":
-        raise UsageError("no such command: %s (one of: serve %s)" % (printable(command), " ".join(sorted(COMMANDS))))
-    if command == "wait":                           # its --timeout is how long to wait
-        known, rest = option_parser(leave_out=["timeout"]).parse_known_args(argv)
-    if command in rest:
-        rest.remove(command)
+    command, ours, own = split_words(argv)
+    if command != "sendmail" and "-h" in own:
+        own[own.index("-h")] = "--help"
+    known = option_parser().parse_args(ours)
     given = {name: value for name, value in vars(known).items() if value is not None}
     if given.pop("version"):
         return "version", [], {}
-    if given.pop("help"):
+    if given.pop("help") or command == "serve" and "--help" in own:
         if command == "serve":
             return "help", [], {}
-        rest.append("--help")
-    if command == "serve" and rest:
-        raise UsageError("unknown option: " + printable(rest[0]))
-    return command, rest, given
+        own.append("--help")
+    if command not in COMMANDS and command != "serve":
+        strange = [word for word in own if word.startswith("-")]
+        raise UsageError(show_word(strange[0]) if strange else "no such command%s (one of: serve %s)" % (
+            ": " + command if re.fullmatch(r"[a-z-]{1,30}", command) else "", " ".join(sorted(COMMANDS))))
+    if command == "serve" and own:
+        raise UsageError(show_word(own[0]))
+    return command, own, given
 
 
 def read_config(given: Dict[str, Any], environ: Any, remember: bool = False) -> Config:
-    """Return the Config of the command line and, where that is silent, of the environment; UsageError.
+    """Return the Config of the command line and, where that is silent, of the environment; UsageError, CannotRun.
 
-    With `remember`, last comes what the node on the same data directory runs with: a `sendmail` called by cron has to know
-    its domains. The node leaves that in DATA/options.json.
+    With `remember`, which is for commands, first become the directory's owner; and last comes what the node on the same data
+    directory runs with: a `sendmail` called by cron has to know its domains. The node leaves that in DATA/options.json.
     """
-    values = read_options(environment_options(environ), lambda name: "MINIMAIL_" + name.upper())
-    values.update(read_options(given, lambda name: "--" + name.replace("_", "-")))
-    if remember and "domain" not in values:
-        path = os.path.join(Config(**values).data, "options.json")
-        with contextlib.suppress(FileNotFoundError), open(path, encoding="utf-8") as file:
-            try:
-                values = dict(read_options(json.load(file), lambda name: path + ": " + name), **values)
-            except (ValueError, KeyError, AttributeError) as error:
-                raise CannotRun("%s: cannot be read: %s" % (path, error)) from None
-    config = Config(**values)
-    if config.workers > 64:
-        raise UsageError("--workers: %d is more than 64" % config.workers)
-    if config.tls_key and not config.tls_cert:
-        raise UsageError("--tls-key: needs --tls-cert FILE")
-    if (config.smtps or config.pop3s) and not config.tls_cert:
-        raise UsageError("%s: needs --tls-cert FILE" % ("--smtps" if config.smtps else "--pop3s"))
-    if config.catch_all and not config.domain:
-        raise UsageError("--catch-all: needs --domain NAME")
+    values = read_options(environment_options(environ), variable)
+    values.update(read_options(given, option_name))
+    if remember:
+        data = Config(**values).data
+        become_owner(data)
+        refuse_shared(data)
+        if "domain" not in values:
+            values = dict(remembered_options(os.path.join(data, "options.json")), **values)
+    sources = {name: file.get for name, file in option_files(environ).items() if name not in given}
+    config = Config(**values, sources=sources)
+    check_together(config, option_name)
     return config
+
+
+def remembered_options(path: str) -> Dict[str, Any]:
+    """Return the options that a node left for commands; none when it left none. CannotRun."""
+    try:
+        loaded = json.loads(read_regular(path).decode("utf-8"))
+        if not isinstance(loaded, dict):
+            raise ValueError("it holds no options")
+        return read_options({name: value for name, value in loaded.items() if name in option_fields()}, lambda name: name)
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except (ValueError, RecursionError) as error:
+        raise CannotRun("%s: cannot be read: %s" % (path, error)) from None
 
 
 def set_up_logging(config: Config) -> None:
@@ -8403,58 +10078,114 @@ def set_up_logging(config: Config) -> None:
     log.setLevel(logging.WARNING if config.quiet else logging.DEBUG if config.verbose else logging.INFO)
 
 
+CALLED_AS = {"sendmail": ["sendmail"], "mailq": ["sendmail", "-bp"], "newaliases": ["sendmail", "-bi"]}
+
+
+def program_words(argv: Sequence[str]) -> List[str]:
+    """Return the words of the command line; a link named sendmail, mailq or newaliases is that command."""
+    return CALLED_AS.get(os.path.basename(argv[0]), []) + list(argv[1:])
+
+
+def open_standard_files() -> None:
+    """Open what the caller has closed of standard input, output and error, or the next files opened would be those."""
+    for fd in range(3):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+
+
+def escape_output() -> None:
+    """Let standard output show what its encoding lacks as escapes, where it would fail."""
+    reconfigure = getattr(sys.stdout, "reconfigure", None)
+    if reconfigure:
+        reconfigure(errors="backslashreplace")
+
+
+def wants_json(ours: Sequence[str]) -> bool:
+    """Return whether errors are to be JSON, as far as that can be told before the options are understood."""
+    line = " ".join(ours)
+    return "--log json" in line or "--log=json" in line or "--log" not in line and os.environ.get("MINIMAIL_LOG") == "json"
+
+
+def run_command(words: Sequence[str]) -> int:
+    """Do what a command line asks for; return the exit status. UsageError, CannotRun, OSError."""
+    command, own, given = parse_command_line(words)
+    if command == "version":
+        print("minimail " + __version__)
+        return 0
+    if command == "help":
+        print(option_parser().format_help(), end="")
+        return 0
+    config = read_config(given, os.environ, remember=command != "serve" and "--help" not in own)
+    if command != "serve" and not config.verbose:
+        config = dataclasses.replace(config, quiet=True)
+    set_up_logging(config)
+    strange = strange_variables(os.environ) if command != "sendmail" else ""     # cron would mail it each time
+    if strange:
+        log.warning("%s", strange)
+    if command == "serve":
+        return serve_command(config, dict(environment_options(os.environ), **given))
+    if command == "sendmail" and ("-bs" in own or ("-b", "s") in zip(own, own[1:])):
+        return smtp_on_standard_input(config)       # that takes a whole node, which sendmail_command() knows nothing of
+    return COMMANDS[command](config, own)
+
+
 def main(argv: Optional[List[str]] = None) -> int:
-    """Run the command line and return its exit status: 0 ended as asked, 1 could not run, 2 wrong usage."""
-    arguments = sys.argv[1:] if argv is None else list(argv)
-    kind = "json" if "--log=json" in arguments or ("--log" in arguments and "json" in arguments) \
-        or os.environ.get("MINIMAIL_LOG") == "json" else "text"
+    """Run the command line and return its exit status: 0 ended as asked, 1 could not run, 2 wrong usage.
+
+    `sendmail` ends with one of sysexits(3) instead.
+    """
+    words = program_words(sys.argv) if argv is None else list(argv)
+    command, ours, _ = split_words(words)
+    usage, cannot = (64, 75) if command == "sendmail" else (2, 1)
+    json_wanted = wants_json(ours)
 
     def fail(status: int, text: str) -> int:
         text = printable(text, 2000)
-        print(json.dumps({"level": "error", "event": text}) if kind == "json" else "minimail: " + text, file=sys.stderr)
+        print(json.dumps({"level": "error", "event": text}) if json_wanted else "minimail: " + text, file=sys.stderr)
         return status
     try:
+        open_standard_files()
+        escape_output()
         os.umask(0o077)
-        command, rest, given = parse_command_line(arguments)
-        if command == "version":
-            print("minimail " + __version__)
-            return 0
-        if command == "help":
-            print(option_parser().format_help(), end="")
-            return 0
-        config = read_config(given, os.environ, remember=command != "serve")
-        if command != "serve":
-            become_owner(config.data)
-        if command != "serve" and not config.verbose:
-            config = dataclasses.replace(config, quiet=True)
-        set_up_logging(config)
-        if command == "serve":
-            return serve_command(config, dict(environment_options(os.environ), **given))
-        return COMMANDS[command](config, rest)
+        return run_command(words)
     except UsageError as error:
-        return fail(2, str(error))
+        return fail(usage, str(error))
     except BrokenPipeError:
         with contextlib.suppress(OSError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except CannotRun as error:
-        return fail(1, error.args[1] if len(error.args) > 1 else str(error))
+        return fail(error.status or cannot, error.args[1] if len(error.args) > 1 else str(error))
     except OSError as error:
-        return fail(1, "%s%s" % (error.filename + ": " if isinstance(error.filename, str) else "", error.strerror or error))
+        name = error.filename + ": " if isinstance(error.filename, str) else ""
+        return fail(cannot, "%s%s" % (name, error.strerror or error))
     except SystemExit as stop:                      # argparse after --help of a command
         return int(stop.code or 0)
     except KeyboardInterrupt:
         return 130
+    except Exception as error:
+        if command != "sendmail":
+            raise
+        return fail(70, "sendmail: something is wrong with the program, the message was not taken: %r" % error)
+
+
+NOT_LEFT = ("data", "log", "quiet", "verbose", "workers", "run_as", "fault", "release", "webhook")    # no command needs these
 
 
 def leave_options(node: Node, given: Dict[str, Any]) -> None:
-    """Write what commands on the same data directory have to know into it; OSError."""
-    own = LISTENERS + ("data", "log", "quiet", "verbose", "workers")
-    kept = {name: text for name, text in given.items() if name not in own}
+    """Write what commands on the same data directory have to know into it, without passwords; OSError."""
+    kept = {name: text for name, text in given.items() if name not in LISTENERS + NOT_LEFT}
     for name in ("users", "aliases", "tls_cert", "tls_key"):
         if name in kept:
             kept[name] = os.path.abspath(kept[name])
-    text = json.dumps(dict(kept, domain=list(node.config.domain)), indent=1) + "\n"
+    config = node.config
+    if config.smarthost:
+        kept["smarthost"] = str(config.smarthost)
+    if config.route:
+        kept["route"] = ["%s=%s" % (pattern, server) for pattern, server in config.route]
+    text = json.dumps(dict(kept, domain=list(config.domain)), indent=1) + "\n"
     assert node.stores
     node.stores.storage.write(os.path.join(node.data, "options.json"), text.encode("utf-8"))
 
@@ -8523,9 +10254,22 @@ def become_owner(data: str) -> None:
     except OSError:
         return
     if hasattr(os, "geteuid") and os.geteuid() == 0 and owner.st_uid != 0:
+        change_home(owner.st_uid)
         os.setgroups([])
         os.setgid(owner.st_gid)
         os.setuid(owner.st_uid)
+
+
+def change_home(uid: int) -> None:
+    """Let the environment name the user that we become: what looks for files in root's HOME could not read them."""
+    import pwd
+    try:
+        name, home = pwd.getpwuid(uid).pw_name, pwd.getpwuid(uid).pw_dir
+    except KeyError:
+        name, home = str(uid), "/"
+    os.environ.update(HOME=home, USER=name, LOGNAME=name)
+    for variable in [name for name in os.environ if name == "MAIL" or name.startswith(("XDG_", "SUDO_"))]:
+        del os.environ[variable]
 
 
 def announce(node: Node) -> None:
@@ -8552,6 +10296,7 @@ def drop_privileges(user: str, data: str) -> None:
         if not os.path.exists(data):
             os.makedirs(data, mode=0o700)
             os.chown(data, account.pw_uid, account.pw_gid)
+        change_home(account.pw_uid)
         os.initgroups(user, account.pw_gid)
         os.setgid(account.pw_gid)
         os.setuid(account.pw_uid)
@@ -8667,6 +10412,33 @@ class Workers:
         return 0
 
 
+def smtp_on_standard_input(config: Config) -> int:
+    """Speak SMTP on standard input and output until the client ends, as `sendmail -bs` does; return the exit status.
+
+    A node of its own on loopback holds the conversation, so that it is the same as any other client's.
+    """
+    trust = config.trust + (parse_network("127.0.0.1"),)    # who can run this may send
+    config = dataclasses.replace(config, smtp=(("127.0.0.1", 0),), smtps=(), pop3=(), pop3s=(), web=(), webs=(), trust=trust,
+                                 tls_cert="", tls_key="", run_as="", workers=1)
+    refuse_unused(config.data)
+    node = Node.from_config(config)
+    node.relays = False
+    with node, socket.create_connection(node.smtp_address or ("", 0)) as sock:
+        threading.Thread(target=copy_input, args=(sock,), daemon=True).start()
+        for block in iter(lambda: sock.recv(BLOCK), b""):
+            sys.stdout.buffer.write(block)
+            sys.stdout.buffer.flush()
+    return 0
+
+
+def copy_input(sock: socket.socket) -> None:
+    """Send standard input, past Python's buffer, which a thread may not hold when the process ends."""
+    with contextlib.suppress(OSError):
+        for block in iter(lambda: os.read(0, BLOCK), b""):
+            sock.sendall(block)
+        sock.shutdown(socket.SHUT_WR)
+
+
 def command(name: str) -> Callable[[Callable[[Config, List[str]], int]], Callable[[Config, List[str]], int]]:
     """Enter a function into the table of commands."""
     def enter(function: Callable[[Config, List[str]], int]) -> Callable[[Config, List[str]], int]:
@@ -8689,10 +10461,10 @@ def user_command(config: Config, arguments: List[str]) -> int:
         return 0
     try:
         key = parse_address(given.name).key if given.name else ""
-        if "@" not in key:
-            raise UsageError("user %s: NAME is a full address, as bob@example.org" % given.action)
     except Refused as refused:
-        raise UsageError("user %s %s: %s" % (given.action, given.name or "", refused.reply.text)) from None
+        raise UsageError("user %s %s: %s" % (given.action, printable(given.name, 100), refused.reply.text)) from None
+    if "@" not in key:
+        raise UsageError("user %s: NAME is a full address, as bob@example.org" % given.action)
     exists = key in accounts.names()
     if exists is (given.action == "add"):
         raise CannotRun("%s %s in %s" % (key, "exists already" if exists else "is not", config.file("users")))
@@ -8710,17 +10482,34 @@ def user_command(config: Config, arguments: List[str]) -> int:
 def ask_password(from_stdin: bool) -> str:
     """Return a password, asked for twice on a terminal; CannotRun when there is none."""
     if from_stdin:
-        password = sys.stdin.readline().rstrip("\r\n")
+        password = first_line()
     else:
         import getpass
-        if not sys.stdin.isatty():
+        if not sys.stdin or not sys.stdin.isatty():
             raise CannotRun("no terminal to ask for the password: use --password-stdin")
-        password = getpass.getpass("Password: ")
-        if getpass.getpass("Again: ") != password:
+        try:
+            password = getpass.getpass("Password: ")
+            again = getpass.getpass("Again: ")
+        except EOFError:                            # Ctrl-D
+            print(file=sys.stderr)
+            raise CannotRun("no password was given, nothing was changed") from None
+        if again != password:
             raise CannotRun("the passwords differ, nothing was changed")
     if not password:
         raise CannotRun("an empty password would let everybody in, nothing was changed")
     return password
+
+
+def first_line() -> str:
+    """Return the first line of standard input, whatever its bytes; CannotRun when it is too long for a password."""
+    if not sys.stdin:
+        return ""
+    file = getattr(sys.stdin, "buffer", sys.stdin)
+    line = file.readline(MAX_PASSWORD + 2)
+    line = line.decode("utf-8", "surrogateescape") if isinstance(line, bytes) else line
+    if len(line.rstrip("\r\n")) > MAX_PASSWORD:
+        raise CannotRun("the password is longer than %d bytes, nothing was changed" % MAX_PASSWORD)
+    return str(line).rstrip("\r\n")
 
 
 @command("mail")
@@ -8735,19 +10524,12 @@ def mail_command(config: Config, arguments: List[str]) -> int:
             items = mailboxes.listing(name)
             print("%6d %12d %s" % (len(items), sum(item.size for item in items), printable(name)))
         return 0
-    try:
-        key = parse_address(given.address).key
-    except Refused as refused:
-        raise UsageError("mail %s: %s" % (given.address, refused.reply.text)) from None
-    import email.header
+    key = mailbox_named("mail", given.address, config)
     for item in mailboxes.listing(key):
         message = Message(mailboxes, key, item)
-        fields = dict(reversed(split_headers(message.head(BLOCK))[0]))
-        subject = fields.get("subject", b"").partition(b":")[2].strip().decode("utf-8", "replace")
-        with contextlib.suppress(Exception):        # whatever a broken encoded-word does to the library
-            subject = str(email.header.make_header(email.header.decode_header(subject)))
+        subject = View(message.head(BLOCK)).header("subject")
         when = message.received_at.astimezone().strftime("%Y-%m-%d %H:%M:%S")
-        print("%s %s %9d <%s> %s" % (item.uid, when, item.size, printable(message.sender), printable(subject)))
+        show("%s %s %9d <%s> %s" % (item.uid, when, item.size, printable(message.sender), printable(subject)))
     return 0
 
 
