@@ -121,7 +121,7 @@ MAX_TURN = 50                       # commands a session may have answered befor
 MAX_HELPERS = 32                    # threads for what conversations wait for and the loop does not do itself
 MAX_TRANSCRIPT = 1 << 16            # bytes of a conversation that are kept with a message, and ...
 MAX_INTRODUCTION = 20               # ... lines of what was said before the first one
-MAX_LISTED = 1000                   # messages POP3 lists before others have their turn
+MAX_STEP = 1000                     # messages POP3 lists before others have their turn
 MAX_REMOVED = 50                    # messages a POP3 QUIT removes without a thread of its own
 MAX_STRANGE = 3                     # wrong commands before any right one, then the end: that is no mail client
 MAX_IDLE_COMMANDS = 10_000          # commands since the last message that lead to none (NOOP, RSET, what is refused), then 421
@@ -2511,7 +2511,7 @@ class Mailboxes:
 
 def sorted_in_runs(items: List[Item]) -> List[Item]:
     """Return items sorted by name, with others' turn in between: one sort of 60,000 would hold the interpreter for 0.1 s."""
-    runs = [sorted(items[start:start + MAX_LISTED], key=lambda item: item.name) for start in range(0, len(items), MAX_LISTED)]
+    runs = [sorted(items[start:start + MAX_STEP], key=lambda item: item.name) for start in range(0, len(items), MAX_STEP)]
     return runs[0] if len(runs) == 1 else list(heapq.merge(*runs, key=lambda item: item.name))
 
 
@@ -6880,8 +6880,8 @@ class POP3Session(Session):
             raise Refused(500, "", "[IN-USE] another session has this mailbox") from None
         items = mailboxes.remembered(user)
         self.items = await wait(lambda: mailboxes.listing(user)) if items is None else items
-        for start in range(0, len(self.items), MAX_LISTED):
-            self.total += sum([item.size for item in self.items[start:start + MAX_LISTED]])
+        for start in range(0, len(self.items), MAX_STEP):
+            self.total += sum([item.size for item in self.items[start:start + MAX_STEP]])
             if start:
                 await wait(TURN)
         self.user = user
@@ -6912,9 +6912,9 @@ class POP3Session(Session):
             index, item = self.item(argument)
             return ("+OK %d %s\r\n" % (index + 1, about(item))).encode()
         self.wire.send(b"+OK\r\n")
-        for start in range(0, len(self.items), MAX_LISTED):
+        for start in range(0, len(self.items), MAX_STEP):
             lines = ["%d %s\r\n" % (number, about(item)) for number, item in enumerate(
-                self.items[start:start + MAX_LISTED], start + 1) if number - 1 not in self.deleted]
+                self.items[start:start + MAX_STEP], start + 1) if number - 1 not in self.deleted]
             self.wire.send("".join(lines).encode())
             if start:
                 await self.wire.drain()
