@@ -7742,7 +7742,7 @@ def html_text(html: str) -> str:
             found.append("\n")
         elif name in ("td", "th"):
             found.append(" ")
-    text = re.sub(r" *\n *", "\n", re.sub(" {2,}", " ", "".join(found)))
+    text = re.sub(r" ?\n ?", "\n", re.sub(" {2,}", " ", "".join(found)))
     return re.sub(r"\n{3,}", "\n\n", text).strip() + ("\n[cut here]" if len(html) > MAX_RENDERED else "")
 
 
