@@ -43,6 +43,7 @@ import contextlib
 import dataclasses
 import email.utils
 import errno
+import fnmatch
 import functools
 import hashlib
 import heapq
@@ -66,8 +67,9 @@ import tempfile
 import threading
 import time
 import types
-from typing import (TYPE_CHECKING, Any, Callable, Coroutine, Deque, Dict, Generator, Iterable, Iterator, List, NamedTuple,
-                    NoReturn, Optional, Sequence, Set, Tuple, Type, Union)
+from queue import Empty, SimpleQueue
+from typing import (TYPE_CHECKING, Any, BinaryIO, Callable, Container, Coroutine, Deque, Dict, Generator, Iterable,
+                    Iterator, List, NamedTuple, NoReturn, Optional, Sequence, Set, Tuple, Type, Union)
 
 try:
     import fcntl
@@ -92,8 +94,6 @@ log.addHandler(logging.NullHandler())               # the library prints nothing
 MAX_RECIPIENTS = 1000               # in one transaction (RFC 5321 section 4.5.3.1.8 asks for at least 100)
 MAX_COMMAND = 4096                  # bytes in a command line; the RFC's 512 do not hold for long UTF-8 addresses
 MAX_AUTH_LINE = 12288               # RFC 4954 section 4
-MAX_REPLY_LINE = 2048               # bytes in one line of a peer's reply, and ...
-MAX_REPLY_LINES = 100               # ... its lines
 MAX_ERRORS = 10                     # wrong commands in one session, then 421 (RFC 5321 section 4.3.2)
 MAX_REFUSALS = 100                  # refused recipients in one session, then 421: somebody is guessing names
 MAX_RECEIVED = 50                   # trace headers, then the message is in a loop (RFC 5321 section 6.3)
@@ -102,13 +102,22 @@ MAX_ALIAS_STEPS = 10 * MAX_EXPANSION   # targets looked at for one recipient: li
 MAX_ALIAS_DEPTH = 50                # lists inside lists
 MAX_REMEMBERED = 100_000            # destinations of aliases kept in memory, so that naming one again costs nothing
 MAX_NAME = 255                      # bytes in a file name: what ext4, NTFS and APFS take
-MAX_EXCHANGERS = 10                 # hosts tried for one delivery attempt
-MAX_SENDERS = 128                   # outbound connections at once, and ...
-MAX_SENDERS_PER_HOST = 10           # ... to one destination
-MAX_ACTIVE = 2000                   # queue entries held in memory; the others wait on disk
-MAX_QUEUE = 1_000_000               # messages in the queue, then 452: something is badly wrong
-MAX_WAITING = 500                   # of them for one destination, so that a slow one does not fill them all
-MAX_HTTP_BODY = 1 << 26             # bytes in a request to the JSON API
+MAX_HTTP_BODY = 1 << 26             # bytes in a request to the JSON API that brings a message, and ...
+MAX_SMALL_BODY = 1 << 22            # ... in any other: a hundred thousand IDs
+MAX_HTTP_HEAD = 1 << 16             # bytes in a request's header fields, and ...
+MAX_HTTP_FIELDS = 100               # ... their number (http.client takes no more)
+MAX_JSON_VALUES = 200_000           # in a request: each takes some 100 bytes of memory, whatever it takes on the wire
+MAX_DESKS = 4                       # requests that have messages in memory at once
+LARGE = 1 << 20                     # bytes from which on a request's body waits on disk
+WEB_SHARE = 4                       # of --max-connections, one in so many can be the web's
+WEB_TIMEOUT = 60.0                  # seconds within which a request is complete (less with a shorter --timeout), and ...
+WEB_RATE = 1 << 14                  # ... bytes/s that it or its answer must have; browsers give up long before
+WEB_IDLE = 15.0                     # seconds a connection is kept for its next request
+WAIT_STEP = 0.1                     # seconds after which who waits looks around
+MAX_TAGGED = 1 << 22                # bytes of memory for messages' tags
+MAX_TAGS = 50                       # of one message
+MAX_RELEASED = 100                  # addresses that a message is released to at once
+MAX_HOOKED = 1000                   # messages that a webhook still has to be told of
 MAX_WORKERS = 64                    # processes sharing a data directory
 MAX_SUBMITTED_HEADER = 1 << 20      # bytes of header that `sendmail` takes; it is held in memory, the body is not
 MAX_SUBMITTED_NAMES = 10_000         # recipients named to it; past MAX_RECIPIENTS of them come back
@@ -137,7 +146,7 @@ MAX_FIELD = 1 << 18                 # bytes of one field that are read: some 8,0
 MAX_FIELDS = 2000                   # fields shown; real mail has up to ...
 MAX_ADDRESS = 1000                  # characters of an address or its name that are shown (RFC 5321 has 320)
 MAX_ADDRESSES = 10_000              # people of one header that are shown, and ...
-MAX_LISTED = 1000                   # ... in the list of messages
+MAX_NAMED = 1000                    # ... in the list of messages
 MAX_PARAMETERS = 100                # parameters of a Content-Type, RFC 2231 pieces counted singly
 MAX_DEPTH = 50                      # multiparts in one another, and ...
 MAX_PARTS = 1000                    # ... parts of a message
@@ -164,6 +173,43 @@ FAILURE_TTL = 5                     # seconds for no answer, or for nothing with
 CACHE_BYTES = 16 << 20              # of DNS answers in memory, roughly; then the oldest go
 SERVER_PAUSE = 60                   # seconds for which a name server that did not answer is asked last
 EDNS_PAUSE = 900                    # seconds for which one that cannot cope with EDNS is asked without
+
+# The queue, and mail that leaves.
+MAX_QUEUE = 1_000_000               # messages in the queue, then 452: something is badly wrong
+MAX_ACTIVE = 2000                   # entries held in memory; the others wait on disk
+MAX_WAITING = 500                   # of them for one destination, so that a slow one does not fill them all
+MAX_SENDERS = 128                   # outbound connections at once, and ...
+MAX_SENDERS_PER_HOST = 10           # ... to one destination; --limit says otherwise, as it does of the next two
+MAX_MESSAGES = 100                  # on one connection: many hosts take no more
+MAX_RECIPIENTS_AT_ONCE = 100        # in one transaction: what each host has to take (RFC 5321 section 4.5.3.1.8)
+MAX_EXCHANGERS = 10                 # hosts tried for one delivery attempt, and addresses of each
+MAX_REPLY_LINE = 2048               # bytes looked at in one line of a peer's reply, ...
+MAX_REPLY_LINES = 100               # ... lines kept of it, and ...
+MAX_REPLY = 1 << 20                 # ... bytes until it has to end
+PIPELINE = 4096                     # bytes of commands under way: what fits into the smallest socket buffer anybody has
+FINAL_WAIT = 600.0                  # seconds for the reply to the final dot (RFC 5321 section 4.5.3.2.6)
+MAX_PAUSE = 300.0                   # seconds a destination that cannot be reached is left alone
+NARROW = 300.0                      # seconds one that refused a connection too many gets no more of them
+MAX_REWRITTEN = 1 << 18             # bytes of headers in which --rewrite looks for From
+MAX_PATH = 1024                     # bytes in an address it looks at
+TICK = 0.1                          # seconds between two looks at what other processes did
+AGAIN = 5.0                         # seconds until what the disk refused is done again
+SWEEP = 60.0                        # seconds between two looks for what was in the memory of a process that died
+
+# Standing.
+MAX_SIGNED_HEADER = 1 << 20         # bytes of header held to sign it; a longer one goes out unsigned, and ...
+MAX_SIGNED_FIELDS = 2000            # ... one with more fields, each of which is named in the signature
+MAX_SIGNATURES = 8                  # keys that sign one message
+MAX_KEY_FILE = 1 << 16              # bytes in a key or certificate file
+MAX_KEY_BITS = 8192                 # of an RSA key: a longer one takes seconds for each message
+SRS_DAYS = 21                       # for which mail comes back to a forward's reverse-path, as with postsrsd
+MAX_STS_POLICY = 1 << 16            # bytes (RFC 8461 section 3.3)
+MAX_STS_HOSTS = 1000                # named in a policy
+STS_TIMEOUT = 30.0                  # seconds for fetching one
+STS_RETRY = 300.0                   # seconds after which it is tried again (RFC 8461 section 3.3)
+STS_REFRESH = 86400.0               # seconds after which an unchanged policy is fetched again, so that it does not run out
+MAX_SPF_LOOKUPS = 10                # RFC 7208 section 4.6.4, ...
+MAX_SPF_VOIDS = 2                   # ... and those of them without an answer
 
 
 class Reply(NamedTuple):
@@ -217,6 +263,9 @@ class Extension:
     def listeners(self, config: "Config") -> List[Any]:
         """Return the listeners that the options ask for, their ports taken; OSError."""
         return []
+
+    def outbound(self, config: "Config", stores: Any, resolver: Any) -> Any:
+        """Return what has a say in mail that leaves (Outbound), None without one."""
 
     def equip(self, node: "Node") -> None:
         """Give the site what this section has for its sessions, before the first of them."""
@@ -455,6 +504,88 @@ def parse_parameters(text: str) -> Dict[str, str]:
     return parameters
 
 
+XTEXT = re.compile(r"(?:[!-*,-<>-~]|\+[0-9A-F]{2})*")                               # RFC 3461 section 4
+UTF8_XTEXT = re.compile(r"(?:[!-*,-<>-\[\]-~\u0080-\U0010ffff]|\\x\{[0-9A-F]{1,6}\})*")    # RFC 6533 section 3
+NOTIFY = ("SUCCESS", "FAILURE", "DELAY")
+
+
+class Wish(NamedTuple):
+    """What a sender wants to be told about one recipient, and by which name it knows it; both as it wrote them."""
+    notify: str = ""                                # NEVER, or words of NOTIFY with commas; "" for FAILURE, maybe DELAY
+    orcpt: str = ""                                 # TYPE;TEXT, in xtext or utf-8-addr-xtext
+
+    def wants(self, what: str, otherwise: bool = False) -> bool:
+        """Return whether the sender is to be told of a SUCCESS, FAILURE or DELAY; `otherwise` when it did not say."""
+        return what in self.notify.split(",") if self.notify else otherwise
+
+    def kept(self) -> Dict[str, str]:
+        """Return what of it is to be kept with a recipient in the queue."""
+        return {name: value for name, value in self._asdict().items() if value}
+
+    def without_success(self) -> "Wish":
+        """Return what is left to ask of others once we have reported that the mail was sent on to several."""
+        if self.notify in ("", "NEVER"):
+            return self
+        return self._replace(notify=",".join(w for w in self.notify.split(",") if w != "SUCCESS") or "NEVER")
+
+
+def xtext_encode(text: str) -> str:
+    """Return a text as an xtext (RFC 3461 section 4)."""
+    return "".join(chr(byte) if 33 <= byte <= 126 and byte not in b"+=" else "+%02X" % byte for byte in text.encode("utf-8"))
+
+
+def xtext_decode(text: str) -> str:
+    """Return what an xtext stands for; ValueError."""
+    if not XTEXT.fullmatch(text):
+        raise ValueError("not an xtext")
+    return re.sub(r"\+(..)", lambda match: chr(int(match.group(1), 16)), text)
+
+
+def utf8_xtext_encode(text: str) -> str:
+    """Return a UTF-8 address in ASCII (RFC 6533 section 3: utf-8-addr-xtext)."""
+    return "".join(c if "!" <= c <= "~" and c not in "+=\\" else "\\x{%02X}" % ord(c) for c in text)
+
+
+def utf8_xtext_decode(text: str) -> str:
+    """Return what a utf-8-addr-xtext or utf-8-addr-unitext stands for; ValueError."""
+    if not UTF8_XTEXT.fullmatch(text):
+        raise ValueError("not a utf-8-addr-xtext")
+    return re.sub(r"\\x\{([0-9A-F]+)\}", lambda match: chr(int(match.group(1), 16)), text)
+
+
+def parse_dsn_of_mail(parameters: Dict[str, str]) -> Tuple[str, str]:
+    """Take RET= and ENVID= out of the parameters of MAIL and return both, "" for what is not there; Refused."""
+    ret, envid = parameters.pop("RET", ""), parameters.pop("ENVID", "")
+    if ret.upper() not in ("", "FULL", "HDRS"):
+        raise Refused(501, "5.5.4", "RET is FULL or HDRS")
+    if len(envid) > 100 or not XTEXT.fullmatch(envid):
+        raise Refused(501, "5.5.4", "ENVID is an xtext of at most 100 characters")
+    return ret.upper(), envid
+
+
+def parse_dsn_of_rcpt(parameters: Dict[str, str], smtputf8: bool = False) -> Wish:
+    """Take NOTIFY= and ORCPT= out of the parameters of RCPT and return the wish; Refused."""
+    words = parameters.pop("NOTIFY", "").upper().split(",")
+    if words != [""] and words != ["NEVER"] and (set(words) - set(NOTIFY) or len(set(words)) < len(words)):
+        raise Refused(501, "5.5.4", "NOTIFY is NEVER, or some of SUCCESS,FAILURE,DELAY")
+    orcpt = parameters.pop("ORCPT", "")
+    kind, semicolon, text = orcpt.partition(";")
+    valid = UTF8_XTEXT if kind.lower() == "utf-8" else XTEXT
+    if orcpt and (not re.fullmatch(r"[A-Za-z0-9-]{1,40}", kind) or not text or len(orcpt) > 500 or not valid.fullmatch(text)
+                  or not (smtputf8 or orcpt.isascii())):
+        raise Refused(501, "5.5.4", "ORCPT is TYPE;ADDRESS, the address in xtext")
+    try:
+        return Wish(",".join(words), ascii_orcpt(orcpt))
+    except ValueError:
+        raise Refused(501, "5.5.4", "ORCPT is no address in UTF-8") from None
+
+
+def ascii_orcpt(orcpt: str) -> str:
+    """Return an ORCPT= as every server takes it: a UTF-8 address in ASCII; ValueError."""
+    kind, semicolon, text = orcpt.partition(";")
+    return kind + semicolon + (text if text.isascii() else utf8_xtext_encode(utf8_xtext_decode(text)))
+
+
 def covers(pattern: str, domain: str) -> bool:
     """Return whether a domain, in whatever spelling, is the one meant, or for `.example.org` lies under it."""
     pattern, domain = ascii_domain(pattern), ascii_domain(domain)
@@ -517,6 +648,10 @@ class Envelope:
     client: str = ""                                    # IP address, "" for a local program
     protocol: str = "SMTP"                              # "with" keyword of Received (RFC 3848, 6531)
     body: str = ""                                      # BODY= of MAIL, as declared
+    trusted: bool = False                               # it comes from somebody who may have mail passed on
+    ret: str = ""                                       # RET= and ENVID= of MAIL (RFC 3461), ...
+    envid: str = ""
+    wishes: Dict[str, Any] = dataclasses.field(default_factory=dict)    # ... and the Wish of recipients who have one
 
 
 def with_keyword(esmtp: bool, tls: bool, login: bool, utf8: bool) -> str:
@@ -1676,8 +1811,9 @@ class Wire:
 
     def send(self, data: bytes) -> None:
         """Queue bytes for the other side."""
-        self.output.append(data)
-        self.pending += len(data)
+        if data:                                    # OpenSSL may take a write of nothing for the end (Python 3.8)
+            self.output.append(data)
+            self.pending += len(data)
 
     async def drain(self) -> None:
         """Send queued output when it is much, so that it does not pile up; Disconnected, TimedOut."""
@@ -1950,7 +2086,7 @@ class Storage:
     def make_directories(paths: Sequence[str]) -> List[str]:
         """Make directories (0700) and what is missing above them; return those that must be flushed for it. OSError."""
         changed: Dict[str, None] = {}
-        for path in paths:
+        for path in map(os.path.abspath, paths):
             missing = []
             while not os.path.isdir(path):
                 missing.append(path)
@@ -2309,6 +2445,7 @@ class Mailboxes:
         self.path = functools.lru_cache(maxsize=1000)(self._path)
         self.forget: Optional[Callable[[str], None]] = None     # told the id of a message whose last copy was deleted
         self._listings: "collections.OrderedDict[str, Tuple[Any, List[Item]]]" = collections.OrderedDict()
+        self._listed = 0                            # items in them
         self._listing_lock = threading.Lock()
 
     def _path(self, mailbox: str) -> str:
@@ -2389,9 +2526,10 @@ class Mailboxes:
         listing = sorted_in_runs(list(items.values()))
         if time.time_ns() - max(stamp)[0] > 2_000_000_000:  # within a clock tick a change might not show in the stamp
             with self._listing_lock:
+                self._listed += len(listing) - len(self._listings.pop(path, (None, []))[1])
                 self._listings[path] = (stamp, listing)
-                while len(self._listings) > 1 and sum(len(old[1]) for old in self._listings.values()) > 250_000:
-                    self._listings.popitem(last=False)
+                while len(self._listings) > 1 and self._listed > 250_000:
+                    self._listed -= len(self._listings.popitem(last=False)[1][1])
         return listing
 
     @staticmethod
@@ -3025,7 +3163,7 @@ class Policy:
 class Parcel:
     """A message on its way to disk: the draft, its envelope, where it goes, and what of that has been done."""
 
-    __slots__ = ("draft", "envelope", "mailboxes", "remote", "own", "entry", "placed", "made")
+    __slots__ = ("draft", "envelope", "mailboxes", "remote", "own", "entry", "placed", "made", "wishes", "done", "forward")
 
     def __init__(self, draft: Draft, envelope: Envelope, mailboxes: List[str], remote: List[Address], own: int,
                  made: List[str]) -> None:
@@ -3034,6 +3172,9 @@ class Parcel:
         self.entry: Any = None                      # in the queue, not published yet
         self.placed: List[str] = []                 # paths in mailboxes
         self.made = made                            # directories that have new ones in them, to be flushed
+        self.wishes: Dict[str, Wish] = {}           # of remote recipients, by key
+        self.done: List[Tuple[Address, str, Wish]] = []     # who is served with this, how, and its sender wants to know
+        self.forward = False                        # an alias leads elsewhere with it
 
 
 class Post:
@@ -3048,7 +3189,7 @@ class Post:
         self.queue = queue                          # section 9; None in capture mode: nothing leaves the machine
         self.clock = clock
 
-    def begin(self, envelope: Envelope, destinations: Iterable[Destinations]) -> Parcel:
+    def begin(self, envelope: Envelope, destinations: Sequence[Destinations]) -> Parcel:
         """Return a parcel to write content into; duplicates among its destinations are removed."""
         boxes: Dict[str, None] = {}
         remote: Dict[str, Address] = {}
@@ -3068,7 +3209,24 @@ class Post:
             return fd_and_path
         draft = Draft(id, header, self.max_size, open_file)
         draft.keep_head = BLOCK if self.queue else 0
-        return Parcel(draft, envelope, mailboxes, list(remote.values()), own, made)
+        parcel = Parcel(draft, envelope, mailboxes, list(remote.values()), own, made)
+        if self.queue and (remote or envelope.wishes):
+            self._note_wishes(parcel, destinations)
+        return parcel
+
+    @staticmethod
+    def _note_wishes(parcel: Parcel, destinations: Sequence[Destinations]) -> None:
+        """Note what its sender wants to be told of each recipient, and what of that happens here (RFC 3461 section 5.2.7)."""
+        for address, found in zip(parcel.envelope.recipients, destinations):
+            parcel.forward = parcel.forward or any(target.key != address.key for target in found.remote)
+            wish = parcel.envelope.wishes.get(address.key)
+            if wish is None or not parcel.envelope.sender:
+                continue
+            several = len(found.remote) + len(found.mailboxes) > 1
+            if (several or not found.remote) and wish.wants("SUCCESS"):
+                parcel.done.append((address, "expanded" if several else "delivered", wish))
+            for target in found.remote:
+                parcel.wishes.setdefault(target.key, wish.without_success() if several else wish)
 
     @staticmethod
     def is_heavy(parcel: Parcel) -> bool:
@@ -3115,7 +3273,7 @@ class Post:
                 sum(name == "received" for name, _ in split_headers(draft.head)[0]) > MAX_RECEIVED:
             raise Refused(554, "5.4.6", "mail loop: more than %d Received headers" % MAX_RECEIVED)
         files: List[Union[int, str]] = [draft.complete()]
-        if parcel.remote:
+        if parcel.remote or parcel.done:
             parcel.entry = self.queue.add(parcel)
             files.append(parcel.entry.draft)
         return files
@@ -3180,6 +3338,7 @@ class Door:
         self.config, self.book, self.post = config, book, post
         self.policy = policy or Policy()
         self.asks_policy = type(self.policy) is not Policy      # it may take as long as it likes: in a thread
+        self.origin: Callable[[Address], Optional[Address]] = lambda address: None      # of what comes back to a forward
 
     def ask(self, hook: str, *arguments: Any) -> None:
         """Call a hook of the policy; Refused, also when it fails."""
@@ -3204,7 +3363,7 @@ class Door:
             raise Refused(452, "4.5.3", "more than %d recipients" % MAX_RECIPIENTS)
         if not trusted and not self.book.is_local(address):
             raise Refused(550, "5.7.1", "relaying denied: log in first")
-        found = self.book.resolve(address)
+        found = self.book.resolve(self.origin(address) or address)
         if found.remote:
             self._check_remote(found.remote)
         return found
@@ -3226,12 +3385,19 @@ class Door:
         envelope.recipients.append(address)
         return found
 
-    def send(self, envelope: Envelope, recipients: Iterable[Address], content: bytes, user: Optional[str] = None) -> Parcel:
-        """Take a whole message over from somebody trusted, and return the parcel that is on disk; Refused."""
+    def send(self, envelope: Envelope, recipients: Iterable[Address], content: Union[bytes, Iterable[bytes]],
+             user: Optional[str] = None) -> Parcel:
+        """Take a whole message over, in blocks or one, from somebody trusted; return the parcel that is on disk; Refused."""
+        envelope.trusted = True
         self.check_sender(envelope, parse_address(envelope.sender) if envelope.sender else None, user)
         self.ask("on_mail", envelope.client, envelope.sender, user)
-        parcel = self.post.begin(envelope, [self.recipient(envelope, address, True) for address in recipients])
-        parcel.draft.write(content)
+        return self.post_all(envelope, [self.recipient(envelope, address, True) for address in recipients], content)
+
+    def post_all(self, envelope: Envelope, destinations: List[Destinations], content: Union[bytes, Iterable[bytes]]) -> Parcel:
+        """Take a whole message over for destinations that are settled, and return the parcel that is on disk; Refused."""
+        parcel = self.post.begin(envelope, destinations)
+        for block in [content] if isinstance(content, bytes) else content:
+            parcel.draft.write(block)
         self.finish(parcel)
         self.post.commit(parcel)
         return parcel
@@ -3273,7 +3439,9 @@ def open_stores(config: Config, clock: Callable[[], float] = time.time, policy: 
     mailboxes = Mailboxes(storage, hostname)
     accounts = Accounts(config.file("users"))
     book = AddressBook(config.domain, accounts, config.file("aliases"), config.catch_all, hostname)
-    queue = None if config.capture else next(filter(None, (e.queue(storage, config, clock) for e in EXTENSIONS)), None)
+    queue = None
+    if config.release or not config.capture:        # in capture mode only what is released by hand gets into it
+        queue = next(filter(None, (section.queue(storage, config, clock) for section in EXTENSIONS)), None)
     post = Post(mailboxes, hostname, config.max_size, queue, clock)
     return Stores(hostname, storage, mailboxes, accounts, book, post, Door(config, book, post, policy))
 
@@ -3286,8 +3454,8 @@ def await_mail(storage: Storage, look: Callable[[], Any], until: float, sleep: C
     while True:
         stamp, looked = storage.stamp("mail"), time.monotonic()
         found = look()
-        if found:
-            return found
+        if found or looked >= until:
+            return found or None
         while storage.stamp("mail") == stamp and time.monotonic() < looked + 2.0:   # a stamp may be coarse, or be missed
             left = until - time.monotonic()
             if left <= 0:
@@ -3944,54 +4112,94 @@ class Zone:
 # ======================================================================================================================
 # 9  Queue.  Messages that still have to go out, and when. Knows files and locks; nothing of DNS, SMTP or routes.
 #
-#    files under queue/          state                        a crash leaves it so, and then
-#    --------------------------  ---------------------------  ---------------------------------------------------------
-#    ID.msg                      being accepted (no 250 yet)  sweep() removes it once the accepting process is dead
-#    ID.msg  new/ID              due now                      the next start, or another process at once, sends it
-#    ID.msg  due/SECONDS/ID      waits until SECONDS          is due then
-#    ID.msg  busy/DEST/ID        due; DEST has enough to do   the next scan gives it to DEST
-#    ID.msg  + lock on ID.msg    somebody works on it         the lock ends with its process: free for others
-#    ID.msg  ID*.tmp too         its envelope is (re)written  the old envelope counts; sweep() removes the other
-#            new/ID              done, ID.msg is removed      (cannot be: the envelope goes first)
-#    ID.msg                      done, the envelope is gone   as in the first line
+#    Two files in queue/ are the truth about a message: ID.msg, its content, and ID.env, its envelope, which is JSON and
+#    replaced whole. Neither ever moves. Who holds the lock on ID.msg, from its first byte to its last, is the only one
+#    to touch what belongs to ID; the lock ends with its process. A hint is an empty file that says where to look:
+#
+#    files under queue/            state                       a crash leaves it so, and then
+#    ----------------------------  --------------------------  -------------------------------------------------------
+#    ID.msg                        being accepted (no 250 yet)  sweep() removes it once its lock is gone
+#    ID.msg ID.env                 waits in a process's memory  sweep() at the next start gives it the hint new/ID
+#    ID.msg ID.env new/ID          due, for whoever comes      any process takes it up
+#    ID.msg ID.env due/SECONDS/ID  waits until SECONDS         is due then
+#    ID.msg ID.env busy/DEST/ID    due; DEST has enough to do,  looked at when DEST has less to do, or at the next start
+#                                  or cannot be reached now
+#      + lock on ID.msg            somebody works on it        free for others
+#      + ID.env*.tmp               its envelope is (re)written  the old envelope counts; sweep() removes the other
+#    ID.msg                        done, the envelope is gone  as in the first line
+#    new/ID alone                  done, or never was          removed when somebody looks at it
 #
 #         DATA's 250               taken up                    2xx or 5xx for every recipient
 #     --> [ new ] ---------------> [ locked ] ----------------------------------------------> (bounce, removed)
 #            ^   \                   |     ^
 #            |    `-> [ busy ] ------'     | SECONDS are over, or `queue flush`
 #            |                       v     |
-#            `------ flush -------- [ due ]'      4xx, lost, timed out: envelope replaced, then moved
+#            `------ flush -------- [ due ]'      4xx, lost, timed out: envelope replaced, then hinted at
 #
-#    The envelope is JSON and holds the truth; the directory it is in is only where to look. A move is one rename().
+#    So nothing that matters depends on two directories being on disk in the right order, and two processes that look
+#    at the same hint cannot both send: one has the lock, the other finds what became of it.
 # ======================================================================================================================
+
+ENTRY_ID = re.compile(r"[0-9a-f]+-[0-9a-f]+-[0-9a-f]+", re.ASCII)
+
 
 @dataclasses.dataclass
 class Entry:
-    """A message in the queue: its envelope file, and while somebody works on it the lock."""
+    """The envelope of a message in the queue: what stands in ID.env, and nothing else."""
     id: str
     sender: str
     size: int                                       # bytes of content
     offset: int                                     # of the content in ID.msg that goes to other hosts
-    queued_at: float
+    queued_at: float                                # as the clock showed it
     next_attempt: float
-    recipients: List[Dict[str, Any]]                # address, state (waiting, delivered, failed), last_reply
-    attempts: int = 0
+    recipients: List[Dict[str, Any]]                # address, state (waiting, delivered, failed), last_reply, and once
+    attempts: int = 0                               # there was one: status, remote; as asked for: notify, orcpt (RFC 3461)
     eightbit: bool = False
     smtputf8: bool = False
-    place: str = ""                                 # path of the envelope
-    draft: int = -1                                 # fd of the envelope until it is published
-    pending: int = 0                                # destinations in this process that still have to try
-    lost: bool = False                              # another process has it
-    mutex: Any = dataclasses.field(default_factory=threading.Lock)      # held to claim, record and settle it
-    lock: int = -1                                  # fd of ID.msg while claimed
-    PASSING = ("place", "draft", "pending", "lost", "mutex", "lock")    # not in the envelope file
+    age: float = 0.0                                # seconds that passed since it was accepted until ...
+    noted: List[Any] = dataclasses.field(default_factory=list)      # ... [boot, seconds since it, time of day]
+    extra: Dict[str, Any] = dataclasses.field(default_factory=dict)     # ret, envid; what standing keeps of a message
+
+    KINDS = (("id", str), ("sender", str), ("size", int), ("offset", int), ("queued_at", (int, float)),
+             ("next_attempt", (int, float)), ("recipients", list), ("attempts", int), ("age", (int, float)),
+             ("noted", list), ("extra", dict))
 
     def encode(self) -> bytes:
-        fields = {name: value for name, value in vars(self).items() if name not in self.PASSING}
-        return (json.dumps(fields, indent=1, ensure_ascii=False) + "\n").encode("utf-8")
+        return (json.dumps(vars(self), indent=1, ensure_ascii=False) + "\n").encode("utf-8")
+
+    @classmethod
+    def decode(cls, text: bytes) -> "Entry":
+        """Return the entry in an envelope file; ValueError, TypeError, KeyError, Refused when it is none."""
+        entry = cls(**json.loads(text))
+        for name, kind in cls.KINDS:
+            if not isinstance(getattr(entry, name), kind):
+                raise TypeError("%s is of the wrong type" % name)
+        for recipient in entry.recipients:
+            parse_address(recipient["address"])
+            for name in ("state", "last_reply"):
+                if not isinstance(recipient[name], str):
+                    raise TypeError("%s is of the wrong type" % name)
+        return entry
 
     def waiting(self) -> List[Dict[str, Any]]:
         return [recipient for recipient in self.recipients if recipient["state"] == "waiting"]
+
+
+class Dispatch:
+    """What goes on with an entry in this process; never on disk. One thread has it at a time, or holds `mutex`."""
+
+    def __init__(self, entry: Entry, hint: str = "") -> None:
+        self.entry = entry
+        self.hint = hint                            # path of the hint it was found by
+        self.draft = -1                             # fd of the envelope until it is published
+        self.copy = -1                              # fd of ID.msg where that is a copy of the draft
+        self.lock = -1                              # fd of ID.msg while claimed
+        self.lost = False                           # another process has it, or it is done
+        self.pending = 0                            # destinations that still have to try
+        self.tried = False                          # one of them did, and it has to be tried again
+        self.aside = ""                             # a destination that has not been tried
+        self.message: Any = None                    # section 11's Outgoing, once made
+        self.mutex = threading.Lock()               # destinations of one message may be served at the same time
 
 
 class Queue:
@@ -4004,248 +4212,473 @@ class Queue:
         self.due = os.path.join(self.root, "due")
         self.busy = os.path.join(self.root, "busy")
         self.clock = clock
-        self.submitted: Callable[[Entry], None] = lambda entry: None    # the relay of this process
+        self.steady = time.monotonic if clock is time.time else clock   # seconds that nobody sets back or forth, ...
+        self.boot = boot_id()                       # ... since when
+        self.submitted: Callable[[Dispatch], bool] = lambda dispatch: False     # the relay of this process
         self.horizon = 1.2 * max(config.retry) + 120    # seconds
         self._counted = (0.0, 0)                    # when its messages were counted, and how many there were
 
     def is_full(self) -> bool:
         """True when no more can be taken; counted every now and then, as that takes a while."""
         if self.clock() - self._counted[0] > 10:
-            self._counted = self.clock(), len(list_directory(self.root))
+            self._counted = self.clock(), len(list_directory(self.root)) // 2
         return self._counted[1] >= MAX_QUEUE
 
-    def message(self, id: str) -> str:
-        return os.path.join(self.root, id + ".msg")
+    def path(self, id: str, kind: str = "msg") -> str:
+        """Return where the message (msg) or the envelope (env) of an entry is."""
+        return os.path.join(self.root, id + "." + kind)
+
+    # Coming in.
 
     def open_draft(self, id: str) -> Tuple[int, str]:
-        """Make a message file that has no envelope yet and return (fd, path); OSError."""
-        try:
-            return self.storage.create(self.message(id)), self.message(id)
-        except FileNotFoundError:
-            self.storage.make_directory(self.root)
-            return self.storage.create(self.message(id)), self.message(id)
+        """Make a locked message file that has no envelope yet and return (fd, path); OSError."""
+        return self._create(self.path(id)), self.path(id)
 
-    def add(self, parcel: Parcel) -> Entry:
-        """Put a finished draft into the queue, and return its entry, not published yet; OSError."""
+    def _create(self, path: str) -> int:
+        try:
+            return self.storage.create(path)
+        except FileNotFoundError:
+            self.storage.make_directory(os.path.dirname(path))
+            return self.storage.create(path)
+
+    def add(self, parcel: Parcel) -> Dispatch:
+        """Put a finished draft into the queue, and return it with its entry, not published yet; OSError."""
         draft, envelope = parcel.draft, parcel.envelope
         now = self.clock()
-        path = self.message(draft.id)
-        if draft.path != path:
-            self.storage.make_directory(self.root)
-            link_or_copy(draft.path, path)
         entry = Entry(draft.id, envelope.sender, draft.written - parcel.own, parcel.own, now, now,
-                      [{"address": str(address), "state": "waiting", "last_reply": ""} for address in parcel.remote],
-                      eightbit=draft.eightbit, place=os.path.join(self.new, draft.id),
+                      self._recipients(parcel), eightbit=draft.eightbit, noted=[self.boot, self.steady(), now],
+                      extra=self._extra(parcel),
                       smtputf8=envelope.smtputf8 and not draft.head.partition(b"\r\n\r\n")[0].isascii())
+        dispatch = Dispatch(entry)
         try:
-            entry.draft = self._open_envelope(entry.place + ".tmp")
-            lock_file(draft.fd)                     # until the draft is closed nobody takes the entry up
-            write_all(entry.draft, entry.encode())
+            if draft.path != self.path(draft.id):
+                dispatch.copy = self._take_over(draft, self.path(draft.id))
+            flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | O_EXTRA
+            dispatch.draft = os.open(self.path(draft.id, "env.tmp"), flags, 0o600)
+            write_all(dispatch.draft, entry.encode())
         except BaseException:
-            self.withdraw(entry)
+            self.withdraw(dispatch)
             raise
-        return entry
+        return dispatch
 
-    def _open_envelope(self, path: str) -> int:
+    @staticmethod
+    def _recipients(parcel: Parcel) -> List[Dict[str, Any]]:
+        """Return the recipients of an entry: who waits, and who is served but whose sender has to be told."""
+        waiting = [dict({"address": str(address), "state": "waiting", "last_reply": ""},
+                        **parcel.wishes.get(address.key, Wish()).kept()) for address in parcel.remote]
+        return waiting + [dict({"address": str(address), "state": "delivered", "last_reply": "", "action": action},
+                               **wish.kept()) for address, action, wish in parcel.done]
+
+    @staticmethod
+    def _extra(parcel: Parcel) -> Dict[str, Any]:
+        """Return what else is to be known of a message that goes out; only what is not as usual."""
+        envelope = parcel.envelope
+        extra = {"trusted": envelope.trusted, "forward": parcel.forward, "ret": envelope.ret, "envid": envelope.envid}
+        return {name: value for name, value in extra.items() if value}
+
+    def _take_over(self, draft: Draft, path: str) -> int:
+        """Give the draft of a mailbox a name here, too, and return -1; the fd of a copy where there are no links. OSError."""
+        self.storage.make_directory(self.root)
         try:
-            return self.storage.create(path)
-        except FileNotFoundError:
-            self.storage.make_directory(self.new)
-            return self.storage.create(path)
+            os.link(draft.path, path)               # one file: the draft's lock holds for both names
+            return -1
+        except OSError as error:
+            if error.errno not in NO_LINKS:
+                raise
+        fd, _ = self.open_draft(draft.id)
+        try:
+            with open(draft.path, "rb") as file:
+                for block in iter(lambda: file.read(BIG_BLOCK), b""):
+                    write_all(fd, block)
+            self.storage.sync_file(fd)
+        except BaseException:
+            close_quietly(fd)
+            raise
+        return fd
 
-    def publish(self, entry: Entry) -> List[Union[int, str]]:
+    def publish(self, dispatch: Dispatch) -> List[Union[int, str]]:
         """Put the envelope in place, now that it and the message are on disk; return the directories to flush. OSError."""
-        close_quietly(entry.draft)
-        entry.draft = -1
-        os.rename(entry.place + ".tmp", entry.place)
-        return [self.root, self.new]
+        close_quietly(dispatch.draft)
+        dispatch.draft = -1
+        os.rename(self.path(dispatch.entry.id, "env.tmp"), self.path(dispatch.entry.id, "env"))
+        return [self.root]
 
-    def withdraw(self, entry: Entry) -> None:
+    def withdraw(self, dispatch: Dispatch) -> None:
         """Take an entry out that did not come to count."""
-        if entry.draft >= 0:
-            close_quietly(entry.draft)
-            entry.draft = -1
-        for path in (entry.place, entry.place + ".tmp", self.message(entry.id)):
+        for kind in ("env", "env.tmp", "msg"):
             with contextlib.suppress(OSError):
-                os.unlink(path)
+                os.unlink(self.path(dispatch.entry.id, kind))
+        self._close(dispatch)
 
-    def submit(self, entry: Entry) -> None:
+    def submit(self, dispatch: Dispatch) -> None:
         """Let the entry be sent, here or by other processes."""
-        self.submitted(entry)
-        self.storage.wake("queue")
+        self._close(dispatch)
+        if not self.submitted(dispatch):
+            try:
+                self.place_hint(dispatch, self.new)
+            except OSError as error:                # it counts all the same: the next start finds it
+                log.warning("queue entry %s waits for the next start: %s", dispatch.entry.id, error)
+            self.storage.wake("queue")
 
-    def read(self, place: str) -> Optional[Entry]:
-        """Return the entry whose envelope is at `place`; None when it is not there any more, or cannot be read."""
+    def _close(self, dispatch: Dispatch) -> None:
+        for fd in (dispatch.draft, dispatch.copy, dispatch.lock):
+            if fd >= 0:
+                close_quietly(fd)
+        dispatch.draft = dispatch.copy = dispatch.lock = -1
+
+    # Working on it.
+
+    def read(self, id: str) -> Optional[Entry]:
+        """Return an entry; None when it is not there any more, or no envelope that we understand. OSError."""
         try:
-            with open(place, "rb") as file:
-                entry = Entry(place=place, **json.loads(file.read()))
-            entry.size + entry.offset + entry.queued_at + entry.next_attempt + entry.attempts   # numbers, or TypeError
-            for recipient in entry.recipients:
-                parse_address(recipient["address"]), recipient["state"], recipient["last_reply"]
-            return entry
+            with open(self.path(id, "env"), "rb") as file:
+                return Entry.decode(file.read())
         except FileNotFoundError:
             return None
-        except (ValueError, TypeError, KeyError, OSError, Refused) as error:
-            log.warning("queue entry %s cannot be read, left alone: %s", place, error)
+        except (ValueError, TypeError, KeyError, Refused, RecursionError) as error:
+            log.warning("queue entry %s cannot be read, left alone: %s", self.path(id, "env"), error)
             return None
 
-    def claim(self, entry: Entry) -> bool:
-        """Lock an entry and read it anew; False when another process has it or it is gone."""
+    def exists(self, id: str) -> bool:
+        return os.path.exists(self.path(id, "env"))
+
+    def claim(self, dispatch: Dispatch) -> bool:
+        """Lock an entry and read it anew; False when another process has it, or it is gone. OSError."""
+        entry = dispatch.entry
         try:
-            fd = os.open(self.message(entry.id), os.O_RDWR | O_EXTRA)
+            fd = os.open(self.path(entry.id), os.O_RDWR | O_EXTRA)
         except FileNotFoundError:
-            if os.path.exists(entry.place):
+            self._drop_hint(dispatch)
+            if self.exists(entry.id):
                 log.error("queue entry %s has no message file: dropped", entry.id)
                 with contextlib.suppress(OSError):
-                    os.unlink(entry.place)
+                    os.unlink(self.path(entry.id, "env"))
             return False
-        fresh = self.read(entry.place) if lock_file(fd) else None
+        try:
+            fresh = self.read(entry.id) if self._lock(fd) else None
+        except OSError:
+            os.close(fd)
+            raise
         if fresh is None:
             os.close(fd)
             return False
-        entry.recipients, entry.attempts, entry.next_attempt = fresh.recipients, fresh.attempts, fresh.next_attempt
-        entry.lock = fd
+        dispatch.entry, dispatch.lock = fresh, fd
         return True
 
-    def release(self, entry: Entry) -> None:
-        if entry.lock >= 0:
-            close_quietly(entry.lock)
-            entry.lock = -1
+    def _lock(self, fd: int) -> bool:
+        """Lock a message file; False when somebody else has it. Where there are no locks, there is one process, we hope."""
+        try:
+            return lock_file(fd)
+        except OSError as error:
+            self.storage.complain("locks", "no locks on this file system: run one process only (%s)" % error)
+            return True
 
-    def save(self, entry: Entry) -> None:
+    def release(self, dispatch: Dispatch) -> None:
+        self._close(dispatch)
+
+    def age(self, entry: Entry) -> float:
+        """Return the seconds since an entry was accepted: what passed since it was noted, by a clock that nobody sets as
+        long as the machine was not started anew; after that by the time of day, which may have been wrong then or now.
+        """
+        boot, steady, wall = entry.noted if len(entry.noted) == 3 else ("", 0.0, entry.queued_at)
+        passed = self.steady() - steady if boot == self.boot else self.clock() - wall
+        return entry.age + max(0.0, passed)
+
+    def save(self, dispatch: Dispatch) -> None:
         """Replace the envelope of a claimed entry, durably; OSError."""
-        self.storage.write(entry.place, entry.encode())
+        entry = dispatch.entry
+        entry.age, entry.noted = self.age(entry), [self.boot, self.steady(), self.clock()]
+        self.storage.write(self.path(entry.id, "env"), entry.encode())
 
-    def postpone(self, entry: Entry, until: float) -> None:
-        """Record a claimed entry as due at `until` and move it there; OSError."""
-        step = max(1, int(until - self.clock()) // 60)      # long waits share directories
-        seconds = -int(-until // step) * step
-        entry.next_attempt = until
-        self.save(entry)
-        self.move(entry, os.path.join(self.due, "%012d" % seconds))
+    def postpone(self, dispatch: Dispatch, until: float) -> None:
+        """Record a claimed entry as due at `until` and hint at it there; OSError."""
+        dispatch.entry.next_attempt = until
+        self.save(dispatch)
+        self.place_hint(dispatch, self.due_directory(until))
 
-    def move(self, entry: Entry, directory: str) -> None:
-        """Move the envelope into another directory; should it not happen, the envelope still says when it is due."""
-        place = os.path.join(directory, entry.id)
+    def due_directory(self, moment: float) -> str:
+        step = max(1, int(moment - self.clock()) // 60)     # long waits share directories
+        return os.path.join(self.due, "%012d" % (-int(-moment // step) * step))
+
+    def place_hint(self, dispatch: Dispatch, directory: str) -> None:
+        """Hint at an entry in this directory, and nowhere else; OSError. Not flushed: sweep() finds what has no hint."""
+        hint = os.path.join(directory, dispatch.entry.id)
+        if dispatch.hint == hint and os.path.exists(hint):
+            return
         for _ in range(10):                         # whoever emptied the directory may be removing it
             try:
-                os.rename(entry.place, place)
-                entry.place = place
-                return
+                if dispatch.hint:
+                    os.rename(dispatch.hint, hint)
+                else:
+                    os.close(os.open(hint, os.O_CREAT | os.O_WRONLY | O_EXTRA, 0o600))
+                break
             except FileNotFoundError:
-                if not os.path.exists(entry.place):
-                    return
-                os.makedirs(directory, mode=0o700, exist_ok=True)
+                if dispatch.hint and not os.path.exists(dispatch.hint):
+                    dispatch.hint = ""
+                self._make_private(directory)
+        dispatch.hint = hint
 
-    def finish(self, entry: Entry) -> None:
-        """Remove a claimed entry: all its recipients are served."""
-        for path in (entry.place, self.message(entry.id)):
+    def _make_private(self, directory: str) -> None:
+        for path in (self.root, os.path.dirname(directory), directory):     # makedirs() would make them 0755 above
+            with contextlib.suppress(FileExistsError):
+                os.mkdir(path, 0o700)
+
+    def _drop_hint(self, dispatch: Dispatch) -> None:
+        if dispatch.hint:
+            with contextlib.suppress(OSError):
+                os.unlink(dispatch.hint)
+            dispatch.hint = ""
+
+    def finish(self, dispatch: Dispatch) -> None:
+        """Remove a claimed entry: all its recipients are served. OSError."""
+        for path in (self.path(dispatch.entry.id, "env"), self.path(dispatch.entry.id)):
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(path)
-        self.release(entry)
+        self._drop_hint(dispatch)
+        self.release(dispatch)
+
+    # Looking for it.
+
+    def is_later(self, moment: float, now: float) -> bool:
+        """Return whether something is due later. What is further off than anybody puts it is due: the clock was set back."""
+        return now < moment < now + self.horizon
+
+    def _moments(self) -> List[int]:
+        return sorted(int(name) for name in list_directory(self.due) if re.fullmatch(r"\d{12}", name, re.ASCII))
 
     def due_directories(self, now: float) -> Iterator[str]:
-        """Yield the directories whose entries are due, the longest waiting ones last; empty old ones are removed."""
+        """Yield the directories whose hints are due, the longest waiting ones last; OSError. Empty old ones are removed."""
         yield self.new
-        for name in sorted(list_directory(self.due)):
-            if not name.isdigit() or self.is_later(int(name), now):
+        for moment in self._moments():
+            if self.is_later(moment, now):
                 continue
-            directory = os.path.join(self.due, name)
+            directory = os.path.join(self.due, "%012d" % moment)
             try:
                 os.rmdir(directory)
             except OSError:
                 yield directory
 
     def next_due(self, now: float) -> Optional[float]:
-        """Return when the next directory is due."""
-        return min((float(name) for name in list_directory(self.due) if name.isdigit() and self.is_later(int(name), now)),
-                   default=None)
+        """Return when the next directory is due; OSError."""
+        return min((float(moment) for moment in self._moments() if self.is_later(moment, now)), default=None)
 
-    def is_later(self, moment: float, now: float) -> bool:
-        """Return whether something is due later. What is further off than anybody puts it is due: the clock was set back."""
-        return now < moment < now + self.horizon
+    def busy_directories(self) -> List[str]:
+        return [os.path.join(self.busy, name) for name in list_directory(self.busy)]
 
-    def directories(self) -> List[str]:
-        """Return all directories that hold envelopes."""
-        return [self.new] + [os.path.join(above, name) for above in (self.due, self.busy)
-                             for name in sorted(list_directory(above))]
-
-    def places(self) -> Iterator[str]:
-        """Yield the path of every envelope."""
-        for directory in self.directories():
-            for name in sorted(list_directory(directory)):
-                if not name.endswith(".tmp"):
+    def hints(self) -> Iterator[str]:
+        """Yield the path of every hint."""
+        for directory in [self.new] + [os.path.join(above, name) for above in (self.due, self.busy)
+                                       for name in list_directory(above)]:
+            for name in list_directory(directory):
+                if ENTRY_ID.fullmatch(name):
                     yield os.path.join(directory, name)
 
-    def find(self, id: str) -> Optional[Entry]:
-        return next((self.read(place) for place in self.places() if os.path.basename(place) == id), None)
+    def ids(self) -> List[str]:
+        """Return the ids of all entries, oldest first."""
+        ids = [name[:-4] for name in list_directory(self.root) if name.endswith(".env")]
+        return sorted(filter(ENTRY_ID.fullmatch, ids))
 
-    def sweep(self) -> None:
-        """Remove what dead processes left half done."""
-        ids = {os.path.basename(place) for place in self.places()}
-        for name in list_directory(self.root):
-            id = name[:-4]
-            if name.endswith(".msg") and id not in ids and self.storage.is_abandoned(os.path.join(self.root, name)):
-                if self.find(id) is None:           # not one that was moved while we looked
-                    self.storage.remove_abandoned(os.path.join(self.root, name))
-        for directory in self.directories():
-            for name in list_directory(directory):
-                if name.endswith(".tmp"):
-                    self.storage.remove_abandoned(os.path.join(directory, name))
+    def entries(self) -> Iterator[Entry]:
+        """Yield every entry that can be read."""
+        for id in self.ids():
+            with contextlib.suppress(OSError):
+                entry = self.read(id)
+                if entry:
+                    yield entry
+
+    def sweep(self, in_memory: Container[str] = (), age: float = 0.0) -> None:
+        """Remove what dead processes left half done, and hint at what nobody could find, if so many seconds old; OSError.
+
+        What another process has in its memory may be hinted at: it is sent once, by whoever locks it first.
+        """
+        self._adopt()
+        hinted = {os.path.basename(hint) for hint in self.hints()}
+        names = list_directory(self.root)
+        envelopes = {name[:-4] for name in names if name.endswith(".env")}
+        for name in names:
+            id, _, kind = name.partition(".")
+            with contextlib.suppress(OSError):
+                if ENTRY_ID.fullmatch(id) and (kind.endswith("tmp") or (kind == "msg" and id not in envelopes)):
+                    self._remove_if_dead(id, name)
+        for id in envelopes - hinted:
+            if ENTRY_ID.fullmatch(id) and id not in in_memory and int(id[:8], 16) <= self.clock() - age:
+                self.place_hint(Dispatch(Entry(id, "", 0, 0, 0.0, 0.0, [])), self.new)
+
+    def _remove_if_dead(self, id: str, name: str) -> None:
+        """Remove a draft that nobody works on; OSError."""
+        path = os.path.join(self.root, name)
+        try:
+            fd = os.open(self.path(id), os.O_RDWR | O_EXTRA)
+        except FileNotFoundError:
+            os.unlink(path)
+            return
+        try:
+            if self._lock(fd) and not (name.endswith(".msg") and self.exists(id)):
+                os.unlink(path)
+        finally:
+            os.close(fd)
+
+    def _adopt(self) -> None:
+        """Turn what version 1.0 left, whose hints were the envelopes, into what we have; OSError."""
+        for hint in self.hints():
+            id = os.path.basename(hint)
+            if os.path.getsize(hint) and os.path.exists(self.path(id)) and not self.exists(id):
+                os.rename(hint, self.path(id, "env"))
+                self.storage.sync_directory(self.root)
+
+
+def boot_id() -> str:
+    """Return what stays the same until the machine starts anew; where nobody knows that, until this process ends."""
+    try:
+        with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+            return file.read().strip()
+    except (OSError, ValueError):
+        return secrets.token_hex(16)
 
 
 # ======================================================================================================================
-# 10  Bounces.  Pure: what could not be delivered in, a message to its sender out (RFC 3464, RFC 6533).
+# 10  Bounces and other reports.  Pure: what became of a message in, a message to its sender out (RFC 3464, RFC 6533).
 # ======================================================================================================================
+
+def original_recipient(orcpt: str, utf8: bool) -> str:
+    """Return an ORCPT= as the Original-Recipient of a report, in ASCII unless `utf8`; what would break a line stays coded."""
+    kind, _, text = orcpt.partition(";")
+    plain = text
+    with contextlib.suppress(ValueError):
+        plain = utf8_xtext_decode(text) if kind.lower() == "utf-8" else xtext_decode(text)
+    if plain.isprintable() and (utf8 or plain.isascii()):
+        return "%s;%s" % (kind, plain)
+    return "%s;%s" % (kind, utf8_xtext_encode(plain) if kind.lower() == "utf-8" else text)
+
+
+class Action(NamedTuple):
+    """What is to be told, as the field of RFC 3464 section 2.3.3 has it, and in words."""
+    subject: str
+    before: str                                     # ... the addresses
+    after: str
+    digits: str                                     # with which its status may begin
+
+
+ACTIONS = {
+    "failed": Action("Undelivered mail returned to sender", "could not be delivered to:",
+                     "It was taken over on %(taken)s as %(id)s and is not tried again.", "54"),
+    "delayed": Action("Delayed mail, still being tried", "could not be delivered yet to:",
+                      "It was taken over on %(taken)s as %(id)s and is tried until %(until)s.\r\n"
+                      "You need not send it again.", "4"),
+    "delivered": Action("Successful mail delivery report", "was delivered to:",
+                        "It was taken over on %(taken)s as %(id)s.", "2"),
+    "relayed": Action("Mail relay report", "was passed on to a server that will not report its delivery, for:",
+                      "It was taken over on %(taken)s as %(id)s.", "2"),
+    "expanded": Action("Mail expansion report", "was sent on to all who stand behind:",
+                       "It was taken over on %(taken)s as %(id)s.", "2")}
+
+
+class Report(NamedTuple):
+    """All that a report says but its recipients."""
+    hostname: str
+    sender: str                                     # whom it goes to
+    id: str                                         # of the message it is about
+    queued_at: float
+    now: float
+    envid: str = ""                                 # ENVID= as written
+    until: float = 0.0                              # when a delayed message is given up
+    full: bool = False                              # the whole message is enclosed, not its header
+    eightbit: bool = False                          # and it has bytes above 127
+
 
 def bounce_message(hostname: str, sender: str, recipients: Sequence[Dict[str, Any]], headers: bytes, id: str,
                    queued_at: float, now: float) -> bytes:
-    """Return a multipart/report to `sender` about recipients (address, last_reply, remote) of the message `id`.
+    """Return a whole report to `sender` about recipients (address, last_reply, remote) that failed."""
+    original = headers.rstrip(b"\r\n") + b"\r\n"
+    return b"".join(report_message(Report(hostname, sender, id, queued_at, now), recipients, original))
 
-    `headers` are the original's, as they went out. It goes out with the null reverse-path, so nobody answers it.
+
+def report_message(report: Report, recipients: Sequence[Dict[str, Any]], original: bytes) -> Tuple[bytes, bytes, bytes]:
+    """Return a multipart/report in three pieces: what stands before the original message, that, and what stands behind.
+
+    Each recipient has an address, and may have action (else failed), last_reply, remote, orcpt. `original` are the
+    message's header fields, as they went out; with `full` the caller puts the whole message in their place. The report goes
+    out with the null reverse-path, so that nobody answers it.
     """
-    boundary = "=_%s.%s" % (id, hashlib.sha256(headers + id.encode()).hexdigest()[:16])
-    utf8 = not (sender.isascii() and all(recipient["address"].isascii() for recipient in recipients))
-    encoding = "Content-Transfer-Encoding: %s" % ("8bit" if utf8 or not headers.isascii() else "7bit")
-    status_type = "message/global-delivery-status" if utf8 else "message/delivery-status"
-    headers_type = "message/global-headers" if utf8 else "text/rfc822-headers"
-
-    def fold(text: str, indent: str) -> str:
-        """Return a reply in lines of decent length; what is not ASCII is escaped where the bounce has to be ASCII."""
-        text = text if utf8 else text.encode("ascii", "backslashreplace").decode()
-        return ("\r\n" + indent).join(re.findall(r"\S.{0,75}(?=\s|$)|\S{76}|\S+", text)) or "no answer"
-    reasons = "\r\n".join("<%s>:\r\n    %s" % (r["address"], fold(r["last_reply"], "    ")) for r in recipients)
-    fields = []
+    boundary = "=_%s.%s" % (report.id, hashlib.sha256(original + report.id.encode()).hexdigest()[:16])
+    utf8 = not (report.sender.isascii() and all(recipient["address"].isascii() for recipient in recipients))
+    clean = not utf8 and original.isascii() and not (report.full and report.eightbit)
+    encoding = "Content-Transfer-Encoding: %s" % ("7bit" if clean else "8bit")
+    dates = {"taken": rfc5322_date(int(report.queued_at)), "until": rfc5322_date(int(report.until)), "id": report.id}
+    text = ["This is the mail server at %s." % report.hostname, ""]
+    present = [name for name in ACTIONS if any(recipient.get("action", "failed") == name for recipient in recipients)]
+    for name in present:
+        text += ["Your message " + ACTIONS[name].before, ""]
+        text += [words_for(recipient, utf8) for recipient in recipients if recipient.get("action", "failed") == name]
+        text += ["", ACTIONS[name].after % dates, ""]
+    status = ["Original-Envelope-Id: " + envelope_id(report.envid)] if report.envid else []
+    status += ["Reporting-MTA: dns; " + report.hostname, "Arrival-Date: " + dates["taken"], ""]
     for recipient in recipients:
-        reply = recipient["last_reply"]
-        status = re.search(r"\b[45]\.\d{1,3}\.\d{1,3}\b", reply)
-        fields.append("Final-Recipient: %s; %s\r\nAction: failed\r\nStatus: %s\r\n%sDiagnostic-Code: smtp; %s\r\n" % (
-            "rfc822" if recipient["address"].isascii() else "utf-8", recipient["address"],
-            status.group() if status else "5.0.0",
-            "Remote-MTA: dns; %s\r\n" % recipient["remote"] if recipient.get("remote") else "",
-            fold(re.sub(r"^.*? said: ", "", reply), " ")))
-    text = "\r\n".join([
-        "From: Mail Delivery System <mailer-daemon@%s>" % hostname, "To: <%s>" % sender,
-        "Subject: Undelivered mail returned to sender", "Date: " + rfc5322_date(int(now)),
-        "Message-ID: <%s.bounce@%s>" % (boundary[2:], hostname), "Auto-Submitted: auto-replied", "MIME-Version: 1.0",
-        'Content-Type: multipart/report; report-type=delivery-status;\r\n\tboundary="%s"' % boundary,
-        encoding, "",
-        "--" + boundary, "Content-Type: text/plain; charset=%s" % ("utf-8" if utf8 else "us-ascii"), encoding, "",
-        "This is the mail server at %s. Your message could not be delivered to:" % hostname, "", reasons, "",
-        "It was taken over on %s as %s and is not tried again." % (rfc5322_date(int(queued_at)), id),
-        "The headers of the message are attached.", "",
-        "--" + boundary, "Content-Type: " + status_type, encoding, "",
-        "Reporting-MTA: dns; %s\r\nArrival-Date: %s\r\n" % (hostname, rfc5322_date(int(queued_at))), "\r\n".join(fields),
-        "--" + boundary, "Content-Type: " + headers_type, encoding, "", ""])
-    return text.encode("utf-8") + headers.rstrip(b"\r\n") + ("\r\n\r\n--%s--\r\n" % boundary).encode()
+        status += status_fields(recipient, utf8, dates["until"]) + [""]
+    kind = ("global" if utf8 else "rfc822") if report.full else "global-headers" if utf8 else "rfc822-headers"
+    parts = "\r\n".join([
+        "From: Mail Delivery System <mailer-daemon@%s>" % report.hostname, "To: <%s>" % report.sender,
+        "Subject: " + ACTIONS[present[0]].subject, "Date: " + rfc5322_date(int(report.now)),
+        "Message-ID: <%s.%s@%s>" % (boundary[2:], "bounce" if present[0] == "failed" else present[0], report.hostname),
+        "Auto-Submitted: auto-replied", "MIME-Version: 1.0",
+        'Content-Type: multipart/report; report-type=delivery-status;\r\n\tboundary="%s"' % boundary, encoding, "",
+        "--" + boundary, "Content-Type: text/plain; charset=%s" % ("utf-8" if utf8 else "us-ascii"), encoding, ""] + text + [
+        "The message is attached." if report.full else "The headers of the message are attached.", "",
+        "--" + boundary, "Content-Type: message/%sdelivery-status" % ("global-" if utf8 else ""), encoding, ""] + status + [
+        "--" + boundary, "Content-Type: %s/%s" % ("text" if kind == "rfc822-headers" else "message", kind), encoding, "", ""])
+    return parts.encode("utf-8"), original, ("\r\n--%s--\r\n" % boundary).encode()
+
+
+def fold_reply(text: str, indent: str, utf8: bool) -> str:
+    """Return a reply in lines of decent length; what is not ASCII is escaped where the report has to be ASCII."""
+    text = text if utf8 else text.encode("ascii", "backslashreplace").decode()
+    return ("\r\n" + indent).join(re.findall(r"\S.{0,75}(?=\s|$)|\S{76}|\S+", text)) or "no answer"
+
+
+def envelope_id(envid: str) -> str:
+    """Return an ENVID= decoded, unless that would break the line it stands in."""
+    plain = xtext_decode(envid)
+    return plain if plain.isascii() and plain.isprintable() else envid
+
+
+def words_for(recipient: Dict[str, Any], utf8: bool) -> str:
+    reply = recipient.get("last_reply", "")
+    return "<%s>%s" % (recipient["address"], ":\r\n    " + fold_reply(reply, "    ", utf8) if reply else "")
+
+
+def status_code(recipient: Dict[str, Any], digits: str = "54") -> str:
+    """Return the enhanced code of the reply itself (RFC 3463): a text may hold much that looks like one, an address say."""
+    known = str(recipient.get("status") or "")
+    if not known:
+        said = re.sub(r"^.*? said: ", "", recipient.get("last_reply", ""))
+        match = re.match(r"[2-5]\d\d[ -]([245]\.\d{1,3}\.\d{1,3})\b", said, re.ASCII)
+        known = match.group(1) if match else ""
+    return known if re.fullmatch(r"[%s]\.\d{1,3}\.\d{1,3}" % digits, known, re.ASCII) else digits[0] + ".0.0"
+
+
+def status_fields(recipient: Dict[str, Any], utf8: bool, until: str) -> List[str]:
+    """Return the fields about one recipient (RFC 3464 section 2.3)."""
+    action, reply = recipient.get("action", "failed"), recipient.get("last_reply", "")
+    fields = ["Original-Recipient: " + original_recipient(recipient["orcpt"], utf8)] if recipient.get("orcpt") else []
+    fields += ["Final-Recipient: %s; %s" % ("rfc822" if recipient["address"].isascii() else "utf-8", recipient["address"]),
+               "Action: " + action, "Status: " + status_code(recipient, ACTIONS[action].digits)]
+    if recipient.get("remote"):
+        fields.append("Remote-MTA: dns; " + recipient["remote"])
+    if reply or action == "failed":                 # X-: our own words, where no server said anything (section 2.3.6)
+        kind = "smtp" if " said: " in reply else "X-Minimail"
+        fields.append("Diagnostic-Code: %s; %s" % (kind, fold_reply(re.sub(r"^.*? said: ", "", reply), " ", utf8)))
+    return fields + (["Will-Retry-Until: " + until] if action == "delayed" else [])
 
 
 # ======================================================================================================================
 # 11  SMTP client.  One connection to another server, on the same wire as our own server's. Knows no queue.
 # ======================================================================================================================
 
+REPLY_LINE = re.compile(rb"(\d\d\d)(?:([ -])(.*))?", re.DOTALL)
+
+
 class PeerFailed(Exception):
-    """The other server cannot be used now; `reply` says why, `address` which one it was."""
+    """The other server cannot be used now; `reply` says why."""
 
     def __init__(self, reply: Reply) -> None:
         super().__init__(str(reply))
@@ -4253,18 +4686,23 @@ class PeerFailed(Exception):
 
 
 class Outgoing(NamedTuple):
-    """A message as the client needs it: an open file, where its content begins, and what it is like."""
+    """A message as the client needs it: `head`, then an open file from where its content begins; and what it is like."""
     fd: int
     offset: int
-    size: int
+    size: int                                       # bytes of both
     sender: str
     recipients: List[str]
     eightbit: bool
     smtputf8: bool
+    head: bytes = b""                               # stands before what the file has
+    asked: Dict[str, Dict[str, str]] = {}           # DSN (RFC 3461), as xtext: ret, envid under "", notify, orcpt by recipient
 
 
 class Peer:
-    """An SMTP connection to another server (RFC 5321 as client). Every step has `timeout` seconds."""
+    """An SMTP connection to another server (RFC 5321 as client). Every step has `timeout` seconds.
+
+    Its methods are coroutines on the wire; run_blocking() runs them where a thread may wait.
+    """
 
     def __init__(self, sock: socket.socket, name: str, hostname: str, timeout: float) -> None:
         self.wire = Wire(sock, timeout)
@@ -4272,12 +4710,18 @@ class Peer:
         self.host: Optional[str] = None             # whose connection this is, as the MX record has it
         self.hostname = hostname
         self.extensions: Dict[str, str] = {}
+        self.secrets: List[str] = []                # what no text may show, should the peer say it
+        self.messages = 0                           # sent over it
+        self.mail_refused = False                   # the last MAIL was
         self.broken = False                         # it cannot be used any more
+        self._budget = 0                            # bytes that the reply may still have
+
+    # Replies.
 
     @contextlib.contextmanager
-    def step(self, what: str) -> Iterator[None]:
-        """Turn whatever goes wrong on the wire into PeerFailed."""
-        self.wire.renew()
+    def step(self, what: str, seconds: Optional[float] = None) -> Iterator[None]:
+        """Turn whatever goes wrong on the wire into PeerFailed. `what` is shown: never what was sent."""
+        self.wire.renew(0.0 if seconds is None else seconds - self.wire.timeout)
         try:
             yield
         except TimedOut:
@@ -4287,32 +4731,52 @@ class Peer:
             raise PeerFailed(Reply(451, "4.4.2", "%s: connection lost in %s%s" % (
                 self.name, what, printable(reason, 200)))) from None
 
-    def reply(self, what: str) -> Reply:
-        """Return the next reply; PeerFailed when there is none, it is not SMTP, or it is 421."""
-        lines: List[str] = []
-        code = ""
-        with self.step(what):
-            while True:
-                try:
-                    raw = run_blocking(self.wire, self.wire.line(MAX_REPLY_LINE))
-                except LineTooLong:
-                    raise PeerFailed(Reply(451, "4.5.0", "%s: reply line too long" % self.name)) from None
-                match = re.fullmatch(rb"([2-5]\d\d)([ -]?)(.*)", raw, re.DOTALL)
-                if not match or (code and match.group(1).decode() != code) or len(lines) >= MAX_REPLY_LINES:
-                    raise PeerFailed(Reply(451, "4.5.0", "%s: not an SMTP reply: %s" % (self.name, printable(raw, 100))))
-                code = match.group(1).decode()
-                lines.append(printable(match.group(3), 500))
-                if match.group(2) != b"-":
-                    break
-        enhanced = re.match(r"([245]\.\d{1,3}\.\d{1,3})(?: |$)", lines[-1])
-        if enhanced and enhanced.group(1)[0] == code[0]:
-            prefix = enhanced.group(1) + " "
-            lines = [line[len(prefix):] if line.startswith(prefix) else line for line in lines]
-        reply = Reply(int(code), enhanced.group(1) if enhanced and enhanced.group(1)[0] == code[0] else "",
-                      "\n".join(lines))
-        if reply.code == 421:
+    async def reply(self, what: str, seconds: Optional[float] = None) -> Reply:
+        """Return the next reply; PeerFailed when there is none, or it is 421.
+
+        As Postfix reads them: the last line has the code, noise is skipped, and a reply may be as long as it likes, of
+        which only so much is kept.
+        """
+        texts: List[bytes] = []
+        self._budget, code, more = MAX_REPLY, 0, True
+        with self.step(what, seconds):
+            while more:
+                match = REPLY_LINE.fullmatch(await self._line())
+                if match:
+                    code, more = int(match.group(1)), match.group(2) == b"-"
+                    if len(texts) < MAX_REPLY_LINES:
+                        texts.append(match.group(3) or b"")
+                    else:
+                        texts[-2:] = b"...", match.group(3) or b""
+        lines = list(map(self._shown, texts))
+        if not 200 <= code <= 599:
+            raise PeerFailed(Reply(451, "4.5.0", "%s: not an SMTP reply: %d %s" % (self.name, code, lines[-1][:100])))
+        reply = with_enhanced_code(code, lines)
+        if code == 421:
             raise PeerFailed(self.said(reply))
         return reply
+
+    async def _line(self) -> bytes:
+        """Return a line without its end, as much of it as is looked at; PeerFailed when a reply has no end at all."""
+        line = b""
+        while True:
+            end = self.wire.input.find(b"\n")
+            taken = len(self.wire.input) if end < 0 else end + 1
+            line += bytes(self.wire.input[:min(taken, MAX_REPLY_LINE - len(line))])
+            del self.wire.input[:taken]
+            self._budget -= taken
+            if end >= 0:
+                return line.rstrip(b"\r\n")
+            if self._budget < 0:
+                raise PeerFailed(Reply(451, "4.5.0", "%s: a reply without end" % self.name))
+            self.wire.input += await self.wire.fill(BLOCK)
+
+    def _shown(self, text: bytes) -> str:
+        """Return a line of a reply as it may stand in logs and bounces."""
+        shown = printable(text, MAX_REPLY_LINE)
+        for secret in self.secrets:
+            shown = shown.replace(secret, "***")
+        return printable(shown, 500)
 
     def said(self, reply: Reply) -> Reply:
         """Return the reply with the name of who gave it, on one line."""
@@ -4320,84 +4784,124 @@ class Peer:
         return Reply(reply.code, reply.enhanced or default, "%s said: %d %s%s" % (
             self.name, reply.code, reply.enhanced + " " if reply.enhanced else "", reply.text.replace("\n", " / ")))
 
-    def command(self, text: str) -> Reply:
-        with self.step(text.partition(" ")[0]):
-            self.wire.send(text.encode("utf-8") + b"\r\n")
-        return self.reply(text.partition(" ")[0])
+    def away(self, reply: Reply) -> PeerFailed:
+        """Return the failure of a host that does not want to talk: that speaks for it alone, and for now."""
+        said = self.said(reply)
+        if reply.code // 100 == 4:
+            return PeerFailed(said)
+        return PeerFailed(Reply(450, "4" + reply.enhanced[1:] if reply.enhanced[:1] == "5" else "4.3.2", said.text))
 
-    def greet(self) -> None:
+    # Commands.
+
+    async def command(self, text: str, what: str = "") -> Reply:
+        """Return the reply to a command line; where that has secrets, `what` is how it is called. PeerFailed."""
+        self.wire.send(text.encode("utf-8") + b"\r\n")
+        return await self.reply(what or text.partition(" ")[0])
+
+    async def greet(self) -> None:
         """Take the greeting and introduce ourselves; PeerFailed."""
-        reply = self.reply("greeting")
+        reply = await self.reply("greeting")
         if reply.code // 100 != 2:
-            raise PeerFailed(self.said(reply))
-        self.hello()
+            raise self.away(reply)
+        await self.hello()
 
-    def hello(self) -> None:
+    async def hello(self) -> None:
         name = self.hostname if "." in self.hostname else address_literal(self.wire.sock.getsockname()[0])
-        reply = self.command("EHLO " + name)
+        reply = await self.command("EHLO " + name)
         self.extensions = {}
         if reply.code // 100 == 2:
             for line in reply.text.split("\n")[1:]:
-                keyword, _, value = line.strip().partition(" ")
-                self.extensions[keyword.upper()] = value
+                self._learn(line)
             return
-        reply = self.command("HELO " + name)        # RFC 5321 section 3.2
+        reply = await self.command("HELO " + name)      # RFC 5321 section 3.2
         if reply.code // 100 != 2:
-            raise PeerFailed(self.said(reply))
+            raise self.away(reply)
 
-    def start_tls(self, context: "ssl.SSLContext", hostname: str) -> None:
+    def _learn(self, line: str) -> None:
+        """Note an extension; `AUTH=LOGIN PLAIN`, as old servers have it, says the same as AUTH, and may stand beside it."""
+        keyword, _, value = line.strip().partition(" ")
+        if keyword.upper().startswith("AUTH="):
+            keyword, value = "AUTH", keyword[5:] + " " + value
+        if keyword.upper() == "AUTH":
+            value = self.extensions.get("AUTH", "") + " " + value
+        self.extensions[keyword.upper()] = value
+
+    async def start_tls(self, context: "ssl.SSLContext", hostname: str) -> None:
         """Switch to TLS and introduce ourselves again; PeerFailed."""
-        reply = self.command("STARTTLS")
+        reply = await self.command("STARTTLS")
         if reply.code != 220:
-            raise PeerFailed(self.said(reply))
-        self.handshake(context, hostname)
-        self.hello()
+            raise self.away(reply)
+        await self.handshake(context, hostname)
+        await self.hello()
 
-    def handshake(self, context: "ssl.SSLContext", hostname: str) -> None:
-        with self.step("TLS handshake"):
-            run_blocking(self.wire, self.wire.start_tls(context, server_hostname=hostname))
+    async def handshake(self, context: "ssl.SSLContext", hostname: str) -> None:
+        with self.step("TLS handshake"):            # in certificates a name has no dot at its end (RFC 6066 section 3)
+            await self.wire.start_tls(context, server_side=False, server_hostname=hostname.rstrip("."))
+        self.extensions = {}
 
-    def log_in(self, user: str, password: str) -> None:
-        """AUTH PLAIN, or LOGIN where that is all there is (RFC 4954); PeerFailed."""
-        words = self.extensions.get("AUTH", "").upper().split()
-        if "PLAIN" in words:
-            secret = base64.b64encode(("\0%s\0%s" % (user, password)).encode("utf-8")).decode()
-            reply = self.command("AUTH PLAIN " + secret)
-        elif "LOGIN" in words:
-            reply = self.command("AUTH LOGIN")
-            for text in (user, password):
-                if reply.code == 334:
-                    reply = self.command(base64.b64encode(text.encode("utf-8")).decode())
-        else:
-            raise PeerFailed(Reply(451, "4.7.0", "%s offers no log-in we know" % self.name))
+    # Log-in (RFC 4954).
+
+    async def log_in(self, server: Server) -> None:
+        """Log in by the mechanism the URL names, else the best that both know; PeerFailed."""
+        offered = self.extensions.get("AUTH", "").lower().split()
+        self.secrets = sasl_secrets(server)
+        mechanism = server.mechanism or next((name for name in BEST_FIRST if name in offered), "")
+        if mechanism not in offered:
+            raise PeerFailed(Reply(451, "4.7.0", "%s offers no log-in %s" % (
+                self.name, "by " + mechanism if mechanism else "that we know")))
+        try:
+            reply = await self._authenticate(mechanism, server)
+        except ValueError:                          # a Python without MD5
+            raise PeerFailed(Reply(451, "4.7.0", "this Python has no " + mechanism)) from None
         if reply.code != 235:
-            raise PeerFailed(Reply(451, "4.7.8", "%s did not let us log in: %s" % (self.name, reply)))
+            words = str(reply).replace("\n", " / ")
+            raise PeerFailed(Reply(451, "4.7.8", "%s did not let us log in: %s" % (self.name, words)))
 
-    def send(self, message: Outgoing) -> Dict[str, Reply]:
+    async def _authenticate(self, mechanism: str, server: Server) -> Reply:
+        """Return the last reply of the exchange: each 334 asks for the next response."""
+        first, responses = sasl_responses(mechanism, server)
+        reply = await self.command("AUTH %s%s" % (mechanism.upper(), " " + in_base64(first) if first else ""), "AUTH")
+        for respond in responses:
+            if reply.code != 334:
+                break
+            try:
+                challenge = base64.b64decode(reply.text.encode("ascii", "replace"))
+            except ValueError:
+                challenge = b""
+            reply = await self.command(in_base64(respond(challenge)), "AUTH")
+        return reply
+
+    # Messages.
+
+    async def send(self, message: Outgoing, at_once: int = MAX_RECIPIENTS_AT_ONCE) -> Dict[str, Reply]:
         """Send a message in as few transactions as the peer takes; return {recipient: reply}.
 
         PeerFailed when the connection failed before anything was certain; later, `broken` says that it did.
         """
         replies: Dict[str, Reply] = {}
         left = self.acceptable(message, replies)
+        self.messages += 1
         while left:
+            batch, left = left[:at_once], left[at_once:]
             try:
-                some = self.transaction(message, left)
+                some, surplus = await self.transaction(message, batch)
             except PeerFailed as error:
-                if not any(reply.code // 100 == 2 for reply in replies.values()):
+                if not replies:
                     raise
-                some = dict.fromkeys(left, error.reply)     # those of the transaction before have it for sure
+                some, surplus = dict.fromkeys(batch, error.reply), []   # what was said before counts
             replies.update(some)
-            served = [recipient for recipient in left if some[recipient].code // 100 == 2]
-            again = [recipient for recipient in left if some[recipient].code == 452]
-            left = again if served and not self.broken else []  # RFC 5321 section 4.5.3.1.10: the rest in another transaction
+            left = surplus + left
+            if self.broken and left:
+                replies.update((recipient, replies.get(recipient) or Reply(
+                    451, "4.4.2", self.name + ": connection lost before this recipient's turn")) for recipient in left)
+                break
         return replies
 
     def acceptable(self, message: Outgoing, replies: Dict[str, Reply]) -> List[str]:
         """Return the recipients worth trying; the others get a reply of our own, and nothing is sent for them."""
-        limit = self.extensions.get("SIZE", "")
+        limit = self.extensions.get("SIZE", "").strip()
         refusal = None
-        if limit.isdigit() and 0 < int(limit) < message.size:
+        if re.fullmatch(r"\d{1,18}", limit, re.ASCII) and 0 < int(limit) < message.size:
             refusal = Reply(552, "5.3.4", "%s takes %s bytes at most, the message has %d" % (self.name, limit, message.size))
         elif message.eightbit and "8BITMIME" not in self.extensions:
             refusal = Reply(554, "5.6.3", "%s takes no 8-bit content (8BITMIME)" % self.name)
@@ -4421,8 +4925,37 @@ class Peer:
         except ValueError:
             return address                          # then only SMTPUTF8 will do
 
-    def transaction(self, message: Outgoing, recipients: List[str]) -> Dict[str, Reply]:
-        """MAIL, RCPT, DATA for one message, pipelined where the peer takes that (RFC 2920)."""
+    async def transaction(self, message: Outgoing, recipients: List[str]) -> Tuple[Dict[str, Reply], List[str]]:
+        """MAIL, RCPT, DATA for one message; return ({recipient: reply}, those for whom another one is worth it).
+
+        PeerFailed when the connection failed before anything was certain.
+        """
+        answers: List[Reply] = []
+        lost = None
+        try:
+            data = await self.envelope(self.commands(message, recipients), answers)
+            final = await self.content(message, answers, data)
+        except PeerFailed as error:
+            self.broken, lost, final = True, error, error.reply
+            self.wire.close()
+        self.mail_refused = bool(answers) and answers[0].code // 100 != 2
+        taken = not self.mail_refused and any(answer.code // 100 == 2 for answer in answers[1:])
+        replies: Dict[str, Reply] = {}
+        surplus = []
+        for number, recipient in enumerate(recipients, 1):
+            answer = answers[0] if self.mail_refused else answers[number] if number < len(answers) else final
+            if answer.code // 100 == 2:
+                answer = final
+            elif taken and answer.code in (452, 552):   # RFC 5321 section 4.5.3.1.10: the rest in another transaction
+                surplus.append(recipient)
+                answer = answer._replace(code=452, enhanced="4" + answer.enhanced[1:])
+            replies[recipient] = answer if lost and answer is final else self.said(answer)
+        if lost and not any(reply.code // 100 == 5 for reply in replies.values()):
+            raise lost
+        return replies, surplus if final.code // 100 != 4 else []
+
+    def commands(self, message: Outgoing, recipients: List[str]) -> List[str]:
+        """Return MAIL and the RCPTs of a transaction."""
         utf8 = "SMTPUTF8" in self.extensions and (message.smtputf8 or not all(
             self.plain(address).isascii() for address in [message.sender] + recipients))
         spell = str if utf8 else self.plain
@@ -4433,55 +4966,55 @@ class Peer:
             mail += " BODY=8BITMIME"
         if utf8:
             mail += " SMTPUTF8"
-        commands = [mail] + ["RCPT TO:<%s>" % spell(recipient) for recipient in recipients]
-        answers: List[Reply] = []
-        try:
-            data = self.envelope(commands, answers)
-            final = self.content(message, answers, data)
-            lost = None
-        except PeerFailed as error:
-            self.broken, lost, final = True, error, error.reply
-            self.wire.close()
-        replies: Dict[str, Reply] = {}
-        for number, recipient in enumerate(recipients, 1):
-            answer = answers[number] if number < len(answers) else final
-            if answers and answers[0].code // 100 != 2:
-                answer = answers[0]
-            elif answer.code // 100 == 2:
-                answer = final
-            replies[recipient] = answer if lost and answer is final else self.said(answer)
-        if lost and not any(reply.code // 100 == 5 for reply in replies.values()):
-            raise lost
-        return replies
+        return [mail + self.asked(message, "", "RET", "ENVID")] + ["RCPT TO:<%s>%s" % (
+            spell(recipient), self.asked(message, recipient, "NOTIFY", "ORCPT")) for recipient in recipients]
 
-    def envelope(self, commands: List[str], answers: List[Reply]) -> Reply:
+    def asked(self, message: Outgoing, whom: str, *keywords: str) -> str:
+        """Return the parameters by which the sender asked for notices, for a peer that gives some (RFC 3461)."""
+        given = message.asked.get(whom, {}) if "DSN" in self.extensions else {}
+        return "".join(" %s=%s" % (keyword, given[keyword.lower()]) for keyword in keywords if given.get(keyword.lower()))
+
+    async def envelope(self, commands: List[str], answers: List[Reply]) -> Reply:
         """Send MAIL and RCPTs, the answers into `answers`, and DATA if it makes sense; return its reply. PeerFailed."""
         if "PIPELINING" in self.extensions:
-            with self.step("MAIL"):
-                self.wire.send(("\r\n".join(commands + ["DATA"]) + "\r\n").encode("utf-8"))
-            for text in commands:
-                answers.append(self.reply(text.partition(" ")[0]))
-            return self.reply("DATA")
+            await self.pipeline(commands + ["DATA"], answers)
+            return answers.pop()
         for text in commands:
-            answers.append(self.command(text))
+            answers.append(await self.command(text))
             if answers[0].code // 100 != 2:
                 break
         if any(answer.code // 100 == 2 for answer in answers[1:]):
-            return self.command("DATA")
+            return await self.command("DATA")
         return Reply(503, "5.5.1", "no recipients")
 
-    def content(self, message: Outgoing, answers: List[Reply], data: Reply) -> Reply:
+    async def pipeline(self, commands: List[str], answers: List[Reply]) -> None:
+        """Send commands without waiting for each answer (RFC 2920), the answers into `answers`; PeerFailed.
+
+        Never more of them than fit into the smallest buffer are under way: with two small windows both sides would wait
+        for the other to read (section 3.1).
+        """
+        lines = [text.encode("utf-8") + b"\r\n" for text in commands]
+        sent = under_way = 0
+        for number, text in enumerate(commands):
+            while sent < len(lines) and (sent <= number or under_way + len(lines[sent]) <= PIPELINE):
+                self.wire.send(lines[sent])
+                under_way += len(lines[sent])
+                sent += 1
+            answers.append(await self.reply(text.partition(" ")[0]))
+            under_way -= len(lines[number])
+
+    async def content(self, message: Outgoing, answers: List[Reply], data: Reply) -> Reply:
         """Send the content if somebody is to get it; return the final reply. PeerFailed."""
         taken = answers[0].code // 100 == 2 and any(answer.code // 100 == 2 for answer in answers[1:])
         if data.code == 354 and taken:
-            final = self.send_content(message)
+            final = await self.send_content(message)
         elif data.code == 354:
-            final = self.command(".")               # RFC 2920 section 3.1: nobody is to get it, but DATA was taken
+            final = await self.command(".")         # RFC 2920 section 3.1: nobody is to get it, but DATA was taken
         else:
             final = data
         if data.code != 354 or not taken:
             try:
-                self.command("RSET")
+                await self.command("RSET")
             except PeerFailed:                      # what it said before still counts
                 self.broken = True
                 self.wire.close()
@@ -4489,35 +5022,110 @@ class Peer:
             return final
         return Reply(451, "4.5.0", "unexpected reply: %s" % str(final))
 
-    def send_content(self, message: Outgoing) -> Reply:
-        offset, line_start = message.offset, True
-        while True:
-            with self.step("content"):
-                block = pread(message.fd, BIG_BLOCK, offset)
-                if not block:
-                    break
-                offset += len(block)
-                if block.endswith(b"\r") and len(block) > 1:
-                    block, offset = block[:-1], offset - 1      # never cut a CRLF in two
-                self.wire.send(stuff_dots(block, line_start))
-                run_blocking(self.wire, self.wire.drain())
+    async def send_content(self, message: Outgoing) -> Reply:
+        """Send the content to its end and return the reply to it; PeerFailed."""
+        line_start = True
+        try:
+            for block in content_blocks(message):
+                with self.step("content"):
+                    self.wire.send(stuff_dots(block, line_start))
+                    await self.wire.flush()
                 line_start = block.endswith(b"\n")
-        with self.step("end of content"):
-            self.wire.send((b"" if line_start else b"\r\n") + b".\r\n")
-        return self.reply("end of content")
+            with self.step("end of content"):
+                self.wire.send((b"" if line_start else b"\r\n") + b".\r\n")
+                await self.wire.flush()
+        except PeerFailed as lost:
+            return await self.last_words(lost)
+        return await self.reply("end of content", max(FINAL_WAIT, self.wire.timeout))
 
-    def quit(self) -> None:
+    async def last_words(self, lost: PeerFailed) -> Reply:
+        """Return why the peer closed in the middle of the content, if it said that; PeerFailed."""
+        self.broken = True
+        self.wire.output.clear()
+        try:
+            reply = await self.reply("content", min(5.0, self.wire.timeout))
+        except PeerFailed as error:
+            raise (error if error.reply.code == 421 else lost) from None
+        if reply.code // 100 not in (4, 5):
+            raise lost
+        return reply
+
+    async def quit(self) -> None:
         """Say goodbye, if there is still somebody to hear it."""
         try:
             self.wire.timeout = min(self.wire.timeout, 5.0)
-            self.command("QUIT")
+            await self.command("QUIT")
         except PeerFailed:
             pass
         self.wire.close()
 
 
+def with_enhanced_code(code: int, lines: List[str]) -> Reply:
+    """Return the Reply of these lines; the enhanced code stands in its own place when it fits (RFC 2034 section 4)."""
+    match = re.match(r"([245]\.\d{1,3}\.\d{1,3})(?: |$)", lines[-1], re.ASCII)
+    enhanced = match.group(1) if match and match.group(1)[0] == str(code)[0] else ""
+    if enhanced:
+        prefix = enhanced + " "
+        lines = [line[len(prefix):] if (line + " ").startswith(prefix) else line for line in lines]
+    return Reply(code, enhanced, "\n".join(lines))
+
+
+def content_blocks(message: Outgoing) -> Iterator[bytes]:
+    """Yield a message's content in blocks that never cut a CRLF in two."""
+    offset, block = message.offset, message.head
+    while True:
+        if block.endswith(b"\r"):
+            following = pread(message.fd, 1, offset)
+            offset, block = offset + len(following), block + following
+        if block:
+            yield block
+        block = pread(message.fd, BIG_BLOCK, offset)
+        if not block:
+            return
+        offset += len(block)
+
+
+BEST_FIRST = ("cram-md5", "plain", "login", "oauthbearer", "xoauth2")   # of these, what needs no token in the password's place
+
+
+def in_base64(data: bytes) -> str:
+    return base64.b64encode(data).decode("ascii")
+
+
+def sasl_responses(mechanism: str, server: Server) -> Tuple[bytes, List[Callable[[bytes], bytes]]]:
+    """Return (initial response, a function from challenge to response for each further step) of a SASL mechanism.
+
+    PLAIN (RFC 4616), LOGIN, CRAM-MD5 (RFC 2195), OAUTHBEARER (RFC 7628) and XOAUTH2, where an error is a challenge, too.
+    """
+    user, password = server.user.encode("utf-8"), server.password.encode("utf-8")
+    if mechanism == "plain":
+        return b"\0%s\0%s" % (user, password), []
+    if mechanism == "login":
+        return b"", [lambda challenge: user, lambda challenge: password]
+    if mechanism == "cram-md5":
+        return b"", [lambda challenge: user + b" " + hmac.new(password, challenge, "md5").hexdigest().encode("ascii")]
+    if mechanism == "xoauth2":
+        return b"user=%s\1auth=Bearer %s\1\1" % (user, password), [lambda challenge: b""]
+    name = user.replace(b"=", b"=3D").replace(b",", b"=2C")         # RFC 5801 section 4
+    return b"n,a=%s,\1host=%s\1port=%d\1auth=Bearer %s\1\1" % (
+        name, server.host.encode("utf-8"), server.port, password), [lambda challenge: b"\1"]
+
+
+def sasl_secrets(server: Server) -> List[str]:
+    """Return all forms in which the password could come back from a peer that repeats what it heard."""
+    texts = [in_base64(server.password.encode("utf-8")), server.password]
+    for mechanism in ("plain", "xoauth2", "oauthbearer"):
+        texts.append(in_base64(sasl_responses(mechanism, server)[0]))
+    return [text for text in texts if len(text) > 3]    # what is shorter stands in many a word
+
+
 # ======================================================================================================================
 # 12  Relay.  Where mail for elsewhere goes (RFC 5321 section 5.1), when, and what comes of it. Optional with 8 to 11.
+#
+#    One thread, the runner, owns what is in memory: which entries are taken up, which destinations there are, how many
+#    workers each has. It calls the functions that others put into its inbox, and does nothing that takes long but look
+#    into the queue. A worker is a thread with one connection: it takes jobs of its destination, one after the other,
+#    records what came of each, and tells the runner. A job is one message for one destination.
 # ======================================================================================================================
 
 class Undeliverable(Exception):
@@ -4526,6 +5134,14 @@ class Undeliverable(Exception):
     def __init__(self, code: int, enhanced: str, text: str) -> None:
         super().__init__(text)
         self.reply = Reply(code, enhanced, text)
+
+
+class OneTooMany(Exception):
+    """A host that talks to others of us refused one more connection: nothing was tried."""
+
+
+class OpportunityMissed(Exception):
+    """STARTTLS failed where it was not required."""
 
 
 class Exchanger(NamedTuple):
@@ -4542,37 +5158,96 @@ class Target(NamedTuple):
     domain: str = ""
     server: Optional[Server] = None
 
+    def __str__(self) -> str:
+        return str(self.server) if self.server else self.domain
+
+
+class Security(NamedTuple):
+    """What is demanded of a connection; `reason` says by whom."""
+    require: bool                                   # TLS, or nothing is sent
+    verify: bool                                    # its certificate
+    reason: str = ""
+
+
+class Outbound:
+    """What another section may do to mail that leaves, by returning its own from Extension.outbound()."""
+
+    def __init__(self, config: Config, stores: Stores) -> None:
+        self.config, self.stores = config, stores
+
+    def dress(self, entry: Entry, message: Outgoing) -> Outgoing:
+        """Return the message as it is to go out; called once for all destinations. What `entry.extra` keeps is recorded."""
+        return message
+
+    def security(self, target: Target, host: str) -> Optional[Security]:
+        """Return what the destination itself demands of a connection to this host, None for nothing; Refused: not to it."""
+        return None
+
+    def explain(self, target: Target) -> str:
+        """Return in words what the destination demands, for `mx`; "" for nothing."""
+        return ""
+
+
+# Where to.
 
 class Routes:
     """Turns addresses into targets, and targets into the hosts to try, in order."""
 
-    def __init__(self, config: Config, hostname: str, resolver: Any, own: Sequence[Endpoint] = ()) -> None:
+    def __init__(self, config: Config, hostname: str, resolver: Any, own: Sequence[Endpoint] = (),
+                 options: Optional[Callable[[], Config]] = None) -> None:
         self.config = config
+        self.options = options or (lambda: config)  # as files say it now: what is in a URL may change
         self.hostname = hostname
         self.resolver = resolver
         self.own = own                              # where we listen for SMTP
 
-    def target(self, address: Address) -> Target:
-        """Return the target for an address: a route for its domain, the smarthost, or its own domain; ValueError."""
+    def target(self, address: Address, sender: str = "") -> Target:
+        """Return the target for an address: a route for its domain, one for the sender's, the smarthost, or its own domain.
+
+        ValueError.
+        """
+        config = self.options()
         literal = domain_literal(address.domain)
         domain = lower(address.domain) if literal else ascii_domain(lower(address.domain))
-        for pattern, server in self.config.route:
-            if covers(pattern, domain):   # two log-ins at one server are two routes
-                digest = hashlib.sha256(repr(server).encode()).hexdigest()[:12]
-                return Target("route %s %s" % (server.host, digest), "", server)
-        if self.config.smarthost:
-            return Target("smarthost", "", self.config.smarthost)
+        senders = sender.rpartition("@")[2]
+        for prefix, name in ("", domain), ("from:", senders):
+            for pattern, server in config.route:
+                start, _, rest = pattern.rpartition(":")
+                if name and start == prefix.rstrip(":") and covers(rest, name):
+                    return self._by_server(server)
+        if config.smarthost:
+            return Target("smarthost", "", config.smarthost)
         return Target(domain, domain)
 
+    @staticmethod
+    def _by_server(server: Server) -> Target:
+        """Two log-ins at one server are two targets."""
+        digest = hashlib.sha256(repr((server.host, server.port, server.tls, server.user)).encode()).hexdigest()[:12]
+        return Target("route %s %s" % (server.host, digest), "", server)
+
+    def renewed(self, server: Optional[Server]) -> Optional[Server]:
+        """Return a server as its URL is now: a token in the password's place may have been renewed."""
+        config = self.options()
+        for other in [route[1] for route in config.route] + ([config.smarthost] if config.smarthost else []):
+            if server and other[:3] + (other.user,) == server[:3] + (server.user,):
+                return other
+        return server
+
     def is_own(self, host: str, addresses: Sequence[str]) -> bool:
-        """Return whether a host is this node: by its name, or by an address and port that it listens on."""
+        """Return whether an exchanger is this node: by its name, or by an address and port that it listens on."""
         if host and ascii_domain(host) in map(ascii_domain, (self.hostname, *self.config.domain)):
             return True
-        for bound, port in self.own:
-            if port == self.config.mx_port:
-                wildcard = bound in ("0.0.0.0", "::")
-                if any(address == bound or (wildcard and is_own_address(address)) for address in addresses):
-                    return True
+        return self.leads_here(addresses, self.config.mx_port)
+
+    def leads_here(self, addresses: Sequence[str], port: int) -> bool:
+        """Return whether a connection to one of these addresses would be to ourselves."""
+        bound = [bare_address(host) for host, own_port in self.own if own_port == port]
+        wildcard = any(address and address.is_unspecified for address in bound)
+        for address in map(bare_address, addresses):
+            if address and address.is_unspecified:  # "this host": it leads to its loopback interface
+                address = ipaddress.ip_address("127.0.0.1" if address.version == 4 else "::1")
+            if address and (address in bound or (wildcard and is_own_address(str(address)))):
+                return True
         return False
 
     def exchangers(self, target: Target) -> List[Exchanger]:
@@ -4640,17 +5315,20 @@ class Routes:
         return hosts
 
     def _given(self, server: Server) -> List[Exchanger]:
+        host = server.host.rstrip(".")
         try:
-            addresses = [address for address, _ in self.resolver.addresses(server.host)]
+            addresses = [address for address, _ in self.resolver.addresses(host)]
         except NoSuchDomain:
-            addresses = local_addresses(server.host)
+            addresses = local_addresses(host)
         except DNSError as error:
-            addresses = local_addresses(server.host)
+            addresses = local_addresses(host)
             if not addresses:
-                raise Undeliverable(451, "4.4.3", "%s: %s" % (server.host, error)) from None
+                raise Undeliverable(451, "4.4.3", "%s: %s" % (host, error)) from None
         if not addresses:
-            raise Undeliverable(451, "4.4.4", "%s has no address" % server.host)
-        return [Exchanger(0, server.host, addresses)]
+            raise Undeliverable(451, "4.4.4", "%s has no address" % host)
+        if self.leads_here(addresses, server.port):
+            raise Undeliverable(554, "5.4.6", "mail loop: %s is this host, which does not keep this mail" % str(server))
+        return [Exchanger(0, host, addresses)]
 
 
 def local_addresses(host: str) -> List[str]:
@@ -4659,6 +5337,15 @@ def local_addresses(host: str) -> List[str]:
         return list(dict.fromkeys(str(found[4][0]) for found in socket.getaddrinfo(host, 25, type=socket.SOCK_STREAM)))
     except OSError:
         return []
+
+
+def bare_address(text: str) -> Any:
+    """Return an IP address as such, an IPv4-mapped one as IPv4; None for what is none."""
+    try:
+        address = ipaddress.ip_address("127.0.0.1" if text == "localhost" else text.partition("%")[0])
+    except ValueError:
+        return None
+    return getattr(address, "ipv4_mapped", None) or address
 
 
 def is_own_address(address: str) -> bool:
@@ -4672,54 +5359,179 @@ def is_own_address(address: str) -> bool:
         return False
 
 
-class Destination:
-    """What is waiting in memory for one target, and how it did lately."""
+# As whom (--rewrite).
 
-    def __init__(self, target: Target) -> None:
+FROM_TOKEN = re.compile(                            # what has no end ends with the field: so no byte is looked at twice
+    rb'"[^"\\]*(?:\\.[^"\\]*)*"?|\([^()\\]*(?:\\.[^()\\]*)*\)?|[^\s<>(),;:"\\]+', re.DOTALL)
+FIELDS = re.compile(rb"(?<=\n)(?![ \t])")
+
+
+def rewrite_address(address: str, rules: Sequence[Tuple[str, str]]) -> str:
+    """Return what the first rule whose pattern fits makes of an address; the address itself when none does."""
+    return next((target for pattern, target in rules if fnmatch.fnmatchcase(lower(address), pattern)), address)
+
+
+def rewrite_from(head: bytes, rules: Sequence[Tuple[str, str]]) -> bytes:
+    """Return headers with the addresses in From rewritten; names, comments and everything else stay."""
+    def token(match: "re.Match[bytes]") -> bytes:
+        text = match.group()
+        if text.count(b"@") != 1 or text[:1] in b'"(' or len(text) > MAX_PATH:
+            return text
+        address = text.decode("utf-8", "surrogateescape")
+        return rewrite_address(address, rules).encode("utf-8", "surrogateescape")
+    return b"".join(field[:5] + FROM_TOKEN.sub(token, field[5:]) if field[:5].lower() == b"from:" else field
+                    for field in FIELDS.split(head))
+
+
+def rewritten(message: Outgoing, rules: Sequence[Tuple[str, str]]) -> Outgoing:
+    """Return the message as --rewrite wants it to go out. The null reverse-path stays what it is."""
+    if not rules:
+        return message
+    if message.sender:
+        message = message._replace(sender=rewrite_address(message.sender, rules))
+    block = pread(message.fd, MAX_REWRITTEN, message.offset)
+    end = block.find(b"\r\n\r\n")
+    old = block[:end + 2 if end >= 0 else block.rfind(b"\n") + 1]
+    new = rewrite_from(old, rules)
+    if new == old:
+        return message
+    return message._replace(head=new, offset=message.offset + len(old), size=message.size - len(old) + len(new),
+                            smtputf8=message.smtputf8 or (old.isascii() and not new.isascii()))
+
+
+# How much at once.
+
+DEFAULT_LIMIT = Limit("", MAX_SENDERS_PER_HOST, MAX_MESSAGES, MAX_RECIPIENTS_AT_ONCE)
+
+
+def limit_for(target: Target, limits: Sequence[Limit], processes: int = 1) -> Limit:
+    """Return what a destination is given: of each kind what --limit says for it most precisely. Processes share it."""
+    name = target.server.host if target.server else target.domain
+    ranked = sorted((limit for limit in limits if not limit.domain or covers(limit.domain, name)), key=lambda limit: (
+        not limit.domain, limit.domain.startswith("."), -len(limit.domain))) + [DEFAULT_LIMIT]
+
+    def value(field: str) -> Any:
+        return next((getattr(limit, field) for limit in ranked if getattr(limit, field) is not None), None)
+    rate = value("rate")
+    if rate:
+        count, seconds = rate
+        rate = (count // processes, seconds) if count >= processes else (1, seconds * processes / count)
+    return Limit(name, max(1, value("connections") // processes), value("messages"), value("recipients"), rate)
+
+
+class Job(NamedTuple):
+    """A message for one destination."""
+    dispatch: Dispatch
+    addresses: List[str]
+
+
+class Destination:
+    """What is waiting in memory for one target, and how it did lately. The runner's, but for what is under `turn`."""
+
+    def __init__(self, target: Target, limit: Limit) -> None:
         self.target = target
-        self.jobs: "collections.deque[Tuple[Entry, List[Dict[str, Any]]]]" = collections.deque()
+        self.limit = limit
+        self.turn = threading.Lock()
+        self.jobs: Deque[Job] = collections.deque()
+        self.started: Deque[float] = collections.deque(maxlen=limit.rate[0] if limit.rate else 1)  # latest, as the rate wants
+        self.peers: Set[Peer] = set()               # connections that were greeted
         self.workers = 0
-        self.allowed = 1                            # workers, grows with success
-        self.dead_until = 0.0
-        self.failure = Reply(451, "4.4.1", "no answer")
+        self.allowed = 1                            # workers, grows with success ...
+        self.ceiling = limit.connections or 1       # ... up to this, which is less ...
+        self.narrow_until = 0.0                     # ... for a while after a connection too many
+        self.failures = 0                           # in a row, to reach any host
+        self.paused_until = 0.0
+        self.reason = Reply(451, "4.4.1", "no answer")
         self.overflow = False                       # more of it waits in busy/
+
+    def pauses(self, now: float) -> bool:
+        return now < self.paused_until
+
+    def has_room(self, now: float) -> bool:
+        """Return whether it is worth to take up more for it."""
+        return len(self.jobs) < MAX_WAITING and not self.pauses(now)
+
+    def is_idle(self, now: float) -> bool:
+        return not (self.jobs or self.workers or self.overflow or self.pauses(now) or self.ready_in(now))
+
+    def ready_in(self, now: float) -> float:
+        """Return the seconds until the rate lets another message out."""
+        if not self.limit.rate or len(self.started) < self.limit.rate[0]:
+            return 0.0
+        return max(0.0, min(self.started[0] + self.limit.rate[1] - now, self.limit.rate[1]))
+
+    def take(self, now: float) -> Optional[Job]:
+        """Return the next job, if there is one and its time has come."""
+        with self.turn:
+            if not self.jobs or self.ready_in(now):
+                return None
+            if self.limit.rate:
+                self.started.append(now)
+            return self.jobs.popleft()
+
+    def give_back(self, job: Job, now: float) -> None:
+        """Take back a job that was not tried, for there was one connection too many."""
+        with self.turn:
+            self.jobs.appendleft(job)
+            self.ceiling, self.narrow_until = max(1, len(self.peers)), now + NARROW
+            self.allowed = min(self.allowed, self.ceiling)
+
+    def succeed(self, now: float) -> None:
+        self.failures = 0
+        if now >= self.narrow_until:
+            self.ceiling = self.limit.connections or 1
+        self.allowed = min(self.ceiling, self.allowed + 1)
+
+    def fail(self, reply: Reply, now: float, retry: Sequence[float]) -> None:
+        """Pause: it cannot be reached, or nobody there wants to talk. The longer the more often that was so."""
+        seconds = min(retry[min(self.failures, len(retry) - 1)] / 2, MAX_PAUSE)
+        self.failures += 1
+        self.allowed, self.reason, self.paused_until = 1, reply, now + seconds
+        event("paused", destination=printable(str(self.target)), seconds=round(seconds), reply=printable(reply.text, 1000))
 
 
 class Relay:
-    """The runner: takes due entries from the queue into memory, a bounded number, and sends them.
+    """Takes due entries from the queue into memory, a bounded number, and sends them.
 
-    Each destination has its own threads, so that none waits for another; a thread keeps its connection while there is
-    more to send. start() runs it in threads; step() does what is due now in the caller's thread, for tests.
+    start() runs it in threads; step() does what is due now in the caller's thread, for tests.
     """
 
     def __init__(self, config: Config, stores: Stores, dns: Sequence[Endpoint] = (), own: Sequence[Endpoint] = (),
                  clock: Callable[[], float] = time.time, resolver: Any = None,
-                 connect: Callable[..., socket.socket] = socket.create_connection) -> None:
+                 connect: Callable[..., socket.socket] = socket.create_connection,
+                 options: Optional[Callable[[], Config]] = None) -> None:
         self.config = config
+        self.stores = stores
         self.queue: Queue = stores.post.queue
-        self.post = stores.post
-        self.book = stores.book
-        self.door = stores.door
+        self.storage = stores.storage
         self.hostname = stores.hostname
-        self.routes = Routes(config, stores.hostname, resolver or Resolver(dns), own)
+        self.routes = Routes(config, stores.hostname, resolver or Resolver(dns), own, options)
+        self.outbound: Outbound = next(filter(None, (
+            section.outbound(config, stores, self.routes.resolver) for section in EXTENSIONS)), Outbound(config, stores))
         self.clock = clock
         self.connect = connect
         self.timeout = config.seconds(300.0)
         self.sent = self.bounced = self.deferred = 0        # recipients, since the start
-        self._active: Set[str] = set()              # ids of the entries in memory
-        self._unsettled: List[Entry] = []           # what could not be recorded, for the disk was full or broken
+        self._inbox: "SimpleQueue[Tuple[Callable[..., None], Tuple[Any, ...]]]" = SimpleQueue()
+        self._active: Dict[str, Dispatch] = {}          # id -> what is in memory
         self._destinations: Dict[str, Destination] = {}
+        self._hungry: Dict[str, Destination] = {}   # those that have jobs, but got no worker
+        self._later: List[Tuple[float, Callable[..., None], Tuple[Any, ...]]] = []      # what failed, to be done again
         self._threads: Set[threading.Thread] = set()
-        self._wakeup = threading.Condition()
+        self._workers = 0
+        self._starved = False                       # no thread was to be had
         self._rescan = True
         self._more = False                          # there was no room for all that is due
         self._next = 0.0                            # when to look into the queue again
-        self._stopping = False
+        self._ticked = self._swept = 0.0
+        self._stamps: Tuple[Any, ...] = ()
+        self._running = self._stopping = False
 
-    # The runner.
+    # The runner. These methods are called in its thread, but for start(), stop(), join(), wake() and submitted().
 
     def start(self) -> None:
-        self.queue.submitted = self.submitted
+        """Begin; RuntimeError when no thread is to be had."""
+        self._running = True
         self._start_thread(self._run)
 
     def _start_thread(self, target: Callable[..., None], *arguments: Any) -> None:
@@ -4732,12 +5544,16 @@ class Relay:
                 self._threads.discard(thread)
         thread = threading.Thread(target=run, name="minimail-relay", daemon=True)
         self._threads.add(thread)
-        thread.start()
+        try:
+            thread.start()
+        except BaseException:
+            self._threads.discard(thread)
+            raise
 
     def stop(self) -> None:
         """Begin to stop: what is being sent goes to its end, nothing new begins."""
         self._stopping = True
-        self.queue.submitted = lambda entry: None
+        self.queue.submitted = lambda dispatch: False
         self.wake()
 
     def join(self, seconds: float) -> None:
@@ -4746,293 +5562,444 @@ class Relay:
             thread.join(max(0.0, deadline - time.monotonic()))
 
     def wake(self) -> None:
-        with self._wakeup:
-            self._rescan = True
-            self._wakeup.notify_all()
+        """Look into the queue at once."""
+        self._tell(self._look_at, 0.0)
 
-    def submitted(self, entry: Entry) -> None:
-        """Take up an entry that this process has just put into the queue."""
-        with self._wakeup:
-            if self._stopping or len(self._active) >= MAX_ACTIVE:
-                self._more = True
-            else:
-                self._admit(entry)
+    def submitted(self, dispatch: Dispatch) -> bool:
+        """Take up an entry that this process has just put into the queue; False when it has to wait on disk."""
+        if self._stopping or len(self._active) + self._inbox.qsize() >= MAX_ACTIVE:
+            self._more = True
+            return False
+        self._tell(self._admit, dispatch)
+        return True
+
+    def _tell(self, function: Callable[..., None], *arguments: Any) -> None:
+        """Let the runner call a function."""
+        self._inbox.put((function, arguments))
+
+    def _run(self) -> None:
+        self._guarded(self._sweep)
+        self.queue.submitted = self.submitted       # not before: what has no hint is in nobody's memory then
+        while not self._stopping:
+            self._guarded(self._turn)
+        for dispatch in list(self._active.values()):    # for other processes, and the next start
+            if not dispatch.hint:
+                self._guarded(self.queue.place_hint, dispatch, self.queue.new)
+
+    def _sweep(self) -> None:
+        self.queue.sweep(self._active, SWEEP if self._swept else 0.0)
+        self._swept = self.queue.steady()
+
+    def _guarded(self, function: Callable[..., None], *arguments: Any) -> None:
+        """Call a function; whatever happens in it stops nothing else. What the disk refused is done again later."""
+        try:
+            function(*arguments)
+        except OSError as error:
+            log.warning("queue: %s, later once more", error)
+            self._again(function, *arguments)
+        except Exception:
+            log.exception("the relay stumbled")
+
+    def _again(self, function: Callable[..., None], *arguments: Any) -> None:
+        self._later.append((self.queue.steady() + AGAIN, function, arguments))
+
+    def _turn(self) -> None:
+        """Wait for something to do, and do it."""
+        with contextlib.suppress(Empty):
+            function, arguments = self._inbox.get(timeout=TICK)
+            self._guarded(function, *arguments)
+            for _ in range(self._inbox.qsize()):
+                function, arguments = self._inbox.get_nowait()
+                self._guarded(function, *arguments)
+        if time.monotonic() >= self._ticked + TICK:
+            self._tick()
+        if self._wants_scan():
+            self._guarded(self.scan)
+
+    def _tick(self) -> None:
+        """See to what happens without anybody telling."""
+        now, self._ticked = self.clock(), time.monotonic()
+        if self._running and self.queue.steady() >= self._swept + SWEEP:
+            self._guarded(self._sweep)              # for what a process had in its memory that died since
+        stamps = tuple(self.storage.stamp(kind) for kind in ("queue", "flush"))
+        if stamps != self._stamps:
+            if self._stamps and stamps[1] != self._stamps[1]:
+                for destination in self._destinations.values():
+                    destination.paused_until = 0.0  # `queue flush` means now
+            self._rescan, self._stamps = True, stamps
+        steady = self.queue.steady()
+        ready = [item for item in self._later if item[0] <= steady]
+        self._later = [item for item in self._later if item[0] > steady]
+        for _, function, arguments in ready:
+            self._guarded(function, *arguments)
+        for name, destination in list(self._destinations.items()):
+            self._staff(destination)
+            if destination.overflow and len(destination.jobs) <= MAX_WAITING // 2 and not destination.pauses(now):
+                self._rescan = True
+            if destination.is_idle(now):
+                del self._destinations[name]
+
+    def _wants_scan(self) -> bool:
+        return self._rescan or self.clock() >= self._next or (self._more and len(self._active) <= MAX_ACTIVE // 2)
 
     def _look_at(self, moment: float) -> None:
         """Look into the queue again at `moment`, if not before."""
-        with self._wakeup:
-            if moment < self._next:
-                self._next = moment
-                self._wakeup.notify_all()
-
-    def _run(self) -> None:
-        storage = self.queue.storage
-        self.queue.sweep()
-        while not self._stopping:
-            stamp = storage.stamp("queue")
-            self.scan()
-            while not self._stopping and not self._rescan and self._next > self.clock():
-                with self._wakeup:
-                    self._wakeup.wait(max(0.01, min(self._next - self.clock(), storage.LOOK)))
-                if storage.stamp("queue") != stamp:
-                    for destination in list(self._destinations.values()):
-                        destination.dead_until = 0.0    # `queue flush` means now
-                    break
+        self._next = min(self._next, moment)
 
     def scan(self) -> None:
-        """Take due entries into memory, as many as there is room for."""
+        """Take due entries into memory, as many as there is room for; OSError."""
         now = self.clock()
-        with self._wakeup:
-            self._rescan = False
-            unsettled, self._unsettled = self._unsettled, []
-            self._next = min(self.queue.next_due(now) or now + 60.0, now + 60.0)
-        for entry in unsettled:
-            with entry.mutex:
-                self._settle(entry)
-        directories = list(self.queue.due_directories(now)) + [
-            os.path.join(self.queue.busy, name) for name in list_directory(self.queue.busy)]
-        for directory in directories:
-            try:
-                found = os.scandir(directory)
-            except FileNotFoundError:
-                continue
-            with found:
+        self._rescan = self._more = False
+        self._next = now + 60.0
+        self._look_at(self.queue.next_due(now) or self._next)
+        for directory in list(self.queue.due_directories(now)) + self.queue.busy_directories():
+            if len(self._active) >= MAX_ACTIVE or self._stopping:
+                self._more = True
+                return
+            self._scan_directory(directory, now)
+
+    def _scan_directory(self, directory: str, now: float) -> None:
+        """Take up the entries that a directory hints at. Nothing that is wrong with one of them stops the others."""
+        busy = os.path.basename(directory) if os.path.dirname(directory) == self.queue.busy else ""
+        if not self._opens(busy, now):
+            return
+        failed: Optional[Exception] = None
+        try:
+            with os.scandir(directory) as found:
                 for file in found:
-                    if len(self._active) >= MAX_ACTIVE or self._stopping:
+                    if len(self._active) >= MAX_ACTIVE:
                         self._more = True
                         return
-                    if file.name in self._active or file.name.endswith(".tmp"):
-                        continue
-                    if self._is_full(directory):
-                        break
-                    found_entry = self.queue.read(file.path)
+                    if not self._opens(busy, now):
+                        return
                     try:
-                        if found_entry:
-                            self._take_up(found_entry, now)
-                    except Exception:
-                        log.exception("queue entry %s cannot be taken up", file.path)
+                        if ENTRY_ID.fullmatch(file.name) and file.name not in self._active:
+                            self._take_up(file.path, now)
+                    except Exception as error:
+                        failed = error
+        except OSError as error:
+            failed = None if isinstance(error, FileNotFoundError) else error
+        if failed:
+            log.warning("queue: what %s hints at cannot be taken up, later once more: %s", directory, failed)
+            self._look_at(now + AGAIN)
+        elif directory != self.queue.new:
             with contextlib.suppress(OSError):
-                if directory != self.queue.new:
-                    os.rmdir(directory)
+                os.rmdir(directory)
 
-    def _is_full(self, directory: str) -> bool:
-        """True for a directory in busy/ whose destination still has enough to do."""
-        if os.path.dirname(directory) != self.queue.busy:
-            return False
-        destination = self._destinations.get(os.path.basename(directory))
-        if destination is None or len(destination.jobs) < MAX_WAITING:
-            return False
-        destination.overflow = True                 # to be looked at again when it has less to do
-        return True
+    def _opens(self, busy: str, now: float) -> bool:
+        """Return whether a directory in busy/ is to be looked at: not while its destination has enough to do, or pauses."""
+        destination = self._destinations.get(busy)
+        if destination:
+            destination.overflow = not destination.has_room(now)
+        return not (destination and destination.overflow)
 
-    def _take_up(self, entry: Entry, now: float) -> None:
-        if self.queue.is_later(entry.next_attempt, now + 1) and os.path.dirname(entry.place) not in (self.queue.new,):
-            if self.queue.claim(entry):             # a crash came between recording and moving it
-                self.queue.postpone(entry, entry.next_attempt)
-                self.queue.release(entry)
-            return
-        with self._wakeup:
-            self._admit(entry)
+    def _take_up(self, hint: str, now: float) -> None:
+        """Take up the entry that is hinted at; OSError. A hint at nothing is removed."""
+        entry = self.queue.read(os.path.basename(hint))
+        if entry is None:
+            with contextlib.suppress(OSError):
+                os.unlink(hint)
+        elif self.queue.is_later(entry.next_attempt, now + 1):      # a crash came before it was hinted at where it belongs
+            self.queue.place_hint(Dispatch(entry, hint), self.queue.due_directory(entry.next_attempt))
+        else:
+            self._admit(Dispatch(entry, hint))
 
-    def _admit(self, entry: Entry) -> None:
-        """Hand an entry to its destinations; with one of them full, let it wait on disk. Called with the lock held."""
+    def _admit(self, dispatch: Dispatch) -> None:
+        """Hand an entry to its destinations, but for those that have enough to do or pause; OSError."""
+        entry, now = dispatch.entry, self.clock()
         if entry.id in self._active:
             return
-        groups: Dict[Target, List[Dict[str, Any]]] = {}
+        groups: Dict[Target, List[str]] = {}
         for recipient in entry.waiting():
-            groups.setdefault(self.routes.target(parse_address(recipient["address"])), []).append(recipient)
-        destinations = {}
-        for target in groups:
-            name = encode_name(target.key)
-            destination = self._destinations.setdefault(name, Destination(target))
-            destinations[target] = destination
-            if len(destination.jobs) >= MAX_WAITING:
-                destination.overflow = True
-                self.queue.move(entry, os.path.join(self.queue.busy, name))
-                return
-        self._active.add(entry.id)
-        entry.pending = len(groups)
-        if not groups:                              # served, but a crash came before it was removed
-            if self.queue.claim(entry):
-                self._settle(entry)
+            target = self.routes.target(parse_address(recipient["address"]), entry.sender)
+            groups.setdefault(target, []).append(recipient["address"])
+        expired = entry.attempts > 0 and self.queue.age(entry) >= self.config.give_up
+        open_to = []
+        for target, addresses in groups.items():
+            destination = self._destination(target)
+            if expired or destination.has_room(now):
+                open_to.append((destination, Job(dispatch, addresses)))
             else:
-                self._active.discard(entry.id)
-        for target, recipients in groups.items():
-            destinations[target].jobs.append((entry, recipients))
-            self._staff(destinations[target])
+                destination.overflow, dispatch.aside = True, encode_name(target.key)
+        if groups and not open_to:
+            self.queue.place_hint(dispatch, os.path.join(self.queue.busy, dispatch.aside))
+            return
+        self._active[entry.id] = dispatch
+        dispatch.pending = len(open_to)
+        if not groups:                              # served, but a crash came before it was removed
+            self._part_over(dispatch)
+        for destination, job in open_to:
+            destination.jobs.append(job)
+            self._staff(destination)
+
+    def _destination(self, target: Target) -> Destination:
+        name = encode_name(target.key)
+        if name not in self._destinations:
+            self._destinations[name] = Destination(target, limit_for(target, self.config.limit, self.config.workers))
+        return self._destinations[name]
 
     def _staff(self, destination: Destination) -> None:
-        """Start a worker if there is work for one more. Called with the lock held."""
-        busy = sum(other.workers for other in self._destinations.values())
-        if destination.workers < min(destination.allowed, len(destination.jobs) + destination.workers) \
-                and destination.jobs and busy < MAX_SENDERS and not self._stopping and self._threads:
-            destination.workers += 1
+        """Start a worker if there is work for one more, and a thread to be had."""
+        if not (destination.jobs and destination.workers < destination.allowed and self._running) or self._stopping or \
+                destination.ready_in(self.clock()):
+            return
+        if self._workers >= MAX_SENDERS:
+            self._hungry[encode_name(destination.target.key)] = destination
+            return
+        try:
             self._start_thread(self._work, destination)
+        except (RuntimeError, MemoryError) as error:
+            if not self._starved:                   # said once; tried again at each tick
+                log.warning("no thread for mail to %s now: %s", printable(str(destination.target)), error)
+            self._starved = True
+            return
+        self._starved = False
+        destination.workers += 1
+        self._workers += 1
+
+    def _left(self, destination: Destination) -> None:
+        """Count off a worker, and see who wants its place."""
+        destination.workers -= 1
+        self._workers -= 1
+        self._staff(destination)
+        while self._hungry and self._workers < MAX_SENDERS:
+            self._staff(self._hungry.pop(next(iter(self._hungry))))
+
+    def _done(self, dispatch: Dispatch, sent: int, bounced: int, deferred: int) -> None:
+        """Forget an entry: it is recorded on disk, or somebody else's; OSError."""
+        self._active.pop(dispatch.entry.id, None)
+        self.sent, self.bounced, self.deferred = self.sent + sent, self.bounced + bounced, self.deferred + deferred
+        if dispatch.lost:
+            self._look_at(self.clock() + 1.0)       # see what became of it
+            if not dispatch.hint and self.queue.exists(dispatch.entry.id):
+                self.queue.place_hint(dispatch, self.queue.new)
+        elif deferred:
+            self._look_at(dispatch.entry.next_attempt + 1.0)
+
+    def step(self) -> Optional[float]:
+        """Do all that is due now, in this thread; return when the next is due, None when the queue is empty."""
+        self._tick()
+        self._guarded(self.scan)
+        for destination in list(self._destinations.values()):
+            destination.workers += 1
+            self._workers += 1
+            self._work(destination)
+        with contextlib.suppress(Empty):
+            while True:
+                function, arguments = self._inbox.get_nowait()
+                self._guarded(function, *arguments)
+        return self.queue.next_due(self.clock())
+
+    # A worker.
 
     def _work(self, destination: Destination) -> None:
         """Send what waits for one destination, over one connection as long as there is more."""
         peer: Optional[Peer] = None
-        while True:
-            job = self._next_job(destination, last=peer is None)
-            if job:
-                peer = self.attempt(destination, peer, *job)
-                if peer:
-                    with self._wakeup:
-                        destination.allowed = min(MAX_SENDERS_PER_HOST, destination.allowed + 1)
-                        self._staff(destination)
-            elif peer:
-                peer.quit()                         # may take a while; what came meanwhile is seen to
-                peer = None
-            else:
-                return
+        try:
+            while True:
+                job = None if self._stopping else destination.take(self.clock())
+                if job:
+                    peer = self.attempt(destination, peer, job)
+                elif peer:
+                    self._leave(destination, peer)  # may take a while; what came meanwhile is seen to
+                    peer = None
+                else:
+                    return
+        except OneTooMany:
+            pass
+        finally:
+            self._tell(self._left, destination)
 
-    def _next_job(self, destination: Destination, last: bool) -> Optional[Tuple[Entry, List[Dict[str, Any]]]]:
-        """Return what to send next; None when there is nothing, and with `last` the worker is counted off."""
-        with self._wakeup:
-            if self._stopping or not destination.jobs:
-                if last:
-                    destination.workers -= 1
-                    self._leave(destination)
-                return None
-            job = destination.jobs.popleft()
-            if destination.overflow and len(destination.jobs) < MAX_WAITING // 2:
-                destination.overflow = False
-                self._rescan = True
-                self._wakeup.notify_all()
-            return job
+    def _leave(self, destination: Destination, peer: Peer) -> None:
+        destination.peers.discard(peer)
+        run_blocking(peer.wire, peer.quit())
 
-    def _leave(self, destination: Destination) -> None:
-        """Forget an idle destination, and staff those that wait for a free worker."""
-        if not destination.workers and not destination.jobs and destination.dead_until <= self.clock():
-            self._destinations.pop(encode_name(destination.target.key), None)
-        for other in list(self._destinations.values()):
-            if other.jobs and not other.workers:
-                self._staff(other)
+    def _drop(self, destination: Destination, peer: Peer) -> None:
+        destination.peers.discard(peer)
+        peer.wire.close()
 
-    def step(self) -> Optional[float]:
-        """Do all that is due now, in this thread; return when the next is due, None when the queue is empty."""
-        self.scan()
-        for destination in list(self._destinations.values()):
-            peer: Optional[Peer] = None
-            while destination.jobs:
-                entry, recipients = destination.jobs.popleft()
-                peer = self.attempt(destination, peer, entry, recipients)
-            if peer:
-                peer.quit()
-        self._destinations.clear()
-        return self.queue.next_due(self.clock())
-
-    # One attempt.
-
-    def attempt(self, destination: Destination, peer: Optional[Peer], entry: Entry,
-                recipients: List[Dict[str, Any]]) -> Optional[Peer]:
-        """Try to serve some recipients of an entry; return the connection if it can be used again."""
-        if not self._claim(entry):
+    def attempt(self, destination: Destination, peer: Optional[Peer], job: Job) -> Optional[Peer]:
+        """Try to serve some recipients of an entry; return the connection if it can be used again. OneTooMany."""
+        dispatch, started = job.dispatch, self.clock()
+        if not self._claim(dispatch):
+            self._part_over(dispatch)
             return peer
-        wanted = {recipient["address"] for recipient in recipients}
-        recipients = [recipient for recipient in entry.waiting() if recipient["address"] in wanted]     # as claimed
-        started = self.clock()
+        recipients = [recipient for recipient in dispatch.entry.waiting() if recipient["address"] in job.addresses]
+        if destination.pauses(started) and (dispatch.entry.attempts or self.queue.age(dispatch.entry) < self.config.give_up):
+            destination.overflow, dispatch.aside = True, encode_name(destination.target.key)
+            self._part_over(dispatch)                   # an attempt that was not made is not counted
+            return peer
         replies: Dict[str, Reply] = {}
         try:
-            if destination.dead_until > started:
-                raise Undeliverable(*destination.failure[:3])
-            message = Outgoing(entry.lock, entry.offset, entry.size, entry.sender,
-                               [recipient["address"] for recipient in recipients], entry.eightbit, entry.smtputf8)
-            peer, replies = self.deliver(destination.target, peer, message)
+            message = self._message(dispatch)._replace(recipients=[recipient["address"] for recipient in recipients])
+            peer, replies = self.deliver(destination, peer, message)
+        except OneTooMany:
+            destination.give_back(job, self.clock())
+            raise
         except Undeliverable as error:
-            if peer:
-                peer.wire.close()
-            peer = None
-            replies = {recipient["address"]: error.reply for recipient in recipients}
-            if error.reply.code < 500 and destination.dead_until <= started:
-                destination.failure, destination.allowed = error.reply, 1
-                destination.dead_until = self.clock() + min(self.config.retry[0], 60.0) / 2
+            peer, replies = None, {recipient["address"]: error.reply for recipient in recipients}
+            if error.reply.code < 500:
+                destination.fail(error.reply, self.clock(), self.config.retry)
         except Exception:
-            log.exception("attempt for %s failed", entry.id)
-            replies = dict.fromkeys(wanted, Reply(451, "4.3.0", "something went wrong here"))
-        self._record(entry, recipients, replies, peer.name if peer else "", self.clock() - started)
-        return None if peer and peer.broken else peer
+            log.exception("attempt for %s failed", dispatch.entry.id)
+            if peer:
+                self._drop(destination, peer)
+            peer, replies = None, dict.fromkeys(job.addresses, Reply(451, "4.3.0", "something went wrong here"))
+        if peer:
+            destination.succeed(self.clock())
+            if destination.jobs and destination.workers < destination.allowed:
+                self._tell(self._staff, destination)
+        for recipient in recipients:                # whoever knows DSN reports success itself (RFC 3461 section 5.2.2)
+            recipient["informed"] = bool(peer and "DSN" in peer.extensions)
+        self._record(dispatch, recipients, replies, peer.name if peer else "", self.clock() - started)
+        if peer and (peer.broken or peer.messages >= (destination.limit.messages or 1)):
+            if peer.broken:
+                self._drop(destination, peer)
+            else:
+                self._leave(destination, peer)
+            peer = None
+        return peer
 
-    def _claim(self, entry: Entry) -> bool:
+    def _claim(self, dispatch: Dispatch) -> bool:
         """Claim an entry for this process, once for all its destinations; False when another process has it."""
-        with entry.mutex:
-            try:
-                entry.lost = entry.lost or (entry.lock < 0 and not self.queue.claim(entry))
-            except OSError as error:
-                log.warning("queue entry %s cannot be taken up: %s", entry.id, error)
-                entry.lost = True
-            if not entry.lost:
-                return True
-            entry.pending -= 1
-            if entry.pending <= 0:
-                self._forget(entry)
-                self._look_at(self.clock() + 1.0)   # see what became of it
-            return False
+        with dispatch.mutex:
+            if dispatch.lock < 0 and not dispatch.lost:
+                try:
+                    dispatch.lost = not self.queue.claim(dispatch)
+                    if not dispatch.lost and self.queue.is_later(dispatch.entry.next_attempt, self.clock() + 1):
+                        self.queue.release(dispatch)    # another process tried it a moment ago
+                        dispatch.lost = True
+                except OSError as error:
+                    log.warning("queue entry %s cannot be taken up: %s", dispatch.entry.id, error)
+                    dispatch.lost = True
+            return not dispatch.lost
 
-    def deliver(self, target: Target, peer: Optional[Peer], message: Outgoing) -> Tuple[Peer, Dict[str, Reply]]:
-        """Send over `peer`, else over the exchangers in turn; return (connection, {recipient: reply}). Undeliverable.
+    def _message(self, dispatch: Dispatch) -> Outgoing:
+        """Return the message as it goes out, made once for all its destinations."""
+        entry = dispatch.entry
+        with dispatch.mutex:
+            if dispatch.message is None:
+                asked: Dict[str, Dict[str, str]] = {recipient["address"]: recipient for recipient in entry.recipients}
+                asked[""] = entry.extra
+                message = Outgoing(dispatch.lock, entry.offset, entry.size, entry.sender, [], entry.eightbit, entry.smtputf8,
+                                   asked=asked)
+                dispatch.message = self.outbound.dress(entry, rewritten(message, self.routes.options().rewrite))
+            made: Outgoing = dispatch.message
+            return made
+
+    def deliver(self, destination: Destination, peer: Optional[Peer], message: Outgoing) -> Tuple[
+            Optional[Peer], Dict[str, Reply]]:
+        """Send over `peer`, else over the exchangers in turn; return (connection, {recipient: reply}).
 
         What a host answers 4xx is tried at the next one; a connection lost after the final dot counts as not sent.
+        Undeliverable when nobody there could be talked to; OneTooMany.
         """
-        best: Optional[Tuple[Peer, Dict[str, Reply]]] = None
+        at_once = destination.limit.recipients or 1
+        replies: Dict[str, Reply] = {}
+        tried, failure = None, NO_REPLY
         if peer:
-            try:
-                best = peer, peer.send(message)
-            except PeerFailed:
-                peer.wire.close()                   # it may have been idle for too long: try anew
-        failure = Reply(451, "4.4.1", "no exchanger could be tried")
-        tried = best[0].host if best else None
-        if best and all(reply.code // 100 != 4 for reply in best[1].values()):
-            return best
-        for exchanger in self.routes.exchangers(target):
-            if exchanger.host == tried:
+            replies = self._go_on(destination, peer, message, at_once)
+            peer, tried = (peer, peer.host) if replies else (None, None)
+        left = [recipient for recipient in message.recipients if replies.get(recipient, NO_REPLY).code // 100 == 4]
+        for exchanger, address in self._hosts(destination.target, left, replies):
+            if exchanger.host == tried or not left:
                 continue
-            for address in exchanger.addresses[:MAX_EXCHANGERS]:
-                peer = None
-                try:
-                    peer = self.open_peer(exchanger.host, address, target.server)
-                    left = [r for r in message.recipients if best is None or best[1][r].code // 100 == 4]
-                    replies = peer.send(message._replace(recipients=left))
-                except PeerFailed as error:
-                    failure = error.reply
-                    if peer:
-                        peer.wire.close()
-                    continue
-                if best:
-                    best[0].quit()
-                    replies = dict(best[1], **replies)
-                best = peer, replies
-                if all(reply.code // 100 != 4 for reply in replies.values()):
-                    return best
-                break                               # the same host at another address would say the same
-        if best:
-            return best
+            try:
+                fresh = self.open_peer(destination, exchanger.host, address)
+            except PeerFailed as error:
+                failure = error.reply
+                continue
+            try:
+                some = run_blocking(fresh.wire, fresh.send(message._replace(recipients=left), at_once))
+            except PeerFailed as error:             # what it said was about this message
+                self._drop(destination, fresh)
+                replies.update(dict.fromkeys(left, error.reply))
+                continue
+            except BaseException:
+                self._drop(destination, fresh)
+                raise
+            if peer:
+                self._leave(destination, peer)
+            peer, tried = fresh, exchanger.host     # the same host at another address would say the same
+            replies.update(some)
+            left = [recipient for recipient in left if replies[recipient].code // 100 == 4]
+        if replies:
+            return peer, replies
+        if destination.peers:
+            raise OneTooMany
         raise Undeliverable(*failure[:3])
 
-    def open_peer(self, host: str, address: str, server: Optional[Server]) -> Peer:
+    def _hosts(self, target: Target, left: Sequence[str], replies: Dict[str, Reply]) -> Iterator[Tuple[Exchanger, str]]:
+        """Yield each host and address to try, when there is somebody left to try it for; Undeliverable if that is all."""
+        try:
+            exchangers = self.routes.exchangers(target) if left else []
+        except Undeliverable:
+            if not replies:
+                raise
+            exchangers = []
+        for exchanger in exchangers:
+            for address in exchanger.addresses[:MAX_EXCHANGERS]:
+                yield exchanger, address
+
+    def _go_on(self, destination: Destination, peer: Peer, message: Outgoing, at_once: int) -> Dict[str, Reply]:
+        """Return the replies to one more message on a connection; none when only a new one can tell.
+
+        It may have been idle for too long, or carry no more than so many messages, whatever the words for that are.
+        """
+        try:
+            replies: Dict[str, Reply] = run_blocking(peer.wire, peer.send(message, at_once))
+        except PeerFailed:
+            replies = {}
+        if replies and not peer.mail_refused:
+            return replies
+        if peer.broken or not replies:
+            self._drop(destination, peer)
+        else:
+            self._leave(destination, peer)
+        return {}
+
+    # A connection.
+
+    def open_peer(self, destination: Destination, host: str, address: str) -> Peer:
         """Return a connection ready for MAIL; PeerFailed."""
-        for plain in (False, True):
+        server = self.routes.renewed(destination.target.server)
+        demanded = self.security(destination.target, host, address, server)
+        tries = [(demanded, False), (demanded, True)]
+        if demanded.verify and not demanded.require and not server:
+            tries.insert(1, (Security(False, False), False))    # better TLS that was not verified than none
+        for demands, plain in tries:
             peer = self._connect(host, address, server)
             try:
-                if server and server.tls:
-                    try:
-                        peer.handshake(self._tls_context(), server.host)
-                    except CannotRun as error:
-                        raise PeerFailed(Reply(451, "4.7.4", str(error))) from None
-                peer.greet()
-                if not peer.wire.tls and not plain:
-                    self._secure(peer, host or address)
-                if server and server.user:
-                    if not peer.wire.tls and not is_loopback(address):
-                        raise PeerFailed(Reply(451, "4.7.0", peer.name + " offers no TLS: the password is not sent in clear"))
-                    peer.log_in(server.user, server.password)
+                run_blocking(peer.wire, self._prepare(peer, host or address, address, server, demands, plain))
+                destination.peers.add(peer)
                 return peer
-            except OpportunityMissed:
+            except OpportunityMissed as missed:
                 peer.wire.close()                   # TLS was only an opportunity: once more without
+                if demands.verify:
+                    event("tls-unverified", peer=peer.name, reason=str(missed), policy=demands.reason)
             except BaseException:
                 peer.wire.close()
                 raise
         raise AssertionError
+
+    def security(self, target: Target, host: str, address: str, server: Optional[Server]) -> Security:
+        """Return what is demanded of a connection: by --relay-tls, for a password's sake, or by the destination itself.
+
+        A password is shown to nobody whose certificate was not verified, unless the URL says so, and never in clear but
+        to this machine.
+        """
+        demanded = Security(False, False)
+        if self.config.relay_tls == "require":
+            demanded = Security(True, server is None or server.verify, "--relay-tls require")
+        if server and server.user:
+            demanded = Security(demanded.require or not is_loopback(address), server.verify, demanded.reason or "the password")
+        try:
+            own = self.outbound.security(target, host)
+        except Refused as refused:
+            raise PeerFailed(refused.reply) from None
+        if own:
+            demanded = Security(demanded.require or own.require, demanded.verify or own.verify, demanded.reason or own.reason)
+        return demanded
 
     def _connect(self, host: str, address: str, server: Optional[Server]) -> Peer:
         port = server.port if server else self.config.mx_port
@@ -5040,136 +6007,223 @@ class Relay:
         try:
             sock = self.connect((address, port), timeout=min(self.timeout, 30.0))
         except OSError as error:
-            reason = "timeout" if is_timeout(error) else error.strerror or str(error)
+            reason = "timeout" if isinstance(error, socket.timeout) else error.strerror or str(error)
             raise PeerFailed(Reply(451, "4.4.1", "cannot connect to %s: %s" % (name, reason))) from None
         peer = Peer(sock, name, self.hostname, self.timeout)
         peer.host = host
         return peer
 
-    def _secure(self, peer: Peer, host: str) -> None:
-        """Use STARTTLS when it is offered (may), or insist on it (require)."""
-        require = self.config.relay_tls == "require"
+    async def _prepare(self, peer: Peer, name: str, address: str, server: Optional[Server], demanded: Security,
+                       plain: bool) -> None:
+        """Greet, secure the connection and log in; PeerFailed, OpportunityMissed."""
+        if server and server.tls:
+            try:
+                await peer.handshake(tls_context(demanded.verify), server.host)
+            except CannotRun as error:
+                raise PeerFailed(Reply(451, "4.7.4", str(error))) from None
+        await peer.greet()
+        if not peer.wire.tls and not plain:
+            await self._secure(peer, name, demanded)
+        if server and server.user:
+            if not peer.wire.tls and not is_loopback(address):
+                raise PeerFailed(Reply(451, "4.7.0", peer.name + " offers no TLS: the password is not sent in clear"))
+            await peer.log_in(server)
+
+    async def _secure(self, peer: Peer, name: str, demanded: Security) -> None:
+        """Use STARTTLS when it is offered, or insist on it; PeerFailed, OpportunityMissed."""
         if "STARTTLS" not in peer.extensions:
-            if require:
-                raise PeerFailed(Reply(451, "4.7.4", "%s offers no TLS, which --relay-tls require asks for" % peer.name))
+            if demanded.require:
+                status = {"the password": "4.7.0", "--relay-tls require": "4.7.4"}.get(demanded.reason, "4.7.5")
+                raise PeerFailed(Reply(451, status, "%s offers no TLS, which %s asks for" % (peer.name, demanded.reason)))
             return
         try:
-            context = self._tls_context()
+            context = tls_context(demanded.verify)
         except CannotRun:
-            if require:
+            if demanded.require:
                 raise PeerFailed(Reply(451, "4.7.4", "this Python has no TLS")) from None
             return
         try:
-            peer.start_tls(context, host)
-        except PeerFailed:
-            if require:
+            await peer.start_tls(context, name)
+        except PeerFailed as error:
+            if demanded.require and demanded.reason not in ("the password", "--relay-tls require"):
+                text = "%s (%s asks for TLS that is verified)" % (error.reply.text, demanded.reason)
+                raise PeerFailed(Reply(451, "4.7.5", text)) from None
+            if demanded.require:
                 raise
-            raise OpportunityMissed from None
-
-    def _tls_context(self) -> "ssl.SSLContext":
-        try:
-            import ssl
-        except ImportError:
-            raise CannotRun("this Python has no ssl module") from None
-        context = ssl.create_default_context()
-        context.minimum_version = ssl.TLSVersion.TLSv1_2
-        if self.config.relay_tls == "may":
-            context.check_hostname = False
-            context.verify_mode = ssl.CERT_NONE
-        return context
+            raise OpportunityMissed(error.reply.text) from None
 
     # What came of it.
 
-    def _record(self, entry: Entry, recipients: List[Dict[str, Any]], replies: Dict[str, Reply], remote: str,
+    def _record(self, dispatch: Dispatch, recipients: List[Dict[str, Any]], replies: Dict[str, Reply], remote: str,
                 seconds: float) -> None:
         """Note the replies; when all destinations have been tried, settle the entry."""
+        with dispatch.mutex:                        # another destination's worker may be writing the envelope
+            for recipient in recipients:
+                reply = replies.get(recipient["address"]) or NO_REPLY
+                recipient.update(
+                    last_reply=printable(str(reply.text if " said: " in reply.text else reply), 1000), status=reply.enhanced,
+                    remote=remote.partition("[")[0], state={2: "delivered", 5: "failed"}.get(reply.code // 100, "waiting"))
+                dispatch.tried = dispatch.tried or recipient["state"] == "waiting"
         for recipient in recipients:
-            reply = replies.get(recipient["address"]) or Reply(451, "4.4.1", "not tried")
-            recipient["last_reply"] = printable(str(reply.text if " said: " in reply.text else reply), 1000)
-            recipient["remote"] = remote.partition("[")[0]
-            recipient["state"] = {2: "delivered", 5: "failed"}.get(reply.code // 100, "waiting")
-            event({"delivered": "sent", "failed": "failed", "waiting": "deferred"}[recipient["state"]], id=entry.id,
+            event({"delivered": "sent", "failed": "failed", "waiting": "deferred"}[recipient["state"]], id=dispatch.entry.id,
                   recipient=printable(recipient["address"]), remote=remote, reply=recipient["last_reply"],
                   seconds=round(seconds, 3))
-        with entry.mutex:
-            entry.pending -= 1
-            if entry.pending <= 0:
-                self._settle(entry)
-            elif any(recipient["state"] == "delivered" for recipient in recipients):
-                try:
-                    self.queue.save(entry)          # never again to those who have it
-                except OSError as error:
-                    log.warning("queue entry %s not recorded, later once more: %s", entry.id, error)
+        self._part_over(dispatch, any(recipient["state"] == "delivered" for recipient in recipients))
 
-    def _settle(self, entry: Entry) -> None:
+    def _part_over(self, dispatch: Dispatch, delivered: bool = False) -> None:
+        """One of an entry's destinations is done with; after the last one, nobody else works on it."""
+        with dispatch.mutex:
+            dispatch.pending -= 1
+            if dispatch.pending > 0:
+                if delivered:
+                    try:
+                        self.queue.save(dispatch)       # never again to those who have it
+                    except OSError as error:
+                        log.warning("queue entry %s not recorded, later once more: %s", dispatch.entry.id, error)
+                return
+        if self._claim(dispatch):
+            self._settle(dispatch)
+        else:
+            self._tell(self._done, dispatch, 0, 0, 0)
+
+    def _settle(self, dispatch: Dispatch) -> None:
         """Bounce what failed, postpone what may still work, remove what is done. Nobody else works on the entry now.
 
         What cannot be recorded stays claimed and in memory, and is tried again: it must not be sent again.
         """
         try:
-            now = self.clock()
-            if now - entry.queued_at >= self.config.give_up:
-                for recipient in entry.waiting():
-                    recipient["state"] = "failed"
-                    event("given-up", id=entry.id, recipient=printable(recipient["address"]))
-            failed = [recipient for recipient in entry.recipients if recipient["state"] == "failed"]
-            if failed:
-                self.bounce(entry, failed)
-            self.sent += sum(recipient["state"] == "delivered" for recipient in entry.recipients)
-            entry.recipients = entry.waiting()
-            if entry.recipients:
-                self.deferred += len(entry.recipients)
-                wait = self.config.retry[min(entry.attempts, len(self.config.retry) - 1)]
-                wait *= secrets.SystemRandom().uniform(0.9, 1.1)        # so that not all come back at once
-                entry.attempts += 1
-                self.queue.postpone(entry, min(now + wait, max(now + 1, entry.queued_at + self.config.give_up)))
-            else:
-                self.queue.finish(entry)
+            counts = self._settled(dispatch)
         except OSError as error:
-            log.error("queue entry %s cannot be recorded, later once more: %s", entry.id, error)
-            with self._wakeup:
-                self._unsettled.append(entry)
-            self._look_at(self.clock() + 5.0)
+            log.error("queue entry %s cannot be recorded, later once more: %s", dispatch.entry.id, error)
+            self._tell(self._again, self._settle, dispatch)
             return
-        self.queue.release(entry)
-        self._forget(entry)
-        if entry.recipients:                        # not before: a scan would find it still at work
-            self._look_at(entry.next_attempt + 1.0)
+        self.queue.release(dispatch)
+        self._tell(self._done, dispatch, *counts)
 
-    def _forget(self, entry: Entry) -> None:
-        with self._wakeup:
-            self._active.discard(entry.id)
-            if self._more and len(self._active) <= MAX_ACTIVE // 2:
-                self._rescan, self._more = True, False
-                self._wakeup.notify_all()
+    def _settled(self, dispatch: Dispatch) -> Tuple[int, int, int]:
+        """Return how many recipients have the message, do not get it, may still get it; OSError."""
+        entry, before = dispatch.entry, len(dispatch.entry.recipients)
+        if (entry.attempts or dispatch.tried) and self.queue.age(entry) >= self.config.give_up:
+            self._give_up(entry)
+        failed = [recipient for recipient in entry.recipients if recipient["state"] == "failed"]
+        self.report(dispatch, [dict(recipient, action="failed") for recipient in failed if wish_of(recipient).wants(
+            "FAILURE", True)])
+        self.report(dispatch, [dict(recipient, action=recipient.get("action", "relayed")) for recipient in entry.recipients
+                               if recipient["state"] == "delivered" and wish_of(recipient).wants("SUCCESS")
+                               and not recipient.get("informed")])
+        entry.recipients = entry.waiting()
+        left = len(entry.recipients)
+        self._warn(dispatch)
+        if not left:
+            self.queue.finish(dispatch)
+        elif dispatch.tried or not dispatch.aside:
+            self._postpone(dispatch)
+        else:
+            if left < before:
+                self.queue.save(dispatch)
+            self.queue.place_hint(dispatch, os.path.join(self.queue.busy, dispatch.aside))
+        return before - len(failed) - left, len(failed), left if dispatch.tried else 0
 
-    def bounce(self, entry: Entry, failed: List[Dict[str, Any]]) -> None:
-        """Tell the sender; a bounce is never bounced (RFC 5321 section 6.1). OSError when that cannot be stored now."""
-        self.bounced += len(failed)
+    def _give_up(self, entry: Entry) -> None:
+        for recipient in entry.waiting():
+            recipient.update(state="failed", status=recipient.get("status") or "4.4.7")
+            event("given-up", id=entry.id, recipient=printable(recipient["address"]))
+
+    def _postpone(self, dispatch: Dispatch) -> None:
+        entry, now = dispatch.entry, self.clock()
+        wait = self.config.retry[min(entry.attempts, len(self.config.retry) - 1)]
+        wait *= secrets.SystemRandom().uniform(0.9, 1.1)        # so that not all come back at once
+        entry.attempts += 1
+        self.queue.postpone(dispatch, now + min(wait, max(1.0, self.config.give_up - self.queue.age(entry))))
+
+    def _warn(self, dispatch: Dispatch) -> None:
+        """Tell the sender, once, that its message is late: who asked for that, and our own users (--warn). OSError."""
+        entry, warn = dispatch.entry, self.config.warn
+        if not entry.sender or warn is None or entry.extra.get("warned") or self.queue.age(entry) < warn:
+            return
+        own = self.stores.book.is_local(parse_address(entry.sender))
+        late = [dict(recipient, action="delayed") for recipient in entry.waiting() if wish_of(recipient).wants("DELAY", own)]
+        self.report(dispatch, late)
+        entry.extra["warned"] = True
+
+    def report(self, dispatch: Dispatch, recipients: List[Dict[str, Any]]) -> None:
+        """Tell the sender about recipients, each with its action; OSError when that cannot be stored now.
+
+        A bounce is never bounced (RFC 5321 section 6.1).
+        """
+        entry = dispatch.entry
+        if not recipients:
+            return
+        about = printable(" ".join(recipient["address"] for recipient in recipients))
         if not entry.sender:
-            event("dropped", id=entry.id, reason="a bounce that cannot be delivered")
+            event("dropped", id=entry.id, reason="a bounce that cannot be delivered", recipients=about)
             return
-        fields, _ = split_headers(pread(entry.lock, BLOCK, entry.offset))
-        content = bounce_message(self.hostname, entry.sender, failed, b"".join(field for _, field in fields), entry.id,
-                                 entry.queued_at, self.clock())
+        utf8 = entry.smtputf8 or not (entry.sender + about).isascii()
         try:
-            sender = parse_address(entry.sender)
-            envelope = Envelope(sender="", protocol="bounce",
-                                smtputf8=entry.smtputf8 or not entry.sender.isascii() or not all(
-                                    recipient["address"].isascii() for recipient in failed))
-            id = self.door.send(envelope, [sender], content).draft.id
+            id = self._send_notice(parse_address(entry.sender), self._report_blocks(dispatch, recipients), utf8)
         except Refused as refused:
             if refused.reply.code < 500:
                 raise OSError(errno.EIO, "bounce not stored: %s" % refused) from None
-            event("dropped", id=entry.id, reason="no bounce to %s: %s" % (printable(entry.sender), refused))
+            event("dropped", id=entry.id, reason="no bounce to %s: %s" % (printable(entry.sender), refused), recipients=about)
             return
-        event("bounce", id=id, about=entry.id, sender=printable(entry.sender),
-              recipients=printable(" ".join(recipient["address"] for recipient in failed)))
+        event("bounce" if recipients[0]["action"] == "failed" else "report", id=id, about=entry.id,
+              sender=printable(entry.sender), recipients=about)
+
+    def _report_blocks(self, dispatch: Dispatch, recipients: List[Dict[str, Any]]) -> Iterator[bytes]:
+        """Yield a report; RET=FULL encloses the whole message where something failed (RFC 3461 section 4.3) and it fits."""
+        entry = dispatch.entry
+        full = entry.extra.get("ret") == "FULL" and recipients[0]["action"] == "failed" \
+            and entry.size + BLOCK < self.config.max_size
+        report = Report(self.hostname, entry.sender, entry.id, entry.queued_at, self.clock(), entry.extra.get("envid", ""),
+                        entry.queued_at + self.config.give_up, full, entry.eightbit)
+        fields, _ = split_headers(pread(dispatch.lock, BLOCK, entry.offset))
+        headers = b"".join(field for _, field in fields).rstrip(b"\r\n") + b"\r\n"
+        before, original, behind = report_message(report, recipients, headers)
+        yield before
+        if full:
+            yield from content_blocks(Outgoing(dispatch.lock, entry.offset, entry.size, "", [], False, False))
+        else:
+            yield original
+        yield behind
+
+    def _send_notice(self, recipient: Address, content: Iterable[bytes], utf8: bool) -> str:
+        """Send a message of our own and return its id; what is for nobody we know is for postmaster. Refused."""
+        book = self.stores.book
+        if book.is_local(recipient):
+            try:
+                book.resolve(recipient)
+            except Refused as refused:
+                log.warning("a notice for %s goes to postmaster: %s", printable(str(recipient)), refused)
+                recipient = Address("postmaster", "")
+        id: str = self.stores.door.send(Envelope(sender="", protocol="bounce", smtputf8=utf8), [recipient], content).draft.id
+        return id
 
 
-class OpportunityMissed(Exception):
-    """STARTTLS failed where it was not required."""
+NO_REPLY = Reply(451, "4.4.1", "not tried")
 
+
+def wish_of(recipient: Dict[str, Any]) -> Wish:
+    """Return what the sender wants to be told of a recipient in the queue."""
+    return Wish(str(recipient.get("notify") or ""), str(recipient.get("orcpt") or ""))
+
+
+def tls_context(verify: bool) -> "ssl.SSLContext":
+    """Return a client's context; CannotRun where Python has no TLS. Made anew, as the authorities trusted may change."""
+    try:
+        import ssl
+    except ImportError:
+        raise CannotRun("this Python has no ssl module") from None
+    if verify:
+        context = ssl.create_default_context()
+    else:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    return context
+
+
+# The commands.
 
 def queue_command(config: Config, arguments: List[str]) -> int:
     """Look into the queue, or move things along in it."""
@@ -5180,38 +6234,48 @@ def queue_command(config: Config, arguments: List[str]) -> int:
     given = parser.parse_args(arguments)
     if (given.action in ("retry", "drop")) is (given.id is None):
         raise UsageError("queue %s: %s" % (given.action, "needs an ID" if given.id is None else "takes no ID"))
-    storage = Storage(config.data, not config.no_sync)
-    queue = Queue(storage, config)
+    queue = Queue(Storage(config.data, not config.no_sync), config)
     if given.action == "list":
-        entries = list(filter(None, map(queue.read, queue.places())))
-        if given.json:
-            shown = ("id", "sender", "size", "queued_at", "next_attempt", "attempts")
-            print(json.dumps([dict({name: getattr(entry, name) for name in shown}, recipients=entry.waiting())
-                              for entry in entries], indent=1))
-        else:
-            for entry in entries:
-                print_entry(entry)
+        list_queue(queue, given.json)
         return 0
-    places = list(queue.places())
+    ids = queue.ids()
     if given.id is not None:
-        places = [place for place in places if os.path.basename(place) == given.id]
-        if not places:
+        ids = [id for id in ids if id == given.id]
+        if not ids:
             raise CannotRun("no message %s in the queue" % printable(given.id))
-    for place in places:
-        found = queue.read(place)
-        if found is None or not queue.claim(found):
-            if given.id is not None:
-                raise CannotRun("%s is being sent right now, try again" % given.id)
-            continue
-        if given.action == "drop":
-            queue.finish(found)
-            continue
-        found.next_attempt = time.time()
-        queue.save(found)
-        queue.move(found, queue.new)
-        queue.release(found)
-    storage.wake("queue")
+    for id in ids:
+        if not move_along(queue, id, given.action == "drop") and given.id is not None:
+            raise CannotRun("%s is being sent right now, try again" % given.id)
+    queue.storage.wake("flush")
     return 0
+
+
+def move_along(queue: Queue, id: str, drop: bool) -> bool:
+    """Remove an entry, or make it due now; False when somebody works on it. OSError."""
+    entry = queue.read(id)
+    hint = next((hint for hint in queue.hints() if os.path.basename(hint) == id), "") if drop else ""
+    dispatch = Dispatch(entry, hint) if entry else None
+    if dispatch is None or not queue.claim(dispatch):
+        return False
+    if drop:
+        queue.finish(dispatch)
+        return True
+    dispatch.entry.next_attempt = queue.clock()
+    queue.save(dispatch)
+    queue.place_hint(dispatch, queue.new)
+    queue.release(dispatch)
+    return True
+
+
+def list_queue(queue: Queue, as_json: bool) -> None:
+    entries = list(queue.entries())
+    if not as_json:
+        for entry in entries:
+            print_entry(entry)
+        return
+    shown = ("id", "sender", "size", "queued_at", "next_attempt", "attempts")
+    print(json.dumps([dict({name: getattr(entry, name) for name in shown}, recipients=entry.waiting())
+                      for entry in entries], indent=1))
 
 
 def print_entry(entry: Entry) -> None:
@@ -5252,6 +6316,10 @@ def mx_command(config: Config, arguments: List[str]) -> int:
         "by the exchangers in DNS (TTL %d)" % ttl if hosts[0].host != target.domain else \
         "no MX record, by the domain's own address (TTL %d)" % ttl
     print("%s: %s" % (printable(where), why))
+    for section in EXTENSIONS:
+        outbound = section.outbound(config, None, routes.resolver)
+        demands = outbound.explain(target) if outbound else ""
+        print("demanded: %s\n" % demands if demands else "", end="")
     for host in hosts:
         print("%d %s %s" % (host.preference, host.host or address.domain, " ".join(host.addresses)))
     return 0
@@ -5332,6 +6400,8 @@ Takes a message on standard input, as /usr/sbin/sendmail does, and queues it dur
   -t           recipients also from To, Cc and Bcc (or from Resent-To, Resent-Cc, Resent-Bcc)
   -i, -oi      a line with a single dot does not end the message
   -f, -r FROM  envelope sender             -F NAME  the sender's full name
+  -N WHEN      notices: never, or some of success,failure,delay
+  -R WHAT      what a bounce returns: full or hdrs      -V ID  an id that it returns, too
   -bs          speak SMTP on standard input and output
   -bp, -q      list the queue, try all of it now (mailq is -bp)
   -bv          only say whether the recipients would be taken
@@ -5485,8 +6555,9 @@ def submit(stores: Stores, flags: List[Tuple[str, str]], words: Sequence[str]) -
     if len(names) > MAX_SUBMITTED_NAMES:
         raise NotSent(EX_DATAERR, "more than %d recipients" % MAX_SUBMITTED_NAMES)
     sender = local_sender(stores.book, given.get("f", given.get("r")))
-    envelope = Envelope(sender=sender, protocol="local")
+    envelope = Envelope(sender=sender, protocol="local", trusted=True)
     destinations, failed = sort_recipients(stores, envelope, list(dict.fromkeys(names)))
+    ask_for_notices(envelope, given)
     later = [pair for pair in failed if pair[1].code < 500 and pair[1].enhanced != "4.5.3"]
     failed = later or failed                        # then nothing is sent, and the caller tries all of it again
     head = submission_headers(message, sender or "mailer-daemon@" + stores.book.home, given.get("F", ""), stores)
@@ -5496,6 +6567,17 @@ def submit(stores: Stores, flags: List[Tuple[str, str]], words: Sequence[str]) -
     if not failed:
         return 0
     return send_back(stores, id, sender, failed, head)
+
+
+def ask_for_notices(envelope: Envelope, given: Dict[str, str]) -> None:
+    """Note what -N, -R and -V ask for; UsageError."""
+    try:
+        envelope.ret, envelope.envid = parse_dsn_of_mail({"RET": given.get("R", ""), "ENVID": xtext_encode(given.get("V", ""))})
+        if given.get("N"):
+            wish = parse_dsn_of_rcpt({"NOTIFY": given["N"]})
+            envelope.wishes = {address.key: wish for address in envelope.recipients}
+    except Refused as refused:
+        raise UsageError("sendmail: %s (-N, -R, -V)" % refused.reply.text) from None
 
 
 def sort_recipients(stores: Stores, envelope: Envelope, names: Sequence[str]) \
@@ -5672,8 +6754,11 @@ class RelayExtension(Extension):
         node.relay = None
         if node.stores.post.queue and node.relays:
             resolver = node.resolver if node.zone is None else Zone(node.zone).resolver()
-            own = [endpoint for name, endpoint in node.endpoints() if name == "smtp"]
-            node.relay = Relay(node.config, node.stores, node.config.dns, own, node.clock, resolver)
+            own = [endpoint for name, endpoint in node.endpoints() if name in ("smtp", "smtps")]
+            config = node.config
+            if config.capture:                      # only what is released by hand gets there
+                config = dataclasses.replace(config, smarthost=config.release, route=())
+            node.relay = Relay(config, node.stores, config.dns, own, node.clock, resolver)
 
     def start(self, node: Any) -> None:
         if node.relay:
@@ -5689,6 +6774,1629 @@ class RelayExtension(Extension):
 
 
 EXTENSIONS.append(RelayExtension())
+
+
+# ======================================================================================================================
+# 12b  Standing: what makes others trust this node. DKIM signatures, SRS for forwards, the MTA-STS policies of others, SPF as
+#      others read it, and `check`, which looks at all of it. Keys, addresses, records and policies are read and written by
+#      pure functions; queue, client and sessions know nothing of them but the calls of an Extension and an Outbound.
+#      Optional, needs 8 to 12.
+# ======================================================================================================================
+
+# Keys: DER (ITU-T X.690) and PEM, just as much of both as keys and certificates need.
+
+BOOLEAN, INTEGER, BIT_STRING, OCTET_STRING, NULL, OID, SEQUENCE = 1, 2, 3, 4, 5, 6, 0x30
+RSA_OID, ED25519_OID, SAN_OID = (bytes.fromhex(text) for text in ("2a864886f70d010101", "2b6570", "551d11"))
+PEM = re.compile(rb"-----BEGIN ([A-Z0-9 ]{1,40})-----([^-]+)-----END ")
+
+
+class DER:
+    """Reads one element after the other; nothing in it calls itself, so no nesting can exhaust it."""
+
+    def __init__(self, data: bytes) -> None:
+        self.data = data
+        self.at = 0
+
+    def next_tag(self) -> int:
+        """Return the tag of the next element; -1 at the end."""
+        return self.data[self.at] if self.at < len(self.data) else -1
+
+    def take(self, *tags: int) -> bytes:
+        """Return the content of the next element, which must have one of these tags (none given: any); ValueError."""
+        tag, at = self.next_tag(), self.at + 2
+        if tag < 0 or at > len(self.data) or (tags and tag not in tags):
+            raise ValueError("not the DER element that belongs here")
+        size = self.data[at - 1]
+        if size > 127:
+            count = size & 127
+            if not 1 <= count <= 4 or at + count > len(self.data):
+                raise ValueError("bad DER length")
+            size = int.from_bytes(self.data[at:at + count], "big")
+            at += count
+        if at + size > len(self.data):
+            raise ValueError("DER element runs over the end")
+        self.at = at + size
+        return self.data[at:at + size]
+
+    def inside(self, *tags: int) -> "DER":
+        return DER(self.take(*tags))
+
+    def integer(self) -> int:
+        """Return a number that is not negative; ValueError."""
+        content = self.take(INTEGER)
+        if not content or content[0] & 128:
+            raise ValueError("not a positive number")
+        return int.from_bytes(content, "big")
+
+
+def der(tag: int, *contents: bytes) -> bytes:
+    """Return an element in DER."""
+    content = b"".join(contents)
+    if len(content) < 128:
+        return bytes([tag, len(content)]) + content
+    size = len(content).to_bytes((len(content).bit_length() + 7) // 8, "big")
+    return bytes([tag, 128 | len(size)]) + size + content
+
+
+def der_integer(number: int) -> bytes:
+    return der(INTEGER, number.to_bytes(number.bit_length() // 8 + 1, "big"))
+
+
+def pem(label: str, data: bytes) -> bytes:
+    text = base64.b64encode(data).decode()
+    lines = [text[start:start + 64] for start in range(0, len(text), 64)]
+    return "\n".join(["-----BEGIN %s-----" % label] + lines + ["-----END %s-----" % label, ""]).encode()
+
+
+def unpem(text: bytes, *labels: bytes) -> Iterator[Tuple[bytes, bytes]]:
+    """Yield (label, DER) of what a PEM file holds under these labels; ValueError."""
+    if len(text) > MAX_KEY_FILE:
+        raise ValueError("larger than %d bytes: no key" % MAX_KEY_FILE)
+    for label, body in PEM.findall(text):
+        if label in labels:
+            yield label, base64.b64decode(b"".join(body.split()), validate=True)
+
+
+class RSAKey:
+    """An RSA key pair (RFC 8017). Signs with the Chinese remainders, which takes a quarter of the time."""
+
+    kind, algorithm = "rsa", "rsa-sha256"
+    PREFIX = bytes.fromhex("3031300d060960864801650304020105000420")    # DigestInfo of SHA-256 (RFC 8017 section 9.2)
+
+    def __init__(self, p: int, q: int, e: int = 65537) -> None:
+        """ValueError when these cannot be a key's numbers, or are too small or large to be of use."""
+        self.n, self.e, self.p, self.q = p * q, e, p, q
+        self.bits = self.n.bit_length()
+        if not 1024 <= self.bits <= MAX_KEY_BITS:
+            raise ValueError("an RSA key of %d bits; 1024 to %d are possible" % (self.bits, MAX_KEY_BITS))  # RFC 8301
+        if p == q or not p & q & e & 1 or not 3 <= e < 1 << 64 or min(p, q) < 1 << 256:
+            raise ValueError("not the numbers of an RSA key")
+        self.dp, self.dq, self.inverse = pow(e, -1, p - 1), pow(e, -1, q - 1), pow(q, -1, p)
+        self.sign(bytes(32))
+
+    @classmethod
+    def generate(cls, bits: int) -> "RSAKey":
+        """Return a new key; 2,048 bits take a second or so."""
+        while True:
+            p, q = random_prime(bits // 2), random_prime(bits - bits // 2)
+            if abs(p - q) >> (bits // 2 - 100):     # FIPS 186-5 section A.1.3; all but impossible
+                return cls(p, q)
+
+    @classmethod
+    def read(cls, numbers: DER) -> "RSAKey":
+        """Return the key in an RSAPrivateKey (RFC 8017 section A.1.2); ValueError."""
+        version, n, e, _, p, q = [numbers.integer() for _ in range(6)]
+        if version or p * q != n:
+            raise ValueError("not the numbers of an RSA key")
+        return cls(p, q, e)
+
+    def encode(self) -> bytes:
+        """Return the key as PKCS#8 (RFC 5958)."""
+        d = pow(self.e, -1, (self.p - 1) * (self.q - 1))
+        numbers = (0, self.n, self.e, d, self.p, self.q, self.dp, self.dq, self.inverse)
+        return der(SEQUENCE, der_integer(0), der(SEQUENCE, der(OID, RSA_OID), der(NULL)),
+                   der(OCTET_STRING, der(SEQUENCE, *map(der_integer, numbers))))
+
+    def public(self) -> bytes:
+        """Return what goes into the record's p= (RFC 6376 section 3.6.1): a SubjectPublicKeyInfo."""
+        key = der(SEQUENCE, der_integer(self.n), der_integer(self.e))
+        return der(SEQUENCE, der(SEQUENCE, der(OID, RSA_OID), der(NULL)), der(BIT_STRING, b"\0", key))
+
+    def sign(self, digest: bytes) -> bytes:
+        """Return the signature over a SHA-256 digest. ValueError when it is wrong: half of a wrong one tells the key."""
+        message = rsa_padded(digest, self.n)
+        blind = secrets.randbelow(self.n - 2) + 2   # the time it takes says nothing about the key
+        hidden = message * pow(blind, self.e, self.n) % self.n
+        by_p, by_q = pow(hidden, self.dp, self.p), pow(hidden, self.dq, self.q)
+        signed = (by_q + (by_p - by_q) * self.inverse % self.p * self.q) * pow(blind, -1, self.n) % self.n
+        if pow(signed, self.e, self.n) != message:
+            raise ValueError("not the numbers of an RSA key")
+        return signed.to_bytes((self.bits + 7) // 8, "big")
+
+
+def rsa_padded(digest: bytes, n: int) -> int:
+    """Return EMSA-PKCS1-v1_5 of a digest (RFC 8017 section 9.2)."""
+    size = (n.bit_length() + 7) // 8
+    return int.from_bytes(b"\0\1" + (b"\0" + RSAKey.PREFIX + digest).rjust(size - 2, b"\xff"), "big")
+
+
+def rsa_verifies(public: bytes, signature: bytes, digest: bytes) -> bool:
+    """Return whether a signature is that of the key in a SubjectPublicKeyInfo, or bare; ValueError when that is none."""
+    key = DER(public).inside(SEQUENCE)
+    if key.next_tag() == SEQUENCE:
+        if key.inside(SEQUENCE).take(OID) != RSA_OID:
+            raise ValueError("not an RSA key")
+        key = DER(key.take(BIT_STRING)[1:]).inside(SEQUENCE)
+    n, e = key.integer(), key.integer()
+    if n.bit_length() > MAX_KEY_BITS or e >= 1 << 64 or n < 1 << 512:
+        raise ValueError("an RSA key of %d bits" % n.bit_length())
+    return pow(int.from_bytes(signature, "big"), e, n) == rsa_padded(digest, n)
+
+
+def random_prime(bits: int) -> int:
+    """Return a random prime, its two topmost bits set, that fits an exponent of 65537."""
+    small = [n for n in range(3, 1000, 2) if all(n % divisor for divisor in range(3, 32, 2) if divisor < n)]
+    while True:
+        n = secrets.randbits(bits) | 3 << (bits - 2) | 1
+        if n % 65537 != 1 and all(n % prime for prime in small) and is_prime(n):
+            return n
+
+
+def is_prime(n: int, rounds: int = 20) -> bool:
+    """Return whether an odd number is a prime, wrong at most once in 4**rounds (Miller and Rabin)."""
+    odd, twos = n - 1, 0
+    while not odd & 1:
+        odd, twos = odd >> 1, twos + 1
+    for _ in range(rounds):
+        x = pow(secrets.randbelow(n - 3) + 2, odd, n)
+        if x in (1, n - 1):
+            continue
+        for _ in range(twos - 1):
+            x = x * x % n
+            if x == n - 1:
+                break
+        else:
+            return False
+    return True
+
+
+Point = Tuple[int, int, int, int]                   # X, Y, Z, T: x = X/Z, y = Y/Z, xy = T/Z (RFC 8032 section 5.1.4)
+CURVE_FIELD = 2 ** 255 - 19
+CURVE_ORDER = 2 ** 252 + 27742317777372353535851937790883648493
+CURVE = -121665 * pow(121666, CURVE_FIELD - 2, CURVE_FIELD) % CURVE_FIELD
+
+
+def curve_add(a: Point, b: Point) -> Point:
+    u, v = (a[1] - a[0]) * (b[1] - b[0]) % CURVE_FIELD, (a[1] + a[0]) * (b[1] + b[0]) % CURVE_FIELD
+    w, z = 2 * a[3] * b[3] * CURVE % CURVE_FIELD, 2 * a[2] * b[2] % CURVE_FIELD
+    e, f, g, h = v - u, z - w, z + w, v + u
+    return e * f % CURVE_FIELD, g * h % CURVE_FIELD, f * g % CURVE_FIELD, e * h % CURVE_FIELD
+
+
+def curve_multiply(number: int, point: Point) -> Point:
+    result: Point = (0, 1, 1, 0)
+    while number:
+        if number & 1:
+            result = curve_add(result, point)
+        point = curve_add(point, point)
+        number >>= 1
+    return result
+
+
+def curve_encode(point: Point) -> bytes:
+    scale = pow(point[2], CURVE_FIELD - 2, CURVE_FIELD)
+    x, y = point[0] * scale % CURVE_FIELD, point[1] * scale % CURVE_FIELD
+    return (y | (x & 1) << 255).to_bytes(32, "little")
+
+
+def curve_decode(data: bytes) -> Point:
+    """Return the point (RFC 8032 section 5.1.3); ValueError when there is none."""
+    y = int.from_bytes(data, "little")
+    sign, y = y >> 255, y & ((1 << 255) - 1)
+    square = (y * y - 1) * pow(CURVE * y * y + 1, CURVE_FIELD - 2, CURVE_FIELD) % CURVE_FIELD
+    x = pow(square, (CURVE_FIELD + 3) // 8, CURVE_FIELD)
+    if (x * x - square) % CURVE_FIELD:
+        x = x * pow(2, (CURVE_FIELD - 1) // 4, CURVE_FIELD) % CURVE_FIELD
+    if len(data) != 32 or y >= CURVE_FIELD or (x * x - square) % CURVE_FIELD or (sign and not x):
+        raise ValueError("not a point of the curve")
+    x = CURVE_FIELD - x if x & 1 != sign else x
+    return x, y, 1, x * y % CURVE_FIELD
+
+
+BASE = curve_decode(bytes([0x58]) + bytes([0x66]) * 31)
+
+
+class Ed25519Key:
+    """An Ed25519 key pair (RFC 8032 section 5.1)."""
+
+    kind, algorithm, bits = "ed25519", "ed25519-sha256", 256
+
+    def __init__(self, seed: bytes) -> None:
+        if len(seed) != 32:
+            raise ValueError("an Ed25519 key of %d bytes" % len(seed))
+        self.seed = seed
+        digest = hashlib.sha512(seed).digest()
+        self.scalar = int.from_bytes(digest[:32], "little") & ((1 << 254) - 8) | 1 << 254
+        self.prefix = digest[32:]
+        self._public = curve_encode(curve_multiply(self.scalar, BASE))
+
+    @classmethod
+    def generate(cls, bits: int) -> "Ed25519Key":
+        return cls(secrets.token_bytes(32))
+
+    def encode(self) -> bytes:
+        """Return the key as PKCS#8 (RFC 8410 section 7)."""
+        return der(SEQUENCE, der_integer(0), der(SEQUENCE, der(OID, ED25519_OID)),
+                   der(OCTET_STRING, der(OCTET_STRING, self.seed)))
+
+    def public(self) -> bytes:
+        """Return what goes into the record's p= (RFC 8463 section 4): the bare 32 bytes."""
+        return self._public
+
+    def sign(self, digest: bytes) -> bytes:
+        """Return the signature over a SHA-256 digest (RFC 8463 section 3)."""
+        r = number_of(self.prefix, digest)
+        point = curve_encode(curve_multiply(r, BASE))
+        s = (r + number_of(point, self._public, digest) * self.scalar) % CURVE_ORDER
+        return point + s.to_bytes(32, "little")
+
+
+def number_of(*parts: bytes) -> int:
+    return int.from_bytes(hashlib.sha512(b"".join(parts)).digest(), "little") % CURVE_ORDER
+
+
+def ed25519_verifies(public: bytes, signature: bytes, digest: bytes) -> bool:
+    """Return whether a signature is that of a public key (RFC 8032 section 5.1.7); ValueError when that is none."""
+    key = curve_decode(public)
+    s = int.from_bytes(signature[32:], "little")
+    right = curve_add(curve_decode(signature[:32]), curve_multiply(number_of(signature[:32], public, digest), key))
+    return len(signature) == 64 and s < CURVE_ORDER and curve_encode(curve_multiply(s, BASE)) == curve_encode(right)
+
+
+SigningKey = Union[RSAKey, Ed25519Key]
+
+
+def read_key(text: bytes) -> SigningKey:
+    """Return the private key in a PEM file as OpenSSL and OpenDKIM write it, PKCS#1 or PKCS#8; ValueError says why not."""
+    if b"ENCRYPTED" in text:
+        raise ValueError("the key has a passphrase: take it off, as with `openssl pkey -in FILE -out FILE2`")
+    for label, data in unpem(text, b"RSA PRIVATE KEY", b"PRIVATE KEY"):
+        outer = DER(data).inside(SEQUENCE)
+        if label == b"RSA PRIVATE KEY":
+            return RSAKey.read(outer)
+        outer.integer()
+        kind = outer.inside(SEQUENCE).take(OID)
+        inner = outer.inside(OCTET_STRING)
+        if kind == RSA_OID:
+            return RSAKey.read(inner.inside(SEQUENCE))
+        if kind == ED25519_OID:
+            return Ed25519Key(inner.take(OCTET_STRING))
+        raise ValueError("neither an RSA nor an Ed25519 key")
+    raise ValueError("no private key in PEM form")
+
+
+class Certificate(NamedTuple):
+    """What `check` wants to know of a certificate."""
+    names: List[str]                                # of hosts, in lower case, maybe with a leading *.
+    not_after: float                                # seconds since 1970
+
+
+def read_certificate(text: bytes) -> Certificate:
+    """Return names and end of the first certificate in a PEM file (RFC 5280 section 4.1); ValueError."""
+    for _, data in unpem(text, b"CERTIFICATE"):
+        fields = DER(data).inside(SEQUENCE).inside(SEQUENCE)
+        if fields.next_tag() == 0xA0:               # version
+            fields.take()
+        fields.take(INTEGER)
+        fields.take(SEQUENCE), fields.take(SEQUENCE)    # algorithm, issuer
+        validity = fields.inside(SEQUENCE)
+        validity.take()
+        form = "%y%m%d%H%M%SZ" if validity.next_tag() == 0x17 else "%Y%m%d%H%M%SZ"
+        import calendar
+        end = calendar.timegm(time.strptime(validity.take().decode("ascii"), form))
+        return Certificate(certificate_names(fields), end)
+    raise ValueError("no certificate in PEM form")
+
+
+def certificate_names(fields: DER) -> List[str]:
+    """Return the DNS names among what follows the validity; ValueError."""
+    while fields.next_tag() not in (0xA3, -1):
+        fields.take()
+    extensions = fields.inside(0xA3).inside(SEQUENCE) if fields.next_tag() == 0xA3 else DER(b"")
+    names = []
+    while extensions.next_tag() == SEQUENCE:
+        extension = extensions.inside(SEQUENCE)
+        if extension.take(OID) != SAN_OID:
+            continue
+        if extension.next_tag() == BOOLEAN:
+            extension.take()
+        alternatives = extension.inside(OCTET_STRING).inside(SEQUENCE)
+        while alternatives.next_tag() >= 0:
+            is_name = alternatives.next_tag() == 0x82
+            name = alternatives.take()
+            if is_name:
+                names.append(name.decode("ascii", "replace").lower())
+    return names
+
+
+# DKIM (RFC 6376): the signature of a message whose content comes in blocks.
+
+OVERSIGNED = ("from", "sender", "reply-to", "subject", "date", "message-id", "to", "cc", "in-reply-to", "references",
+              "mime-version", "content-type", "content-transfer-encoding")
+SIGNED = ("resent-date", "resent-from", "resent-to", "resent-cc", "resent-message-id", "list-id", "list-help",
+          "list-unsubscribe", "list-unsubscribe-post", "list-subscribe", "list-post", "list-owner", "list-archive")
+Fields = List[Tuple[str, bytes]]
+
+
+class BodyHash:
+    """The SHA-256 of a body in relaxed canonicalization (RFC 6376 section 3.4.4), block by block, whatever the blocks."""
+
+    BLANKS = re.compile(rb"[ \t]{2,}|\t")
+
+    def __init__(self) -> None:
+        self._hash = hashlib.sha256()
+        self._rest = b""                            # a blank or CR at the end: what it is depends on what follows
+        self._newlines = 0                          # line ends that count only when something follows
+        self._empty = True
+
+    def update(self, block: bytes) -> None:
+        data = self.BLANKS.sub(b" ", self._rest + block).replace(b" \r\n", b"\r\n")
+        text = data[:-1] if data.endswith(b"\r") else data
+        text = text[:-1] if text.endswith(b" ") else text
+        self._rest = data[len(text):]
+        content = text.rstrip(b"\r\n")
+        ends = text[len(content):]
+        whole = len(re.match(rb"(?:\n\r)*", ends[::-1]).group())    # type: ignore[union-attr]
+        self._add(text[:len(text) - whole])
+        self._newlines += whole // 2
+
+    def _add(self, content: bytes) -> None:
+        if not content:
+            return
+        while self._newlines:
+            count = min(self._newlines, BLOCK)
+            self._hash.update(b"\r\n" * count)
+            self._newlines -= count
+        self._hash.update(content)
+        self._empty = False
+
+    def digest(self) -> bytes:
+        """Return the hash of all; a body that is not empty ends in one line end, the empty one is nothing."""
+        self._add(self._rest.rstrip(b" "))
+        self._rest, self._newlines = b"", 0
+        if not self._empty:
+            self._hash.update(b"\r\n")
+        return self._hash.digest()
+
+
+def header_fields(head: bytes) -> Fields:
+    """Return (lower-case name, field without its last line end) of each; only CRLF ends a line, as for who verifies."""
+    fields = re.split(rb"\r\n(?![ \t])", head)
+    return [(field.partition(b":")[0].rstrip(b" \t").decode("ascii", "replace").lower(), field) for field in fields if field]
+
+
+def relaxed(field: bytes) -> bytes:
+    """Return a field in relaxed canonicalization, without a line end (RFC 6376 section 3.4.2)."""
+    name, _, value = field.partition(b":")
+    value = re.sub(rb"[ \t]+", b" ", value.replace(b"\r\n", b""))
+    return name.rstrip(b" \t").lower() + b":" + value.strip(b" ")
+
+
+def signed_names(fields: Fields) -> List[str]:
+    """Return h=: RFC 6376 section 5.4.1's list, each name once more than it is there, so that nobody adds another (8.15).
+
+    What a mailing list adds when it passes mail on unchanged is signed only if it is there already.
+    """
+    counts = collections.Counter(name for name, _ in fields)
+    return [name for name in OVERSIGNED + SIGNED if counts[name] or name in OVERSIGNED for _ in range(counts[name] + 1)]
+
+
+def fold_list(words: Sequence[str], separator: str) -> str:
+    """Return words joined, on lines of decent length: blanks may stand beside the separator."""
+    lines = [""]
+    for word in words:
+        if len(lines[-1]) + len(word) > 70:
+            lines.append("")
+        lines[-1] += word + separator
+    return "\r\n\t ".join(lines)[:-len(separator)] if words else ""
+
+
+def dkim_signature(key: SigningKey, domain: str, selector: str, fields: Fields, body: bytes, now: float) -> bytes:
+    """Return a DKIM-Signature header for a message with these fields and this body hash."""
+    names = signed_names(fields)
+    bare = "DKIM-Signature: v=1; a=%s; c=relaxed/relaxed; d=%s;\r\n\ts=%s; t=%d;\r\n\th=%s;\r\n\tbh=%s;\r\n\tb=" % (
+        key.algorithm, domain, selector, now, fold_list(names, ":"), base64.b64encode(body).decode())
+    left: Dict[str, List[bytes]] = {}
+    for name, field in fields:
+        left.setdefault(name, []).append(field)
+    hashed = hashlib.sha256()
+    for name in names:
+        if left.get(name):                          # several of a name: from the bottom up (RFC 6376 section 5.4.2)
+            hashed.update(relaxed(left[name].pop()) + b"\r\n")
+    hashed.update(relaxed(bare.encode()))
+    text = base64.b64encode(key.sign(hashed.digest())).decode()
+    return (bare + "\r\n\t ".join(text[i:i + 72] for i in range(0, len(text), 72)) + "\r\n").encode()
+
+
+def sign_content(blocks: Iterable[bytes], choose: Callable[[Fields], Sequence[Tuple[str, str, SigningKey]]],
+                 now: float) -> bytes:
+    """Return the DKIM-Signature headers of a message; `choose` names (domain, selector, key) for its header fields.
+
+    Memory stays flat: of the content only the header is held, and one that is too long gets no signature.
+    """
+    source = iter(blocks)
+    start: List[bytes] = []
+    tail, size = b"", 0                             # where the blank line may be cut in two
+    for block in source:
+        start.append(block)
+        size += len(block)
+        if b"\r\n\r\n" in tail + block or size > MAX_SIGNED_HEADER:
+            break
+        tail = (tail + block)[-3:]
+    head, blank, body = b"".join(start).partition(b"\r\n\r\n")
+    fields = header_fields(head)
+    if len(head) > MAX_SIGNED_HEADER or len(fields) > MAX_SIGNED_FIELDS:
+        return b""
+    keys = choose(fields)
+    if not keys:
+        return b""
+    hashed = BodyHash()
+    hashed.update(body)
+    for block in source:
+        hashed.update(block)
+    digest = hashed.digest()
+    return b"".join(dkim_signature(key, domain, selector, fields, digest, now) for domain, selector, key in keys)
+
+
+def author_domains(fields: Fields) -> List[str]:
+    """Return the domains of the addresses in From, lower case as A-labels; of what is no address, none."""
+    value = b" ".join(field.partition(b":")[2] for name, field in fields if name == "from")[:MAX_COMMAND]
+    kept: List[str] = []
+    depth, quoted, escaped = 0, False, False
+    for c in value.decode("utf-8", "replace"):      # without comments and quoted names
+        if escaped or (c == "\\" and (depth or quoted)):
+            escaped = not escaped
+        elif c == '"' and not depth:
+            quoted = not quoted
+        elif c in "()" and not quoted:
+            depth = max(0, depth + (1 if c == "(" else -1))
+        elif not depth and not quoted:
+            kept.append(c)
+    text = "".join(kept)
+    found = re.findall(r"<[^<>@]*@([^<>@]*)>", text) or re.findall(r"@([^<>@,;:\s]*)", text)
+    domains = []
+    for domain in map(str.strip, found):
+        with contextlib.suppress(ValueError):
+            domains.append(ascii_domain(domain))
+    return domains
+
+
+def parse_tags(text: str) -> Dict[str, str]:
+    """Return the tags of a DKIM, DMARC or TLSRPT record (RFC 6376 section 3.2); of what is no tag, none."""
+    tags: Dict[str, str] = {}
+    for part in text.split(";"):
+        name, equals, value = part.partition("=")
+        if equals:
+            tags.setdefault(name.strip(), value.strip())
+    return tags
+
+
+def key_record(key: SigningKey) -> str:
+    """Return the text of the TXT record for a key (RFC 6376 section 3.6.1, RFC 8463 section 4)."""
+    return "v=DKIM1; k=%s; p=%s" % (key.kind, base64.b64encode(key.public()).decode())
+
+
+def record_misfit(text: str, key: SigningKey) -> str:
+    """Return why signatures of a key do not verify with a published record; "" when they do."""
+    tags = parse_tags(text)
+    if tags.get("v", "DKIM1") != "DKIM1":
+        return "v= is not DKIM1"
+    if not tags.get("p"):
+        return "the key was revoked: p= is empty" if "p" in tags else "no key in it: there is no p="
+    if tags.get("k", "rsa") != key.kind:
+        return "it is for another kind of key: k=%s" % printable(tags.get("k", "rsa"), 20)
+    if "sha256" not in tags.get("h", "sha256").replace(" ", "").split(":"):
+        return "h= does not allow sha256"
+    if not {"*", "email"} & set(tags.get("s", "*").replace(" ", "").split(":")):
+        return "s= does not allow e-mail"
+    digest = hashlib.sha256(b"test").digest()
+    try:
+        public = base64.b64decode("".join(tags["p"].split()), validate=True)
+        verifies = (rsa_verifies if key.kind == "rsa" else ed25519_verifies)(public, key.sign(digest), digest)
+    except ValueError as error:
+        return "p= is broken: %s" % error
+    return "" if verifies else "it holds another key"
+
+
+def zone_record(name: str, text: str) -> str:
+    """Return a TXT record as zone files want it: in strings of at most 255 bytes (RFC 1035 section 3.3)."""
+    strings = [text[start:start + 250] for start in range(0, len(text), 250)] or [""]
+    quoted = ['"%s"' % re.sub(r'([\\"])', r"\\\1", string) for string in strings]
+    return "%s. IN TXT %s" % (name, quoted[0] if len(quoted) == 1 else "(\n\t%s )" % "\n\t".join(quoted))
+
+
+class Keyring:
+    """The keys of our domains: those of --dkim, else what `dkim` left in DATA/dkim/DOMAIN/SELECTOR.pem.
+
+    A file is read again when it changed; one that cannot be used is complained of once, and the last good key stays: also
+    when only root could read it, and we no longer are (--run-as).
+    """
+
+    _read: Dict[str, Tuple[Any, Optional[SigningKey]]] = {}     # of this process: (stamp, or what is wrong with it; key)
+
+    def __init__(self, config: Config, hostname: str = "") -> None:
+        self.config = config
+        self.hostname = hostname
+        self.root = os.path.join(os.path.abspath(config.data), "dkim")
+
+    def file(self, domain: str, selector: str) -> str:
+        return os.path.join(self.root, encode_name(ascii_domain(domain)), encode_name(selector) + ".pem")
+
+    def files(self, domain: str) -> List[Tuple[str, str]]:
+        """Return (selector, file) of each key for a domain of ours."""
+        given = [(selector, file) for own, selector, file in self.config.dkim if own in ("", domain)]
+        directory = os.path.join(self.root, encode_name(ascii_domain(domain)))
+        made = [] if given else [(decode_name(name[:-4]), os.path.join(directory, name))
+                                 for name in sorted(list_directory(directory)) if name.endswith(".pem")]
+        return (given or made)[:MAX_SIGNATURES]
+
+    def load(self, file: str) -> SigningKey:
+        """Return the key in a file; OSError, ValueError."""
+        info = os.stat(file)
+        stamp = info.st_mtime_ns, info.st_size, info.st_ino
+        known = self._read.get(file)
+        if known and known[0] == stamp and known[1]:
+            return known[1]
+        with open(file, "rb") as opened:
+            key = read_key(opened.read(MAX_KEY_FILE + 1))
+        self._read[file] = stamp, key
+        return key
+
+    def keys(self, domain: str) -> List[Tuple[str, str, SigningKey]]:
+        """Return (domain, selector, key) of each key for a domain of ours that can be used."""
+        found = []
+        for selector, file in self.files(domain):
+            try:
+                key: Optional[SigningKey] = self.load(file)
+            except (OSError, ValueError) as error:
+                known = self._read.get(file)
+                key = known[1] if known else None
+                if known is None or known[0] != str(error):
+                    self._read[file] = str(error), key
+                    log.warning("cannot use the key %s: %s", file, error)
+            if key:
+                found.append((ascii_domain(domain), selector, key))
+        return found
+
+    def check(self) -> None:
+        """Raise CannotRun when a file of --dkim cannot be used."""
+        for _, _, file in self.config.dkim:
+            try:
+                self.load(file)
+            except (OSError, ValueError) as error:
+                raise CannotRun("--dkim: cannot use %s: %s" % (file, getattr(error, "strerror", None) or error)) from None
+
+    def signing_domain(self, authors: Sequence[str], sender: str, trusted: bool) -> str:
+        """Return which of our domains answers for a message: From's, else the reverse-path's; "" for none.
+
+        Strangers' mail that an alias sends on is ours to sign by its rewritten reverse-path only, and not when that
+        would vouch for a From near our own domains (the alignment of RFC 7489 section 3.1): anybody can write that.
+        """
+        ours = {ascii_domain(domain): domain for domain in self.config.domain}
+        home = next((domain for domain in ours if covers("." + domain, self.hostname)), next(iter(ours), ""))
+        ours.setdefault(self.hostname, home)        # bounces are from there
+        by_author = next((ours[domain] for domain in authors if domain in ours), "")
+        by_sender = ours.get(sender, "")
+        if trusted:
+            return by_author or by_sender
+        near = [author for author in authors for domain in ours if author.split(".")[-2:] == domain.split(".")[-2:]]
+        return "" if near or not authors else by_sender
+
+    def sign(self, blocks: Iterable[bytes], sender: str, trusted: bool, now: float) -> bytes:
+        """Return the DKIM-Signature headers for a message that leaves; b"" when it is not ours to sign."""
+        if not any(map(self.files, self.config.domain)):
+            return b""
+
+        def choose(fields: Fields) -> List[Tuple[str, str, SigningKey]]:
+            path = sender.rpartition("@")[2]
+            with contextlib.suppress(ValueError):
+                path = ascii_domain(path)
+            domain = self.signing_domain(author_domains(fields), path, trusted)
+            return self.keys(domain) if domain else []
+        return sign_content(blocks, choose, now)
+
+
+def dkim_command(config: Config, arguments: List[str]) -> int:
+    """Make a key that signs a domain's mail, or show those there are, as the DNS records to publish."""
+    parser = Parser(prog="minimail.py dkim", description=dkim_command.__doc__)
+    parser.add_argument("domain", metavar="DOMAIN")
+    parser.add_argument("selector", nargs="?", metavar="SELECTOR", help="name of the key (default: mail)")
+    parser.add_argument("--type", choices=["rsa", "ed25519"], default="rsa", help="default: rsa")
+    parser.add_argument("--bits", type=int, choices=[1024, 2048, 3072, 4096], default=2048, help="of an RSA key")
+    given = parser.parse_args(arguments)
+    try:
+        domain, selector = ascii_domain(parse_domain(given.domain)), (given.selector or "mail").lower()
+        if not is_domain(selector) or not selector.isascii():
+            raise ValueError("expected a selector, as mail or 2026a")
+    except ValueError as error:
+        raise UsageError("dkim: %s" % error) from None
+    keyring = Keyring(config)
+    if given.selector or not keyring.files(domain):
+        make_key(config, keyring.file(domain, selector), given.type, given.bits)
+    for name, file in keyring.files(domain):
+        if given.selector in (None, name):
+            try:
+                print(show_key(name + "._domainkey." + domain, keyring.load(file)))
+            except ValueError as error:
+                raise CannotRun("%s: %s" % (file, error)) from None
+    return 0
+
+
+def make_key(config: Config, file: str, kind: str, bits: int) -> None:
+    """Put a new key into a file, durably, 0600; one that is there stays. OSError."""
+    storage = Storage(config.data, not config.no_sync)
+    storage.make_directory(os.path.dirname(file))
+    if not os.path.exists(file):
+        key: SigningKey = Ed25519Key.generate(bits) if kind == "ed25519" else RSAKey.generate(bits)
+        storage.write(file, pem("PRIVATE KEY", key.encode()))
+        print("; a new key, in %s" % file)
+
+
+def show_key(name: str, key: SigningKey) -> str:
+    text = key_record(key)
+    return "%s\n; where a form asks for it as one text, at %s:\n; %s" % (zone_record(name, text), name, text)
+
+
+# SRS: the Sender Rewriting Scheme, as libsrs2 and postsrsd have it. A forward's reverse-path becomes one of ours, so that SPF
+# holds at the next host, and what comes back to it finds its way.
+
+SRS_DIGITS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ234567"
+SRS_SEPARATORS = "=+-"
+
+
+def srs_hash(secret: str, *parts: str) -> str:
+    text = "".join(parts).encode("utf-8").lower()   # mail hosts may change the case
+    return base64.b64encode(hmac.new(secret.encode(), text, hashlib.sha1).digest()).decode()[:4]
+
+
+def srs_day(now: float) -> str:
+    day = int(now // 86400) % 1024
+    return SRS_DIGITS[day >> 5] + SRS_DIGITS[day & 31]
+
+
+def srs_forward(sender: Address, domain: str, secret: str, now: float) -> Address:
+    """Return the reverse-path, at our domain, under which mail from `sender` is sent on."""
+    tag, separator = sender.local[:4].upper(), sender.local[4:5]
+    if tag == "SRS0" and separator in SRS_SEPARATORS and separator:
+        host, rest = sender.domain, sender.local[4:]
+        return Address("SRS1=%s=%s=%s" % (srs_hash(secret, host, rest), host, rest), domain)
+    if tag == "SRS1" and sender.local[4:].count("=") >= 3 and separator in SRS_SEPARATORS:
+        _, host, rest = sender.local[5:].split("=", 2)
+        return Address("SRS1=%s=%s=%s" % (srs_hash(secret, host, rest), host, rest), domain)
+    day = srs_day(now)
+    return Address("SRS0=%s=%s=%s=%s" % (srs_hash(secret, day, sender.domain, sender.local), day, sender.domain, sender.local),
+                   domain)
+
+
+def srs_reverse(local: str, keys: Sequence[str], now: float) -> Optional[Address]:
+    """Return where mail to a local part of the kind goes back to; None for any other; Refused when it is forged or late."""
+    tag, separator, rest = local[:4].upper(), local[4:5], local[5:]
+    if tag not in ("SRS0", "SRS1") or not separator or separator not in SRS_SEPARATORS:
+        return None
+    parts = rest.split("=", 3 if tag == "SRS0" else 2)
+    if len(parts) != (4 if tag == "SRS0" else 3) or not all(parts) or not is_domain(parts[-2]):
+        raise Refused(550, "5.1.1", "not an address that this node made")
+    signed = parts[1:]
+    if not any(hmac.compare_digest(srs_hash(key, *signed).lower().encode(), parts[0].lower().encode()) for key in keys):
+        raise Refused(550, "5.1.1", "not an address that this node made")
+    if tag == "SRS1":
+        return Address("SRS0" + parts[2], parts[1])
+    if not is_recent(parts[1], now):
+        raise Refused(550, "5.1.1", "too late: mail could come back to this address for %d days" % SRS_DAYS)
+    return Address(parts[3], parts[2])
+
+
+def is_recent(day: str, now: float) -> bool:
+    """Return whether an SRS day is one of the last; they come round after 1,024."""
+    digits = [SRS_DIGITS.find(c) for c in day.upper()]
+    return len(digits) == 2 and min(digits) >= 0 and (int(now // 86400) - digits[0] * 32 - digits[1]) % 1024 <= SRS_DAYS
+
+
+class SRS:
+    """Rewrites reverse-paths with the secrets in DATA/srs, made when first needed; the first one signs, all are good."""
+
+    def __init__(self, config: Config, storage: Storage, clock: Callable[[], float] = time.time) -> None:
+        self.domains = [lower(domain) for domain in config.domain]
+        self.storage = storage
+        self.path = os.path.join(storage.root, "srs")
+        self.clock = clock
+        self._secrets = Reloaded(self.path, lambda lines, complain: [line for _, line in lines])
+
+    def secrets(self) -> List[str]:
+        found: List[str] = self._secrets.get()
+        if not found:
+            self._make_secret()
+            found = self._secrets.get(fresh=True)
+        return found
+
+    def _make_secret(self) -> None:
+        """Make the file, which another process may be doing, too: the first one counts. OSError."""
+        self.storage.make_directory(self.storage.root)
+        draft = self.path + "." + secrets.token_hex(4)
+        self.storage.write(draft, secrets.token_urlsafe(24).encode() + b"\n")
+        with contextlib.suppress(FileExistsError):
+            os.link(draft, self.path)
+        os.unlink(draft)
+        self.storage.sync_directory(self.storage.root)
+
+    def forward(self, sender: str) -> str:
+        """Return the reverse-path for mail that an alias sends on: ours and the null one stay. OSError."""
+        if not sender:
+            return sender
+        address = parse_address(sender)
+        if lower(address.domain) in self.domains or not address.domain or domain_literal(address.domain):
+            return sender
+        return str(srs_forward(address, self.domains[0], self.secrets()[0], self.clock()))
+
+    def reverse(self, address: Address) -> Optional[Address]:
+        """Return where mail to an address of ours goes back to; None when it is none of the kind; Refused."""
+        if lower(address.domain) not in self.domains or address.local[:3].upper() != "SRS":
+            return None
+        return srs_reverse(address.local, self.secrets(), self.clock())
+
+
+# MTA-STS (RFC 8461): what others publish about TLS to their exchangers.
+
+class STSPolicy(NamedTuple):
+    """A domain's policy, and when we got it."""
+    id: str
+    mode: str                                       # enforce, testing, none
+    mx: List[str]
+    max_age: int                                    # seconds
+    fetched_at: float = 0.0
+
+    def allows(self, host: str) -> bool:
+        """Return whether an exchanger is one of the policy's (RFC 8461 section 4.1): a * stands for one label."""
+        host = host.lower().rstrip(".")
+        return host in self.mx or "*." + host.partition(".")[2] in self.mx
+
+
+def parse_sts_record(texts: Sequence[str]) -> str:
+    """Return the id= of a domain's _mta-sts record; "" when there is none, or not just one (RFC 8461 section 3.1)."""
+    found = [text for text in texts if re.match(r"v=STSv1[ \t]*;", text)]
+    id = parse_tags(found[0]).get("id", "") if len(found) == 1 else ""
+    return id if re.fullmatch(r"[A-Za-z0-9]{1,32}", id) else ""
+
+
+def parse_sts_policy(text: bytes, id: str, now: float) -> STSPolicy:
+    """Return the policy in a file (RFC 8461 section 3.2); ValueError."""
+    values: Dict[str, List[str]] = {}
+    for line in text[:MAX_STS_POLICY].decode("utf-8", "replace").splitlines():
+        name, _, value = line.partition(":")
+        values.setdefault(name.strip(), []).append(value.strip())
+    mode, age = (values.get(name, [""])[0] for name in ("mode", "max_age"))
+    mx = [pattern.lower().rstrip(".") for pattern in values.get("mx", [])]
+    if values.get("version", [""])[0] != "STSv1":
+        raise ValueError("its version is not STSv1")
+    if mode not in ("enforce", "testing", "none"):
+        raise ValueError("its mode is none of enforce, testing, none")
+    if not re.fullmatch(r"[0-9]{1,10}", age):
+        raise ValueError("its max_age is no number of seconds")
+    if mode != "none" and not mx:
+        raise ValueError("it names no mx")
+    if not all(pattern.isascii() and is_domain(pattern[2:] if pattern.startswith("*.") else pattern) for pattern in mx):
+        raise ValueError("its mx is no host")
+    return STSPolicy(id, mode, mx[:MAX_STS_HOSTS], min(int(age), 31557600), now)
+
+
+def parse_http_answer(data: bytes, limit: int) -> Tuple[int, Dict[str, str], bytes]:
+    """Return (status, headers, body so far) of an HTTP answer; ValueError for what is none or too long."""
+    head, blank, body = data.partition(b"\r\n\r\n")
+    lines = head.decode("latin-1").split("\r\n")
+    match = re.match(r"HTTP/1\.[01] (\d{3})(?: |$)", lines[0])
+    headers = {name.strip().lower(): value.strip() for name, _, value in (line.partition(":") for line in lines[1:])}
+    if not blank or not match or len(head) > 1 << 14:
+        raise ValueError("not an HTTP answer")
+    if len(body) > limit:
+        raise ValueError("longer than %d bytes" % limit)
+    return int(match.group(1)), headers, body
+
+
+class STS:
+    """The policies of others, kept in DATA/mta-sts until they are too old (RFC 8461 section 3.3)."""
+
+    def __init__(self, root: str, resolver: Any, write: Callable[[str, bytes], None],
+                 clock: Callable[[], float] = time.time, port: int = 443) -> None:
+        self.root = os.path.join(root, "mta-sts")
+        self.resolver = resolver
+        self.write = write                          # puts a file in place
+        self.clock = clock
+        self.port = port
+        self._failed: Dict[str, float] = {}         # until when not to ask again
+
+    def policy(self, domain: str) -> Optional[STSPolicy]:
+        """Return the policy that holds for mail to a domain now; None when there is none, or its mode is none.
+
+        What was once fetched holds until max_age, also when the record is gone or nothing can be fetched (section 5.1):
+        who can make them vanish must not win by it.
+        """
+        now = self.clock()
+        known = self.kept(domain)
+        try:
+            id = parse_sts_record(self.resolver.lookup("_mta-sts." + domain, TXT))
+        except DNSError:
+            id = ""
+        fresh = known and known.id == id and now - known.fetched_at < STS_REFRESH
+        if id and not fresh and self._failed.get(domain, 0.0) <= now:
+            try:
+                known = self.fetch(domain, id)
+                self.keep(domain, known)
+            except (OSError, ValueError, DNSError, CannotRun) as error:
+                if len(self._failed) > 10000:
+                    self._failed = {}
+                self._failed[domain] = now + STS_RETRY      # section 3.3: not for each message
+                event("sts-failed", domain=domain, reason=printable(str(error), 200))
+        return known if known and known.mode != "none" else None
+
+    def kept(self, domain: str) -> Optional[STSPolicy]:
+        """Return the policy that was kept, if it is not too old."""
+        try:
+            with open(os.path.join(self.root, encode_name(domain)), "rb") as file:
+                policy = STSPolicy(**json.loads(file.read(4 * MAX_STS_POLICY)))
+            return policy if 0 <= self.clock() - policy.fetched_at <= policy.max_age else None
+        except (OSError, ValueError, TypeError):
+            return None
+
+    def keep(self, domain: str, policy: STSPolicy) -> None:
+        """Keep a policy over restarts; when that fails it holds for this time only."""
+        try:
+            if os.path.isdir(os.path.dirname(self.root)):
+                os.makedirs(self.root, 0o700, exist_ok=True)
+            self.write(os.path.join(self.root, encode_name(domain)), json.dumps(policy._asdict()).encode())
+        except OSError as error:
+            log.warning("cannot keep the MTA-STS policy of %s: %s", domain, error)
+
+    def fetch(self, domain: str, id: str) -> STSPolicy:
+        """Fetch a policy: HTTPS, verified, no redirects, bounded size and time. OSError, ValueError, DNSError, CannotRun."""
+        try:
+            import ssl
+        except ImportError:
+            raise CannotRun("this Python has no ssl module") from None
+        host = "mta-sts." + domain
+        deadline = time.monotonic() + STS_TIMEOUT
+        failure: Optional[OSError] = None
+        for address, _ in self.resolver.addresses(host)[:MAX_EXCHANGERS]:
+            try:
+                context = ssl.create_default_context()
+                with socket.create_connection((address, self.port), timeout=STS_TIMEOUT / 3) as plain, \
+                        context.wrap_socket(plain, server_hostname=host, suppress_ragged_eofs=False) as sock:
+                    return parse_sts_policy(self._get(sock, host, deadline), id, self.clock())
+            except OSError as error:
+                failure = error
+        raise failure or OSError(errno.EHOSTUNREACH, host + " has no address")
+
+    @staticmethod
+    def _get(sock: "ssl.SSLSocket", host: str, deadline: float) -> bytes:
+        """Ask for the policy file and return it; OSError, ValueError. As HTTP/1.0: nothing comes in chunks."""
+        sock.sendall(("GET /.well-known/mta-sts.txt HTTP/1.0\r\nHost: %s\r\nUser-Agent: minimail/%s\r\n"
+                      "Connection: close\r\n\r\n" % (host, __version__)).encode())
+        data, wanted = bytearray(), 2 * MAX_STS_POLICY
+        while len(data) < wanted:
+            sock.settimeout(max(0.001, deadline - time.monotonic()))
+            block = sock.recv(BLOCK)
+            if not block:
+                break
+            at = max(0, len(data) - 3)
+            data.extend(block)
+            end = data.find(b"\r\n\r\n", at) if wanted == 2 * MAX_STS_POLICY else -1
+            length = parse_http_answer(bytes(data), 2 * MAX_STS_POLICY)[1].get("content-length", "") if end >= 0 else ""
+            if length.isdecimal() and len(length) < 10:
+                wanted = min(wanted - 1, end + 4 + int(length))
+        status, headers, body = parse_http_answer(bytes(data), MAX_STS_POLICY)
+        if int(headers.get("content-length", len(body))) != len(body):
+            raise ValueError("%s sent %d bytes and said another number" % (host, len(body)))
+        if status != 200 or "transfer-encoding" in headers:
+            raise ValueError("%s answered with status %d" % (host, status))     # section 3.3: no redirects
+        return body
+
+
+# SPF (RFC 7208), as others read ours: pure but for `lookup(name, type) -> texts`, which raises DNSError.
+
+SPF_TERM = re.compile(r"([+?~-]?)([A-Za-z][A-Za-z0-9_.-]*)(.*)", re.DOTALL)
+SPF_MACRO = re.compile(r"%(?:([%_-])|\{([slodiphvSLODIPHV])([0-9]{0,3})([rR]?)([.+,/_=-]*)\})")
+SPF_RESULTS = {"+": "pass", "-": "fail", "~": "softfail", "?": "neutral"}
+
+
+class SPFError(Exception):
+    """The record cannot be evaluated; `result` is permerror or temperror."""
+
+    def __init__(self, result: str, text: str) -> None:
+        super().__init__(text)
+        self.result = result
+
+
+class SPFTerm(NamedTuple):
+    """A mechanism or modifier of a record."""
+    result: str                                     # when it matches
+    name: str
+    value: str                                      # behind : or =, a domain maybe with macros
+    size4: int                                      # prefix lengths to compare by
+    size6: int
+
+
+def parse_spf(text: str) -> List[SPFTerm]:
+    """Return the terms of a record behind its version (RFC 7208 section 4.6.1); SPFError."""
+    terms = []
+    for word in text.split(" ")[1:]:
+        if word:
+            terms.append(parse_spf_term(word))
+    for name in "redirect", "exp":
+        if sum(term.name == name + "=" for term in terms) > 1:
+            raise SPFError("permerror", "more than one %s=" % name)
+    return terms
+
+
+def parse_spf_term(word: str) -> SPFTerm:
+    """Return one term, its name with a = behind when it is a modifier; SPFError."""
+    wrong = SPFError("permerror", "wrong term: " + printable(word, 80))
+    match = SPF_TERM.fullmatch(word)
+    if not match or not word.isascii():
+        raise wrong
+    sign, name, rest = match.groups()
+    name = name.lower()
+    if rest.startswith("="):
+        if sign or (name in ("redirect", "exp") and len(rest) < 2):
+            raise wrong
+        spf_check_macros(rest)
+        return SPFTerm("", name + "=", rest[1:], 0, 0)
+    result = SPF_RESULTS[sign or "+"]
+    if name in ("ip4", "ip6"):
+        address, _, size = rest[1:].partition("/")
+        limit = 32 if name == "ip4" else 128
+        try:
+            parsed = (ipaddress.IPv4Address if name == "ip4" else ipaddress.IPv6Address)(address)
+            sizes = prefix_length(size, limit) if "/" in rest else limit
+        except ValueError:
+            raise wrong from None
+        if not rest.startswith(":"):
+            raise wrong
+        return SPFTerm(result, name, str(parsed), sizes, sizes)
+    value, size4, size6 = rest, 32, 128
+    if name in ("a", "mx"):
+        found = re.fullmatch(r"(.*?)(?:/([0-9]+))?(?://([0-9]+))?", rest)
+        try:
+            assert found
+            value = found.group(1)
+            size4 = prefix_length(found.group(2), 32) if found.group(2) else 32
+            size6 = prefix_length(found.group(3), 128) if found.group(3) else 128
+        except ValueError:
+            raise wrong from None
+    optional = name in ("a", "mx", "ptr")
+    if name not in ("all", "include", "exists", "a", "mx", "ptr") or (name == "all" and value) or (
+            name != "all" and not value.startswith(":") and not (optional and not value)) or value == ":":
+        raise wrong
+    spf_check_macros(value)
+    return SPFTerm(result, name, value[1:], size4, size6)
+
+
+def prefix_length(text: str, limit: int) -> int:
+    """Return the number behind a slash; ValueError."""
+    if not re.fullmatch(r"0|[1-9][0-9]{0,2}", text) or int(text) > limit:
+        raise ValueError("bad prefix length")
+    return int(text)
+
+
+def spf_check_macros(text: str) -> None:
+    if "%" in SPF_MACRO.sub("", text):
+        raise SPFError("permerror", "bad macro in " + printable(text, 80))
+
+
+class SPF:
+    """One evaluation: may a host send mail from `sender`? `lookups` counts the terms that cost the reader a question."""
+
+    def __init__(self, lookup: Callable[[str, str], List[str]], host: str, sender: str, helo: str = "") -> None:
+        self.lookup = lookup
+        self.host = ipaddress.ip_address(host)
+        self.sender = sender if "@" in sender else "postmaster@" + (sender or helo)
+        self.helo = helo
+        self.lookups = self.voids = 0
+        self.reason = ""                            # what decided
+
+    def check(self, domain: str) -> str:
+        """Return none, neutral, pass, fail, softfail, temperror or permerror (RFC 7208 section 2.6)."""
+        try:
+            return self._evaluate(domain.lower().rstrip("."), 0)
+        except SPFError as error:
+            self.reason = str(error)
+            return error.result
+
+    def _ask(self, name: str, type: str) -> List[str]:
+        """Return what DNS says; SPFError. More than two questions without an answer are an error (section 4.6.4)."""
+        try:
+            found = self.lookup(name, type)
+        except NoSuchDomain:
+            found = []
+        except DNSError as error:
+            raise SPFError("temperror", "%s: %s" % (name, error)) from None
+        if not found and type != "TXT":
+            self.voids += 1
+            if self.voids > MAX_SPF_VOIDS:
+                raise SPFError("permerror", "more than %d names without an answer" % MAX_SPF_VOIDS)
+        return found
+
+    def record(self, domain: str) -> Optional[str]:
+        """Return the record of a domain; SPFError when there are several (section 4.5)."""
+        if not is_domain(domain) or "." not in domain:
+            return None
+        found = [text for text in self._ask(domain, "TXT") if re.match(r"v=spf1(?: |$)", text, re.IGNORECASE)]
+        if len(found) > 1:
+            raise SPFError("permerror", "%s has %d SPF records" % (domain, len(found)))
+        return found[0] if found else None
+
+    def _evaluate(self, domain: str, depth: int) -> str:
+        text = self.record(domain)
+        if text is None:
+            return "none"
+        terms = parse_spf(text)
+        for term in terms:
+            if not term.name.endswith("=") and self._matches(term, domain, depth):
+                self.reason = self.reason if term.name == "include" else "%s in the record of %s" % (term.name, domain)
+                return term.result
+        for term in terms:
+            if term.name == "redirect=" and not any(term.name == "all" for term in terms):
+                self._count(depth)
+                result = self._evaluate(self._expand(term.value, domain), depth + 1)
+                if result == "none":
+                    raise SPFError("permerror", "redirect= leads to no record")
+                return result
+        self.reason = "nothing in the record of %s matches" % domain
+        return "neutral"
+
+    def _count(self, depth: int) -> None:
+        self.lookups += 1
+        if self.lookups > MAX_SPF_LOOKUPS or depth > MAX_SPF_LOOKUPS:
+            raise SPFError("permerror", "more than %d look-ups" % MAX_SPF_LOOKUPS)
+
+    def _matches(self, term: SPFTerm, domain: str, depth: int) -> bool:
+        if term.name == "all":
+            return True
+        if term.name in ("ip4", "ip6"):
+            return self._is_in(term.value, term)
+        self._count(depth)
+        target = self._expand(term.value, domain) if term.value else domain
+        if term.name == "include":
+            result = self._evaluate(target, depth + 1)
+            if result == "none":
+                raise SPFError("permerror", "include:%s has no record" % target)
+            return result == "pass"
+        if term.name == "exists":
+            return bool(self._ask(target, "A"))
+        if term.name == "ptr":
+            return any(name == target or name.endswith("." + target) for name in self._names())
+        hosts = self._ask(target, "MX") if term.name == "mx" else [target]
+        if len(hosts) > MAX_SPF_LOOKUPS:
+            raise SPFError("permerror", "%s has more than %d exchangers" % (target, MAX_SPF_LOOKUPS))
+        type = "A" if self.host.version == 4 else "AAAA"
+        return any(self._is_in(address, term) for host in hosts if host for address in self._ask(host, type))
+
+    def _is_in(self, address: str, term: SPFTerm) -> bool:
+        size = term.size4 if self.host.version == 4 else term.size6
+        return ipaddress.ip_address(address).version == self.host.version and \
+            self.host in ipaddress.ip_network("%s/%d" % (address, size), strict=False)
+
+    def _names(self) -> List[str]:
+        """Return the host's names that lead back to it (section 5.5)."""
+        type = "A" if self.host.version == 4 else "AAAA"
+        found = []
+        for name in self._ask(self.host.reverse_pointer, "PTR")[:MAX_SPF_LOOKUPS]:
+            try:
+                if str(self.host) in self._ask(name, type):
+                    found.append(name.lower().rstrip("."))
+            except SPFError:
+                break
+        return found
+
+    def _expand(self, text: str, domain: str) -> str:
+        """Return a domain with its macros replaced (section 7)."""
+        local, _, sender_domain = self.sender.rpartition("@")
+        host = ".".join("%x" % (byte >> shift & 15) for byte in self.host.packed for shift in (4, 0)) \
+            if self.host.version == 6 else str(self.host)
+        values = {"s": self.sender, "l": local, "o": sender_domain, "d": domain, "i": host, "p": "unknown",
+                  "v": "in-addr" if self.host.version == 4 else "ip6", "h": self.helo or domain}
+
+        def replace(match: "re.Match[str]") -> str:
+            literal, letter, digits, turned, delimiters = match.groups()
+            if literal:
+                return {"%": "%", "_": " ", "-": "%20"}[literal]
+            parts = re.split("[%s]" % re.escape(delimiters or "."), values[letter.lower()])
+            parts = parts[::-1] if turned else parts
+            value = ".".join(parts[-int(digits):] if digits and int(digits) else parts)
+            from urllib.parse import quote
+            return quote(value, safe="") if letter.isupper() else value
+        expanded = SPF_MACRO.sub(replace, text).lower().rstrip(".")
+        while len(expanded) > 253 and "." in expanded:
+            expanded = expanded.partition(".")[2]
+        return expanded
+
+
+# The doctor.
+
+class Finding(NamedTuple):
+    """What `check` found: ok, note (not wrong, but look at it), wrong or skipped; and the records to publish."""
+    domain: str
+    check: str
+    status: str
+    text: str
+    advice: str = ""
+    records: Tuple[str, ...] = ()
+
+
+class Doctor:
+    """Looks at a node's standing from outside and inside. A method check_NAME() yields what it found out about NAME.
+
+    It asks DNS only, and with `connect` the node's own addresses.
+    """
+
+    ORDER = ("hostname", "mx", "ptr", "spf", "dkim", "dmarc", "mta_sts", "certificate", "addresses")
+    MACHINE = ("clock", "data", "queue")
+
+    def __init__(self, config: Config, hostname: str, resolver: Any, connect: bool = False,
+                 clock: Callable[[], float] = time.time) -> None:
+        self.config = config
+        self.hostname = hostname
+        self.resolver = resolver
+        self.connect = connect
+        self.clock = clock
+        self.domain = ""                            # the one that is looked at
+        self.addresses: List[str] = []              # of the hostname
+        self.keyring = Keyring(config, hostname)
+
+    def examine(self, domains: Sequence[str]) -> Iterator[Finding]:
+        """Yield all findings, domain by domain, then those about the machine."""
+        for domain in domains:
+            self.domain = ascii_domain(domain)
+            yield from self._run(self.ORDER)
+        self.domain = ""
+        yield from self._run(self.MACHINE)
+
+    def _run(self, names: Sequence[str]) -> Iterator[Finding]:
+        for name in names:
+            try:
+                yield from getattr(self, "check_" + name)()
+            except DNSFailure as error:
+                yield self.wrong(name, "no answer from DNS: %s" % error, "ask again; if it stays so, look at the name servers")
+
+    def found(self, check: str, status: str, text: str, advice: str = "", *records: str) -> Finding:
+        return Finding(self.domain, check.replace("_", "-"), status, printable(text, 1000), advice, records)
+
+    def ok(self, check: str, text: str) -> Finding:
+        return self.found(check, "ok", text)
+
+    def note(self, check: str, text: str, advice: str = "", *records: str) -> Finding:
+        return self.found(check, "note", text, advice, *records)
+
+    def wrong(self, check: str, text: str, advice: str, *records: str) -> Finding:
+        return self.found(check, "wrong", text, advice, *records)
+
+    def addresses_of(self, host: str) -> List[str]:
+        """Return a host's addresses as DNS has them: what this machine's hosts file says, nobody else sees. DNSError."""
+        return self.lookup_of(host, "A") + self.lookup_of(host, "AAAA")
+
+    def lookup_of(self, name: str, type: str) -> List[str]:
+        """Return the data of a name's records as texts, of MX the hosts, the best one first; DNSError."""
+        found = self.resolver.lookup(name, TYPES[type])
+        return [host for _, host in sorted(found)] if type == "MX" else found
+
+    def texts(self, name: str, version: str) -> List[str]:
+        """Return the TXT records at a name that begin with a version tag; DNSFailure."""
+        try:
+            return [text for text in self.resolver.lookup(name, TXT) if re.match(re.escape(version) + r"\s*(;|$)", text)]
+        except NoSuchDomain:
+            return []
+
+    def check_hostname(self) -> Iterator[Finding]:
+        name, advice = self.hostname, "give the machine's name in DNS: --hostname NAME"
+        self.addresses = []
+        if "." not in name:
+            yield self.wrong("hostname", "%s is not a full name" % name, advice)
+            return
+        with contextlib.suppress(NoSuchDomain):
+            self.addresses = self.addresses_of(name)
+        private = [address for address in self.addresses if not ipaddress.ip_address(address).is_global]
+        if not self.addresses:
+            yield self.wrong("hostname", "%s has no address in DNS" % name, "publish one (with this machine's address)",
+                             "%s. IN A 192.0.2.1" % name)
+        elif private:
+            yield self.note("hostname", "%s has an address that nobody else reaches: %s" % (name, ", ".join(private)))
+        else:
+            yield self.ok("hostname", "%s has the addresses %s" % (name, ", ".join(self.addresses)))
+
+    def check_mx(self) -> Iterator[Finding]:
+        record = "%s. IN MX 10 %s." % (self.domain, self.hostname)
+        try:
+            records = sorted(self.resolver.mx(self.domain))
+        except NoSuchDomain:
+            yield self.wrong("mx", "the domain %s does not exist in DNS" % self.domain, "register it, and publish", record)
+            return
+        leads = []
+        for preference, host, _ in records:
+            with contextlib.suppress(NoSuchDomain):
+                if host == self.hostname or (host and set(self.addresses_of(host)) & set(self.addresses)):
+                    leads.append((preference, host))
+        if not leads:
+            shown = ", ".join(host or "." for _, host, _ in records)
+            yield self.wrong("mx", "MX leads to %s, not here" % shown if records else "no MX record", "publish", record)
+        elif leads[0][0] > records[0][0]:
+            yield self.note("mx", "MX leads here, but to %s before" % records[0][1], "as a backup only?")
+        else:
+            yield self.ok("mx", "MX leads here, to %s" % leads[0][1])
+
+    def check_ptr(self) -> Iterator[Finding]:
+        for address in self.addresses:
+            names: List[str] = []
+            with contextlib.suppress(NoSuchDomain):
+                names = self.resolver.lookup(ipaddress.ip_address(address).reverse_pointer, PTR)
+            if self.hostname in names:
+                yield self.ok("ptr", "%s is %s" % (address, self.hostname))
+            else:
+                yield self.wrong("ptr", "%s is %s, not %s" % (address, " ".join(names) or "nobody", self.hostname),
+                                 "have the owner of the address (the VPS's provider) name it",
+                                 "%s. IN PTR %s." % (ipaddress.ip_address(address).reverse_pointer, self.hostname))
+
+    def check_spf(self) -> Iterator[Finding]:
+        record, advice = zone_record(self.domain, "v=spf1 mx -all"), "publish"
+        first = SPF(self.lookup_of, "192.0.2.1", "postmaster@" + self.domain, self.hostname)
+        result = first.check(self.domain)           # of an address that nobody has: every term is looked at
+        if result == "temperror":
+            raise DNSFailure(first.reason)
+        if result == "none":
+            yield self.wrong("spf", "no SPF record", advice, record)
+        elif result == "permerror":
+            yield self.wrong("spf", "the record cannot be used: %s" % first.reason, "correct it, maybe to", record)
+        elif result == "pass":
+            yield self.wrong("spf", "the record lets anybody send: %s" % first.reason, "end it in -all or ~all", record)
+        elif self.config.smarthost:
+            yield self.note("spf", "the record uses %d of %d look-ups" % (first.lookups, MAX_SPF_LOOKUPS),
+                            "it has to let the smarthost %s send: see what its owner says" % self.config.smarthost.host)
+        else:
+            for address in self.addresses:
+                spf = SPF(self.lookup_of, address, "postmaster@" + self.domain, self.hostname)
+                result = spf.check(self.domain)
+                text = "%s: %s (%s); %d of %d look-ups" % (address, result, spf.reason, first.lookups, MAX_SPF_LOOKUPS)
+                yield self.ok("spf", text) if result == "pass" else self.wrong(
+                    "spf", text, "let the record allow this address, maybe with", record)
+
+    def check_dkim(self) -> Iterator[Finding]:
+        if not self.keyring.files(self.domain):
+            yield self.wrong("dkim", "no key: mail leaves unsigned", "make one: minimail.py dkim %s" % self.domain)
+        for selector, file in self.keyring.files(self.domain):
+            name = selector + "._domainkey." + self.domain
+            try:
+                key = self.keyring.load(file)
+                unsafe = os.name != "nt" and os.stat(file).st_mode & 0o077
+            except (OSError, ValueError) as error:
+                yield self.wrong("dkim", "%s: %s" % (file, error), "make another: minimail.py dkim %s NAME" % self.domain)
+                continue
+            texts: List[str] = []
+            with contextlib.suppress(NoSuchDomain):
+                texts = self.resolver.lookup(name, TXT)
+            misfits = [record_misfit(text, key) for text in texts]
+            record = zone_record(name, key_record(key))
+            if unsafe:
+                yield self.wrong("dkim", "others may read the key %s" % file, "chmod 600 %s" % file)
+            if not texts:
+                yield self.wrong("dkim", "the key %s is not published" % selector, "publish", record)
+            elif len(texts) > 1 or misfits[0]:
+                yield self.wrong("dkim", "%s: %s" % (name, misfits[0] or "several records"), "publish in its place", record)
+            elif key.kind == "rsa" and key.bits < 2048:
+                yield self.note("dkim", "the key %s fits, but has %d bits only" % (selector, key.bits),
+                                "make another: minimail.py dkim %s NAME" % self.domain)
+            else:
+                yield self.ok("dkim", "the key %s (%s, %d bits) is published, and a test signature verifies" % (
+                    selector, key.kind, key.bits))
+
+    def check_dmarc(self) -> Iterator[Finding]:
+        record = zone_record("_dmarc." + self.domain, "v=DMARC1; p=none; rua=mailto:postmaster@" + self.domain)
+        place, found = "", []
+        labels = self.domain.split(".")
+        for start in range(max(1, len(labels) - 1)):    # RFC 7489 section 6.6.3: else that of the domain above
+            place = "_dmarc." + ".".join(labels[start:])
+            found = self.texts(place, "v=DMARC1")
+            if found:
+                break
+        policy = parse_tags(found[0]).get("p", "") if found else ""
+        if not found:
+            yield self.wrong("dmarc", "no DMARC record", "publish, and p=quarantine once all is well", record)
+        elif len(found) > 1 or policy.lower() not in ("none", "quarantine", "reject"):
+            yield self.wrong("dmarc", "%s: %s" % (place, "several records" if len(found) > 1 else "its p= is none of "
+                             "none, quarantine, reject"), "publish in its place", record)
+        else:                                       # we sign with d= and send with a reverse-path of the very domain
+            yield self.ok("dmarc", "p=%s at %s; what we sign is aligned with From" % (policy, place))
+
+    def check_mta_sts(self) -> Iterator[Finding]:
+        reports = self.texts("_smtp._tls." + self.domain, "v=TLSRPTv1")
+        if len(reports) > 1 or (reports and not re.match(r"(mailto|https):", parse_tags(reports[0]).get("rua", ""))):
+            yield self.wrong("mta_sts", "the TLS reporting record is wrong: it needs one rua=mailto: or https:", "publish",
+                             zone_record("_smtp._tls." + self.domain, "v=TLSRPTv1; rua=mailto:postmaster@" + self.domain))
+        texts = self.texts("_mta-sts." + self.domain, "v=STSv1")
+        if not texts:
+            yield self.ok("mta_sts", "none published: TLS to here is an opportunity")
+            return
+        if not parse_sts_record(texts):
+            yield self.wrong("mta_sts", "the record at _mta-sts.%s is wrong" % self.domain, "publish in its place",
+                             zone_record("_mta-sts." + self.domain, "v=STSv1; id=%d" % self.clock()))
+            return
+        if not self.connect:
+            yield self.note("mta_sts", "published; the policy itself is fetched with --connect only")
+            return
+        try:
+            policy = STS(self.config.data, self.resolver, lambda path, data: None, self.clock).fetch(self.domain, "check")
+        except (OSError, ValueError, DNSError, CannotRun) as error:
+            yield self.wrong("mta_sts", "the policy of %s cannot be fetched: %s" % (self.domain, error),
+                             "let https://mta-sts.%s/.well-known/mta-sts.txt answer with it" % self.domain)
+            return
+        missing = [host for _, host, _ in self.resolver.mx(self.domain) if not policy.allows(host)]
+        if missing and policy.mode != "none":
+            yield self.wrong("mta_sts", "the policy does not name the exchanger %s" % missing[0], "add it: mx: " + missing[0])
+        else:
+            yield self.ok("mta_sts", "policy %s, for %d days, names all exchangers" % (policy.mode, policy.max_age // 86400))
+
+    def check_certificate(self) -> Iterator[Finding]:
+        if not self.config.tls_cert:
+            yield self.wrong("certificate", "no certificate: mail comes in clear", "get one for %s, and --tls-cert FILE "
+                             "--tls-key FILE" % self.hostname)
+            return
+        try:
+            with open(self.config.tls_cert, "rb") as file:
+                certificate = read_certificate(file.read(MAX_KEY_FILE + 1))
+        except (OSError, ValueError) as error:
+            yield self.wrong("certificate", "%s: %s" % (self.config.tls_cert, error), "give a certificate in PEM form")
+            return
+        days = (certificate.not_after - self.clock()) / 86400
+        fits = STSPolicy("", "", certificate.names, 0).allows(self.hostname)
+        text = "for %s, %d days left" % (", ".join(certificate.names[:5]) or "nobody", days)
+        if days <= 0 or not fits:
+            yield self.wrong("certificate", text if days > 0 else "it has ended", "get a new one for %s" % self.hostname)
+        elif days < 14:
+            yield self.note("certificate", text, "is it renewed by itself?")
+        else:
+            yield self.ok("certificate", text)
+
+    def check_addresses(self) -> Iterator[Finding]:
+        accounts = Accounts(self.config.file("users"))
+        book = AddressBook(self.config.domain, accounts, self.config.file("aliases"), self.config.catch_all, self.hostname)
+        for name in "postmaster", "abuse":
+            try:
+                found = book.resolve(Address(name, self.domain))
+            except Refused as refused:
+                yield self.wrong("addresses", "%s@%s: %s" % (name, self.domain, refused.reply),
+                                 "add an alias: %s@%s: YOU@%s" % (name, self.domain, self.domain))
+                continue
+            readers = [box for box in found.mailboxes if box in accounts.names()] + [str(address) for address in found.remote]
+            if readers:
+                yield self.ok("addresses", "%s@%s arrives at %s" % (name, self.domain, ", ".join(readers[:5])))
+            else:
+                yield self.note("addresses", "%s@%s is kept, but nobody can log in to read it" % (name, self.domain),
+                                "add an alias in %s: %s@%s: YOU@%s" % (
+                                    self.config.file("aliases"), name, self.domain, self.domain))
+        if self.connect:
+            yield from self.ports()
+
+    def ports(self) -> Iterator[Finding]:
+        """Yield whether the node's own addresses answer on the port to which others send."""
+        for address in self.addresses:
+            try:
+                with socket.create_connection((address, self.config.mx_port), timeout=10.0) as sock:
+                    greeting = sock.recv(MAX_REPLY_LINE)
+            except OSError as error:
+                yield self.wrong("port", "%s does not answer on port %d: %s" % (address, self.config.mx_port, error),
+                                 "listen there (--smtp 0.0.0.0:25), and open the port in firewall and provider's panel")
+                continue
+            if greeting.startswith(b"220") and self.hostname.encode() in greeting:
+                yield self.ok("port", "%s answers on port %d as %s" % (address, self.config.mx_port, self.hostname))
+            else:
+                yield self.wrong("port", "at %s somebody else answers: %s" % (address, printable(greeting, 100)),
+                                 "does another mail server run there?")
+
+    def check_clock(self) -> Iterator[Finding]:
+        synchronized = clock_is_synchronized()
+        if synchronized is None:
+            yield self.found("clock", "skipped", "this platform does not tell whether something sets it")
+        elif synchronized:
+            yield self.ok("clock", "set by NTP")
+        else:
+            yield self.note("clock", "nobody sets it", "install a time service, as chrony or systemd-timesyncd")
+
+    def check_data(self) -> Iterator[Finding]:
+        root = self.config.data
+        try:
+            info = os.stat(root)
+        except OSError as error:
+            yield self.wrong("data", "%s: %s" % (root, error.strerror), "start the node once, or give its --data DIR")
+            return
+        if os.name != "nt" and info.st_mode & 0o077:
+            yield self.wrong("data", "others may look into %s" % root, "chmod 700 %s" % root)
+        kind = file_system(root)
+        missing = broken_promises(root)
+        if missing:
+            yield self.wrong("data", "%s (%s) breaks promises: %s" % (root, kind, ", ".join(missing)), "use a local disk")
+        elif kind in ("tmpfs", "ramfs"):
+            yield self.wrong("data", "%s is in memory (%s): all mail is gone at a reboot" % (root, kind), "use a disk")
+        elif kind in ("nfs", "nfs4", "cifs", "smb3", "9p", "fuse.sshfs"):
+            yield self.note("data", "%s is on a network (%s)" % (root, kind), "one node only, and a server that keeps locks")
+        else:
+            yield self.ok("data", "%s is ours alone, on %s, which flushes, links, renames and locks" % (root, kind))
+
+    def check_queue(self) -> Iterator[Finding]:
+        """What the queue knows about the way out: when nobody at all can be reached, the port is closed."""
+        queue = Queue(Storage(self.config.data), self.config)
+        replies = [recipient["last_reply"] for entry in itertools.islice(queue.entries(), 1000)
+                   for recipient in entry.waiting() if recipient["last_reply"]]
+        silent = sum("cannot connect" in reply for reply in replies)
+        if silent > 1 and silent == len(replies):
+            yield self.wrong("queue", "all %d recipients that wait cannot be connected to" % silent,
+                             "is port 25 closed on the way out? Ask the provider, or use --smarthost")
+        else:
+            yield self.ok("queue", "%d recipients wait, %d of them for a host that does not answer" % (len(replies), silent))
+
+
+def clock_is_synchronized() -> Optional[bool]:
+    """Return what the kernel knows (adjtimex(2)); None when it does not tell."""
+    if not sys.platform.startswith("linux"):
+        return None
+    try:
+        import ctypes
+        state: int = ctypes.CDLL(None).adjtimex(ctypes.create_string_buffer(512))
+    except (ImportError, OSError, AttributeError):
+        return None
+    return None if state < 0 else state != 5        # TIME_ERROR
+
+
+def file_system(path: str) -> str:
+    """Return the kind of file system a path is on, "unknown" where /proc does not tell."""
+    best, kind = "", "unknown"
+    path = os.path.realpath(path) + "/"
+    with contextlib.suppress(OSError), open("/proc/self/mounts", encoding="utf-8", errors="replace") as file:
+        for line in file:
+            _, place, name = line.split(" ")[:3]
+            if path.startswith(place.rstrip("/") + "/") and len(place) >= len(best):
+                best, kind = place, name
+    return kind
+
+
+def must_lock(fd: int) -> None:
+    if not lock_file(fd):
+        raise OSError(errno.ENOLCK, "no locks")
+
+
+def broken_promises(root: str) -> List[str]:
+    """Return what the file system of a directory does not do of all we rely on."""
+    missing = []
+    first, second = (os.path.join(root, ".check-" + secrets.token_hex(4)) for _ in range(2))
+    try:
+        fd = os.open(first, os.O_CREAT | os.O_EXCL | os.O_RDWR | O_EXTRA, 0o600)
+    except OSError as error:
+        return ["making files (%s)" % error.strerror]
+    steps: List[Tuple[str, Callable[[], Any]]] = [
+        ("fsync", lambda: os.fsync(fd)), ("locks", lambda: must_lock(fd)),
+        ("links", lambda: os.link(first, second)), ("rename", lambda: os.replace(second, first + "x"))]
+    for name, act in steps:
+        try:
+            act()
+        except OSError:
+            missing.append(name)
+    close_quietly(fd)
+    for path in first, second, first + "x":
+        with contextlib.suppress(OSError):
+            os.unlink(path)
+    return missing
+
+
+def check_command(config: Config, arguments: List[str]) -> int:
+    """Look at the node's standing: what others' servers see of it, and what to do about it. Status 1 if something is wrong."""
+    parser = Parser(prog="minimail.py check", description=check_command.__doc__)
+    parser.add_argument("domain", nargs="?", metavar="DOMAIN", help="default: every --domain")
+    parser.add_argument("--json", action="store_true", help="print a JSON list")
+    parser.add_argument("--connect", action="store_true", help="also connect to the node's own addresses")
+    given = parser.parse_args(arguments)
+    try:
+        domains = [parse_domain(given.domain)] if given.domain else list(config.domain)
+    except ValueError as error:
+        raise UsageError("check %s: %s" % (printable(given.domain), error)) from None
+    if not domains:
+        raise UsageError("check: which domain? Name it, or give --domain or --data of the node")
+    if given.domain and domains[0] not in config.domain:
+        config = dataclasses.replace(config, domain=config.domain + (domains[0],))
+    hostname = config.hostname or socket.gethostname().lower()
+    doctor = Doctor(config, hostname, Resolver(config.dns), given.connect)
+    findings = []
+    for finding in doctor.examine(domains):
+        findings.append(finding)
+        if not given.json:
+            print("%-7s %s: %s%s" % (finding.status, finding.check, finding.text, finding.advice and " -- " + finding.advice),
+                  flush=True)
+    wrong = [finding for finding in findings if finding.status == "wrong"]
+    if given.json:
+        print(json.dumps([finding._asdict() for finding in findings], indent=1))
+    else:
+        print_records(findings)
+        print("%d things are wrong" % len(wrong) if wrong else "nothing is wrong")
+    return 1 if wrong else 0
+
+
+def print_records(findings: Sequence[Finding]) -> None:
+    records = list(dict.fromkeys(record for finding in findings for record in finding.records))
+    if records:
+        print("\n; to publish:\n" + "\n".join(records) + "\n")
+
+
+class Standing(Outbound):
+    """What this section does to mail that leaves."""
+
+    def __init__(self, config: Config, hostname: str, storage: Storage, resolver: Any) -> None:
+        config = dataclasses.replace(config, data=storage.root)
+        self.keyring = Keyring(config, hostname)
+        self.srs = SRS(config, storage)
+        self.sts = STS(storage.root, resolver, storage.write)
+
+    def dress(self, entry: Entry, message: Outgoing) -> Outgoing:
+        """Return a message with a reverse-path that SPF holds for, and signed; the signature is kept with the entry."""
+        if entry.extra.get("forward"):
+            message = message._replace(sender=self.srs.forward(message.sender))
+        about = hashlib.sha256(message.sender.encode("utf-8") + b"\0" + message.head).hexdigest()[:16]   # not rewritten since
+        kept = entry.extra.get("signature")
+        if not (isinstance(kept, list) and len(kept) == 2 and kept[0] == about):
+            trusted = bool(entry.extra.get("trusted"))
+            signature = self.keyring.sign(content_blocks(message), message.sender, trusted, time.time())
+            kept = entry.extra["signature"] = [about, signature.decode("ascii")]
+        head = str(kept[1]).encode("ascii")
+        return message._replace(head=head + message.head, size=message.size + len(head))
+
+    def security(self, target: Target, host: str) -> Optional[Security]:
+        """Return what the domain's MTA-STS policy demands (RFC 8461 section 5); Refused when it does not name the host."""
+        policy = self._policy(target)
+        if policy is None:
+            return None
+        name, testing = "the MTA-STS policy of " + target.domain, policy.mode == "testing"
+        if policy.allows(host):
+            return Security(not testing, True, name)
+        if not testing:
+            raise Refused(451, "4.7.5", "%s does not name the exchanger %s" % (name, host))
+        event("sts-testing", domain=target.domain, host=host, reason="the policy does not name it")
+        return None
+
+    def explain(self, target: Target) -> str:
+        policy = self._policy(target)
+        demand = "TLS with a certificate that is verified, at %s (MTA-STS, %s)"
+        return demand % (" ".join(policy.mx), policy.mode) if policy else ""
+
+    def _policy(self, target: Target) -> Optional[STSPolicy]:
+        if target.server or not target.domain or domain_literal(target.domain):
+            return None
+        return self.sts.policy(target.domain)
+
+
+class StandingExtension(Extension):
+    """What the queue and the sessions know of this section."""
+
+    name = "standing"
+    commands = {"dkim": dkim_command, "check": check_command}
+
+    def listeners(self, config: Config) -> List[Any]:
+        """Read the keys of --dkim while we may be root; CannotRun."""
+        Keyring(config).check()
+        return []
+
+    def outbound(self, config: Config, stores: Any, resolver: Any) -> Standing:
+        storage = stores.storage if stores else Storage(config.data, not config.no_sync)
+        return Standing(config, stores.hostname if stores else config.hostname, storage, resolver)
+
+    def equip(self, node: Any) -> None:
+        if not node.config.capture:
+            node.stores.door.origin = SRS(node.config, node.stores.storage).reverse
+
+
+EXTENSIONS.append(StandingExtension())
 
 
 # ======================================================================================================================
@@ -6399,7 +9107,7 @@ class SMTPSession(Session):
         """RFC 5321 section 4.1.1.1: announce only what works."""
         self.introduce(argument, esmtp=True)
         words = ["PIPELINING", "SIZE %d" % self.site.config.max_size, "8BITMIME", "SMTPUTF8", "ENHANCEDSTATUSCODES",
-                 "CHUNKING"]
+                 "CHUNKING", "DSN"]
         if self.site.certificates and not self.wire.tls:
             words.append("STARTTLS")
         if self.may_log_in and self.user is None:
@@ -6489,8 +9197,10 @@ class SMTPSession(Session):
         sender, rest = parse_path(path, self.lenient)
         if sender and self.lenient:
             sender = self.site.book.qualified(sender)
-        envelope = Envelope(sender=str(sender) if sender else "", helo=self.helo, client=self.client)
-        self.take_parameters(envelope, parse_parameters(rest) if rest else {})
+        envelope = Envelope(sender=str(sender) if sender else "", helo=self.helo, client=self.client, trusted=self.trusted)
+        parameters = parse_parameters(rest) if rest else {}
+        envelope.ret, envelope.envid = parse_dsn_of_mail(parameters)
+        self.take_parameters(envelope, parameters)
         if sender and not str(sender).isascii() and not envelope.smtputf8:
             raise Refused(553, "5.6.7", "this address needs SMTPUTF8")
         self.site.door.check_sender(envelope, sender, self.user)
@@ -6533,9 +9243,11 @@ class SMTPSession(Session):
             address = self.site.book.qualified(address)
         if address is None:
             raise Refused(501, "5.1.3", "the null path cannot receive mail")
-        for parameter in parse_parameters(rest) if rest else ():
-            raise Refused(555, "5.5.4", "unknown parameter " + printable(parameter, 60))
         envelope = transaction.envelope
+        parameters = parse_parameters(rest) if rest else {}
+        wish = parse_dsn_of_rcpt(parameters, envelope.smtputf8) if parameters else None
+        for parameter in parameters:
+            raise Refused(555, "5.5.4", "unknown parameter " + printable(parameter, 60))
         if not str(address).isascii() and not envelope.smtputf8:
             raise Refused(553, "5.6.7", "this address needs SMTPUTF8")
         trusted = self.trusted
@@ -6543,6 +9255,8 @@ class SMTPSession(Session):
         self.raise_fault("rcpt", address.key)
         door.ask("on_rcpt", envelope, str(address))
         envelope.recipients.append(address)
+        if wish:
+            envelope.wishes[address.key] = wish
         transaction.destinations.append(destinations)
         return Reply(250, "2.1.5", "recipient ok")
 
@@ -7188,6 +9902,8 @@ class Node:
                 self._listeners.append(Listener("smtp", endpoint, SMTPSession))
             for endpoint in config.smtps:
                 self._listeners.append(Listener("smtps", endpoint, SMTPSession, tls=True))
+            if config.web or config.webs:
+                extension("web")                    # CannotRun when this copy has none
             for section in EXTENSIONS:
                 self._listeners += section.listeners(config)
         except BaseException:
@@ -7221,6 +9937,8 @@ class Node:
             for section in EXTENSIONS:
                 section.start(self)
             loop.crew.do(self._sweep)
+            if self.config.max_age:
+                threading.Thread(target=self._expire, args=(site,), name="minimail-age", daemon=True).start()
         except OSError as error:
             self.stop()
             self._undo_start()
@@ -7237,6 +9955,17 @@ class Node:
             self.stores.mailboxes.sweep()
         if self.site and self.site.recorder:
             self.site.recorder.sweep()
+
+    def _expire(self, site: Site) -> None:
+        """Remove what has become older than --max-age where nothing new comes, until the node stops."""
+        age = self.config.max_age or 0.0
+        while not site.stopping:
+            for mailbox in site.mailboxes.names():
+                with contextlib.suppress(OSError):
+                    site.mailboxes.prune(mailbox, None, age)
+            due = time.monotonic() + min(max(age / 10, 0.5), 60.0)
+            while time.monotonic() < due and not site.stopping:
+                time.sleep(site.mailboxes.storage.LOOK)
 
     def _undo_start(self) -> None:
         self._close_listeners()
@@ -7274,7 +10003,7 @@ class Node:
 
     @property
     def smtp_address(self) -> Any:
-        """(host, port) of the first SMTP listener, None without one; so the four below."""
+        """(host, port) of the first SMTP listener, None without one; so the five below."""
         return self._endpoint("smtp")
 
     @property
@@ -7293,12 +10022,18 @@ class Node:
     def web_address(self) -> Any:
         return self._endpoint("web")
 
+    @property
+    def webs_address(self) -> Any:
+        return self._endpoint("webs")
+
     # The mail in it.
 
     def _accepted(self, parcel: Parcel) -> None:
         """The client has its 250: wake who waits."""
         self.accepted += 1
         self.accepted_bytes += parcel.draft.size
+        if self.site and self.site.inbox:
+            self.site.inbox.accepted(parcel)
         with self._arrived:
             self._arrivals += 1
             self._arrived.notify_all()
@@ -7787,7 +10522,7 @@ def squeeze(text: str) -> str:
 
 CID = re.compile(r"((?:[=(,]|url\()\s{0,20}(?:[\"']|&quot;|&apos;|&#0*3[49];|&#x0*2[27];)?\s{0,20})"
                  r"cid(?::|&#0*58;|&#x0*3a;|&colon;)((?:[^\s\"'<>&]|&(?!quot|apos|#0*3[49]|#x0*2[27])){1,998})", re.IGNORECASE)
-ACTIVE = re.compile(r"<(?=/?(?:link|meta|base)[\s/>])(/?)", re.IGNORECASE)
+ACTIVE = re.compile(r"<(?=/?(?:link|meta|base|i?frame|frameset|object|embed)[\s/>])(/?)", re.IGNORECASE)
 REMOTE = re.compile(r"(?:\b(?:src|srcset|background|poster)\s{0,20}=\s{0,20}(?:[\"']\s{0,20})?|"
                     r"url\(\s{0,20}(?:[\"']|&quot;|&#3[49];)?)(?:https?:)?(?://|&#47;&#47;)", re.IGNORECASE)
 META_CHARSET = re.compile(rb"<meta\b[^>]{0,500}?charset\s{0,20}=\s{0,20}[\"']?\s{0,20}([\w.:-]{1,40})", re.IGNORECASE)
@@ -7892,7 +10627,7 @@ class Part:
                 "Children": [child.tree() for child in self.children]}
 
 
-FIELD_NAME = re.compile(rb"[!-9;-~]+[ \t]*:")
+FIELD_START = re.compile(rb"[!-9;-~]+[ \t]*:")
 
 
 def read_header(raw: bytes, start: int, stop: int, cut: List[str]) -> Tuple[List[Tuple[str, bytes]], int]:
@@ -7906,7 +10641,7 @@ def read_header(raw: bytes, start: int, stop: int, cut: List[str]) -> Tuple[List
     head, body = (raw[start:blank.start() + 1], blank.end()) if blank else (raw[start:stop], stop)
     fields = split_headers(head[:MAX_HEAD], MAX_FIELDS + 1)[0]
     seen = stray = sum(len(field) for _, field in fields)
-    while fields and not FIELD_NAME.match(fields[-1][1]):
+    while fields and not FIELD_START.match(fields[-1][1]):
         stray -= len(fields.pop()[1])
     if stray < seen:
         body = start + stray
@@ -8638,29 +11373,69 @@ class Faults:
         return None
 
 
+Copies = Tuple[Tuple[str, Item], ...]               # (mailbox, item)
+
+
 class Letter:
-    """An accepted message, however many mailboxes have it."""
+    """An accepted message, however many mailboxes have it; or only the copy in the viewer's own mailbox."""
 
-    def __init__(self, id: str, copies: List[Tuple[str, Item]], inbox: "Inbox") -> None:
-        self.id, self.copies, self.inbox = id, copies, inbox
+    def __init__(self, id: str, copies: Copies, inbox: "Inbox", own: str = "") -> None:
+        self.id, self.inbox, self.own = id, inbox, own
+        self.key = "%s %s" % (id, own) if own else id   # by which what is computed about it is remembered
+        self.hold(copies)
 
-    @property
-    def read(self) -> bool:
-        return all("S" in item.name.partition(FLAGS)[2] for _, item in self.copies)
+    def hold(self, copies: Copies) -> None:
+        """Be told where the message is now."""
+        self.read = all("S" in item.name.partition(FLAGS)[2] for _, item in copies)
+        self.copies = copies
 
     def message(self) -> Message:
         mailbox, item = self.copies[0]
         return Message(self.inbox.mailboxes, mailbox, item)
 
+    def open(self) -> BinaryIO:
+        """Return the message as a file; OSError."""
+        mailbox, item = self.copies[0]
+        return os.fdopen(self.inbox.mailboxes.open(mailbox, item), "rb")
+
     def view(self) -> View:
         return View(self.message().read())
 
+    def record(self) -> Dict[str, Any]:
+        """Return what was noted when the message came; the others' part of it is not for who sees one mailbox only."""
+        recorder = self.inbox.site.recorder
+        record = {"id": self.id, "sender": "", "recipients": [mailbox for mailbox, _ in self.copies], "helo": "",
+                  "client": "", "protocol": "", "tls": False, "transcript": [], "lint": []}
+        known = recorder.load(self.id) if recorder else None
+        if not known:
+            return dict(record, sender=self.message().sender)
+        if self.own:
+            return dict(record, sender=known.get("sender", ""), **{key: known[key] for key in ("tags",) if key in known})
+        return dict(record, **known)
+
+    @property
+    def tags(self) -> List[str]:
+        """Those it was given; else those that it came with, in X-Tags or in the addresses (bob+shop@x: shop)."""
+        tags: Optional[List[str]] = self.inbox.tagged.get(self.key)
+        if tags is None:
+            record = self.record()
+            tags = record.get("tags")
+            if tags is None:
+                named = View(self.message().head(BLOCK)).header("x-tags").split(",")
+                locals = (parse_key(recipient).local for recipient in record["recipients"])
+                tags = clean_tags(named + [word for local in locals for word in local.split("+")[1:]])[:MAX_TAGS]
+            self.inbox.tagged.put(self.key, tags, 200 + sum(map(len, tags)))
+        return tags
+
+    def set_tags(self, tags: List[str]) -> None:
+        """Note the tags beside what else is known of the message; OSError."""
+        recorder = self.inbox.site.recorder
+        record = dict(recorder.load(self.id) or self.record(), tags=tags)
+        recorder.storage.write(recorder.path(self.id), json.dumps(record).encode())
+
     def session(self) -> Dict[str, Any]:
         """Return envelope, transcript and lint; what can be told from the message alone where none were kept."""
-        recorder = self.inbox.site.recorder
-        record = (recorder.load(self.id) if recorder else None) or {
-            "id": self.id, "sender": self.message().sender, "recipients": [mailbox for mailbox, _ in self.copies],
-            "helo": "", "client": "", "protocol": "", "tls": False, "transcript": [], "lint": []}
+        record = self.record()
         record["bcc"] = [person["Address"] for person in self.summary()["Bcc"]]
         record["lint"] = [{"rule": rule, "text": LINT[rule][0], "rfc": LINT[rule][1]} for rule in record["lint"]
                           if rule in LINT]
@@ -8668,7 +11443,7 @@ class Letter:
 
     def summary(self, view: Optional[View] = None) -> Dict[str, Any]:
         """Return the entry of a list; what is in the file is read once (not at all with its view) and remembered."""
-        known = self.inbox.summaries.get(self.id)
+        known = self.inbox.summaries.get(self.key)
         if known is None:
             try:
                 known = self._summary(view or self.view())
@@ -8680,31 +11455,25 @@ class Letter:
                 known = {"ID": self.id, "MessageID": "", "From": nobody, "To": [], "Cc": [], "Bcc": [], "ReplyTo": [],
                          "Subject": "(cannot be shown)", "Created": iso_time(self.message().received_at.timestamp()),
                          "Username": "", "Tags": [], "Size": self.message().size, "Attachments": 0, "Snippet": ""}
-            self.inbox.summaries.put(self.id, known, summary_cost(known))
-        return dict(known, Read=self.read)
-
-    @property
-    def tags(self) -> List[str]:
-        return []
+            self.inbox.summaries.put(self.key, known, summary_cost(known))
+        return dict(known, Read=self.read, Tags=self.tags)
 
     def searched(self) -> Searched:
         """Return what the message is searched by; computed once."""
-        found: Optional[Searched] = self.inbox.searched.get(self.id)
+        found: Optional[Searched] = self.inbox.searched.get(self.key)
         if found is None:
             view = self.view()
             found = searched(view, self.summary(view), self.message().received_at.timestamp())
-            self.inbox.searched.put(self.id, found, found.cost())
+            self.inbox.searched.put(self.key, found, found.cost())
         return found
 
     def _summary(self, view: View) -> Dict[str, Any]:
         message = self.message()
-        recorder = self.inbox.site.recorder
-        record = recorder.load(self.id) if recorder else None
         named = {name: view.addresses(name) for name in ("from", "to", "cc", "reply-to")}
         shown = {same_address(person["Address"]) for name in ("to", "cc") for person in named[name]}
-        recipients = record["recipients"] if record else [mailbox for mailbox, _ in self.copies]
+        recipients = self.record()["recipients"]
         named["bcc"] = [{"Name": "", "Address": shorten(who)} for who in recipients if same_address(who) not in shown]
-        listed = {name: first_people(people, MAX_LISTED) for name, people in named.items()}
+        listed = {name: first_people(people, MAX_NAMED) for name, people in named.items()}
         return {"ID": self.id, "MessageID": shorten(view.header("message-id").strip("<>")),
                 "From": (named["from"] or [{"Name": shorten(view.header("from")), "Address": ""}])[0], "To": listed["to"],
                 "Cc": listed["cc"], "Bcc": listed["bcc"], "ReplyTo": listed["reply-to"],
@@ -8724,12 +11493,91 @@ class Letter:
                     Links=view.links(), Calendar=view.calendar(), Tree=view.tree(), RemoteImages=view.has_remote, Cut=view.cut)
 
 
+# Who asks, for what, and what comes back.
+
+class Viewer(NamedTuple):
+    """Who looks at the mail."""
+    user: Optional[str] = None                      # who logged in
+    own: str = ""                                   # the one mailbox that is shown; "" for all
+
+
+EVERYTHING = Viewer()                               # who needs no log-in
+
+
 class Answered(NamedTuple):
     """An HTTP response."""
     status: int
     type: str
-    body: bytes
+    body: bytes = b""
     headers: Dict[str, str] = {}
+    file: Optional[BinaryIO] = None                 # sent in blocks instead of the body
+    stream: Optional[Iterator[bytes]] = None        # sent as it comes, until the connection ends
+
+
+class Rejected(Exception):
+    """Raised where a request is refused; carries the answer that says so."""
+
+    def __init__(self, status: int, text: str, headers: Optional[Dict[str, str]] = None) -> None:
+        super().__init__(text)
+        self.answer = text_answer(status, text)._replace(headers=headers or {})
+
+
+class Route(NamedTuple):
+    """A row of ROUTES: what answers which requests, and on what terms."""
+    method: str
+    pattern: str                                    # of the whole path
+    name: str                                       # of the method of Inbox
+    body: int = 0                                   # bytes taken
+    everything: bool = False                        # only for who sees every mailbox
+    waits: bool = False                             # for mail
+
+
+@dataclasses.dataclass
+class Request:
+    """An HTTP request whose head has been read; its body comes when a route is found that wants one."""
+    method: str
+    path: str
+    query: Dict[str, str]
+    viewer: Viewer = EVERYTHING
+    type: str = ""                                  # of the body
+    read: Callable[[int], BinaryIO] = lambda limit: io.BytesIO()    # the body, of so many bytes at most; Rejected
+    is_over: Callable[[], bool] = lambda: False     # the client has gone, or the node stops
+    body: BinaryIO = dataclasses.field(default_factory=io.BytesIO)
+
+    def number(self, name: str, default: int) -> int:
+        text = self.query.get(name, "")
+        return int(text) if text.isascii() and text.isdecimal() and len(text) < 10 else default
+
+    def content(self) -> bytes:
+        """Return the body, once."""
+        with self.body:
+            return self.body.read()
+
+    def json(self) -> Any:
+        """Return what the body means; ValueError."""
+        return read_json(self.content())
+
+
+def read_json(body: bytes) -> Any:
+    """Return the value of a JSON text; ValueError also when it has more values or longer numbers than anybody needs."""
+    bare, values, at = body.replace(b"\\\\", b"").replace(b'\\"', b""), 0, 0
+    while 0 <= at < len(bare):                      # outside of strings, these stand between values
+        end = bare.find(b'"', at)
+        end = len(bare) if end < 0 else end
+        values += 1 + sum(bare.count(mark, at, end) for mark in (b",", b"[", b"{"))
+        if values > MAX_JSON_VALUES:
+            raise ValueError("more than %d values in the JSON" % MAX_JSON_VALUES)
+        at = bare.find(b'"', end + 1) + 1 or -1
+    del bare
+    return json.loads(body, parse_int=short_number(int), parse_float=short_number(float))
+
+
+def short_number(kind: Callable[[str], Any]) -> Callable[[str], Any]:
+    def parse(text: str) -> Any:
+        if len(text) > 30:                          # to turn digits into a number takes the square of their count
+            raise ValueError("a number of %d digits" % len(text))
+        return kind(text)
+    return parse
 
 
 def json_answer(value: Any, status: int = 200) -> Answered:
@@ -8737,12 +11585,154 @@ def json_answer(value: Any, status: int = 200) -> Answered:
 
 
 def text_answer(status: int, text: str) -> Answered:
-    return Answered(status, "text/plain; charset=utf-8", text.encode("utf-8"))
+    return Answered(status, "text/plain; charset=utf-8", text.encode("utf-8", "replace"))
 
 
 NOT_FOUND = text_answer(404, "404 page not found")
 OK_ANSWER = text_answer(200, "ok")
 SAFE_TYPES = ("image/png", "image/jpeg", "image/gif", "image/webp", "text/plain", "application/pdf", "audio/mpeg", "video/mp4")
+LINK = re.compile(r"<(a|area)(?=[ \t\n\r\f/>])", re.IGNORECASE | re.ASCII)
+FRAME = re.compile(r"<(?=(?:i?frame|frameset|object|embed)[ \t\n\r\f/>])", re.IGNORECASE | re.ASCII)
+SCREENS = "".join('<i id=minimail-%d style="position:absolute;top:%dvh"></i>' % (n, 90 * n) for n in range(60))
+
+
+def in_a_frame(html: str) -> str:
+    """Return HTML for a frame of the page: links open windows of their own and do not say where from, frames are none.
+
+    A tag's name goes up to a blank, "/" or ">", and of two equal attributes the first counts, so this needs no parser.
+    At the end stand marks by which the page can scroll what it may not look into.
+    """
+    return LINK.sub(r"<\1 target=_blank rel=noreferrer referrerpolicy=no-referrer ", FRAME.sub("<x-", html)) + SCREENS
+
+
+class Index:
+    """All messages of all mailboxes; brought up to date mailbox by mailbox where two stat() calls show a change."""
+
+    def __init__(self, mailboxes: Mailboxes, make: Callable[[str, Copies], Letter], forget: Callable[[str], None]) -> None:
+        self.mailboxes, self.make, self.forget = mailboxes, make, forget
+        self._lock = threading.Lock()
+        self._begun = 0.0                           # when the last look at the disk began
+        self._domains: Dict[str, Tuple[Any, List[Tuple[str, str, str]]]] = {}   # directory: stamp, places of its mailboxes
+        self._boxes: Dict[str, Tuple[Any, Dict[str, Item]]] = {}    # mailbox: stamp, items by UID
+        self._letters: Dict[str, Letter] = {}       # by id
+        self._newest: Optional[List[Letter]] = []   # the newest first; None: to be sorted anew
+
+    def letters(self) -> List[Letter]:
+        """Return all messages, newest first."""
+        self.refresh()
+        with self._lock:
+            if self._newest is None:
+                self._newest = sorted(self._letters.values(), key=lambda letter: letter.copies[0][1].name, reverse=True)
+            return self._newest
+
+    def get(self, id: str) -> Optional[Letter]:
+        return self._letters.get(id)
+
+    def letter_of(self, message: Message) -> Optional[Letter]:
+        """Return what a message in a mailbox is a copy of; None when it has gone."""
+        for attempt in range(2):
+            letter = self.get(message.id)
+            if letter and any(mailbox == message.recipient for mailbox, _ in letter.copies):
+                return letter
+            if not attempt:
+                self.refresh()
+        return None
+
+    def refresh(self) -> None:
+        """Look at the disk, unless somebody began to after we were called."""
+        asked = time.monotonic()
+        with self._lock:
+            if self._begun > asked:
+                return
+            self._begun = time.monotonic()
+            recent = time.time_ns() - 2_000_000_000     # from then on a clock's tick may hide a change
+            places = self._places(recent)
+            for mailbox, new, cur in places:
+                stamp = directory_stamp(recent, new, cur)
+                if stamp is None or mailbox not in self._boxes or self._boxes[mailbox][0] != stamp:
+                    self._update(mailbox, stamp, self.mailboxes.listing(mailbox))
+            if len(places) < len(self._boxes):
+                for mailbox in self._boxes.keys() - {mailbox for mailbox, _, _ in places}:
+                    self._update(mailbox, None, [])
+                    del self._boxes[mailbox]
+
+    def _places(self, recent: int) -> List[Tuple[str, str, str]]:
+        """Return (mailbox, its new/, its cur/) of all; a domain's directory is read again when it has changed."""
+        found: List[Tuple[str, str, str]] = []
+        for name in list_directory(self.mailboxes.root):
+            path = os.path.join(self.mailboxes.root, name)
+            stamp = directory_stamp(recent, path)
+            known = self._domains.get(name)
+            if known is None or stamp is None or known[0] != stamp:
+                known = self._domains[name] = stamp, list(self._places_in(name, path))
+            found += known[1]
+        return found
+
+    @staticmethod
+    def _places_in(domain: str, path: str) -> Iterator[Tuple[str, str, str]]:
+        for local in list_directory(path):
+            with contextlib.suppress(ValueError):
+                place = os.path.join(path, local)
+                yield decode_name(local) + "@" + decode_name(domain), os.path.join(place, "new"), os.path.join(place, "cur")
+
+    def _update(self, mailbox: str, stamp: Any, items: List[Item]) -> None:
+        before = self._boxes[mailbox][1] if mailbox in self._boxes else {}
+        after = {item.uid: item for item in items}
+        self._boxes[mailbox] = stamp, after
+        if before == after:
+            return
+        for uid in before.keys() - after.keys():
+            self._remove(mailbox, message_id(before[uid]))
+        for uid, item in after.items():
+            if before.get(uid) != item:
+                self._put(mailbox, item)
+
+    def _put(self, mailbox: str, item: Item) -> None:
+        id = message_id(item)
+        letter = self._letters.get(id)
+        if letter is None:
+            self._letters[id] = self.make(id, ((mailbox, item),))
+            self._newest = None
+        else:
+            letter.hold(tuple(copy for copy in letter.copies if copy[0] != mailbox) + ((mailbox, item),))
+
+    def _remove(self, mailbox: str, id: str) -> None:
+        copies = tuple(copy for copy in self._letters[id].copies if copy[0] != mailbox) if id in self._letters else ()
+        if copies:
+            self._letters[id].hold(copies)
+        elif self._letters.pop(id, None):
+            self._newest = None
+            self.forget(id)
+
+
+def directory_stamp(recent: int, *paths: str) -> Any:
+    """Return a value that changes with what is in directories; None while they have changed since the time `recent` (ns)."""
+    try:
+        stats = [os.stat(path) for path in paths]
+    except OSError:
+        return None
+    if any(stat.st_mtime_ns > recent for stat in stats):
+        return None
+    return [(stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino) for stat in stats]
+
+
+class Search:
+    """A search that goes on while mail comes: each call judges only what the ones before have not."""
+
+    def __init__(self, inbox: "Inbox", viewer: Viewer, wanted: Query) -> None:
+        self.inbox, self.viewer, self.wanted = inbox, viewer, wanted
+        self._judged: Dict[str, Copies] = {}        # the flags of a copy, and whether there are others, may count
+
+    def __call__(self) -> Optional[Letter]:
+        """Return the oldest message that matches, None when none does."""
+        with self.inbox.at_desk():
+            for letter in reversed(self.inbox.letters(self.viewer)):
+                copies = letter.copies
+                if self._judged.get(letter.id) != copies:
+                    if self.wanted.matches(letter):
+                        return letter
+                    self._judged[letter.id] = copies
+        return None
 
 
 class Inbox:
@@ -8750,207 +11740,265 @@ class Inbox:
 
     def __init__(self, site: Any, node: Any = None) -> None:
         self.site, self.node = site, node
-        self.mailboxes = site.mailboxes
-        self.summaries, self.searched = Cache(MAX_SUMMARIES), Cache(MAX_SEARCHED)
+        self.mailboxes: Mailboxes = site.mailboxes
+        self.summaries, self.searched, self.tagged = Cache(MAX_SUMMARIES), Cache(MAX_SEARCHED), Cache(MAX_TAGGED)
+        self.index = Index(self.mailboxes, lambda id, copies: Letter(id, copies, self), self.forget)
+        self.desk = threading.BoundedSemaphore(MAX_DESKS)   # see at_desk()
         self.changed = threading.Condition()
         self.events: "collections.deque[Tuple[int, str]]" = collections.deque(maxlen=1000)
         self.serial = 0
-        self._lock = threading.Lock()
-        self._letters: List[Letter] = []
-        self._by_id: Dict[str, Letter] = {}
-        self._stamp: Any = None
+        self.visitors: Set[WebSession] = set()      # connections of the web
+        self.threads = Threads()                    # that carry them
+        self.hook: Optional[WebHook] = None
+
+    def forget(self, key: str) -> None:
+        """Forget what was computed about a message that is gone."""
+        for cache in (self.summaries, self.searched, self.tagged):
+            cache.forget(key)
+
+    def accepted(self, parcel: Parcel) -> None:
+        """A message was taken over."""
+        if self.hook and parcel.mailboxes:
+            self.hook.add(parcel.draft.id)
 
     def tell(self, kind: str) -> None:
-        """Tell the pages that are open."""
+        """Tell the pages that are open, and who waits."""
         with self.changed:
             self.serial += 1
             self.events.append((self.serial, kind))
             self.changed.notify_all()
 
-    def letters(self) -> List[Letter]:
-        """Return all messages, newest first; the work is done again only when a mailbox changed."""
-        listings = [(mailbox, self.mailboxes.listing(mailbox)) for mailbox in self.mailboxes.names()]
-        stamp = [(mailbox, listing) for mailbox, listing in listings]
-        with self._lock:
-            if self._stamp is None or len(stamp) != len(self._stamp) or any(
-                    old[0] != new[0] or (old[1] is not new[1] and old[1] != new[1]) for old, new in zip(self._stamp, stamp)):
-                copies: Dict[str, List[Tuple[str, Item]]] = {}
-                for mailbox, listing in listings:
-                    for item in listing:
-                        copies.setdefault(message_id(item), []).append((mailbox, item))
-                self._letters = [Letter(id, found, self) for id, found in copies.items()]
-                self._letters.sort(key=lambda letter: letter.copies[0][1].name, reverse=True)
-                self._by_id = {letter.id: letter for letter in self._letters}
-                self.summaries.forget_others(self._by_id)
-                self.searched.forget_others(self._by_id)
-                self._stamp = stamp
-            return self._letters
+    def pause(self, seen: int, seconds: float) -> None:
+        """Return when something has happened since the serial number `seen`, or after `seconds`."""
+        with self.changed:
+            if self.serial == seen:
+                self.changed.wait(seconds)
 
-    def letter(self, id: str, query: Dict[str, str]) -> Letter:
+    def sleeper(self, is_over: Callable[[], bool]) -> Callable[[float], Optional[bool]]:
+        """Return a sleep for await_mail() that ends when something happens here, or it is_over()."""
+        seen = self.serial
+
+        def sleep(seconds: float) -> Optional[bool]:
+            nonlocal seen
+            self.pause(seen, seconds)
+            changed, seen = self.serial != seen, self.serial
+            return False if is_over() else changed or None
+        return sleep
+
+    def stop(self) -> None:
+        """The node stops: end what waits, and soon what does not."""
+        self.tell("stop")
+        for session in list(self.visitors):
+            session.hurry()
+
+    def letters(self, viewer: Viewer = EVERYTHING) -> List[Letter]:
+        """Return all messages that the viewer may see, newest first."""
+        if not viewer.own:
+            return self.index.letters()
+        return [Letter(message_id(item), ((viewer.own, item),), self, viewer.own)
+                for item in reversed(self.mailboxes.listing(viewer.own))]
+
+    def letter(self, request: Request, id: str) -> Letter:
         """Return the message with an id, or the latest; KeyError."""
-        letters = self.letters()
+        letters = self.letters(request.viewer)
         if id == "latest":
-            wanted = Query(query.get("query", ""))
-            return next(iter(letter for letter in letters if wanted.matches(letter)), None) or self._by_id[id]
-        return self._by_id[id]
+            wanted = Query(request.query.get("query", ""))
+            return self._the(id, (letter for letter in letters if wanted.matches(letter)))
+        known = None if request.viewer.own else self.index.get(id)
+        return known or self._the(id, (letter for letter in letters if letter.id == id))
+
+    @staticmethod
+    def _the(id: str, found: Iterator[Letter]) -> Letter:
+        for letter in found:
+            return letter
+        raise KeyError(id)
 
     # Requests.
 
-    def respond(self, method: str, path: str, query: Dict[str, str], body: bytes, type: str, user: Optional[str]) -> Answered:
+    def respond(self, request: Request) -> Answered:
         """Answer a request; never fails."""
         try:
-            for verb, pattern, name in ROUTES:
-                match = re.fullmatch(pattern, path)
-                if match and verb == method:
-                    given = dict(match.groupdict(), query=query, body=body, type=type, user=user)
-                    answer: Answered = getattr(self, name)(**given)
-                    return answer
-            return NOT_FOUND
+            return self._respond(request)
+        except Rejected as rejected:
+            return rejected.answer
         except (KeyError, FileNotFoundError):
             return text_answer(404, "Message not found")
         except (ValueError, TypeError, AttributeError, RecursionError) as error:
             return text_answer(400, "Error: " + printable(str(error)))
         except Exception:
-            log.exception("%s %s failed", method, printable(path))
+            log.exception("%s %s failed", request.method, printable(request.path))
             return text_answer(500, "something went wrong here")
 
-    def page(self, **_: Any) -> Answered:
+    def _respond(self, request: Request) -> Answered:
+        method = "GET" if request.method == "HEAD" else request.method
+        for route in ROUTES:
+            match = re.fullmatch(route.pattern, request.path) if route.method == method else None
+            if match:
+                break
+        else:
+            return NOT_FOUND
+        if route.everything and request.viewer.own:
+            raise Rejected(403, "only for accounts that --web-admin names")
+        request.body = request.read(route.body)
+        with request.body, contextlib.nullcontext() if route.waits else self.at_desk():
+            answer: Answered = getattr(self, route.name)(request, **match.groupdict())
+        return answer
+
+    @contextlib.contextmanager
+    def at_desk(self) -> Iterator[None]:
+        """Work on messages, as one of few; Rejected when the others take too long."""
+        if not self.desk.acquire(timeout=WEB_TIMEOUT):
+            raise Rejected(503, "busy, try again later", {"Retry-After": "5"})
+        try:
+            yield
+        finally:
+            self.desk.release()
+
+    def page(self, request: Request) -> Answered:
         nonce = secrets.token_urlsafe(16)
         policy = ("default-src 'none'; style-src 'nonce-%s'; script-src 'nonce-%s'; connect-src 'self'; img-src 'self' data:; "
                   "frame-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'" % (nonce, nonce))
-        return Answered(200, "text/html; charset=utf-8", PAGE.replace("{{nonce}}", nonce).encode("utf-8"),
-                        {"Content-Security-Policy": policy, "X-Frame-Options": "DENY"})
+        return Answered(200, "text/html; charset=utf-8", PAGE.replace("{{nonce}}", nonce).encode("utf-8"), {
+            "Content-Security-Policy": policy, "X-Frame-Options": "DENY", "Cross-Origin-Opener-Policy": "same-origin"})
 
-    def info(self, **_: Any) -> Answered:
-        letters = self.letters()
+    def info(self, request: Request) -> Answered:
+        letters, node, config = self.letters(request.viewer), self.node, self.site.config
+        smtp, pop3 = ([show_endpoint(endpoint) for name, endpoint in node.endpoints() if name == kind]
+                      for kind in ("smtp", "pop3"))
+        release = config.release if config.capture else None
         return json_answer({
-            "Version": "minimail " + __version__, "LatestVersion": "disabled", "Database": self.node.data,
+            "Version": "minimail " + __version__, "LatestVersion": "disabled",
+            "Database": "" if request.viewer.own else node.data,
             "DatabaseSize": sum(letter.copies[0][1].size for letter in letters), "Messages": len(letters),
-            "Unread": sum(not letter.read for letter in letters), "Tags": {}, "capture": self.site.config.capture,
-            "smtp": [show_endpoint(endpoint) for name, endpoint in self.node.endpoints() if name == "smtp"],
-            "pop3": [show_endpoint(endpoint) for name, endpoint in self.node.endpoints() if name == "pop3"],
-            "RuntimeStats": {"Uptime": int(time.time() - self.node.started_at), "Memory": 0, "MessagesDeleted": 0,
-                             "SMTPAccepted": self.node.accepted, "SMTPAcceptedSize": self.node.accepted_bytes,
+            "Unread": sum(not letter.read for letter in letters), "Tags": {}, "capture": config.capture,
+            "user": request.viewer.user or "", "all": not request.viewer.own, "smtp": smtp, "pop3": pop3,
+            "release": show_endpoint((release.host, release.port)) if release else None,
+            "RuntimeStats": {"Uptime": int(time.time() - node.started_at), "Memory": 0, "MessagesDeleted": 0,
+                             "SMTPAccepted": node.accepted, "SMTPAcceptedSize": node.accepted_bytes,
                              "SMTPRejected": 0, "SMTPIgnored": 0}})
 
-    def list_messages(self, query: Dict[str, str], **_: Any) -> Answered:
-        return self._list(self.letters(), query)
+    def list_messages(self, request: Request) -> Answered:
+        letters = self.letters(request.viewer)
+        return self._list(letters, letters, request)
 
-    def search(self, query: Dict[str, str], **_: Any) -> Answered:
-        return self._list(self._found(query), query)
+    def search(self, request: Request) -> Answered:
+        letters = self.letters(request.viewer)
+        return self._list(self._found(letters, request.query.get("query", "")), letters, request)
 
-    def _found(self, query: Dict[str, str]) -> List[Letter]:
-        if not query.get("query", "").strip():
+    @staticmethod
+    def _found(letters: List[Letter], text: str, exact: bool = False) -> List[Letter]:
+        """Return the messages that a search means; ValueError when it is empty or, with `exact`, says what we do not know."""
+        wanted = Query(text).certain() if exact else Query(text)
+        if not wanted.terms:
             raise ValueError("no search query")
-        wanted = Query(query["query"])
-        return [letter for letter in self.letters() if wanted.matches(letter)]
+        return [letter for letter in letters if wanted.matches(letter)]
 
-    def _list(self, letters: List[Letter], query: Dict[str, str]) -> Answered:
-        def number(name: str, default: int) -> int:
-            text = query.get(name, "")
-            return int(text) if text.isascii() and text.isdigit() and len(text) < 10 else default
-        start, limit = number("start", 0), number("limit", 50) or 50
+    def _list(self, found: List[Letter], every: List[Letter], request: Request) -> Answered:
+        start, limit = request.number("start", 0), request.number("limit", 50) or 50
         shown = []
-        for letter in letters[start:start + limit]:
+        for letter in found[start:start + limit]:
             with contextlib.suppress(FileNotFoundError):        # removed while we looked
                 shown.append(letter.summary())
-        every = self._letters
         return json_answer({
             "total": len(every), "unread": sum(not letter.read for letter in every), "count": len(shown),
-            "messages_count": len(letters), "messages_unread": sum(not letter.read for letter in letters),
-            "start": start, "tags": [], "messages": shown})
+            "messages_count": len(found), "messages_unread": sum(not letter.read for letter in found),
+            "start": start, "tags": sorted({tag for summary in shown for tag in summary["Tags"]}), "messages": shown})
 
-    def show(self, id: str, query: Dict[str, str], **_: Any) -> Answered:
-        letter = self.letter(id, query)
+    def show(self, request: Request, id: str) -> Answered:
+        return self._show(self.letter(request, id), request.method != "HEAD")
+
+    def _show(self, letter: Letter, seen: bool = True) -> Answered:
         whole = dict(letter.whole(), Read=True)
-        self._set_read([letter], True)
+        if seen:
+            self._set_read([letter], True)
         return json_answer(whole)
 
-    def headers(self, id: str, query: Dict[str, str], **_: Any) -> Answered:
-        values = self.letter(id, query).view().headers()
+    def headers(self, request: Request, id: str) -> Answered:
+        values = self.letter(request, id).view().headers()
         for name in ("Content-Type", "Date", "Delivered-To", "From", "Message-Id"):
             values.setdefault(name, [])             # client libraries look these up without asking whether they are there
         return json_answer(values)
 
-    def raw(self, id: str, query: Dict[str, str], **_: Any) -> Answered:
-        letter = self.letter(id, query)
-        more = {"Content-Disposition": 'attachment; filename="%s.eml"' % letter.id} if query.get("dl") else {}
-        return Answered(200, "text/plain; charset=utf-8", letter.message().read(), more)
+    def raw(self, request: Request, id: str) -> Answered:
+        letter = self.letter(request, id)
+        more = {"Content-Disposition": 'attachment; filename="%s.eml"' % letter.id} if request.query.get("dl") else {}
+        return Answered(200, "text/plain; charset=utf-8", headers=more, file=letter.open())
 
-    def part(self, id: str, part: str, query: Dict[str, str], **_: Any) -> Answered:
+    def part(self, request: Request, id: str, part: str) -> Answered:
         from urllib.parse import quote
-        found = self.letter(id, query).view().part(part)
-        kind = found.kind
-        name = download_name(found.shown_name) or "part-" + part
-        shown = kind in SAFE_TYPES
-        ascii_name = re.sub(r'[^A-Za-z0-9._ -]', "_", name)
+        found = self.letter(request, id).view().part(part)
+        kind = found.image_type() or found.kind
+        name = download_name(found.name) or "part-" + part
+        shown = kind in SAFE_TYPES or (bool(found.image_type()) and "svg" not in kind)     # that one can have scripts
+        ascii_name = re.sub(r"[^A-Za-z0-9._ -]", "_", name)
         place = "%s; filename=\"%s\"; filename*=UTF-8''%s" % (
             "inline" if shown else "attachment", ascii_name, quote(name, safe=""))
         return Answered(200, kind if shown else "application/octet-stream", found.data(), {
             "Content-Disposition": place, "Content-Security-Policy": "default-src 'none'; sandbox"})
 
-    def session(self, id: str, query: Dict[str, str], **_: Any) -> Answered:
-        return json_answer(self.letter(id, query).session())
+    def session(self, request: Request, id: str) -> Answered:
+        return json_answer(self.letter(request, id).session())
 
-    def view_html(self, id: str, query: Dict[str, str], **_: Any) -> Answered:
+    def view_html(self, request: Request, id: str) -> Answered:
         """Serve a message's HTML so that it can do nothing: no script, no form, no load from elsewhere unless asked for."""
-        letter = self.letter(id, query)
-        view = letter.view()
+        view = self.letter(request, id).view()
         if not view.html:
             return text_answer(404, "This message does not contain a HTML part")
-        text = view.framed()
-        images = "img-src data: http: https:" if query.get("images") else "img-src data:"
-        return Answered(200, "text/html; charset=utf-8", text.encode("utf-8", "replace"), {
-            "Content-Security-Policy": "sandbox; default-src 'none'; style-src 'unsafe-inline'; font-src data:; %s; "
-            "form-action 'none'; base-uri 'none'; frame-ancestors 'self'" % images})
+        images = "img-src data: http: https:" if request.query.get("images") else "img-src data:"
+        return Answered(200, "text/html; charset=utf-8", in_a_frame(view.framed()).encode("utf-8", "replace"), {
+            "Content-Security-Policy": "sandbox allow-popups allow-popups-to-escape-sandbox; default-src 'none'; style-src "
+            "'unsafe-inline'; font-src data:; %s; form-action 'none'; base-uri 'none'; frame-ancestors 'self'" % images})
 
-    def view_text(self, id: str, query: Dict[str, str], **_: Any) -> Answered:
-        return text_answer(200, self.letter(id, query).view().text)
+    def view_text(self, request: Request, id: str) -> Answered:
+        return text_answer(200, self.letter(request, id).view().text)
 
-    def _chosen(self, body: bytes, type: str) -> Tuple[List[Letter], Dict[str, Any]]:
+    def links(self, request: Request, id: str) -> Answered:
+        return json_answer(self.letter(request, id).view().links())
+
+    # What changes something.
+
+    def _chosen(self, request: Request, *parameters: str) -> Tuple[List[Letter], Dict[str, Any]]:
         """Return (messages a request means, its parameters): the IDs it names, the search, else all; ValueError."""
-        from urllib.parse import parse_qs
-        given: Dict[str, Any]
-        if type.startswith("application/x-www-form-urlencoded") and body.strip():
-            form = parse_qs(body.decode("utf-8"), keep_blank_values=True)
-            given = {"IDs": form.get("IDs") or form.get("ids") or [],
-                     "Read": form.get("Read", [""])[0] in ("true", "True", "1")}
-            if not given["IDs"]:
-                raise ValueError("no IDs")
-        else:
-            given = json.loads(body) if body.strip() else {}
+        given: Any = {}
+        body = request.content().strip()
+        if body:
+            given = read_form(body) if request.type.startswith("application/x-www-form-urlencoded") else read_json(body)
         if not isinstance(given, dict):
-            raise ValueError("expected {\"IDs\": [...]}")
-        spelling = {"ids": "IDs", "read": "Read", "search": "Search"}
+            raise ValueError('expected {"IDs": [...]}')
+        spelling = {name.lower(): name for name in ("IDs", "Search", *parameters)}      # Mailpit takes keys in any case
         given = {spelling.get(key.lower(), key): value for key, value in given.items()}
-        if set(given) - set(spelling.values()) or not isinstance(given.get("IDs") or [], list):
-            raise ValueError("expected {\"IDs\": [...]}")
-        letters = self.letters()
-        if given.get("Search"):
-            wanted = Query(str(given["Search"])).certain()
-            return [letter for letter in letters if wanted.matches(letter)], given
-        if given.get("IDs"):
-            return [self._by_id[id] for id in map(str, given["IDs"]) if id in self._by_id], given
+        ids, search = given.get("IDs") or [], given.get("Search") or ""
+        if set(given) - set(spelling.values()) or not isinstance(ids, list) or not isinstance(search, str):
+            raise ValueError('expected {"IDs": [...]}')
+        if ids and search:
+            raise ValueError("either IDs or Search, not both")
+        letters = self.letters(request.viewer)
+        if search:
+            return self._found(letters, search, exact=True), given
+        if ids:
+            wanted = set(map(str, ids))
+            return [letter for letter in letters if letter.id in wanted], given
         return list(letters), given
 
-    def delete(self, body: bytes, type: str, **_: Any) -> Answered:
-        self._delete(self._chosen(body, type)[0])
+    def delete(self, request: Request) -> Answered:
+        self._delete(self._chosen(request)[0])
         return OK_ANSWER
 
-    def delete_found(self, query: Dict[str, str], **_: Any) -> Answered:
-        Query(query.get("query", "")).certain()
-        self._delete(self._found(query))
+    def delete_found(self, request: Request) -> Answered:
+        self._delete(self._found(self.letters(request.viewer), request.query.get("query", ""), exact=True))
         return OK_ANSWER
 
     def _delete(self, letters: List[Letter]) -> None:
         for letter in letters:
             for mailbox, item in letter.copies:
                 self.mailboxes.delete(mailbox, item)
-        self.tell("delete")
+            self.forget(letter.key)
+        if letters:
+            self.tell("delete")
 
-    def set_read(self, body: bytes, type: str, **_: Any) -> Answered:
-        letters, given = self._chosen(body, type)
-        self._set_read(letters, bool(given.get("Read")))
+    def set_read(self, request: Request) -> Answered:
+        letters, given = self._chosen(request, "Read")
+        self._set_read(letters, given.get("Read") in (True, "true", "True", "1"))
         return OK_ANSWER
 
     def _set_read(self, letters: List[Letter], seen: bool) -> None:
@@ -8962,284 +12010,935 @@ class Inbox:
         if changed:
             self.tell("read")
 
-    def send(self, body: bytes, user: Optional[str], **_: Any) -> Answered:
+    def get_tags(self, request: Request) -> Answered:
+        return json_answer(sorted({tag for letter in self.letters(request.viewer) for tag in letter.tags}))
+
+    def set_tags(self, request: Request) -> Answered:
+        """Give messages these tags instead of those they have."""
+        letters, given = self._chosen(request, "Tags")
+        tags = given.get("Tags")
+        if not given.get("IDs") or not isinstance(tags, list) or not all(isinstance(tag, str) for tag in tags):
+            raise ValueError('expected {"IDs": [...], "Tags": [...]}')
+        wanted = clean_tags(tags)
+        if not self.site.recorder:
+            raise ValueError("tags are kept with the transcripts; here --transcripts is off")
+        if len(wanted) < len({tag.strip() for tag in tags}) or len(wanted) > MAX_TAGS:
+            raise ValueError("a tag has 1 to 100 letters, digits, blanks, and - _ . @; a message %d of them" % MAX_TAGS)
+        for letter in letters:
+            letter.set_tags(wanted)
+            self.forget(letter.key)
+        self.tell("tags")
+        return OK_ANSWER
+
+    def send(self, request: Request) -> Answered:
         """Mailpit's POST /api/v1/send: a message in JSON, delivered like any other."""
+        viewer = request.viewer
         try:
-            if not self.site.config.capture and user is None:
+            if not self.site.config.capture and viewer.user is None:
                 raise ValueError("sending needs a log-in in node mode")
-            envelope, content = compose(json.loads(body))
+            envelope, content = compose(request.json())
             recipients, envelope.recipients = envelope.recipients, []
             if not self.site.config.capture and not envelope.sender:
                 raise ValueError("you may not send as this address")
-            parcel = self.site.door.send(envelope, recipients, content, user)
-            if self.site.recorder:
-                self.site.recorder.save(envelope, [], [], False)
-            self.site.accepted(parcel)
-        except (ValueError, TypeError, KeyError, AttributeError, Refused) as error:
-            return json_answer({"Error": printable(str(error))}, 400)
-        return json_answer({"ID": envelope.id})
+            return self._sent(self.site.door.send(envelope, recipients, content, viewer.user))
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError, Refused) as error:
+            return json_answer({"Error": printable(str(error) or type(error).__name__)}, 400)
 
-    def wait(self, query: Dict[str, str], **_: Any) -> Answered:
+    def _sent(self, parcel: Parcel) -> Answered:
+        if self.site.recorder and parcel.mailboxes:
+            self.site.recorder.save(parcel.envelope, [], [], False)
+        self.site.accepted(parcel)
+        return json_answer({"ID": parcel.envelope.id})
+
+    def release(self, request: Request, id: str) -> Answered:
+        """Send one captured message on, with the bytes it came with, to the server that --release names."""
+        if not self.site.config.capture or not self.site.config.release:
+            raise Rejected(403, "nothing leaves this machine; --release URL names a server for what shall")
+        letter = self.letter(request, id)
+        try:
+            given = request.json()
+            recipients = [parse_address(str(address)) for address in given["To"]] if isinstance(given["To"], list) else []
+            if not 0 < len(recipients) <= MAX_RELEASED or not all(address.domain for address in recipients):
+                raise ValueError('expected {"To": [...]}, 1 to %d full addresses' % MAX_RELEASED)
+            envelope = Envelope(sender=letter.message().sender, recipients=recipients, protocol="HTTP")
+            envelope.smtputf8 = not all(str(address).isascii() for address in [envelope.sender, *recipients])
+            with letter.open() as file:
+                self._sent(self.site.door.post_all(envelope, [Destinations([], recipients)], original(file, letter.id)))
+        except (ValueError, TypeError, KeyError, Refused) as error:
+            return json_answer({"Error": printable(str(error) or type(error).__name__)}, 400)
+        event("released", id=letter.id, to=printable(" ".join(map(str, recipients[:10]))), new_id=envelope.id)
+        return OK_ANSWER
+
+    # Waiting.
+
+    def wait(self, request: Request) -> Answered:
         """Long poll: answer as soon as a message matches, also if it came before."""
-        wanted = Query(query.get("query", ""))
-        timeout = 0.0 if query.get("timeout") == "0" else min(parse_seconds(query.get("timeout", "30")), 3600.0)
-        try:
-            found = self.node.wait_for(None, timeout, match=lambda message: self.matches(message, wanted))
-        except TimeoutError as error:
-            return text_answer(404, str(error))
-        return self.show(found.id, {})
+        look = Search(self, request.viewer, Query(request.query.get("query", "")))
+        text = request.query.get("timeout", "30")
+        timeout = 0.0 if text == "0" else min(parse_seconds(text), 3600.0)
+        letter = await_mail(self.mailboxes.storage, look, time.monotonic() + timeout, self.sleeper(request.is_over))
+        if letter is None:
+            return text_answer(404, "no such message within %g seconds" % timeout)
+        with self.at_desk():
+            return self._show(letter)
 
-    def matches(self, message: Message, wanted: Query) -> bool:
-        try:
-            self.letters()
-            return message.id in self._by_id and wanted.matches(self._by_id[message.id])
-        except FileNotFoundError:
-            return False
+    def stream(self, request: Request) -> Answered:
+        """Server-sent events until the page goes away."""
+        return Answered(200, "text/event-stream", stream=self._events(request))
 
-    def links(self, id: str, query: Dict[str, str], **_: Any) -> Answered:
-        return json_answer(self.letter(id, query).view().links())
+    def _events(self, request: Request) -> Iterator[bytes]:
+        storage, seen, said = self.mailboxes.storage, self.serial, time.monotonic()
+        stamp = storage.stamp("mail")
+        own = self.mailboxes.listing(request.viewer.own) if request.viewer.own else []
+        yield b": hello\n\n"
+        while not request.is_over():
+            self.pause(seen, WAIT_STEP)
+            happened = [(serial, kind) for serial, kind in list(self.events) if serial > seen]
+            kinds = [kind for _, kind in happened]
+            if storage.stamp("mail") != stamp:      # also when another process took it
+                stamp = storage.stamp("mail")
+                kinds.append("new")
+            if happened:
+                seen = happened[-1][0]
+            if kinds:
+                if request.viewer.own:              # what others get is not for everybody's ears
+                    before, own = own, self.mailboxes.listing(request.viewer.own)
+                    kinds = [kind for kind in kinds if own != before or kind == "stop"]
+            if kinds or time.monotonic() > said + 15:
+                said = time.monotonic()
+                text = "".join("event: %s\ndata: {}\n\n" % kind for kind in dict.fromkeys(kinds)) or ": still here\n\n"
+                yield text.encode()
 
-    def get_faults(self, **_: Any) -> Answered:
+    # About the node.
+
+    def get_faults(self, request: Request) -> Answered:
         return json_answer([{"rule": rule.text, "left": rule.left} for rule in self.site.faults.rules])
 
-    def put_faults(self, body: bytes, **_: Any) -> Answered:
-        given = json.loads(body)
+    def put_faults(self, request: Request) -> Answered:
+        given = request.json()
         rules = given.get("rules") if isinstance(given, dict) else given
         if not isinstance(rules, list):
             raise ValueError("expected a list of rules")
         self.site.faults.rules = [Fault(str(rule.get("rule", "") if isinstance(rule, dict) else rule)) for rule in rules]
-        return self.get_faults()
+        return self.get_faults(request)
 
-    def delete_faults(self, **_: Any) -> Answered:
+    def delete_faults(self, request: Request) -> Answered:
         self.site.faults.rules = []
         return OK_ANSWER
 
-    def metrics(self, **_: Any) -> Answered:
+    def metrics(self, request: Request) -> Answered:
         node, site = self.node, self.site
         values = [("messages_accepted_total", "counter", node.accepted),
                   ("bytes_accepted_total", "counter", node.accepted_bytes),
-                  ("connections_total", "counter", site.connections.served), ("sessions", "gauge", len(site.sessions)),
+                  ("connections_total", "counter", site.connections.served),
+                  ("sessions", "gauge", len(site.sessions) + len(self.visitors)),
                   ("messages", "gauge", len(self.letters()))]
-        if node._relay:
-            values += [("recipients_sent_total", "counter", node._relay.sent),
-                       ("recipients_bounced_total", "counter", node._relay.bounced),
-                       ("recipients_deferred_total", "counter", node._relay.deferred),
-                       ("queue_entries", "gauge", sum(1 for _ in node._relay.queue.places()))]
+        relay = getattr(node, "relay", None)
+        if relay:
+            values += [("recipients_sent_total", "counter", relay.sent),
+                       ("recipients_bounced_total", "counter", relay.bounced),
+                       ("recipients_deferred_total", "counter", relay.deferred),
+                       ("queue_entries", "gauge", len(relay.queue.ids()))]
         text = "".join("# TYPE minimail_%s %s\nminimail_%s %d\n" % (name, kind, name, value) for name, kind, value in values)
         return Answered(200, "text/plain; version=0.0.4", text.encode())
 
-    def alive(self, **_: Any) -> Answered:
+    def alive(self, request: Request) -> Answered:
         return text_answer(200, "")
 
-    def ready(self, **_: Any) -> Answered:
+    def ready(self, request: Request) -> Answered:
         writable = os.access(self.node.data, os.W_OK) and not self.site.stopping
         return text_answer(200 if writable else 503, "")
 
-    def chaos(self, **_: Any) -> Answered:
+    def chaos(self, request: Request) -> Answered:
         return text_answer(400, "Chaos is not enabled")
 
-    def tags(self, **_: Any) -> Answered:
-        return json_answer([])
-
-    def webui(self, **_: Any) -> Answered:
-        return json_answer({"Label": "", "MessageRelay": {"Enabled": False}, "SpamAssassin": False, "ChaosEnabled": False,
+    def webui(self, request: Request) -> Answered:
+        release = self.site.config.release if self.site.config.capture else None
+        relay = {"Enabled": True, "SMTPServer": show_endpoint((release.host, release.port)), "ReturnPath": "",
+                 "AllowedRecipients": "", "BlockedRecipients": ""} if release else {"Enabled": False}
+        return json_answer({"Label": "", "MessageRelay": relay, "SpamAssassin": False, "ChaosEnabled": False,
                             "DuplicatesIgnored": False})
 
 
 ID = r"/api/v1/message/(?P<id>[^/]+)"
 ROUTES = [
-    ("GET", "/", "page"), ("GET", "/livez", "alive"), ("GET", "/readyz", "ready"), ("GET", "/metrics", "metrics"),
-    ("GET", "/api/v1/info", "info"), ("GET", "/api/v1/messages", "list_messages"), ("GET", "/api/v1/search", "search"),
-    ("GET", ID, "show"), ("GET", ID + "/headers", "headers"), ("GET", ID + "/raw", "raw"), ("GET", ID + "/session", "session"),
-    ("GET", ID + "/links", "links"), ("GET", ID + r"/part/(?P<part>[\d.]+)", "part"),
-    ("GET", r"/view/(?P<id>[^/]+)\.html", "view_html"), ("GET", r"/view/(?P<id>[^/]+)\.txt", "view_text"),
-    ("DELETE", "/api/v1/messages", "delete"), ("DELETE", "/api/v1/search", "delete_found"),
-    ("PUT", "/api/v1/messages", "set_read"),
-    ("POST", "/api/v1/send", "send"), ("GET", "/api/v1/wait", "wait"), ("GET", "/api/v1/faults", "get_faults"),
-    ("PUT", "/api/v1/faults", "put_faults"), ("DELETE", "/api/v1/faults", "delete_faults"),
-    ("GET", "/api/v1/chaos", "chaos"), ("GET", "/api/v1/tags", "tags"), ("GET", "/api/v1/webui", "webui"),
+    Route("GET", "/", "page"), Route("GET", "/livez", "alive", waits=True), Route("GET", "/readyz", "ready", waits=True),
+    Route("GET", "/metrics", "metrics", everything=True),
+    Route("GET", "/api/v1/info", "info"), Route("GET", "/api/v1/messages", "list_messages"),
+    Route("GET", "/api/v1/search", "search"),
+    Route("GET", ID, "show"), Route("GET", ID + "/headers", "headers"), Route("GET", ID + "/raw", "raw"),
+    Route("GET", ID + "/session", "session"), Route("GET", ID + "/links", "links"),
+    Route("GET", ID + r"/part/(?P<part>[0-9.]+)", "part"),
+    Route("GET", r"/view/(?P<id>[^/]+)\.html", "view_html"), Route("GET", r"/view/(?P<id>[^/]+)\.txt", "view_text"),
+    Route("DELETE", "/api/v1/messages", "delete", MAX_SMALL_BODY), Route("DELETE", "/api/v1/search", "delete_found"),
+    Route("PUT", "/api/v1/messages", "set_read", MAX_SMALL_BODY),
+    Route("GET", "/api/v1/tags", "get_tags"), Route("PUT", "/api/v1/tags", "set_tags", MAX_SMALL_BODY),
+    Route("POST", "/api/v1/send", "send", MAX_HTTP_BODY), Route("POST", ID + "/release", "release", MAX_SMALL_BODY),
+    Route("GET", "/api/v1/wait", "wait", waits=True), Route("GET", "/api/events", "stream", waits=True),
+    Route("GET", "/api/v1/faults", "get_faults", everything=True),
+    Route("PUT", "/api/v1/faults", "put_faults", MAX_SMALL_BODY, everything=True),
+    Route("DELETE", "/api/v1/faults", "delete_faults", everything=True),
+    Route("GET", "/api/v1/chaos", "chaos"), Route("GET", "/api/v1/webui", "webui"),
 ]
 
 
-def compose(given: Dict[str, Any]) -> Tuple[Envelope, bytes]:
-    """Return envelope and content of a message given in Mailpit's JSON; ValueError, Refused."""
-    import email.message
-    import email.policy
+def read_form(body: bytes) -> Dict[str, Any]:
+    """Return what a form says in place of JSON; ValueError."""
+    from urllib.parse import parse_qs
+    form = parse_qs(body.decode("utf-8"), keep_blank_values=True, max_num_fields=MAX_JSON_VALUES)
+    given: Dict[str, Any] = {"IDs": form.get("IDs") or form.get("ids") or []}
+    if not given["IDs"]:
+        raise ValueError("no IDs")
+    return dict(given, Read=form["Read"][0]) if "Read" in form else given
 
-    def person(who: Any) -> Tuple[str, Address]:
-        who = {"Email": who} if isinstance(who, str) else who
-        try:
-            return str(who.get("Name") or ""), parse_address(str(who["Email"]))
-        except Refused:
-            raise ValueError("invalid address: " + printable(str(who.get("Email")))) from None
-    message = email.message.EmailMessage(policy=email.policy.SMTP)
-    name, sender = person(given["From"])
-    message["From"] = email.utils.formataddr((name, str(sender)))
-    recipients = []
-    for field, header in (("To", "To"), ("Cc", "Cc"), ("Bcc", ""), ("ReplyTo", "Reply-To")):
-        people = [person(who) for who in given.get(field) or []]
-        if header and people:
-            message[header] = ", ".join(email.utils.formataddr((name, str(address))) for name, address in people)
-        recipients += [address for _, address in people if field != "ReplyTo"]
+
+def clean_tags(tags: Iterable[str]) -> List[str]:
+    """Return the tags that are some, sorted, each once."""
+    stripped = (tag.strip() for tag in tags)
+    return sorted({tag for tag in stripped if 0 < len(tag) <= 100 and all(c.isalnum() or c in " -_.@" for c in tag)})
+
+
+def original(file: BinaryIO, id: str) -> Iterator[bytes]:
+    """Yield a stored message without the trace headers that we put before it."""
+    block = file.read(BIG_BLOCK)
+    for name in (b"return-path:", b"delivered-to:", b"received:"):
+        end = block.find(b"\n") + 1
+        while end and block[end:end + 1] in (b" ", b"\t"):
+            end = block.find(b"\n", end) + 1
+        field = block[:end]
+        if field.lower().startswith(name) and (name != b"received:" or b" id %s" % id.encode() in field):
+            block = block[end:]
+    yield block
+    yield from iter(lambda: file.read(BIG_BLOCK), b"")
+
+
+# A message in JSON becomes one in MIME. Written here, block by block: `email` needs many times a message's size, and
+# how it folds long names and takes addresses in UTF-8 depends on the Python.
+
+def compose(given: Dict[str, Any]) -> Tuple[Envelope, Iterator[bytes]]:
+    """Return (envelope, content in blocks) of a message given in Mailpit's JSON; ValueError, Refused."""
+    if not isinstance(given, dict):
+        raise ValueError("expected an object")
+    people = {field: [person(who) for who in given.get(field) or []] for field in ("To", "Cc", "Bcc", "ReplyTo")}
+    sender = person(given["From"])
+    recipients = [address for field in ("To", "Cc", "Bcc") for _, address in people[field]]
     if not recipients:
         raise ValueError("no recipients")
-    message["Subject"] = str(given.get("Subject") or "")
-    message["Date"] = email.utils.formatdate(localtime=True)
-    message["Message-ID"] = "<%s@%s>" % (secrets.token_hex(12), sender.domain or "localhost")
-    for key, value in (given.get("Headers") or {}).items():
-        if not re.fullmatch(r"[!-9;-~]+", key):
-            raise ValueError("bad header name: " + printable(key))
-        if key in message or key.lower() in ("to", "from", "cc", "bcc", "content-type", "mime-version"):
-            raise ValueError('cannot overwrite header: "%s"' % key)
-        message[key] = value
-    message.set_content(str(given.get("Text") or ""))
+    fields = [("From", address_field([sender]))]
+    fields += [(name, address_field(people[field])) for field, name in (("To", "To"), ("Cc", "Cc"), ("ReplyTo", "Reply-To"))
+               if people[field]]
+    fields += [("Subject", text_field(str(given.get("Subject") or ""))), ("Date", email.utils.formatdate(localtime=True)),
+               ("Message-ID", "<%s@%s>" % (secrets.token_hex(12), sender[1].domain or "localhost"))]
+    fields += extra_fields(given, {name.lower() for name, _ in fields})
+    head = "".join("%s: %s\r\n" % field for field in fields) + "MIME-Version: 1.0\r\n"
+    envelope = Envelope(sender=str(sender[1]), recipients=recipients, protocol="HTTP", smtputf8=not head.isascii())
+    return envelope, itertools.chain([head.encode("utf-8")], message_body(given))
+
+
+def person(who: Any) -> Tuple[str, Address]:
+    """Return (name, address) of {"Name": ..., "Email": ...} or a bare address; ValueError."""
+    who = {"Email": who} if isinstance(who, str) else who
+    try:
+        return str(who.get("Name") or ""), parse_address(str(who["Email"]))
+    except Refused:
+        raise ValueError("invalid address: " + printable(str(who.get("Email")))) from None
+
+
+def address_field(people: Sequence[Tuple[str, Address]]) -> str:
+    """Return people as a header's value, one a line (RFC 5322 section 3.4); ValueError."""
+    entries = []
+    for name, address in people:
+        if not name.isascii() or len(name) > 60:
+            name = encoded_words(one_line(name))
+        elif name:
+            name = '"%s"' % re.sub(r'(["\\])', r"\\\1", one_line(name))
+        entries.append("%s <%s>" % (name, address) if name else str(address))
+    return ",\r\n ".join(entries)
+
+
+def text_field(text: str) -> str:
+    """Return text as a header's value; encoded where it must be, or could not be folded otherwise; ValueError."""
+    text = one_line(text)
+    return text if text.isascii() and text.isprintable() and len(text) < 900 else encoded_words(text)
+
+
+def one_line(text: str) -> str:
+    if "\r" in text or "\n" in text or "\0" in text:
+        raise ValueError("a line end in a header")
+    return text
+
+
+def encoded_words(text: str) -> str:
+    """Return text as encoded words, none of which is too long or ends within a character (RFC 2047 section 5)."""
+    data, words, start = text.encode("utf-8", "replace"), [], 0
+    while start < len(data):
+        end = min(start + 45, len(data))
+        while end < len(data) and data[end] & 0xC0 == 0x80:
+            end -= 1
+        words.append("=?utf-8?b?%s?=" % base64.b64encode(data[start:end]).decode())
+        start = end
+    return "\r\n ".join(words)
+
+
+def extra_fields(given: Dict[str, Any], taken: Set[str]) -> List[Tuple[str, str]]:
+    """Return the header fields that come as Headers and Tags; ValueError."""
+    found = []
+    for name, value in (given.get("Headers") or {}).items():
+        if not re.fullmatch(r"[!-9;-~]{1,100}", name):
+            raise ValueError("bad header name: " + printable(name))
+        if name.lower() in taken or name.lower() in ("to", "from", "cc", "bcc", "reply-to", "content-type", "mime-version",
+                                                     "content-transfer-encoding"):
+            raise ValueError('cannot overwrite header: "%s"' % name)
+        found.append((name, text_field(str(value))))
+    tags = clean_tags(map(str, given.get("Tags") or []))
+    return found + ([("X-Tags", text_field(", ".join(tags)))] if tags else [])
+
+
+def message_body(given: Dict[str, Any]) -> Iterator[bytes]:
+    """Return the blocks of a message from its Content-Type on: text, HTML with what it shows, attachments; ValueError."""
+    files = [attachment(entry) for entry in given.get("Attachments") or []]
+    shown = [blocks for inline, blocks in files if inline and given.get("HTML")]
+    attached = [blocks for inline, blocks in files if not (inline and given.get("HTML"))]
+    body = text_part("plain", str(given.get("Text") or ""))
     if given.get("HTML"):
-        message.add_alternative(str(given["HTML"]), subtype="html")
-    for entry in given.get("Attachments") or []:
-        data = base64.b64decode(str(entry["Content"]).rpartition(",")[2], validate=True)
-        kind = str(entry.get("ContentType") or "application/octet-stream").partition("/")
-        message.add_attachment(data, kind[0], kind[2] or "octet-stream", filename=str(entry.get("Filename") or "file"),
-                               cid="<%s>" % entry["ContentID"] if entry.get("ContentID") else None)
-    return Envelope(sender=str(sender), recipients=recipients, protocol="HTTP"), message.as_bytes()
+        html = text_part("html", str(given["HTML"]))
+        html = multipart("related", [html, *shown]) if shown else html
+        body = multipart("alternative", [body, html]) if given.get("Text") else html
+    return multipart("mixed", [body, *attached]) if attached else body
 
 
-class WebSession(Session):
-    """An HTTP connection; the standard library's server reads the requests, in a thread of its own."""
+def multipart(kind: str, parts: Sequence[Iterator[bytes]]) -> Iterator[bytes]:
+    boundary = secrets.token_hex(16).encode()
+    yield b'Content-Type: multipart/%s; boundary="%s"\r\n\r\n' % (kind.encode(), boundary)
+    for part in parts:
+        yield b"--%s\r\n" % boundary
+        yield from part
+        yield b"\r\n"
+    yield b"--%s--\r\n" % boundary
 
-    protocol = "web"
 
-    async def converse(self) -> None:
-        def serve() -> None:
-            self.request.settimeout(self.site.config.seconds(self.timeout))
-            with contextlib.suppress(OSError):
-                web_handler()(self)
+def text_part(kind: str, text: str) -> Iterator[bytes]:
+    data = "\n".join(text.split("\r\n")).replace("\r", "\n").encode("utf-8", "replace")
+    plain = data.isascii() and b"\0" not in data and len(max(data.split(b"\n"), key=len)) < 900
+    yield b"Content-Type: text/%s; charset=utf-8\r\nContent-Transfer-Encoding: %s\r\n\r\n" % (
+        kind.encode(), b"7bit" if plain else b"quoted-printable")
+    if not plain:
+        data = binascii.b2a_qp(data, istext=True)
+    yield data.replace(b"\n", b"\r\n")
+
+
+def attachment(entry: Dict[str, Any]) -> Tuple[bool, Iterator[bytes]]:
+    """Return (whether HTML shows it by its Content-ID, blocks) of an attachment; ValueError."""
+    content = str(entry["Content"])
+    if content.startswith("data:"):
+        content = content[content.find(",", 0, 1000) + 1:]
+    content = "".join(content.split())
+    if len(content) % 4 or not re.fullmatch(r"[A-Za-z0-9+/]*={0,2}", content):
+        raise ValueError("an attachment's Content is not base64")
+    kind = str(entry.get("ContentType") or "application/octet-stream")
+    if not re.fullmatch(r"[\w.+-]{1,100}/[\w.+-]{1,100}", kind, re.ASCII):
+        raise ValueError("bad ContentType: " + printable(kind, 100))
+    name, id = one_line(str(entry.get("Filename") or "file")), str(entry.get("ContentID") or "")
+    if not re.fullmatch(r"[!-;=?-~]{0,200}", id):
+        raise ValueError("bad ContentID: " + printable(id, 100))
+    head = "Content-Type: %s\r\nContent-Transfer-Encoding: base64\r\nContent-Disposition: %s;%s\r\n" % (
+        kind, "inline" if id else "attachment", file_name_parameter(name))
+    if id:
+        head += "Content-ID: <%s>\r\n" % id
+    lines = (content[start:start + 76] for start in range(0, len(content), 76))
+    blocks = iter(lambda: "".join(line + "\r\n" for line in itertools.islice(lines, 1000)).encode(), b"")
+    return bool(id), itertools.chain([head.encode() + b"\r\n"], blocks)
+
+
+def file_name_parameter(name: str) -> str:
+    """Return a file name as a parameter: as it is, or by RFC 2231 in pieces."""
+    if name.isascii() and name.isprintable() and len(name) < 60:
+        return ' filename="%s"' % re.sub(r'(["\\])', r"\\\1", name)
+    from urllib.parse import quote
+    text = quote(name.encode("utf-8", "replace")[:1000], safe="")
+    if len(text) < 900:                             # in one piece: more readers know that
+        return "\r\n filename*=utf-8''" + text
+    pieces = re.findall(r"(?:%..|[^%]){1,20}", text)
+    return ";".join("\r\n filename*%d*=%s%s" % (number, "" if number else "utf-8''", piece)
+                    for number, piece in enumerate(pieces))
+
+
+# HTTP. The standard library parses requests; we see to their form, size and time.
+
+HTTP_FIELD = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+:[\t\x20-\x7e\x80-\xff]*\r\n")
+REQUEST_LINE = re.compile(rb"[A-Z]+ [\x21-\x7e\x80-\xff]+ HTTP/1\.[01]\r\n")
+CHUNK = re.compile(rb"([0-9A-Fa-f]{1,8})[ \t]*(?:;[^\r\n]*)?\r\n")
+ABSOLUTE = re.compile(r"https?://([^/?#]*)(.*)", re.IGNORECASE | re.DOTALL)
+PAGES = re.compile(r"/|/view/[^/]+\.(html|txt)")
+
+
+class Conversation(io.RawIOBase):
+    """The bytes of an HTTP connection, both ways, within a deadline for the whole request rather than for each read.
+
+    The deadline moves with what is transferred, at WEB_RATE: who drips runs into it.
+    """
+
+    STEP = 1.0                                      # seconds after which a waiting thread looks at the deadline again
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.sock = sock
+        self.ahead = b""                            # read to see whether the client is there
+        self.deadline = self.latest = float("inf")
+
+    def renew(self, seconds: float) -> None:
+        self.deadline = min(time.monotonic() + seconds, self.latest)
+
+    def hurry(self, seconds: float) -> None:
+        """Come to an end within so many seconds, whatever is renewed."""
+        self.latest = time.monotonic() + seconds
+        self.deadline = min(self.deadline, self.latest)
+
+    def _attempt(self, operation: Callable[..., int], *arguments: Any) -> int:
+        while True:
+            left = min(self.deadline, self.latest) - time.monotonic()
+            if left <= 0:
+                raise socket.timeout("the request took too long")
+            self.sock.settimeout(min(left, self.STEP))
+            try:
+                count = operation(*arguments)
+            except socket.timeout:
+                continue
+            self.deadline += count / WEB_RATE
+            return count
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        if self.ahead:
+            data, self.ahead = self.ahead[:len(buffer)], self.ahead[len(buffer):]
+            buffer[:len(data)] = data
+            return len(data)
+        return self._attempt(self.sock.recv_into, buffer)
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        view = memoryview(data)
+        while view:
+            view = view[self._attempt(self.sock.send, view[:BLOCK]):]
+        return len(data)
+
+    def is_gone(self) -> bool:
+        """Return whether the client hung up; what it says meanwhile is kept for the next request."""
+        if len(self.ahead) > MAX_HTTP_HEAD:
+            return True                             # that is no client waiting for an answer
         try:
-            await wait(serve)
-        except (Disconnected, TimedOut):
-            pass
+            self.sock.settimeout(0)
+            data = self.sock.recv(BLOCK)
+        except (BlockingIOError, InterruptedError):
+            return False
+        except OSError as error:                    # of TLS: more is needed to say so
+            return type(error).__name__ not in ("SSLWantReadError", "SSLWantWriteError")
+        self.ahead += data
+        return not data
+
+
+if TYPE_CHECKING:
+    from http.server import BaseHTTPRequestHandler as HTTPHandler
+else:
+    HTTPHandler = object                            # see web_handler()
+
+
+class WebSession(HTTPHandler):
+    """An HTTP connection, in a thread of its own."""
+
+    protocol_version = "HTTP/1.1"
+    server_version, sys_version = "minimail", ""
+    server: WebListener
+    site: Site
+    inbox: Inbox
+    raw_requestline: bytes
+    command = requestline = allowed_origin = ""
+    unread = False                                  # a body, or what might be one
+    length: Optional[int] = 0                       # of the body; None: it comes in chunks
+
+    # The connection.
+
+    def setup(self) -> None:
+        self.site, self.tls = self.server.site, self.server.tls
+        self.inbox = self.site.inbox
+        self.client = clients_address(self.client_address[0])
+        self.patience = min(self.site.config.seconds(WEB_TIMEOUT), WEB_TIMEOUT)
+        self.site.door.ask("on_connect", self.client)
+        self.request.settimeout(self.patience)
+        if self.tls:
+            assert self.site.certificates
+            self.request = self.site.certificates.context().wrap_socket(self.request, server_side=True,
+                                                                        do_handshake_on_connect=False)
+        self.connection, self.conversation = self.request, Conversation(self.request)
+        self.rfile: Any = io.BufferedReader(self.conversation, BLOCK)
+        self.wfile: Any = self.conversation
+        self.inbox.visitors.add(self)
+        try:
+            self.request.do_handshake() if self.tls else None
+        except BaseException:
+            self.finish()
+            raise
+
+    def handle_one_request(self) -> None:
+        try:
+            self.conversation.renew(min(self.patience, WEB_IDLE))
+            if self.rfile.peek(1):
+                self.conversation.renew(self.patience)
+                super().handle_one_request()
+            else:
+                self.close_connection = True
+        except OSError as error:                    # its end, by whatever means
+            log.debug("web %s: %s", self.client, error)
+            self.close_connection = True
+
+    def finish(self) -> None:
+        """Close; a client that is still sending what nobody wants gets the time to read why."""
+        self.inbox.visitors.discard(self)
+        with contextlib.suppress(OSError):
+            if self.unread and not self.site.stopping:
+                self.conversation.hurry(2.0)
+                socket.socket.shutdown(self.request, socket.SHUT_WR)
+                while self.rfile.read1(BLOCK):
+                    pass
+        with contextlib.suppress(OSError):
+            self.request.close()
+
+    def hurry(self) -> None:
+        """The node stops: be at an end soon."""
+        self.conversation.hurry(SHUTDOWN_GRACE / 3)
+        with contextlib.suppress(OSError):
+            socket.socket.shutdown(self.request, socket.SHUT_RD)    # not TLS's own shutdown()
+
+    def is_over(self) -> bool:
+        return self.site.stopping or self.conversation.is_gone()
+
+    def log_message(self, format: str, *args: Any) -> None:
+        log.debug("web %s %s", self.client, printable(format % args))
+
+    # The head of a request.
+
+    def parse_request(self) -> bool:
+        """Parse a request's head as the library does, if there is only one way to read it (RFC 9112 sections 5 and 6)."""
+        self.command, self.request_version, self.allowed_origin, self.unread = "", "HTTP/1.1", "", False
+        conversation, answer = self.rfile, None
+        try:
+            if not REQUEST_LINE.fullmatch(self.raw_requestline):
+                raise Rejected(400, "no request of HTTP/1.0 or 1.1")
+            self.rfile = io.BytesIO(self.read_head())
+            if not super().parse_request():
+                return False
+            self.length = self.body_length()
+            return True
+        except Rejected as rejected:
+            answer = rejected.answer
         finally:
-            self.wire.close()
-            self.site.sessions.discard(self)
-            self.site.connections.leave(self.client)
+            self.rfile = conversation
+        self.unread = self.close_connection = True
+        self.give(answer)
+        return False
+
+    def read_head(self) -> bytes:
+        """Return the header fields as they came, none of them folded or odd, up to the empty line; Rejected."""
+        lines: List[bytes] = []
+        size = 0
+        while True:
+            line = self.rfile.readline(MAX_HTTP_HEAD)
+            size += len(line)
+            lines.append(line)
+            if line == b"\r\n":
+                return b"".join(lines)
+            if size >= MAX_HTTP_HEAD or len(lines) > MAX_HTTP_FIELDS:
+                raise Rejected(431, "too many header fields")
+            if not HTTP_FIELD.fullmatch(line):
+                raise Rejected(400, "a bad header field")
+
+    def body_length(self) -> Optional[int]:
+        """Return how long the body is, None when it comes in chunks; Rejected (RFC 9112 section 6.3)."""
+        lengths, codings = (self.headers.get_all(name, []) for name in ("Content-Length", "Transfer-Encoding"))
+        if len(self.headers.get_all("Host", [])) not in ((1,) if self.request_version == "HTTP/1.1" else (0, 1)):
+            raise Rejected(400, "one Host, please")
+        if len(lengths) + len(codings) > 1 or (codings and self.request_version == "HTTP/1.0"):
+            raise Rejected(400, "one Content-Length or Transfer-Encoding, please")
+        if codings and codings[0].strip().lower() != "chunked":
+            raise Rejected(501, "only chunked, please")
+        text = lengths[0].strip() if lengths else "0"
+        if not re.fullmatch(r"[0-9]{1,15}", text):
+            raise Rejected(400, "a bad Content-Length")
+        return None if codings else int(text)
+
+    def handle_expect_100(self) -> bool:
+        return True                                 # said once we know that we want the body
+
+    def send_error(self, code: int, message: Optional[str] = None, explain: Optional[str] = None) -> None:
+        self.unread = self.close_connection = True
+        self.give(text_answer(int(code), message or "Error"))
+
+    # The answer.
+
+    def serve(self) -> None:
+        self.unread = self.length != 0
+        try:
+            self.check_site()
+            answer = OPTIONS_ANSWER if self.command == "OPTIONS" else self.inbox.respond(self.read_request())
+        except Rejected as rejected:
+            answer = rejected.answer
+        self.close_connection = self.close_connection or self.unread or answer.stream is not None
+        self.give(answer)
+
+    do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = do_OPTIONS = serve
+
+    def read_request(self) -> Request:
+        from urllib.parse import parse_qsl, unquote
+        path, _, query = self.target.partition("#")[0].partition("?")
+        try:
+            pairs = dict(parse_qsl(query, keep_blank_values=True, max_num_fields=100))
+        except ValueError:
+            raise Rejected(400, "too many parameters") from None
+        path = unquote(path)
+        viewer = EVERYTHING if path in ("/livez", "/readyz") else self.viewer()
+        return Request(self.command, path, pairs, viewer, self.headers.get("Content-Type") or "", self.read_body, self.is_over)
+
+    def read_body(self, limit: int) -> BinaryIO:
+        """Return the body in a file, which is one on disk when it is large; empty when none is wanted. Rejected."""
+        with contextlib.ExitStack() as on_error:
+            file: Any = on_error.enter_context(tempfile.SpooledTemporaryFile(LARGE))
+            if limit and self.unread:
+                for block in self.body_blocks(limit):
+                    file.write(block)
+                self.unread = False
+                file.seek(0)
+            on_error.pop_all()
+        return file  # type: ignore[no-any-return]
+
+    def body_blocks(self, limit: int) -> Iterator[bytes]:
+        """Yield the body as it comes; Rejected when it has more than `limit` bytes, before any are read if it says so."""
+        total = self.length or 0
+        if total <= limit and (self.headers.get("Expect") or "").lower() == "100-continue":
+            self.wfile.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        blocks = self.chunks() if self.length is None else self.exactly(self.length)
+        while total <= limit:
+            block = next(blocks, b"")
+            if not block:
+                return
+            total += len(block) if self.length is None else 0
+            yield block
+        raise Rejected(413, "more than %d bytes" % limit)
+
+    def exactly(self, count: int) -> Iterator[bytes]:
+        while count:
+            block = self.rfile.read(min(count, BLOCK))
+            if not block:
+                raise Rejected(400, "the body is shorter than it said")
+            count -= len(block)
+            yield block
+
+    def chunks(self) -> Iterator[bytes]:
+        """Yield the content of a body in chunks (RFC 9112 section 7.1); Rejected."""
+        while True:
+            match = CHUNK.fullmatch(self.rfile.readline(1000))
+            if not match:
+                raise Rejected(400, "a bad chunk")
+            if not int(match.group(1), 16):
+                break
+            yield from self.exactly(int(match.group(1), 16))
+            if self.rfile.read(2) != b"\r\n":
+                raise Rejected(400, "a bad chunk")
+        self.read_head()                            # trailer fields: nobody wants them
+
+    def give(self, answer: Answered) -> None:
+        self.send_response(answer.status)
+        headers = {"Content-Type": answer.type, "Cache-Control": "no-store", "X-Content-Type-Options": "nosniff",
+                   "Referrer-Policy": "no-referrer", "X-DNS-Prefetch-Control": "off"}
+        if answer.stream is None:
+            headers["Content-Length"] = str(os.fstat(answer.file.fileno()).st_size if answer.file else len(answer.body))
+        if self.allowed_origin:
+            headers.update({"Access-Control-Allow-Origin": self.allowed_origin, "Vary": "Origin"})
+        if self.close_connection:
+            headers["Connection"] = "close"
+        for name, value in dict(headers, **answer.headers).items():
+            self.send_header(name, value)
+        self.end_headers()
+        with answer.file or contextlib.nullcontext():
+            if self.command != "HEAD":
+                self.conversation.renew(self.patience)
+                self.send_body(answer)
+
+    def send_body(self, answer: Answered) -> None:
+        self.wfile.write(answer.body)
+        if answer.file:
+            for block in iter(lambda: answer.file.read(BLOCK), b""):    # type: ignore[union-attr]
+                self.wfile.write(block)
+        for block in answer.stream or ():
+            self.wfile.write(block)
+            self.conversation.renew(self.patience)
+
+    # Who may ask.
+
+    def check_site(self) -> None:
+        """See that the request is meant for us, and comes from no page of another site; Rejected.
+
+        A name of somebody else's that leads here would give that somebody's pages our mail (DNS rebinding); a page that
+        may not read an answer can still see how long it takes.
+        """
+        absolute = ABSOLUTE.fullmatch(self.path)
+        path = absolute.group(2) or "/" if absolute else self.path
+        self.target = path.encode("latin-1").decode("utf-8", "replace")
+        host = (absolute.group(1) if absolute else self.headers.get("Host") or "").lower()
+        allowed = self.site.config.web_allow
+        if not is_own_name(host, self.site.hostname) and not any(names_host(entry, host) for entry in allowed):
+            raise Rejected(403, "this host name is not served here; --web-allow NAME lets it in")
+        origin, fetch = self.headers.get("Origin"), self.headers.get("Sec-Fetch-Site", "none")
+        if origin is not None and any(names_origin(entry, origin.lower()) for entry in allowed):
+            self.allowed_origin = origin
+        elif origin is not None and re.sub(r"^https?://", "", origin.lower()) != host:
+            raise Rejected(403, "a request from another site; --web-allow ORIGIN lets it in")
+        elif fetch not in ("none", "same-origin") and not self.is_navigation():
+            raise Rejected(403, "a request from another site; --web-allow ORIGIN lets it in")
+
+    def is_navigation(self) -> bool:
+        """Return whether somebody follows a link to one of our pages, in a window of its own."""
+        return (self.command == "GET" and self.headers.get("Sec-Fetch-Mode") == "navigate" and
+                self.headers.get("Sec-Fetch-Dest") == "document" and bool(PAGES.fullmatch(self.target.partition("?")[0])))
+
+    def viewer(self) -> Viewer:
+        """Return who asks, logged in where that is needed; Rejected."""
+        site, config = self.site, self.site.config
+        inside = is_loopback(self.request.getsockname()[0])
+        if config.capture and (inside or not site.accounts.names()):
+            return EVERYTHING
+        name, password = basic_credentials(self.headers.get("Authorization") or "")
+        if inside and not is_account(site, name):   # nobody has to log in, so whatever a browser sends along is ignored
+            return EVERYTHING
+        if not (config.capture or self.tls or is_loopback(self.client)):
+            raise Rejected(403, "log in over TLS (--webs) or from this machine")
+        user = self.log_in(name, password)
+        if user is None:
+            raise Rejected(401, "log in with an account of the users file", {
+                "WWW-Authenticate": 'Basic realm="minimail", charset="UTF-8"'})
+        everything = config.capture or user in config.web_admin
+        return Viewer(user, "" if everything else user)
+
+    def log_in(self, name: str, password: str) -> Optional[str]:
+        """Return the account's key, None when name and password do not fit: that is answered more and more slowly."""
+        site = self.site
+        if not name or site.throttle.shut_out(self.client):
+            return None
+        known = site.accounts.recall(name, password)
+        if known is None and site.throttle.charge(self.client, lower(name)):
+            known = site.accounts.verify(name, password)
+            if known is not None:
+                site.throttle.refund(self.client, lower(name))
+            else:
+                event("login-failed", client=self.client, user=printable(name, 100))
+                time.sleep(site.throttle.delay(self.client))        # this thread is the client's own
+        return known
+
+
+BUSY = b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 2\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+OPTIONS_ANSWER = Answered(200, "text/plain", headers={
+    "Allow": "GET, HEAD, POST, PUT, DELETE, OPTIONS", "Access-Control-Allow-Methods": "GET, HEAD, POST, PUT, DELETE",
+    "Access-Control-Allow-Headers": "Content-Type, Authorization", "Access-Control-Max-Age": "600"})
+
+
+def is_own_name(host: str, hostname: str) -> bool:
+    """Return whether a Host field names this machine in a way that nobody else's page can use."""
+    name = re.sub(r":[0-9]+$", "", host)
+    literal = re.fullmatch(r"\[[0-9a-f:.]+\]|[0-9.]+", name)
+    return bool(literal) or "." not in name or name.endswith(".localhost") or name == hostname
+
+
+def names_host(entry: str, host: str) -> bool:
+    """Return whether --web-allow has a host; one without a port there has any."""
+    name = entry.rpartition("://")[2]
+    return name in (host, re.sub(r":[0-9]+$", "", host))
+
+
+def names_origin(entry: str, origin: str) -> bool:
+    """Return whether --web-allow has an origin: itself, or as the name of its host."""
+    return entry == origin if "://" in entry else "://" in origin and names_host(entry, origin.partition("://")[2])
+
+
+def basic_credentials(field: str) -> Tuple[str, str]:
+    """Return (name, password) of an Authorization field (RFC 7617), both empty when there are none."""
+    kind, _, secret = field.partition(" ")
+    try:
+        name, _, password = base64.b64decode(secret if kind.lower() == "basic" else "", validate=True).decode().partition(":")
+    except ValueError:
+        return "", ""
+    return name, password
+
+
+def is_account(site: Site, name: str) -> bool:
+    try:
+        return site.book.key(parse_address(name)) in site.accounts.names()
+    except Refused:
+        return False
 
 
 @functools.lru_cache(maxsize=1)
 def web_handler() -> Any:
-    """Return the class that carries HTTP; made at the first request, as http.server takes a while to import."""
+    """Return WebSession as a handler of http.server, which takes a while to import: at the first connection."""
     from http.server import BaseHTTPRequestHandler
-    from urllib.parse import parse_qsl, unquote, urlsplit
+    return type("WebHandler", (WebSession, BaseHTTPRequestHandler), {})
 
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-        server_version = "minimail"
-        sys_version = ""
 
-        def __init__(self, session: WebSession) -> None:
-            self.session, self.inbox = session, session.site.inbox
-            super().__init__(session.request, session.client_address, session.server)
+class Threads:
+    """Threads that have something of their own to do; join() returns when all have ended, or the time is up."""
 
-        def log_message(self, format: str, *args: Any) -> None:
-            log.debug("web %s %s", self.session.client, printable(format % args))
+    def __init__(self) -> None:
+        self._threads: Set[threading.Thread] = set()
 
-        def serve(self) -> None:
+    def start(self, function: Callable[[], None]) -> None:
+        """Run function() in a thread; RuntimeError when the system has no more."""
+        def run() -> None:
             try:
-                self.serve_request()
-            except ValueError as error:
-                self.close_connection = True
-                self.give(text_answer(400, "Error: " + printable(str(error))))
+                function()
+            finally:
+                self._threads.discard(thread)
+        thread = threading.Thread(target=run, name="minimail-web", daemon=True)
+        self._threads.add(thread)
+        try:
+            thread.start()
+        except RuntimeError:
+            self._threads.discard(thread)
+            raise
 
-        def serve_request(self) -> None:
-            url = urlsplit(self.path)
-            query = dict(parse_qsl(url.query, keep_blank_values=True))
-            refusal, user = self.check()
-            size = self.headers.get("Content-Length") or "0"
-            known = size.isascii() and size.isdigit() and "Transfer-Encoding" not in self.headers
-            if refusal is None and (not known or int(size) > MAX_HTTP_BODY):
-                refusal = text_answer(413, "body too large or of unknown length")
-            if refusal is not None:
-                self.close_connection = True
-                return self.give(refusal)
-            body = self.rfile.read(int(size))
-            if url.path == "/api/events" and self.command == "GET":
-                return self.stream()
-            method = "GET" if self.command == "HEAD" else self.command
-            self.give(self.inbox.respond(method, unquote(url.path), query, body, self.headers.get("Content-Type") or "", user))
+    def __len__(self) -> int:
+        return len(self._threads)
 
-        do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = serve
+    def join(self, seconds: float) -> None:
+        until = time.monotonic() + seconds
+        for thread in list(self._threads):
+            thread.join(max(0.0, until - time.monotonic()))
 
-        def check(self) -> Tuple[Optional[Answered], Optional[str]]:
-            """Return (refusal or None, who logged in): no DNS rebinding, no requests from other sites, log-in outside."""
-            host = (self.headers.get("Host") or "").lower()
-            name = re.sub(r":\d+$", "", host)
-            site = self.session.site
-            literal = re.fullmatch(r"\[[0-9a-f:.]+\]|[\d.]+", name)
-            if not (literal or "." not in name or name.endswith(".localhost") or name == site.hostname):
-                return text_answer(403, "this host name is not served here"), None
-            origin = self.headers.get("Origin")
-            if self.command not in ("GET", "HEAD"):
-                if origin is not None and re.sub(r"^https?://", "", origin.lower()) != host:
-                    return text_answer(403, "request from another site"), None
-                if self.headers.get("Sec-Fetch-Site", "none") not in ("none", "same-origin"):
-                    return text_answer(403, "request from another site"), None
-            user = self.logged_in(site)
-            outside = not is_loopback(self.session.request.getsockname()[0])
-            if self.path in ("/livez", "/readyz"):
-                return None, user
-            if outside and user is None and (not site.config.capture or site.accounts.names()):
-                return Answered(401, "text/plain; charset=utf-8", b"log in with an account of the users file",
-                                {"WWW-Authenticate": 'Basic realm="minimail", charset="UTF-8"'}), None
-            return None, user
 
-        def logged_in(self, site: Site) -> Optional[str]:
-            kind, _, secret = (self.headers.get("Authorization") or "").partition(" ")
-            if kind.lower() != "basic" or site.throttle.shut_out(self.session.client):
-                return None
+class WebListener(Listener):
+    """A listening socket of the web: a thread for each connection, and a share of --max-connections for all of them."""
+
+    def __init__(self, name: str, endpoint: Endpoint, tls: bool = False) -> None:
+        super().__init__(name, endpoint, WebSession, tls)       # type: ignore[arg-type]
+
+    def share(self) -> int:
+        """Return how many connections the web may have, so that it cannot take them all from mail."""
+        config: Config = self.site.config
+        return max(1, min(max(4, config.max_connections // WEB_SHARE), config.max_connections - 1) // config.workers)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        client, threads = clients_address(client_address[0]), self.site.inbox.threads
+        refusal = self.site.connections.enter(client)
+        if not refusal:
             try:
-                name, _, password = base64.b64decode(secret, validate=True).decode("utf-8").partition(":")
-            except ValueError:
-                return None
-            return site.accounts.verify(name, password)
+                if len(threads) < self.share():
+                    threads.start(lambda: self.converse(request, client_address))
+                    return
+                refusal = "too many connections"
+            except RuntimeError as error:           # the system has no more threads
+                refusal = str(error)
+            self.site.connections.leave(client)
+        event("refused", protocol=self.name, client=client, reason=refusal)
+        with contextlib.suppress(OSError):
+            request.setblocking(False)
+            if not self.tls:
+                request.send(BUSY)
+            request.recv(BLOCK)                     # what is left unread would make the answer get lost
+        self.shutdown_request(request)
 
-        def give(self, answer: Answered) -> None:
-            self.send_response(answer.status)
-            headers = {"Content-Type": answer.type, "Content-Length": str(len(answer.body)), "Cache-Control": "no-store",
-                       "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer"}
-            for name, value in dict(headers, **answer.headers).items():
-                self.send_header(name, value)
-            if self.close_connection:
-                self.send_header("Connection", "close")
-            self.end_headers()
-            if self.command != "HEAD":
-                self.wfile.write(answer.body)
+    def converse(self, request: Any, client_address: Any) -> None:
+        try:
+            web_handler()(request, client_address, self)
+        except Refused as refused:
+            event("refused", protocol=self.name, client=client_address[0], reason=refused.reply.text)
+        except OSError as error:                    # the handshake failed, or the client was gone before it
+            log.debug("web %s: %s", client_address[0], error)
+        except Exception:
+            log.exception("connection from %s failed", client_address)
+        finally:
+            request.close()
+            self.site.connections.leave(clients_address(client_address[0]))
 
-        def stream(self) -> None:
-            """Server-sent events until the page goes away."""
-            self.close_connection = True
-            self.send_response(200)
-            for name, value in (("Content-Type", "text/event-stream"), ("Cache-Control", "no-store"), ("Connection", "close")):
-                self.send_header(name, value)
-            self.end_headers()
-            inbox, seen = self.inbox, self.inbox.serial
-            self.wfile.write(b": hello\n\n")
-            while not self.session.site.stopping:
-                with inbox.changed:
-                    if inbox.serial == seen:
-                        inbox.changed.wait(15.0)
-                    kinds = [kind for serial, kind in inbox.events if serial > seen]
-                    seen = inbox.serial
-                text = "".join("event: %s\ndata: {}\n\n" % kind for kind in kinds) or ": still here\n\n"
-                self.wfile.write(text.encode())
-                self.wfile.flush()
-    return Handler
+
+class WebHook:
+    """POSTs the summary of each message that comes to a URL: a thread of its own, a few tries, never in the way of mail."""
+
+    WAITS = (0.0, 1.0, 10.0)                        # seconds before each try
+    TIMEOUT = 10.0                                  # seconds
+
+    def __init__(self, inbox: Inbox, url: str) -> None:
+        self.inbox, self.url = inbox, url
+        self._ids: Deque[str] = collections.deque()
+
+    def add(self, id: str) -> None:
+        self._ids.append(id)
+        if len(self._ids) > MAX_HOOKED:
+            log.warning("webhook: message %s is not told of: too many wait", self._ids.popleft())
+
+    def run(self) -> None:
+        """Tell of each message, until the node stops."""
+        while not self.inbox.site.stopping:
+            serial = self.inbox.serial
+            if not self._ids:
+                self.inbox.pause(serial, 1.0)
+                continue
+            try:
+                self._tell(self._ids.popleft())
+            except Exception:                       # that message's affair
+                log.exception("the webhook stumbled")
+
+    def _tell(self, id: str) -> None:
+        self.inbox.index.refresh()
+        letter = self.inbox.index.get(id)
+        if not letter:
+            return                                  # deleted already
+        data, reason = json.dumps(letter.summary()).encode(), ""
+        for wait in self.WAITS:
+            self._rest(wait)
+            if self.inbox.site.stopping:
+                return
+            try:
+                status = post_json(self.url, data, self.TIMEOUT)
+            except Exception as error:              # of sockets, TLS, HTTP
+                reason = printable(str(error) or type(error).__name__, 200)
+                continue
+            if 200 <= status < 300:
+                return
+            reason = "it answered %d" % status
+        log.warning("webhook: message %s is not told of: %s", id, reason)
+
+    def _rest(self, seconds: float) -> None:
+        until = time.monotonic() + seconds
+        while time.monotonic() < until and not self.inbox.site.stopping:
+            time.sleep(WAIT_STEP)
+
+
+def post_json(url: str, data: bytes, timeout: float) -> int:
+    """POST a JSON text and return the answer's status; OSError, http.client.HTTPException."""
+    import http.client
+    from urllib.parse import unquote, urlsplit
+    parts = urlsplit(url)
+    kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
+    headers = {"Content-Type": "application/json", "User-Agent": "minimail"}
+    if parts.username:
+        login = "%s:%s" % (unquote(parts.username), unquote(parts.password or ""))
+        headers["Authorization"] = "Basic " + base64.b64encode(login.encode()).decode()
+    connection = kind(str(parts.hostname), parts.port, timeout=timeout)
+    try:
+        connection.request("POST", (parts.path or "/") + ("?" + parts.query if parts.query else ""), data, headers)
+        return connection.getresponse().status
+    finally:
+        connection.close()
 
 
 class WebExtension(Extension):
-    """Transcripts, faults, the web inbox."""
+    """Transcripts, faults, the web inbox, the webhook."""
 
     name = "web"
 
     def listeners(self, config: Config) -> List[Any]:
-        return [Listener("web", endpoint, WebSession) for endpoint in config.web or ()]
+        return [WebListener(name, endpoint, tls=name == "webs")
+                for name, endpoints in (("web", config.web or ()), ("webs", config.webs)) for endpoint in endpoints]
 
     def equip(self, node: Any) -> None:
         site, config = node.site, node.config
@@ -9247,16 +12946,29 @@ class WebExtension(Extension):
             site.recorder = Recorder(site.mailboxes)
             site.mailboxes.forget = site.recorder.forget
         site.faults = Faults(Fault(rule.text) for rule in config.fault)
-        if config.web:
+        if config.web or config.webs or config.webhook:
             site.inbox = Inbox(site, node)
+
+    def start(self, node: Any) -> None:
+        if node.config.webhook:
+            node.site.inbox.hook = hook = WebHook(node.site.inbox, node.config.webhook)
+            node.site.inbox.threads.start(hook.run)
 
     def stop(self, node: Any) -> None:
         if node.site.inbox:
-            node.site.inbox.tell("stop")
+            node.site.inbox.stop()
+
+    def join(self, node: Any, seconds: float) -> None:
+        if node.site.inbox:
+            node.site.inbox.threads.join(seconds)
 
     def matcher(self, node: Any, search: str) -> Callable[[Message], bool]:
         inbox, wanted = node.site.inbox or Inbox(node.site, node), Query(search)
-        return lambda message: bool(inbox.matches(message, wanted))
+
+        def matches(message: Message) -> bool:
+            letter = inbox.index.letter_of(message)
+            return letter is not None and wanted.matches(letter)
+        return matches
 
     def parse_fault(self, text: str) -> "Fault":
         return Fault(text)
@@ -9273,22 +12985,11 @@ def wait_command(config: Config, arguments: List[str]) -> int:
     parser.add_argument("--print", dest="show", choices=["raw", "text", "links", "json"], help="what to print of it")
     given = parser.parse_args(arguments)
     deadline = time.monotonic() + wait_seconds(given.timeout)
-    address = mailbox_named("wait", given.address, config) if given.address else None
-    query = Query(**{"from": given.sender, "subject": given.subject, "text": given.text})
+    address = mailbox_named("wait", given.address, config) if given.address else ""
+    wanted = Query(**{"from": given.sender, "subject": given.subject, "text": given.text})
     stores = open_stores(config)
     inbox = Inbox(types.SimpleNamespace(recorder=Recorder(stores.mailboxes), mailboxes=stores.mailboxes))
-    seen: Set[Tuple[str, str]] = set()
-
-    def look() -> Optional[Letter]:
-        for name in [address] if address else list(stores.mailboxes.names()):
-            for item in stores.mailboxes.listing(name):
-                if (name, item.uid) not in seen:
-                    letter = Letter(message_id(item), [(name, item)], inbox)
-                    if query.matches(letter):
-                        return letter
-                    seen.add((name, item.uid))
-        return None
-    found = await_mail(stores.storage, look, deadline)
+    found = await_mail(stores.storage, Search(inbox, Viewer(own=address), wanted), deadline)
     if found is None:
         raise CannotRun("no such message within %s seconds" % given.timeout)
     show_letter(found, given.show)
@@ -9464,6 +13165,7 @@ PAGE = r"""<!doctype html>
 <html lang="en">
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="x-dns-prefetch-control" content="off">
 <title>minimail</title>
 <link rel="icon" href="data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 16 16'%3E
 %3Crect y='2' width='16' height='12' rx='2' fill='%231f686c'/%3E
@@ -9471,7 +13173,7 @@ PAGE = r"""<!doctype html>
 <style nonce="{{nonce}}">
 :root {
   color-scheme: light dark;
-  --paper: light-dark(#ffffff, #17191c); --hover: light-dark(#f4f5f4, #202427);
+  --paper: light-dark(#ffffff, #17191c); --hover: light-dark(#f1f3f2, #24292c);
   --ink: light-dark(#1c2321, #e4e7e5); --faint: light-dark(#5c6663, #98a29f);
   --line: light-dark(#dfe3e1, #2f3538); --pick: light-dark(#e2efee, #1d3334);
   --accent: light-dark(#1f686c, #74c3c2); --warn: light-dark(#8a4b08, #f0b266);
@@ -9485,58 +13187,81 @@ body {
 a, h1 { color: var(--accent); }
 h1 { margin-block: 0; font-size: 1.1rem; }
 h2 { margin: 0.5rem 0; font-size: 1.25rem; line-height: 1.3; }
-h2, dd, li, pre { overflow-wrap: anywhere; }
+h2, h3, dd, li, pre, p { overflow-wrap: anywhere; }
 b { font-weight: 650; }
 dl { display: grid; grid-template-columns: auto 1fr; gap: 0.1rem 0.9rem; margin: 0.4rem 0; }
 dd, ol { margin: 0; padding: 0; list-style: none; }
 pre { margin: 0; white-space: pre-wrap; font: 0.85rem/1.5 ui-monospace, monospace; }
+pre ~ pre { content-visibility: auto; contain-intrinsic-size: auto 60rem; }
 button, input, .button {
-  padding: 0.25rem 0.55rem; border: 1px solid var(--line); border-radius: 6px;
-  font: inherit; color: inherit; background: none; text-decoration: none;
+  padding: 0.25rem 0.6rem; border: 1px solid transparent; border-radius: 6px;
+  font: inherit; color: inherit; background: var(--hover); text-decoration: none;
 }
+input { border-color: var(--line); background: none; }
+::placeholder { color: var(--faint); opacity: 1; }
 button:hover:enabled, .button:hover { border-color: var(--accent); }
+[aria-pressed=true] { color: var(--accent); border-color: var(--accent); }
 button:disabled { opacity: 0.45; }
+.primary { color: var(--paper); background: var(--accent); }
 :focus-visible { outline: 2px solid var(--accent); outline-offset: -2px; border-radius: 4px; }
+.primary:focus-visible { outline-offset: 2px; }
 h2:focus-visible { outline: none; }
-dt, time, .faint, #status, #live, #range, #none { color: var(--faint); }
-time, .faint, #status, #live, #range { font-size: 0.85rem; }
+dt, time, .faint, #status, #live, #range, #none, #clear { color: var(--faint); }
+time, .faint, #status, #live, #range, #clear { font-size: 0.85rem; }
 h1, #status { margin-right: 0.4rem; }
 .bar { display: flex; flex-wrap: wrap; gap: 0.4rem; align-items: center; }
+.warn, #problem { color: var(--warn); }
 header { grid-column: 1 / -1; padding: 0.5rem 1rem; border-bottom: 1px solid var(--line); }
 #search { flex: 1 1 12rem; max-width: 30rem; margin-left: auto; }
-#problem { flex-basis: 100%; color: var(--warn); }
+#clear { background: none; }
+#problem { flex-basis: 100%; }
 #welcome { grid-column: 1 / -1; max-width: 46rem; padding: 1rem; place-self: center; }
+#try { padding: 0.6rem 0.8rem; border-radius: 6px; background: var(--hover); }
 nav { display: grid; grid-template-rows: minmax(0, 1fr) auto; border-right: 1px solid var(--line); }
 nav .bar { justify-content: space-between; padding: 0.4rem 1rem; border-top: 1px solid var(--line); }
 #list, main { overflow: auto; }
 #list a {
-  display: grid; grid-template-columns: 1fr auto; column-gap: 0.8rem; padding: 0.5rem 1rem; color: inherit;
-  text-decoration: none; border: solid var(--line); border-width: 0 0 1px 3px; border-left-color: transparent;
+  display: grid; grid-template-columns: minmax(0, auto) 1fr auto; column-gap: 0.6rem; align-items: baseline;
+  padding: 0.5rem 1rem; color: inherit; text-decoration: none;
+  border: solid var(--line); border-width: 0 0 1px 3px; border-left-color: transparent;
 }
 #list a:hover { background: var(--hover); }
-#list [aria-current=true] { background: var(--pick); }
+#list a[aria-current=true] { background: var(--pick); }
 #list .unread { border-left-color: var(--accent); }
-#list a * { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
+#list a > * { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
 #list a:not(.unread) b { font-weight: inherit; }
-#list b ~ b { grid-column: 1 / -1; }
-#list time, #list span ~ span { justify-self: end; }
+#list .line { grid-column: 1 / -1; }
+#list .people { grid-column: 1 / 3; }
+#list time, #list .people + span { justify-self: end; }
+.tag { padding: 0 0.4rem; border: 1px solid var(--line); border-radius: 6px; font-size: 0.85rem; }
 main { padding: 0.8rem 1.2rem; }
 #message, #panel { display: flex; flex-direction: column; }
 #message { min-height: 100%; }
+#subject { max-height: 8rem; overflow: auto; flex: none; }
+#who { max-height: 9rem; overflow: auto; flex: none; }
 #tabs { gap: 0; border-bottom: 1px solid var(--line); }
-#tabs button { border-color: transparent; border-width: 0 0 2px; border-radius: 0; }
+#tabs button { border-width: 0 0 2px; border-radius: 0; background: none; }
 #tabs [aria-selected=true] { border-color: var(--accent); color: var(--accent); }
 #panel { flex: 1; gap: 0.6rem; padding: 0.6rem 0; }
 #panel ul { margin: 0; padding-left: 1.2rem; }
-#text { font: inherit; }
+#panel .text { font: inherit; }
 #tab-Lint span { color: var(--warn); }
-iframe { flex: 1; min-height: 50vh; border: 1px solid var(--line); background: white; color-scheme: light; }
+iframe { flex: 1; width: 100%; min-height: 50vh; border: 1px solid var(--line); background: white; color-scheme: light; }
+iframe.Phone { max-width: 377px; }
+iframe.Tablet { max-width: 770px; }
+dialog { width: 28rem; max-width: 90vw; border: 1px solid var(--line); border-radius: 8px; color: inherit;
+  background: var(--paper); }
+dialog input { width: 100%; margin: 0.6rem 0; }
 kbd { font: inherit; border: 1px solid var(--line); border-radius: 4px; padding: 0 0.35em; }
 #back { display: none; }
 @media (max-width: 46rem) {
   body { grid-template-columns: 100%; }
   body.reading nav, body:not(.reading) main { display: none; }
   #back { display: inline-block; }
+  main, header { padding-inline: 0.8rem; }
+  main .bar { gap: 0.3rem; }
+  main button, .button { padding-inline: 0.45rem; }
+  [aria-pressed] { display: none; }
 }
 </style>
 <header class="bar">
@@ -9553,6 +13278,7 @@ kbd { font: inherit; border: 1px solid var(--line); border-radius: 4px; padding:
   <p class="capture">Any address will do, with any password or none, and nothing leaves this machine.
     A first message from a shell:</p>
   <pre class="capture" id="try"></pre>
+  <p class="capture"><button id="copy" class="primary">Copy</button></p>
 </section>
 <nav aria-label="Messages">
   <ol id="list" role="list"></ol>
@@ -9562,34 +13288,44 @@ kbd { font: inherit; border: 1px solid var(--line); border-radius: 4px; padding:
 </nav>
 <main aria-label="Message">
   <p id="none"><kbd>j</kbd> <kbd>k</kbd> or arrows choose a message · <kbd>Enter</kbd> opens it ·
-    <kbd>Esc</kbd> back · <kbd>/</kbd> search · <kbd>u</kbd> unread · <kbd>d</kbd> delete · <kbd>←</kbd>
-    <kbd>→</kbd> tabs</p>
+    <kbd>Space</kbd> reads on · <kbd>Esc</kbd> back · <kbd>/</kbd> search · <kbd>u</kbd> unread · <kbd>d</kbd> delete ·
+    <kbd>←</kbd> <kbd>→</kbd> tabs</p>
   <div id="message" hidden>
     <div class="bar">
       <button id="back">‹ Back</button>
+      <a id="save" class="button primary">Save</a>
+      <button id="release" hidden>Release…</button>
       <button id="toggle" aria-keyshortcuts="u">Mark unread</button>
       <button id="remove" aria-keyshortcuts="d Delete">Delete</button>
-      <a id="save" class="button">Save</a>
     </div>
-    <h2 id="subject" tabindex="-1" aria-live="polite"></h2>
+    <h2 id="subject" dir="auto" tabindex="-1" aria-live="polite"></h2>
     <div id="who"></div>
     <div id="tabs" class="bar" role="tablist" aria-label="Views of the message"></div>
     <div id="panel" role="tabpanel"></div>
   </div>
 </main>
+<dialog id="releasing" aria-labelledby="release-title">
+  <form id="release-form">
+    <h2 id="release-title">Release this message</h2>
+    <label for="release-to">It goes, as it is, through <bdi id="release-server"></bdi> to these addresses and to
+      nobody else:</label>
+    <input id="release-to" required autocomplete="off" placeholder="bob@example.com, carol@example.com">
+    <p id="release-problem" class="warn" role="alert"></p>
+    <div class="bar"><button class="primary">Release</button> <button type="button" id="cancel">Cancel</button></div>
+  </form>
+</dialog>
 <script nonce="{{nonce}}">
 "use strict";
-// What comes from a message gets onto the page as text, or into a frame that may run nothing.
-const PAGE = 50, SHOWN = 500000;
-const at = {start: 0, query: "", rows: [], found: 0, asked: 0, timer: 0,  // the list
-            open: "", tab: "", tabs: [], shown: {}};  // the message
+// What comes from a message gets onto the page as text, or into a frame that may run nothing. Whoever wrote it may mean to
+// keep us busy: it is searched in one pass, and shown in blocks (to lay out a paragraph takes the square of its length).
+const PAGE = 50, SHOWN = 300000, MANY = 1000, BLOCK = 4000;
+const at = {start: 0, query: "", rows: [], found: 0, asked: 0, timer: 0, live: "",  // the list
+            open: "", tab: "", tabs: [], shown: {}, width: "Full", screen: 0};  // the message
 const $ = id => document.getElementById(id);
 const rowOf = id => $("row-" + id);
 const pathOf = id => "api/v1/message/" + encodeURIComponent(id);
 const go = id => location.hash = encodeURIComponent(id);
 const isRead = id => at.rows.find(message => message.ID === id)?.Read ?? true;
-const named = who => who.Name || who.Address;
-const full = who => who.Name ? who.Name + " <" + who.Address + ">" : who.Address;
 const size = bytes => bytes < 1e6 ? Math.ceil(bytes / 1000) + " kB" : (bytes / 1e6).toFixed(1) + " MB";
 
 function el(tag, props, ...children) {
@@ -9598,10 +13334,31 @@ function el(tag, props, ...children) {
   return node;
 }
 
-const faint = text => el("span", {className: "faint"}, text);
-const list = items => el("ul", {}, ...items.map(item => el("li", {}, ...item)));
+const faint = (...nodes) => el("span", {className: "faint"}, ...nodes);
+const own = text => el("bdi", {}, text);  // whatever is in it, it turns nothing around it
+const short = (text, most = 200) => text.length > most ? text.slice(0, most) + "…" : text;
+const named = who => own(short(who.Name || who.Address));
+const full = who => who.Name && who.Address ? [named(who), " <", own(short(who.Address, 400)), ">"] : [named(who)];
+const joined = groups => groups.flatMap((nodes, index) => index ? [", ", ...nodes] : nodes);
+const twenties = groups => groups.length > 20  // of the first thousand
+  ? [...Array(Math.ceil(Math.min(groups.length, MANY) / 20)).keys()].map(i =>
+    el("div", {}, ...joined(groups.slice(20 * i, 20 * i + 20)), ","))
+    .concat(groups.length > MANY ? "and " + (groups.length - MANY) + " more" : [])
+  : joined(groups);
 const table = pairs => el("dl", {}, ...pairs.filter(([, value]) => value?.length).flatMap(([name, value]) =>
-  [el("dt", {}, name), el("dd", {}, [].concat(value).join(", "))]));
+  [el("dt", {}, name), el("dd", {}, ...typeof value === "string" ? blocks(value).map(own) : value)]));
+const list = items => el("ul", {}, ...items.slice(0, MANY).map(item => el("li", {}, ...item)),
+  ...items.length > MANY ? [el("li", {className: "warn"}, "and " + (items.length - MANY) + " more")] : []);
+
+function blocks(text) {  // pieces that end with a line if they can
+  const found = [];
+  for (let piece; text; text = text.slice(piece.length)) {
+    piece = text.slice(0, BLOCK);
+    if (piece.length < text.length) piece = piece.slice(0, piece.lastIndexOf("\n") + 1) || piece;
+    found.push(piece);
+  }
+  return found;
+}
 
 function when(text) {
   const date = new Date(text), today = date.toDateString() === new Date().toDateString();
@@ -9613,17 +13370,29 @@ function when(text) {
 async function ask(path, method = "GET", body) {
   const headers = body ? {"Content-Type": "application/json"} : {};
   const answer = await fetch(path, {method, headers, body: body && JSON.stringify(body)});
-  if (!answer.ok) throw new Error(await answer.text() || answer.statusText);
+  if (!answer.ok) throw new Error(reason(await answer.text()) || answer.statusText);
   return answer;
+}
+
+function reason(text) {
+  try {
+    return JSON.parse(text).Error;
+  } catch {
+    return text;
+  }
 }
 
 const get = async path => (await ask(path)).json();
 
-addEventListener("unhandledrejection", event => {
-  event.preventDefault();
-  $("problem").textContent = "That did not work: " + event.reason.message;
+function say(text) {
+  $("problem").textContent = text;
   $("problem").hidden = false;
   setTimeout(() => { $("problem").hidden = true; }, 10000);
+}
+
+addEventListener("unhandledrejection", event => {
+  event.preventDefault();
+  say("That did not work: " + event.reason.message);
 });
 
 // The list
@@ -9655,13 +13424,19 @@ async function refresh() {
 }
 
 function row(message) {
-  const link = {id: "row-" + message.ID, href: "#" + encodeURIComponent(message.ID)};
-  const people = [...message.To, ...message.Cc, ...message.Bcc].map(named).join(", ");
-  const files = message.Attachments ? message.Attachments + " attached · " : "";
-  return el("li", {}, el("a", {...link, className: message.Read ? "" : "unread"},
-    el("b", {}, named(message.From) || "(no sender)"), when(message.Created),
-    el("b", {}, message.Subject || "(no subject)"), faint("to " + people),
-    faint((message.Read ? "" : "unread · ") + files + size(message.Size))));
+  const {ID, From, To, Cc, Bcc, Subject, Snippet, Tags, Read, Attachments, Size} = message;
+  const people = [...To, ...Cc, ...Bcc], more = people.length > 4 ? people.length - 3 : 0;
+  const files = Attachments ? Attachments + " attached · " : "";
+  const line = (tag, className, ...nodes) => el(tag, {className, dir: "auto"}, ...nodes);
+  return el("li", {}, el("a", {id: "row-" + ID, href: "#" + encodeURIComponent(ID), className: Read ? "" : "unread"},
+    el("b", {}, named(From), From.Name || From.Address ? "" : "(no sender)"),
+    faint(own(From.Name ? From.Address : "")), when(message.Created),
+    line("b", "line subject", short(Subject) || "(no subject)"),
+    ...Snippet ? [line("span", "line faint", Snippet)] : [],
+    el("span", {className: "people faint"}, "to ", ...joined(people.slice(0, more ? 3 : 4).map(who => [named(who)])),
+      more ? " and " + more + " more" : ""),
+    faint(...(Tags || []).slice(0, 3).flatMap(tag => [el("bdi", {className: "tag"}, tag), " "]),
+      (Tags?.length > 3 ? "… " : "") + (Read ? "" : "unread · ") + files + size(Size))));
 }
 
 function mark() {  // which message is open
@@ -9674,7 +13449,7 @@ async function turn(by) {  // the page; returns the message that is next
   at.start = Math.max(0, at.start + by * PAGE);
   await refresh();
   const next = at.rows.at(by < 0 ? -1 : 0)?.ID || "";
-  rowOf(next)?.focus();
+  if (!at.open) rowOf(next)?.focus();
   return next;
 }
 
@@ -9682,14 +13457,44 @@ function soon() {  // many arrivals, one question
   at.timer ||= setTimeout(() => { at.timer = 0; refresh(); }, 150);
 }
 
+// What is new. A browser has six connections to a server for all its windows; so one of them, while it has the lock,
+// listens for all, and tells the others what to show as the state of things: a reason to look at the list.
+
+const LIVE = "● live", LOST = "○ not connected", WHO = "?";
+const windows = new BroadcastChannel("minimail");
+
+function hear(news) {
+  if (news === WHO) return at.listens && windows.postMessage(at.live);
+  $("live").textContent = at.live = news;
+  if (news === LIVE) soon();
+}
+
+function tell(news) {
+  windows.postMessage(news);
+  hear(news);
+}
+
 function listen() {
   const events = new EventSource("api/events");
-  for (const kind of ["new", "delete", "read"]) events.addEventListener(kind, soon);
-  events.onopen = () => { $("live").textContent = "● live"; soon(); };
+  for (const kind of ["open", "new", "delete", "read", "tags"]) events.addEventListener(kind, () => tell(LIVE));
   events.onerror = () => {
-    $("live").textContent = "○ not connected";
+    tell(LOST);
     if (events.readyState === EventSource.CLOSED) setTimeout(listen, 3000);
   };
+}
+
+function follow() {
+  if (!navigator.locks) {  // a page from another machine without TLS: it asks now and then
+    const look = () => refresh().then(() => hear(LIVE), () => hear(LOST)).then(() => setTimeout(look, 3000));
+    return look();
+  }
+  windows.onmessage = event => hear(event.data);
+  windows.postMessage(WHO);
+  navigator.locks.request("minimail", () => {
+    at.listens = true;
+    listen();
+    return new Promise(() => {});  // until the window is closed
+  });
 }
 
 // One message
@@ -9701,6 +13506,7 @@ async function open() {
   $("none").hidden = id;
   mark();
   if (!id) return;
+  $("subject").focus({preventScroll: true});  // from here, the keyboard scrolls the message
   const both = await Promise.all([get(pathOf(id)), get(pathOf(id) + "/session")]).catch(error => {
     if (at.open !== id) return;
     go("");
@@ -9710,32 +13516,40 @@ async function open() {
   const [message] = both;
   at.open = message.ID;  // of #latest, too
   at.tabs = tabs(...both).filter(tab => tab.there ?? true);
-  $("subject").textContent = message.Subject || "(no subject)";
-  $("who").replaceChildren(table([["From", full(message.From)], ["To", message.To.map(full)],
-    ["Cc", message.Cc.map(full)], ["Bcc", message.Bcc.map(full)], ["Reply to", message.ReplyTo.map(full)],
-    ["Date", new Date(message.Date).toLocaleString() + " · " + size(message.Size)]]));
+  $("subject").textContent = short(message.Subject, 3 * BLOCK) || "(no subject)";
+  $("who").replaceChildren(heads(message));
   $("save").href = pathOf(message.ID) + "/raw?dl=1";
   $("tabs").replaceChildren(...at.tabs.map(({name, count}) => el("button", {role: "tab", id: "tab-" + name,
     onclick: () => view(at.tab = name)}, name, el("span", {className: "faint"}, count ? " " + count : ""))));
+  document.querySelector("main").scrollTop = $("subject").scrollTop = $("who").scrollTop = 0;
   mark();
-  if ($("back").offsetWidth) $("subject").focus();
   await view(at.tabs.some(tab => tab.name === at.tab) ? at.tab : at.tabs[0].name);
 }
 
+function heads(message) {
+  const people = all => twenties(all.map(full)), date = new Date(message.Date).toLocaleString();
+  const tag = text => [el("button", {className: "tag", onclick: () => find('tag:"' + text + '"')}, own(text))];
+  return table([["From", full(message.From)], ["To", people(message.To)], ["Cc", people(message.Cc)],
+    ["Bcc", people(message.Bcc)], ["Reply to", people(message.ReplyTo)], ["Date", date + " · " + size(message.Size)],
+    ["Tags", (message.Tags || []).flatMap(tag)],
+    ["Cut", (message.Cut || []).map(text => el("div", {className: "warn"}, text))]]);
+}
+
 function tabs(message, session) {
-  const path = pathOf(message.ID), links = linksIn(message);
+  const path = pathOf(message.ID), links = message.Links || [], calendar = message.Calendar || [];
   const files = [...message.Attachments, ...message.Inline];
-  const link = href => [el("a", {href, target: "_blank", rel: "noreferrer"}, href)];
   const file = ({PartID, FileName, ContentType, Size}) => [
-    el("a", {href: path + "/part/" + encodeURIComponent(PartID), download: ""}, FileName || "no name"),
-    faint(" " + ContentType + " · " + size(Size))];
+    el("a", {href: path + "/part/" + encodeURIComponent(PartID), download: ""}, own(short(FileName || ContentType))),
+    faint(...FileName ? [" ", own(ContentType)] : [], " · " + size(Size))];
+  const branch = part => part.Children?.length ? [own(part.ContentType), list(part.Children.map(branch))] : file(part);
   const fault = ({rule, text, rfc}) => [el("b", {}, rule), " " + text + " ", faint(rfc)];
   return [
-    {name: "HTML", there: message.HTML, show: () => framed(message.ID, "")},
-    {name: "Text", there: message.Text || !message.HTML,
-     show: () => [el("pre", {id: "text"}, message.Text.slice(0, SHOWN))]},
-    {name: "Links", there: links.length, count: links.length, show: () => [list(links.map(link))]},
+    {name: "Calendar", there: calendar.length, show: () => calendar.slice(0, MANY).flatMap(happening)},
+    {name: "HTML", there: message.HTML, show: () => framed(message, "")},
+    {name: "Text", there: message.Text || !message.HTML, show: () => written(message.Text)},
+    {name: "Links", there: links.length, count: links.length, show: () => [list(links.map(href => [link(href)]))]},
     {name: "Files", there: files.length, count: files.length, show: () => [list(files.map(file))]},
+    {name: "Parts", there: Boolean(message.Tree), show: () => [list([branch(message.Tree)])]},
     {name: "Headers", show: () => headers(path)},
     {name: "Source", show: () => source(path)},
     {name: "Session", show: () => conversation(session)},
@@ -9762,19 +13576,63 @@ async function headers(path) {
   return [table(pairs.flatMap(([name, values]) => values.map(value => [name, value])))];
 }
 
-function framed(id, images) {
-  const frame = el("iframe", {title: "The message as HTML"});
-  frame.setAttribute("sandbox", "");  // no script, no form, no way out
-  frame.src = "view/" + encodeURIComponent(id) + ".html" + images;
-  const again = () => $("panel").replaceChildren(...framed(id, "?images=1"));
-  return [el("div", {className: "bar faint"}, ...images ? ["Images on other servers were loaded."] :
-    ["Images on other servers are not loaded.", el("button", {onclick: again}, "Load images")]), frame];
+function framed(message, images) {
+  const frame = el("iframe", {title: "The message as HTML", className: at.width});
+  frame.setAttribute("sandbox", "allow-popups allow-popups-to-escape-sandbox");  // links open windows; nothing else
+  frame.src = "view/" + encodeURIComponent(message.ID) + ".html" + images;
+  at.screen = 0;
+  const again = () => $("panel").replaceChildren(...framed(message, "?images=1"));
+  const widths = ["Phone", "Tablet", "Full"].map(name => el("button", {ariaPressed: at.width === name, onclick: event => {
+    for (const other of widths) other.ariaPressed = other === event.target;
+    frame.className = at.width = name;
+  }}, name));
+  const said = images ? ["Images on other servers were loaded."] : message.RemoteImages ?
+    ["Images on other servers are not loaded.", el("button", {onclick: again}, "Load images")] : [];
+  return [el("div", {className: "bar faint"}, ...widths, ...said), frame];
 }
 
-function linksIn(message) {
-  const html = message.HTML.matchAll(/<a[^>]+href *= *["']?(https?:[/][/][!#-&(-;=?-~]+)/gi);
-  const text = message.Text.matchAll(/(https?:[/][/][!#-&*-;=?-~]*[#-&*+/-9=@-~-])/gi);
-  return [...new Set([...html, ...text].map(([, link]) => link.replaceAll("&amp;", "&")))];
+function leaf(by) {  // through a frame into which this page cannot look: marks in it stand a screen apart
+  const frame = $("panel").querySelector("iframe"), main = document.querySelector("main");
+  const more = by < 0 ? !at.screen : main.scrollTop + main.clientHeight < main.scrollHeight - 1;
+  if (!frame || more) return false;  // the browser scrolls by itself
+  at.screen = Math.max(0, at.screen + by);
+  frame.contentWindow.location.replace(frame.src + "#minimail-" + at.screen);
+  return true;
+}
+
+const link = href => el("a", {href, target: "_blank", rel: "noreferrer"}, own(short(href, BLOCK)));
+
+function linked(text) {  // the text, with what looks like a link made one
+  return text.split(/(?<![a-z0-9])(https?:[/][/][^\s<>"]+)/i).flatMap((piece, index) => {
+    if (index % 2 === 0) return [piece];
+    const after = piece.includes("(") ? ".,;:!?'" : ".,;:!?')]}";
+    let end = piece.length;
+    while (after.includes(piece[end - 1])) end--;
+    return [link(piece.slice(0, end)), piece.slice(end)];
+  });
+}
+
+function written(text) {
+  const pieces = blocks(text.slice(0, SHOWN)).map(piece => el("pre", {className: "text", dir: "auto"}, ...linked(piece)));
+  return [el("div", {}, ...pieces),
+    ...text.length > SHOWN ? [el("p", {className: "warn"}, "This is the beginning; Save has it all.")] : []];
+}
+
+function happening({Method, Summary, Start, End, Location, Organizer, Attendees, Description}) {
+  const method = {REQUEST: "Invitation", CANCEL: "Cancelled", REPLY: "Answer"}[Method];
+  return [el("h3", {dir: "auto"}, (method ? method + ": " : ""), own(short(Summary || "(no title)"))), table([
+    ["When", span(Start || "", End || "")], ["Where", linked(short(Location || "", BLOCK))],
+    ["From", Organizer], ["Who", twenties((Attendees || []).map(who => [own(short(who))]))]]),
+    ...written(Description || "")];
+}
+
+function span(start, end) {  // days, or times in the reader's own zone; what names no offset is shown as it is written
+  const known = text => /^\d{4}-\d\d-\d\d(T[\d:]{4,8}(Z|[+-]\d\d:?\d\d))?$/.test(text) ? new Date(text) : NaN;
+  const from = known(start), to = known(end || start), day = !start.includes("T");
+  if (!(from <= to)) return [start, end].filter(Boolean).map(text => text.replace(/^([-\d]{10})T/, "$1 ")).join(" – ");
+  if (day && to > from) to.setUTCDate(to.getUTCDate() - 1);  // the end is the day after
+  const options = day ? {dateStyle: "full", timeZone: "UTC"} : {dateStyle: "full", timeStyle: "short"};
+  return new Intl.DateTimeFormat([], options).formatRange(from, to);
 }
 
 async function source(path) {  // as much of it as anyone reads
@@ -9782,15 +13640,17 @@ async function source(path) {  // as much of it as anyone reads
   let text = "", piece = {};
   while (!piece.done && text.length < SHOWN) text += (piece = await reader.read()).value || "";
   reader.cancel();
-  return [el("pre", {}, text), piece.done ? "" : "This is the beginning; Save has it all."];
+  return [el("div", {}, ...blocks(text).map(piece => el("pre", {}, piece))),
+    piece.done ? "" : "This is the beginning; Save has it all."];
 }
 
 function conversation(session) {
   const lines = session.transcript.map(([side, text]) =>
-    el(side === "C" ? "b" : "span", {}, side + ": " + text, el("br")));
-  const envelope = [["MAIL FROM", "<" + (session.sender || "") + ">"], ["RCPT TO", session.recipients],
-    ["Bcc", session.bcc], ["Client", session.client], ["Greeting", session.helo],
-    ["Protocol", session.protocol], ["TLS", session.tls || "no"]];
+    el("div", {}, el(side === "C" ? "b" : "span", {}, side + ": ", ...blocks(text).map(own))));
+  const envelope = [["MAIL FROM", "<" + (session.sender || "") + ">"],
+    ["RCPT TO", twenties(session.recipients.map(address => [own(address)]))],
+    ["Bcc", twenties((session.bcc || []).map(address => [own(address)]))], ["Client", session.client],
+    ["Greeting", session.helo], ["Protocol", session.protocol], ["TLS", session.tls ? String(session.tls) : "no"]];
   return [table(envelope), el("pre", {}, ...lines.length ? lines : ["The conversation was not kept."])];
 }
 
@@ -9804,8 +13664,10 @@ function chosen() {
 async function step(by) {
   const index = at.rows.findIndex(message => message.ID === chosen());
   const next = at.rows[index + by]?.ID || (index < 0 ? "" : await turn(by));
-  rowOf(next)?.focus();
-  if (at.open && next) go(next);
+  if (!next) return;
+  if (!at.open) return rowOf(next)?.focus();
+  rowOf(next)?.scrollIntoView({block: "nearest"});
+  go(next);
 }
 
 async function toggle(id) {
@@ -9829,6 +13691,28 @@ async function removeAll() {
   await refresh();
 }
 
+function release() {
+  $("release-problem").textContent = $("release-to").value = "";
+  $("releasing").showModal();
+}
+
+async function released(event) {
+  event.preventDefault();
+  const to = $("release-to").value.split(/[\s,;]+/).filter(Boolean);
+  try {
+    await ask(pathOf(at.open) + "/release", "POST", {To: to});
+    $("releasing").close();
+    say("Released to " + to.join(", "));
+  } catch (error) {
+    $("release-problem").textContent = error.message;
+  }
+}
+
+function copy() {
+  getSelection().selectAllChildren($("try"));
+  $("copy").textContent = document.execCommand("copy") ? "Copied" : "Selected: copy it";  // also without TLS
+}
+
 function back() {
   const id = at.open;
   go("");
@@ -9847,6 +13731,11 @@ function search() {
   soon();
 }
 
+function find(query) {
+  $("search").value = query;
+  search();
+}
+
 const keys = {
   j: () => step(1), ArrowDown: () => step(1), k: () => step(-1), ArrowUp: () => step(-1),
   u: () => toggle(chosen()), d: () => remove(chosen()), Delete: () => remove(chosen()), Escape: back,
@@ -9857,26 +13746,34 @@ const keys = {
 
 addEventListener("keydown", event => {
   const typing = event.target === $("search"), scrolling = $("panel").contains(event.target);
+  if ($("releasing").open) return;
   if (event.key === "Escape" && (typing || !at.open)) {
-    $("search").value = "";
     $("search").blur();
-    search();
+    find("");
   }
-  if (event.ctrlKey || event.metaKey || event.altKey || typing || !Object.hasOwn(keys, event.key)) return;
+  if (event.ctrlKey || event.metaKey || event.altKey || typing) return;
   if (scrolling && event.key.startsWith("Arrow")) return;
+  const screens = {PageDown: 1, PageUp: -1, " ": event.shiftKey ? -1 : 1}[event.key];
+  if (screens && !event.target.closest("#list, button, a") && leaf(screens)) event.preventDefault();
+  if (!Object.hasOwn(keys, event.key)) return;
   event.preventDefault();
   keys[event.key]();
 });
 
-const clicks = {newer: () => turn(-1), older: () => turn(1), back, toggle: () => toggle(at.open),
-                remove: () => remove(at.open), clear: removeAll};
+const clicks = {newer: () => turn(-1), older: () => turn(1), back, toggle: () => toggle(at.open), copy, release,
+                remove: () => remove(at.open), clear: removeAll, cancel: () => $("releasing").close()};
 for (const [id, action] of Object.entries(clicks)) $(id).onclick = action;
+$("release-form").onsubmit = released;
 $("search").oninput = search;
 addEventListener("hashchange", open);
 
-listen();
+follow();
 refresh().then(open);
-get("api/v1/info").then(({smtp: [address], capture}) => {
+get("api/v1/info").then(({smtp: [address], capture, release}) => {
+  $("release").hidden = !release;
+  $("release").classList.toggle("primary", release);
+  $("save").classList.toggle("primary", !release);
+  $("release-server").textContent = release || "";
   if (!address) return;
   const colon = address.lastIndexOf(":"), port = address.slice(colon + 1), given = address.slice(0, colon);
   const host = (/^(0.0.0.0|[[]::])$/.test(given) ? location.hostname : given).replace(/^[[]|]$/g, "");

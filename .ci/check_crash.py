@@ -619,9 +619,10 @@ class Order(Case):
 
     @staticmethod
     def target(call):
-        """Return the directory in which a call makes a name that counts; "" for others: queue/ID.msg, what the relay does."""
+        """Return the directory in which a call makes a name that counts; "" for others: ID.msg, hints, what the relay does."""
         source, target = re.findall(r'"([^"]*)"', call.text)[:2]
-        if target.endswith(".msg") or re.search(r"/due/|/busy/", target) or re.search(r"/queue/.*\.[0-9a-f]+\.tmp$", source):
+        if target.endswith(".msg") or re.search(r"/new/|/due/|/busy/", target.partition("/queue/")[2]) or \
+                re.search(r"/queue/.*\.env\..+\.tmp$", source):
             return ""
         return os.path.dirname(target)
 
@@ -629,13 +630,10 @@ class Order(Case):
         content = [sync for sync in syncs if re.search(r"<[^>]*/(tmp|queue)/[^>]*%s[^>]*>" % id, sync.text)
                    and not sync.text.rstrip(" =0)").endswith(".tmp>")]
         self.assertTrue(any(sync.ended < call.began for sync in content), "content not flushed before " + call.text)
-        if "/queue/new" in self.target(call):
-            envelope = [sync for sync in syncs if "/queue/new/%s.tmp>" % id in sync.text]
+        if self.target(call).endswith("/queue"):
+            envelope = [sync for sync in syncs if "/queue/%s.env.tmp>" % id in sync.text]
             self.assertTrue(any(sync.ended < call.began for sync in envelope), "envelope not flushed before " + call.text)
-        directories = [self.target(call)]
-        if directories[0].endswith("/queue/new"):
-            directories.append(os.path.dirname(directories[0]))     # where the message itself is
-        for directory in directories:
+        for directory in [self.target(call)]:
             flushed = [sync for sync in syncs if "<%s>" % directory in sync.text and sync.began > call.ended]
             self.assertTrue(flushed, "%s never flushed after %s" % (directory, call.text))
             self.assertLess(min(sync.ended for sync in flushed), reply.began, "250 before %s was flushed" % directory)

@@ -572,6 +572,60 @@ class OddNameServers(Case):
         return outcome, wanted, ran.stdout + ran.stderr
 
 
+# Peers whose replies are odd
+
+ODD_PEERS = {                                       # what it says instead of good replies; what comes of it with us, Postfix
+    "fine": ({}, "sent", "sent"),
+    "greets-554": ({"CONNECT": "554 no service here"}, "deferred", "deferred"),
+    "greets-554-lines": ({"CONNECT": "554-peer.test\r\n554 no service here"}, "deferred", "deferred"),
+    "greets-421": ({"CONNECT": "421 busy"}, "deferred", "deferred"),
+    "greets-after-empty-line": ({"CONNECT": "\r\n220 peer.test"}, "sent", "sent"),
+    "greets-after-noise": ({"CONNECT": "*** hello\r\n220 peer.test"}, "sent", "sent"),
+    "greets-without-text": ({"CONNECT": "220"}, "sent", "sent"),
+    "hello-refused": ({"EHLO": "550 no", "HELO": "550 no"}, "deferred", "bounced"),     # speaks for one host only, we say
+    "hello-of-300-lines": ({"EHLO": "250-x\r\n" * 300 + "250 y"}, "sent", "sent"),
+    "long-250": ({".": "250 " + "x" * 3000}, "sent", "sent"),
+    "long-550": ({"RCPT": "550 5.1.1 " + "x" * 3000}, "bounced", "bounced"),
+    "many-550": ({"RCPT": "550-no\r\n" * 149 + "550 5.1.1 no"}, "bounced", "bounced"),
+    "last-code-550": ({"RCPT": "250-yes\r\n550 5.1.1 no"}, "bounced", "bounced"),
+    "last-code-250": ({".": "550-no\r\n250 yes"}, "sent", "sent"),
+    "bare-250": ({".": "250"}, "sent", "sent"),
+    "bare-550": ({"RCPT": "550"}, "bounced", "bounced"),
+    "mail-550": ({"MAIL": "550 5.7.1 not you"}, "bounced", "bounced"),
+    "mail-421": ({"MAIL": "421 4.7.0 too much"}, "deferred", "deferred"),
+    "rcpt-421": ({"RCPT": "421 4.7.0 too much"}, "deferred", "deferred"),
+    "data-552": ({"DATA": "552 5.3.4 too large"}, "bounced", "bounced"),
+    "data-452": ({"DATA": "452 4.3.1 full"}, "deferred", "deferred"),
+    "end-drop": ({".": netlab.DROP}, "deferred", "deferred"),
+    "end-554": ({".": "554 5.7.1 spam"}, "bounced", "bounced"),
+}
+
+
+class OddPeers(Case):
+    """The same peers for us and for Postfix, so that the comparison stays true."""
+
+    def test_outcomes(self):
+        addresses = {label: "192.0.2.%d" % (100 + number) for number, label in enumerate(ODD_PEERS)}
+        netlab.ip(["-n", network.name("peer")], ["addr add %s/24 dev eth0" % address for address in addresses.values()])
+        for label, (replies, _, _) in ODD_PEERS.items():
+            def answer(line, replies=replies):
+                return replies.get(line if len(line) == 1 or line == "CONNECT" else line[:4].upper())
+            self.enter(netlab.Peer(network, addresses[label], answer))
+        recipients = ["%s@[%s]" % pair for pair in addresses.items()]
+        self.send(recipients, message("odd", b"Hello\r\n"))
+        self.send(recipients, message("odd", b"Hello\r\n"), "carol@postfix.test", "127.0.0.1", "mx")
+        words = {"sent": "sent", "failed": "bounced", "deferred": "deferred"}
+        for (label, (_, ours, theirs)), recipient in zip(ODD_PEERS.items(), recipients):
+            with self.subTest(label, who="minimail"):
+                line = re.compile(r" (sent|failed|deferred) .*recipient=%s (.*)" % re.escape(recipient))
+                said = lab.until(lambda line=line: line.search(a.log()), 30, label)
+                self.assertEqual(words[said.group(1)], ours, said.group(2))
+            with self.subTest(label, who="Postfix"):
+                line = re.compile(r"to=<%s>.* status=(\w+) (.*)" % re.escape(recipient))
+                said = lab.until(lambda line=line: line.search(postfix.log()), 30, label)
+                self.assertEqual(said.group(1), theirs, said.group(2))
+
+
 # Peers that make it hard
 
 class Peers(Case):

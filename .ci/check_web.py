@@ -3,7 +3,8 @@
     python3 .ci/check_web.py [-v] [--screenshot] [Class[.test]]
 
 The browser is headless Chromium, driven through chromedriver's WebDriver protocol with the standard library alone. With
---screenshot, .ci/inbox.png (the README's picture) is made anew, and the pictures of the other tests are kept for a look.
+--screenshot, .ci/inbox.png and .ci/inbox-dark.png (the README's pictures) are made anew, and the pictures of the other
+tests are kept for a look.
 
 install.sh must bring, beside chromium, chromium-driver, nodejs and npm:
     into its venv:   pip install mailpit-api-client==1.0.0 pytest-mailpit==0.4.1
@@ -38,17 +39,21 @@ import lab
 
 TOOLS = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minimail-ci"
 PICTURES = Path(tempfile.mkdtemp(prefix="minimail-web-"))
-PICTURE_OF_README = Path(__file__).resolve().parent / "inbox.png"
+PICTURE_OF_README = Path(__file__).resolve().parent / "inbox%s.png"
 PIXEL = base64.b64decode("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNkYPhfDwAChwGA60e6kgAAAABJRU5ErkJggg==")
 ENTER, ESCAPE, UP, LEFT, DOWN, RIGHT, DELETE = "\ue007", "\ue00c", "\ue013", "\ue012", "\ue015", "\ue014", "\ue017"
+PAGE_UP, PAGE_DOWN, CONTROL = "\ue00e", "\ue00f", "\ue009"
 
 
 # The browser
 
 class Browser:
-    """A headless Chromium with one window; `log()` and `requests()` say what happened since they were last asked."""
+    """A headless Chromium with one window; `log()` and `requests()` say what happened since they were last asked.
 
-    def __init__(self):
+    With `netlog`, what its network did is in the file `place / "net.json"` once it has ended.
+    """
+
+    def __init__(self, netlog=False):
         self.place = Path(tempfile.mkdtemp(prefix="minimail-chromium-"))
         port = lab.free_port()
         self.driver = lab.start(["chromedriver", "--port=%d" % port], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
@@ -58,6 +63,7 @@ class Browser:
             lab.until(lambda: lab.accepts(port), 20, "chromedriver")
             flags = ["headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-background-networking",
                      "disable-component-update", "disable-sync", "lang=en-US", "user-data-dir=%s" % (self.place / "profile")]
+            flags += ["log-net-log=%s" % (self.place / "net.json")] if netlog else []
             options = {"browserName": "chrome", "goog:loggingPrefs": {"browser": "ALL", "performance": "ALL"},
                        "goog:chromeOptions": {"args": ["--" + flag for flag in flags]}, "unhandledPromptBehavior": "ignore"}
             self.session = self.call("POST", "/session", {"capabilities": {"alwaysMatch": options}})["sessionId"]
@@ -67,12 +73,17 @@ class Browser:
             self.close()
             raise
 
-    def close(self):
-        """End the browser, its driver and what they left on disk."""
+    def end(self):
+        """End the browser and its driver."""
         with contextlib.suppress(OSError, AssertionError):
             if self.session:
                 self.call("DELETE", "")
+        self.session = None
         lab.end_group(self.driver)
+
+    def close(self):
+        """End them, and remove what they left on disk."""
+        self.end()
         shutil.rmtree(self.place, ignore_errors=True)
 
     def call(self, method, path, body=None, cmd=None, **params):
@@ -111,7 +122,7 @@ class Browser:
             return lab.until(lambda: self.run(script, *arguments), seconds, script)
         except AssertionError as problem:
             shown = self.run("document.body.innerText")
-            raise AssertionError("%s %r; the page says:\n%s" % (problem, arguments, shown)) from None
+            raise AssertionError("%s %r; the page says:\n%s" % (problem, arguments, shown[:3000])) from None
 
     def elements(self, selector):
         """Return the paths of the commands on the elements that a CSS selector finds."""
@@ -140,6 +151,39 @@ class Browser:
         strokes = [{"type": kind, "value": key} for key in "".join(texts) for kind in ("keyDown", "keyUp")]
         self.call("POST", "/actions", {"actions": [{"type": "key", "id": "keyboard", "actions": strokes}]})
 
+    def chord(self, *keys):
+        """Press keys together."""
+        strokes = [{"type": "keyDown", "value": key} for key in keys] + [{"type": "keyUp", "value": key} for key in keys[::-1]]
+        self.call("POST", "/actions", {"actions": [{"type": "key", "id": "keyboard", "actions": strokes}]})
+
+    def hover(self, selector):
+        """Put the mouse on the one such element, without a click."""
+        x, y = self.run("const box = document.querySelector(arguments[0]).getBoundingClientRect(); "
+                        "return [box.x + box.width / 2, box.y + box.height / 2]", selector)
+        move = [{"type": "pointerMove", "x": int(x), "y": int(y)}]
+        self.call("POST", "/actions", {"actions": [{"type": "pointer", "id": "mouse", "actions": move}]})
+
+    def windows(self):
+        return self.call("GET", "/window/handles")
+
+    def switch(self, window):
+        self.call("POST", "/window", {"handle": window})
+
+    def new_window(self, url):
+        """Open one beside the others and go on in it; return its handle."""
+        window = self.call("POST", "/window/new", {"type": "tab"})["handle"]
+        self.switch(window)
+        self.open(url)
+        return window
+
+    def in_frame(self, script):
+        """Evaluate an expression within the message's frame, into which the page itself cannot look."""
+        self.call("POST", "/frame", {"id": 0})
+        try:
+            return self.run(script)
+        finally:
+            self.call("POST", "/frame", {"id": None})
+
     def picture(self, name):
         """Save what the window shows as PNG and return the path."""
         path = PICTURES / (name + ".png")
@@ -164,19 +208,25 @@ class Browser:
 
 
 class Trap(http.server.ThreadingHTTPServer):
-    """Another host, on this machine: `asked` has the path of every request that reached it."""
+    """Another host, on this machine: `asked` has the path of every request that reached it, `referrers` where they came from,
+    `connections` how many there were, also without a request."""
     daemon_threads = True
 
     def __init__(self):
-        self.asked = []
+        self.asked, self.referrers, self.connections = [], set(), 0
         super().__init__(("127.0.0.2", 0), functools.partial(TrapRequest))
         self.url = "http://127.0.0.2:%d" % self.server_port
         threading.Thread(target=self.serve_forever, daemon=True).start()
+
+    def verify_request(self, request, client_address):
+        self.connections += 1
+        return True
 
 
 class TrapRequest(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         self.server.asked.append(self.path)
+        self.server.referrers.update({self.headers.get("Referer")} if self.path != "/favicon.ico" else ())
         self.send_response(200)
         self.send_header("Content-Type", "image/png")
         self.end_headers()
@@ -212,8 +262,9 @@ a, button {{ position: fixed; left: 0; width: 200px; height: 40px; font-family: 
 <script>parent.document.title = "owned"; fetch("{0}/fetch")</script><script src="{0}/script.js"></script></head>
 <body onload="fetch('{0}/onload'); top.location = '{0}/top'"><img src="{0}/image.png" onerror="fetch('{0}/onerror')">
 <img src=x onerror="parent.document.title = 'owned'"><svg onload="parent.document.title = 'owned'"></svg>
-<img srcset="{0}/srcset 1x"><video src="{0}/video" poster="{0}/poster" autoplay></video><audio src="{0}/audio" autoplay>
-<iframe src="{0}/iframe"></iframe><iframe srcdoc="<script>parent.parent.document.title='owned'</script>"></iframe>
+<img srcset="{0}/srcset 1x"><video src="{0}/video" poster="{0}/poster" autoplay></video>
+<audio src="{0}/audio" autoplay></audio><iframe src="{0}/iframe"></iframe>
+<iframe srcdoc="<script>parent.parent.document.title='owned'</script>"></iframe>
 <object data="{0}/object"></object><embed src="{0}/embed"><input type=image src="{0}/input"><table background="{0}/table">
 <a style="top:0" href="{0}/link">link</a><a style="top:50px" href="{0}/blank" target=_blank>new window</a>
 <a style="top:100px" href="{0}/topmost" target=_top>top</a><a style="top:150px" ping="{0}/ping" href="#x">ping</a>
@@ -229,6 +280,23 @@ BROKEN = [b"Subject: broken\r\nContent-Type: multipart/mixed; boundary=x\r\n\r\n
           b"Content-Type: text/plain; charset=nonsense\r\nContent-Transfer-Encoding: base64\r\n\r\n!!!!\r\n--y\r\n",
           b"\r\nno header at all \xff\xfe\r\n",
           b"From: =?utf-8?q?=zz?= <\r\nTo: ,,<@>\r\nDate: yesterday\r\nSubject: =?x-unknown?b?////?=\r\n\r\nodd\r\n"]
+
+
+INVITATION = """BEGIN:VCALENDAR\r
+METHOD:REQUEST\r
+BEGIN:VEVENT\r
+SUMMARY:Planning\\, the winter\r
+  release\r
+DTSTART:20261201T090000Z\r
+DTEND:20261201T103000Z\r
+LOCATION:Room 4\\, https://meet.example/abc\r
+ORGANIZER;CN=Ann Lee:mailto:ann@example.org\r
+ATTENDEE;CN=Bob:mailto:bob@example.com\r
+ATTENDEE:mailto:carol@example.com\r
+DESCRIPTION:Agenda:\\n1. where we are\\n2. what is left\\nSee https://wiki.example/agenda.\r
+END:VEVENT\r
+END:VCALENDAR\r
+"""
 
 
 # The inbox
@@ -249,13 +317,14 @@ class InboxCase(unittest.TestCase):
         self.browser.look()
         self.api("messages", "DELETE")
         self.expected = []  # patterns of what the console may say
+        self.asked_for = [self.url]  # where requests may go
         self.reload()
         self.browser.log()
         self.browser.requests()
 
     def tearDown(self):
         """Nothing in the console, and no request to anyone else, whatever the test did."""
-        foreign = [url for url in self.browser.requests() if not url.startswith(self.url)]
+        foreign = [url for url in self.browser.requests() if not url.startswith(tuple(self.asked_for))]
         self.assertEqual(foreign, [])
         said = [line for line in self.browser.log() if not any(re.search(known, line) for known in self.expected)]
         self.assertEqual(said, [])
@@ -289,7 +358,7 @@ class InboxCase(unittest.TestCase):
         self.browser.until("document.querySelectorAll('#list a').length === arguments[0]", count)
 
     def subjects(self):
-        return self.browser.run("[...document.querySelectorAll('#list b:nth-of-type(2)')].map(b => b.textContent)")
+        return self.browser.run("[...document.querySelectorAll('#list .subject')].map(b => b.textContent)")
 
     def pick(self, subject):
         """Open the message with this subject."""
@@ -304,6 +373,16 @@ class InboxCase(unittest.TestCase):
         self.browser.until("document.querySelector('#panel').ariaBusy === 'false' && at.shown.name === arguments[0]", name)
         return self.browser.run("document.querySelector('#panel').textContent")
 
+    def panel_button(self, name):
+        self.browser.run("[...document.querySelectorAll('#panel button')].find(b => b.textContent === arguments[0]).click()",
+                         name)
+
+
+TREE = """  // the tree of parts as [kind or name, [what is in it]]
+const walk = list => [...list?.children || []].map(li =>
+  [li.querySelector(":scope > span bdi, :scope bdi").textContent, walk(li.querySelector(":scope > ul"))]);
+return walk(document.querySelector("#panel > ul"));"""
+
 
 class Looking(InboxCase):
     def test_empty_inbox_says_how_to_send_and_that_works(self):
@@ -311,20 +390,26 @@ class Looking(InboxCase):
                                   "document.querySelector('#welcome').innerText")
         self.assertIn("host %s, port %d" % self.node.smtp, said)
         self.browser.picture("empty")
-        command = said.strip().splitlines()[-1].replace("python3", sys.executable)
-        lab.run(["sh", "-c", command])
+        self.browser.click("#copy")
+        self.browser.until("document.querySelector('#copy').textContent === 'Copied'")
+        self.browser.press("/")
+        self.browser.chord(CONTROL, "v")
+        command = self.browser.until("document.querySelector('#search').value")
+        self.browser.press(ESCAPE)
+        lab.run(["sh", "-c", command.replace("python3", sys.executable, 1)])
         self.until_rows(1)
         self.assertEqual(self.subjects(), ["Hello"])
         self.assertTrue(self.browser.run("document.querySelector('#welcome').hidden"))
 
     def test_list(self):
-        """Newest first, with from, to, subject, size and time; unread is bold and counted; a new one comes by itself."""
+        """Newest first: names, subject, snippet, size and time; unread is bold and counted; a new one comes by itself."""
         self.send(letter("first"), letter("second", "x" * 30000, sender="carl@example.org"))
         self.reload()
         self.until_rows(2)
         self.assertEqual(self.subjects(), ["second", "first"])
         rows = self.browser.run("[...document.querySelectorAll('#list a')].map(a => a.innerText)")
-        for row, expected in zip(rows, (("carl@example.org", "to Bob", r"\d\d kB"), ("Ann Lee", "to Bob", r"\b1 kB"))):
+        for row, expected in zip(rows, (("carl@example.org", "xxxxxxx", "to Bob", r"\d\d kB"),
+                                       ("Ann Lee", "ann@example.org", "Hello Bob, here it is", "to Bob", r"\b1 kB"))):
             for pattern in expected + (r"\d:\d\d", "unread"):
                 self.assertRegex(row, pattern)
         self.assertEqual(self.browser.run("getComputedStyle(document.querySelector('#list b')).fontWeight"), "650")
@@ -376,9 +461,9 @@ class Looking(InboxCase):
         del message["Date"]
         self.show(message, to=["bob@example.com", "hidden@example.net"])
         self.pick("all of it")
-        frame = self.browser.run("document.querySelector('iframe').outerHTML")
-        self.assertIn('sandbox=""', frame)
-        self.assertNotIn("allow-", frame)
+        self.assertEqual(self.browser.run("document.querySelector('iframe').sandbox.value"),
+                         "allow-popups allow-popups-to-escape-sandbox")
+        self.assertFalse(self.browser.elements("#panel .bar button:nth-of-type(4)"), "an offer to load images: there are none")
         self.browser.picture("html")
         self.assertIn("Text with a link", self.tab("Text"))
         links = self.tab("Links")
@@ -387,6 +472,10 @@ class Looking(InboxCase):
         self.assertNotIn("&amp;", links)
         self.assertNotIn("w3.org", links)
         self.assertRegex(self.tab("Files"), "Rechnung März.pdf application/pdf.*logo.png image/png")
+        self.tab("Parts")
+        self.assertEqual(self.browser.run(TREE), [["multipart/mixed", [
+            ["multipart/alternative", [["text/plain", []], ["multipart/related", [["text/html", []], ["logo.png", []]]]]],
+            ["Rechnung März.pdf", []]]]])
         self.assertIn(message["Message-ID"], self.tab("Headers"))
         source = self.tab("Source")
         self.assertEqual(source, self.api("message/latest/raw").decode())
@@ -406,7 +495,7 @@ class Looking(InboxCase):
                 head = ["From: %s <a@example.org>" % word, "To: bob@example.com", "Subject: " + word, "MIME-Version: 1.0",
                         "Content-Type: text/plain; charset=" + charset, "Content-Transfer-Encoding: 8bit"]
                 self.send("\r\n".join(head + ["", ""]).encode() + text.encode(charset) + b"\r\n")
-                self.browser.until("document.querySelector('#list b:nth-of-type(2)')?.textContent === arguments[0]", text)
+                self.browser.until("document.querySelector('#list .subject')?.textContent === arguments[0]", text)
                 self.assertEqual(self.browser.run("document.querySelector('#list b').textContent"), text)
                 self.pick(text)
                 self.assertIn(text, self.tab("Text"))
@@ -419,6 +508,54 @@ class Looking(InboxCase):
                                "document.querySelector('#save').href.includes(at.open)", row)
             self.assertTrue(self.browser.run("document.querySelector('#problem').hidden"))
             self.tab("Source")
+
+    def test_calendar(self):
+        """What, when (here, and as it is written where nobody says where that is), where and who."""
+        message = letter("Invitation", "You are invited.\n", "<p>You are invited.</p>")
+        message.add_alternative(INVITATION, subtype="calendar", params={"method": "REQUEST"})
+        self.show(message)
+        self.pick("Invitation")
+        said = self.tab("Calendar")
+        here = self.browser.run("new Intl.DateTimeFormat([], {dateStyle: 'full', timeStyle: 'short'}).formatRange("
+                                "new Date('2026-12-01T09:00:00Z'), new Date('2026-12-01T10:30:00Z'))")
+        for text in ("Invitation: Planning, the winter release", here, "Room 4", "Ann Lee", "Bob", "carol@example.com",
+                     "1. where we are\n2. what is left"):
+            self.assertIn(text, said)
+        self.assertEqual(self.browser.run("[...document.querySelectorAll('#panel a')].map(a => a.href)"),
+                         ["https://meet.example/abc", "https://wiki.example/agenda"])
+        self.browser.picture("calendar")
+        for start, end, expected in (("2026-12-01", "2026-12-02", "Tuesday, December 1, 2026"), ("T", "x", "T – x"),
+                                     ("2026-12-01", "2026-12-03", "Tuesday, December 1 – Wednesday, December 2, 2026"),
+                                     ("2026-12-01T10:00:00 Asia/Tokyo", "", "2026-12-01 10:00:00 Asia/Tokyo")):
+            self.assertEqual(self.browser.run("span(...arguments).replaceAll('\u2009', ' ')", start, end), expected)
+
+    def test_links_in_text(self):
+        """They end where a reader would end them, and open a window of their own."""
+        self.show(letter("links", "See https://a.example/x?y=1&z=2. Or (http://b.example/a_(b)), <HTTPS://c.example/>, \n"
+                         "http://d.example/d!), no link: javascript:alert(1) https:// http:/x ftp://x\n"))
+        self.pick("links")
+        found = self.browser.run("[...document.querySelectorAll('#panel a')].map(a => [a.textContent, a.target, a.rel])")
+        self.assertEqual(found, [[url, "_blank", "noreferrer"] for url in (
+            "https://a.example/x?y=1&z=2", "http://b.example/a_(b))", "HTTPS://c.example/", "http://d.example/d")])
+
+    def test_width_of_html(self):
+        self.show(letter("wide", html="<p>HTML</p>"))
+        self.pick("wide")
+        width = "document.querySelector('iframe').clientWidth"
+        full = self.browser.run(width)
+        for name, expected in (("Phone", 375), ("Tablet", min(768, full)), ("Full", full)):
+            self.panel_button(name)
+            self.assertEqual(self.browser.run(width), expected)
+            pressed = "[...document.querySelectorAll('#panel [aria-pressed=true]')].map(b => b.textContent)"
+            self.assertEqual(self.browser.run(pressed), [name])
+
+    def test_tags(self):
+        tagged = letter("tagged", X_Tags="invoice, cı")
+        self.show(tagged, letter("plain"))
+        self.assertIn("invoice", self.browser.run("document.querySelectorAll('#list a')[1].innerText"))
+        self.pick("tagged")
+        self.browser.run("[...document.querySelectorAll('#who .tag')].find(b => b.textContent === 'invoice').click()")
+        lab.until(lambda: self.subjects() == ["tagged"], what="the list of what has the tag")
 
     def test_deep_link(self):
         self.show(letter("older"), letter("newer"))
@@ -511,7 +648,7 @@ class Doing(InboxCase):
     def test_keyboard(self):
         """Everything without a mouse, and one sees where one is."""
         self.show(*map(letter, ("one", "two", "three")))
-        focused = "document.activeElement.querySelector?.('b:nth-of-type(2)')?.textContent"
+        focused = "document.activeElement.querySelector?.('.subject')?.textContent"
         for keys, subject in (("j", "three"), (DOWN, "two"), ("j", "one"), ("k", "two")):
             self.browser.press(keys)
             self.browser.until(focused + " === arguments[0]", subject)
@@ -523,7 +660,7 @@ class Doing(InboxCase):
         selected = "document.querySelector('#tabs [aria-selected=true]')?.textContent"
         self.browser.until(selected + " === 'Text'")
         self.browser.press(RIGHT)
-        self.browser.until(selected + " === 'Headers'")
+        self.browser.until(selected + " !== 'Text'")
         self.browser.press(LEFT)
         self.browser.until(selected + " === 'Text'")
         self.browser.press(ESCAPE)
@@ -537,6 +674,29 @@ class Doing(InboxCase):
         self.assertEqual(self.browser.run("document.querySelector('#search').value"), "jkud")
         self.assertEqual(self.api("messages")["total"], 2)
 
+    def test_keyboard_scrolls_the_message(self):
+        """After Enter, Space and PageDown go through the message, as text and as HTML, and j and k go on to others."""
+        lines = ["line %d" % number for number in range(300)]
+        self.show(letter("text", "\n".join(lines)), letter("html", html="<p>" + "<p>".join(lines)))
+        self.browser.press("j", ENTER)
+        self.browser.until("document.querySelector('#subject').textContent === 'html'")
+        self.browser.until("document.querySelector('iframe')?.contentDocument === null")
+        place, before = "window.scrollY", 0
+        for key, forward in ((" ", True), (PAGE_DOWN, True), (PAGE_UP, False), (" ", True)):
+            self.browser.press(key)
+            lab.until(lambda forward=forward, before=before: (self.browser.in_frame(place) > before) is forward and
+                      self.browser.in_frame(place) != before, what="the HTML scrolled")
+            before = self.browser.in_frame(place)
+        self.browser.press("j")
+        self.browser.until("document.querySelector('#subject').textContent === 'text'")
+        self.browser.until("document.querySelector('#panel .text')")
+        for key in (" ", PAGE_DOWN):
+            before = self.browser.run("document.querySelector('main').scrollTop")
+            self.browser.press(key)
+            self.browser.until("document.querySelector('main').scrollTop > arguments[0] + 300", before)
+        self.browser.press("k")
+        self.browser.until("document.querySelector('#subject').textContent === 'html'")
+
     def test_list_keeps_its_place(self):
         """An arrival moves neither the focus nor the open message."""
         self.show(letter("one"), letter("two"))
@@ -549,6 +709,124 @@ class Doing(InboxCase):
         self.assertEqual(self.browser.run("document.querySelector('#subject').textContent"), "one")
 
 
+class Windows(InboxCase):
+    def setUp(self):
+        super().setUp()
+        self.first = self.browser.windows()[0]
+        self.addCleanup(self.close_others)
+
+    def close_others(self):
+        for window in set(self.browser.windows()) - {self.first}:
+            self.browser.switch(window)
+            self.browser.call("DELETE", "/window")
+        self.browser.switch(self.first)
+
+    def test_seven(self):
+        """Each shows what comes, over one stream for all; when the window that holds it is closed, another one does."""
+        windows = [self.first] + [self.browser.new_window(self.url) for _ in range(7)]
+        self.follow(windows, "one")
+        leader, = [window for window in windows if self.listens(window)]
+        spare = next(window for window in windows if window != leader)
+        self.browser.switch(leader)
+        self.browser.open("about:blank")
+        windows.remove(leader)
+        lab.until(lambda: sum(map(self.listens, windows)) == 1, what="another window that listens")
+        self.follow(windows, "two")
+        self.browser.switch(spare)
+
+    def listens(self, window):
+        self.browser.switch(window)
+        return self.browser.run("Boolean(at.listens)")
+
+    def follow(self, windows, subject):
+        self.send(letter(subject))
+        for window in windows:
+            self.browser.switch(window)
+            self.browser.until("document.querySelector('#live').textContent === '● live' && "
+                               "document.querySelector('#list .subject')?.textContent === arguments[0]", subject)
+
+    def test_without_locks(self):
+        """A page that came over plain HTTP from elsewhere has none: it asks now and then."""
+        script = "Object.defineProperty(Navigator.prototype, 'locks', {get: () => undefined})"
+        known = self.browser.call("POST", "", cmd="Page.addScriptToEvaluateOnNewDocument", source=script)["identifier"]
+        try:
+            self.reload()
+            self.assertTrue(self.browser.run("navigator.locks === undefined"))
+            self.send(letter("asked for"))
+            self.until_rows(1)
+        finally:
+            self.browser.call("POST", "", cmd="Page.removeScriptToEvaluateOnNewDocument", identifier=known)
+
+    def test_click_on_a_link(self):
+        """It opens a window that knows nothing of this one; the message stays, whatever target it named."""
+        trap = Trap()
+        self.addCleanup(trap.server_close)
+        self.addCleanup(trap.shutdown)
+        style = "style='position:fixed;left:0;top:%dpx;width:200px;height:40px'"
+        links = "".join("<a href='%s/%s' target=%s rel=opener %s>link</a>" % (trap.url, target, target, style % (50 * place))
+                        for place, target in enumerate(("_self", "_top", "_parent", "_blank", "other")))
+        self.show(letter("click", "Or here: %s/text\n" % trap.url, links))
+        self.asked_for.append(trap.url)
+        self.pick("click")
+        for place, target in enumerate(("_self", "_top", "_parent", "_blank", "other")):
+            with self.subTest(target=target):
+                self.browser.until("document.querySelector('iframe')?.contentDocument === null")
+                x, y = self.browser.run("const box = document.querySelector('iframe').getBoundingClientRect(); "
+                                        "return [box.x, box.y]")
+                self.browser.point(x + 60, y + 20 + 50 * place)
+                self.clicked(trap.url + "/" + target)
+        self.tab("Text")
+        self.browser.click("#panel a")
+        self.clicked(trap.url + "/text")
+        self.assertEqual(trap.referrers, {None})
+
+    def clicked(self, url):
+        new, = lab.until(lambda: set(self.browser.windows()) - {self.first}, what="a new window")
+        self.browser.switch(new)
+        self.browser.until("location.href === arguments[0]", url)
+        self.assertIsNone(self.browser.run("window.opener"))
+        self.close_others()
+        self.assertEqual(self.browser.run("document.querySelector('#subject').textContent"), "click")
+
+
+class Releasing(InboxCase):
+    @classmethod
+    def setUpClass(cls):
+        resources = contextlib.ExitStack()
+        cls.addClassCleanup(resources.close)
+        cls.outside = resources.enter_context(lab.Node("--web", "127.0.0.1:0", "--no-sync"))
+        cls.options = InboxCase.options + ("--release", "smtp://127.0.0.1:%d" % cls.outside.smtp[1])
+        super().setUpClass()
+
+    def test_release(self):
+        """One message goes to the addresses that someone typed, and nowhere without that."""
+        self.show(letter("stays"), letter("goes"))
+        self.pick("goes")
+        self.browser.click("#release")
+        self.browser.until("document.activeElement.id === 'release-to'")
+        self.assertIn(":%d" % self.outside.smtp[1], self.browser.run("document.querySelector('#releasing').innerText"))
+        self.browser.picture("release")
+        self.browser.press("not an address", ENTER)
+        self.expected = ["status of 400"]
+        self.browser.until("document.querySelector('#release-problem').textContent")
+        self.browser.run("document.querySelector('#release-to').value = ''")
+        self.browser.press("real@example.net, dud@example.net", ENTER)
+        self.browser.until("!document.querySelector('#releasing').open")
+        self.assertIn("real@example.net", self.browser.run("document.querySelector('#problem').textContent"))
+        url = "http://127.0.0.1:%d/api/v1/messages" % self.outside.listening["web"][0][1]
+
+        def arrived():
+            with urllib.request.urlopen(url) as answer:
+                return json.load(answer)["messages"]
+        found = lab.until(arrived, what="the released message")
+        self.assertEqual([(entry["Subject"], sorted(person["Address"] for person in entry["Bcc"])) for entry in found],
+                         [("goes", ["dud@example.net", "real@example.net"])])
+        self.browser.click("#release")
+        self.browser.press("d", ESCAPE)
+        self.browser.until("!document.querySelector('#releasing').open")
+        self.assertEqual(self.api("messages")["total"], 2)
+
+
 class Appearance(InboxCase):
     def fill(self):
         self.show(letter("A subject that goes on and on, since someone put all of the message in it: " + "word" * 60,
@@ -556,11 +834,11 @@ class Appearance(InboxCase):
                   letter("Order shipped", "Hello,\n\nit is on its way.\n", "<h1>Order shipped</h1><p>It is on its way.</p>"))
 
     def test_narrow(self):
-        """400 pixels are enough: no sideways scrolling, first the list, then the message with a way back."""
-        self.browser.look(400, 800)
+        """320 pixels are enough: no sideways scrolling, first the list, then the message with a way back."""
+        self.browser.look(320, 640)
         self.fill()
         sideways = ("[document.documentElement, ...document.querySelectorAll('nav, #list, main, header')]"
-                    ".filter(e => e.scrollWidth > e.clientWidth + 1 || e.scrollWidth > 400).map(e => e.tagName)")
+                    ".filter(e => e.scrollWidth > e.clientWidth + 1 || e.scrollWidth > 320).map(e => e.tagName)")
         self.assertEqual(self.browser.run(sideways), [])
         self.browser.picture("narrow-list")
         for row in range(2):
@@ -585,9 +863,67 @@ class Appearance(InboxCase):
             self.until_rows(2)
             self.pick("Order shipped")
             self.assertEqual([pair for pair in self.browser.run(CONTRAST) if pair[1] < 4.5], [])
+            opacity, color, faint = self.browser.run(PLACEHOLDER)
+            self.assertEqual((opacity, color), ("1", faint))
             grounds.append(self.browser.run("getComputedStyle(document.body).backgroundColor"))
             self.browser.picture("dark" if dark else "light")
         self.assertNotEqual(*grounds)
+
+    def test_right_to_left(self):
+        """A name or subject that turns its letters around turns nothing else; Hebrew stands on its side."""
+        self.show(letter("\u202egnp.exe", sender='"\u202eelpoep live" <ann@example.org>'),
+                  letter("שלום, הפגישה מחר", "שלום\n", sender='"דוד" <david@example.org>'))
+        edges = """const node = [...document.querySelectorAll(arguments[0])][arguments[1]], range = document.createRange();
+          const walker = document.createTreeWalker(node, NodeFilter.SHOW_TEXT), all = [];
+          for (let text = walker.nextNode(); text; text = walker.nextNode()) {
+            for (let i = 0; i < text.length; i++) {
+              range.setStart(text, i); range.setEnd(text, i + 1);
+              all.push([text.data[i], range.getBoundingClientRect().x]);
+            }
+          }
+          return all;"""
+        for selector, index, shown in (("#list .people", 1, "to Bob"), ("#list .people + span", 1, "unread")):
+            letters = self.browser.run(edges, selector, index)
+            self.assertEqual([x for _, x in letters], sorted(x for _, x in letters), shown)
+        self.pick("שלום, הפגישה מחר")
+        direction = "getComputedStyle(document.querySelector(arguments[0])).direction"
+        for selector in ("#subject", "#list .subject", "#panel .text"):
+            self.assertEqual(self.browser.run(direction, selector), "rtl")
+        self.assertEqual(self.browser.run(direction, "#who dl"), "ltr")
+        self.browser.press(DOWN)
+        self.browser.until("document.querySelector('#subject').textContent.includes('exe')")
+        name, address = (self.browser.run("const box = document.querySelectorAll('#who bdi')[arguments[0]]"
+                                          ".getBoundingClientRect(); return [box.left, box.right]", place) for place in (0, 1))
+        self.assertLess(name[1], address[0], "the address stands after the name")
+        who = [(letter, x) for letter, x in self.browser.run(edges, "#who dd", 0) if letter in "<>"]
+        self.assertLess(who[0][1], who[1][1])
+
+    def test_much_of_everything(self):
+        """800 recipients and a subject of 5,000 characters leave the rest in its place."""
+        people = ["Person Number %d <p%d@example.com>" % (number, number) for number in range(800)]
+        crowd = letter("x" * 5000 + " end")
+        crowd.replace_header("To", ", ".join(people))
+        self.show(letter("one"), crowd, to=["p%d@example.com" % number for number in range(800)])
+        heights = self.browser.run("[...document.querySelectorAll('#list a')].map(a => a.offsetHeight)")
+        self.assertEqual(heights[0], heights[1])
+        self.assertIn("and 797 more", self.browser.run("document.querySelector('#list a').innerText"))
+        for width, height in ((1280, 800), (320, 640)):
+            self.browser.look(width, height)
+            self.browser.run("document.querySelector('#list a').click()")
+            self.browser.until("document.querySelector('#subject').textContent.endsWith('end')")
+            self.assertLess(self.browser.run("document.querySelector('#panel').getBoundingClientRect().top"), height)
+            self.assertIn("p799@example.com", self.browser.run("document.querySelector('#who').textContent"))
+            self.browser.picture("much-%d" % width)
+
+    def test_open_row_under_the_mouse(self):
+        self.show(letter("one"), letter("two"))
+        self.pick("two")
+        color = "getComputedStyle(document.querySelector('#list a')).backgroundColor"
+        self.browser.hover("#list li:last-child a")
+        before = self.browser.run(color)
+        self.browser.hover("#list li:first-child a")
+        self.assertTrue(self.browser.run("document.querySelector('#list a').matches(':hover')"))
+        self.assertEqual(self.browser.run(color), before)
 
     def test_names_for_screen_readers(self):
         self.fill()
@@ -602,21 +938,24 @@ class Appearance(InboxCase):
             self.assertIn(role, roles)
 
     def test_picture_for_the_readme(self):
-        messages = [letter("Your invoice for November", sender="Billing <billing@shop.example>"),
-                    letter("Build 4711 failed", sender="CI <ci@build.example>"),
-                    letter("Reset your password", sender="Accounts <accounts@shop.example>"),
+        messages = [letter("Your invoice for November", "It is attached.\n", sender="Billing <billing@shop.example>"),
+                    letter("Build 4711 failed", "Step 3 of 9: test_checkout, 2 failures\n", sender="CI <ci@build.example>"),
+                    letter("פגישה מחר בעשר", "שלום בוב, נתראה מחר\n", sender="דוד כהן <david@example.org>"),
+                    letter("Reset your password", "Someone asked for a new password. If it was you:\n",
+                           sender="Accounts <accounts@shop.example>"),
                     letter("Welcome to the shop, Bob", "Welcome! Confirm: https://shop.example/confirm?token=5f2c\n", WELCOME,
                            sender="The Shop <hello@shop.example>")]
         messages[0].add_attachment(b"%PDF-", "application", "pdf", filename="invoice.pdf")
         self.show(*messages, to=["bob@example.com", "archive@shop.example"])
         older = [entry["ID"] for entry in self.api("messages")["messages"][2:]]
         self.api("messages", "PUT", {"Read": True, "IDs": older})
-        self.browser.look(1280, 720)
         self.pick("Welcome to the shop, Bob")
         self.browser.until("document.querySelectorAll('#list .unread').length === 1")
-        picture = self.browser.picture("inbox")
-        if keep_pictures:
-            shutil.copy(picture, PICTURE_OF_README)
+        for suffix, dark in (("", False), ("-dark", True)):
+            self.browser.look(1280, 720, dark)
+            picture = self.browser.picture("inbox" + suffix)
+            if keep_pictures:
+                shutil.copy(picture, str(PICTURE_OF_README) % suffix)
 
 
 WELCOME = """<body style="font-family:sans-serif;margin:2em;color:#223"><h1 style="color:#1f686c">Welcome, Bob!</h1>
@@ -643,6 +982,10 @@ return [...document.querySelectorAll("body *")].filter(e => e.offsetWidth && !e.
     return [e.outerHTML.slice(0, 100), (a + 0.05) / (b + 0.05)];
   });"""
 
+PLACEHOLDER = """  // as readable as other faint text
+const style = getComputedStyle($("search"), "::placeholder");
+return [style.opacity, style.color, getComputedStyle(document.querySelector("#status")).color];"""
+
 
 class Hostile(InboxCase):
     def setUp(self):
@@ -653,10 +996,17 @@ class Hostile(InboxCase):
         self.expected = ["Content Security Policy", "sandbox", "Blocked", "ERR_BLOCKED", "net::ERR_FAILED"]
 
     def assert_unharmed(self):
-        """The page is where it was, the only window, and no script of the message has run."""
+        """The page is where it was, and no script of the message has run."""
         self.assertTrue(self.browser.run("location.href").startswith(self.url + "#"))
         self.assertNotIn("owned", self.browser.run("document.title"))
-        self.assertEqual(len(self.browser.call("GET", "/window/handles")), 1)
+
+    def close_new_windows(self):
+        """Close what links have opened."""
+        first, *others = self.browser.windows()
+        for window in others:
+            self.browser.switch(window)
+            self.browser.call("DELETE", "/window")
+        self.browser.switch(first)
 
     def frame(self):
         """Show the HTML anew and wait until it is there; return where the frame is."""
@@ -669,32 +1019,39 @@ class Hostile(InboxCase):
         """A frame that has loaded has replaced its first, empty document by one that this page may not look into."""
         self.browser.until("document.querySelector('iframe') && document.querySelector('iframe').contentDocument === null")
         self.browser.call("POST", "/execute/async", {"args": [], "script":  # and had time to do what it must not do
-                          "requestAnimationFrame(() => requestAnimationFrame(() => setTimeout(arguments[0], 300)))"})
+                          "setTimeout(arguments[0], 300)"})
 
     def test_html(self):
-        """No script, no request, no form, no navigation; images only after the button, and then only images."""
+        """No script, no request, no connection, no form, no navigation; links open windows; images come only after the button,
+        and then only images."""
         self.show(letter("hostile", "text", HOSTILE.format(self.trap.url)))
         self.pick("hostile")
         self.frame()
         self.browser.picture("hostile")
         self.assert_unharmed()
+        self.assertEqual(self.trap.connections, 0)
         for place in range(7):  # its links and buttons
             x, y = self.frame()
             self.browser.point(x + 60, y + 20 + 50 * place)
             self.wait_for_frame()
+            self.assertIn(len(self.browser.windows()), (1, 2) if place > 2 else (2,))
+            if place <= 2:
+                links = ["/link", "/blank", "/topmost"][:place + 1]
+                lab.until(lambda links=links: set(links) <= set(self.trap.asked), what="the page behind the link")
+            self.close_new_windows()
             self.assert_unharmed()
-        self.assertEqual(self.trap.asked, [])
+        self.assertLessEqual(set(self.trap.asked), {"/link", "/blank", "/topmost", "/favicon.ico"})
+        self.assertEqual(self.trap.referrers, {None})
+        self.trap.asked.clear()
         self.frame()
-        self.browser.click("#panel button")
+        self.panel_button("Load images")
         lab.until(lambda: "/image.png" in self.trap.asked, what="the image, once it was asked for")
         self.wait_for_frame()
         self.assert_unharmed()
         images = {"/image.png", "/srcset", "/background", "/poster", "/table", "/input", "/preload", "/icon",
                   "/prefetch"}  # of a prefetch Chromium asks only that some kind of content may come from there
         self.assertEqual(set(self.trap.asked) - images, set())
-        asked = set(self.trap.asked)
-        self.browser.requests()  # the images were asked for on purpose
-        self.assertIn("/image.png", asked)
+        self.asked_for.append(self.trap.url)  # images and links, which were compared above
 
     def test_headers(self):
         """Names, subjects and file names are text, wherever they are shown."""
@@ -718,11 +1075,51 @@ class Hostile(InboxCase):
         self.assertIn("default-src 'none'", page)
         self.assertNotRegex(page, "unsafe|https?:|[*]")
         for policy in (view, images):
-            self.assertRegex(policy, r"\bsandbox\b(?! allow)")
+            self.assertRegex(policy, r"\bsandbox allow-popups allow-popups-to-escape-sandbox;")
             self.assertIn("default-src 'none'", policy)
             self.assertNotIn("script-src", policy)
         self.assertNotRegex(view, "https?:")
         self.assertRegex(images, "img-src[^;]*http")
+
+    def test_no_name_is_asked_for(self):
+        """Opening a message in any view of it tells no name server about it."""
+        name = "reader-42.evil.test"
+        html = """<html><head><meta http-equiv=x-dns-prefetch-control content=on><link rel=dns-prefetch href="//a.{0}">
+          <LINK/rel=preconnect href="http://b.{0}"><iframe srcdoc="&lt;link rel=preconnect href='http://c.{0}'>"></iframe>
+          <template shadowrootmode=open><link rel=dns-prefetch href="//d.{0}"></template></head>
+          <body><a href="http://e.{0}/">link</a><svg><a xlink:href="http://f.{0}/"><text y=20>x</text></a></svg>
+          <svg><style>&lt;link rel=preconnect href="http://g.{0}">x</style></svg></body></html>""".format(name)
+        with contextlib.closing(Browser(netlog=True)) as browser:
+            self.send(letter("names", "http://text.%s/\n" % name, html, List_Unsubscribe="<http://u.%s/>" % name))
+            browser.open(self.url + "#latest")
+            browser.until("document.querySelector('#subject').textContent === 'names'")
+            for tab in browser.run("at.tabs.map(tab => tab.name)"):
+                browser.click("#tab-" + tab)
+                browser.until("document.querySelector('#panel').ariaBusy === 'false' && at.shown.name === arguments[0]", tab)
+                browser.until("(document.querySelector('iframe')?.contentDocument ?? null) === null")
+            browser.end()
+            said = (browser.place / "net.json").read_text(errors="replace")
+        self.assertIn("HOST_RESOLVER", said)
+        self.assertNotIn(name, said)
+
+    def test_script_is_linear(self):
+        """Eight times as much of what is made to keep the page busy keeps it busy about eight times as long, not 64 times."""
+        shapes = ["http://", "http://a", "http://a)", "http://a ", "https:/", ")", "http://((((", "h", "\u202e", "a\n", "<a"]
+        shapes += ["word ", "a\u0301", "\u05d0 a "]  # lines without an end are laid out in the square of their length
+        self.show(letter("open"))
+        self.pick("open")
+        script = """const [shape, size] = arguments, text = shape.repeat(size / shape.length);
+          const took = [0, 1, 2].map(() => {
+            const began = performance.now();
+            linked(text.slice(0, 50000)); $("panel").replaceChildren(...written(text)); $("panel").offsetHeight;
+            linked("http://" + text); span(text, text); short(text); blocks(text);
+            return performance.now() - began;
+          });
+          return Math.min(...took);"""
+        for shape in shapes:
+            with self.subTest(shape=shape):
+                small, large = (self.browser.run(script, shape, size) for size in (50000, 400000))
+                self.assertLess(large, 24 * small + 100)
 
     def policy(self, path):
         with urllib.request.urlopen(self.url + path) as answer:
@@ -773,6 +1170,66 @@ def fill(address, count):
         for number in range(count):
             client.sendmail("ann@example.org", ["bob@example.com"], "From: Ann <ann@example.org>\r\nTo: bob@example.com\r\n"
                             "Subject: number %d\r\n\r\nHello\r\n" % number)
+
+
+# The API beyond the page
+
+class OtherOrigins(unittest.TestCase):
+    """What a page of another origin gets, in a real browser; what goes out of capture mode, how requests may come in."""
+
+    ASK = """return fetch(arguments[0], arguments[1]).then(answer => answer.text().then(text => answer.status + " " + text),
+                                                          () => "refused")"""
+
+    def test_a_page_elsewhere(self):
+        """By --web-allow it may do all, preflighted requests too; without it can neither read nor change anything."""
+        with Trap() as trap, contextlib.closing(Browser()) as browser:
+            self.addCleanup(trap.shutdown)
+            for allowed in (True, False):
+                with lab.Node("--web", "127.0.0.1:0", "--no-sync", *["--web-allow", trap.url] * allowed) as node:
+                    url = "http://127.0.0.1:%d/api/v1/messages" % node.listening["web"][0][1]
+                    fill(node.smtp, 2)
+                    browser.open(trap.url)
+                    found = browser.run(self.ASK, url, {})
+                    self.assertEqual(json.loads(found[4:])["total"] if allowed else found, 2 if allowed else "refused")
+                    for method in ("PUT", "DELETE"):
+                        options = {"method": method, "body": "{}", "headers": {"Content-Type": "application/json"}}
+                        self.assertEqual(browser.run(self.ASK, url, options), "200 ok" if allowed else "refused")
+                    browser.run(self.ASK, url, {"mode": "no-cors"})
+                    with urllib.request.urlopen(url) as answer:
+                        left = json.load(answer)
+                    self.assertEqual((left["total"], left["unread"]), (0, 0) if allowed else (2, 2))
+
+    def test_release(self):
+        """One message goes to the server that --release names, byte for byte; the others stay."""
+        with lab.Node("--web", "127.0.0.1:0", "--no-sync") as far, lab.Node(
+                "--web", "127.0.0.1:0", "--no-sync", "--release", "smtp://127.0.0.1:%d" % far.smtp[1]) as near:
+            urls = ["http://127.0.0.1:%d/api/v1/" % node.listening["web"][0][1] for node in (far, near)]
+            fill(near.smtp, 3)
+            with urllib.request.urlopen(urls[1] + "messages") as answer:
+                id = json.load(answer)["messages"][1]["ID"]
+            body = json.dumps({"To": ["me@example.net"]}).encode()
+            urllib.request.urlopen(urls[1] + "message/%s/release" % id, body).close()
+            with urllib.request.urlopen(urls[0] + "wait?query=to:me@example.net") as answer:
+                self.assertEqual(json.load(answer)["Subject"], "number 1")
+            with urllib.request.urlopen(urls[0] + "message/latest/raw") as answer:
+                self.assertTrue(answer.read().endswith(b"Subject: number 1\r\n\r\nHello\r\n"))
+            with urllib.request.urlopen(urls[0] + "messages") as answer:
+                self.assertEqual(json.load(answer)["total"], 1)
+
+    def test_a_body_in_chunks(self):
+        """As clients send one whose length they do not know."""
+        with lab.Node("--web", "127.0.0.1:0", "--no-sync") as node:
+            address = "127.0.0.1", node.listening["web"][0][1]
+            text = json.dumps({"From": {"Email": "jürgen@bücher.example"}, "To": [{"Email": "用户@例え.example"}],
+                               "Subject": "Grüße " * 100, "Text": "x" * 200000}).encode()
+            with contextlib.closing(http.client.HTTPConnection(*address, timeout=20)) as connection:
+                pieces = (text[at:at + 999] for at in range(0, len(text), 999))
+                connection.request("POST", "/api/v1/send", pieces, {"Transfer-Encoding": "chunked"}, encode_chunked=True)
+                self.assertEqual(connection.getresponse().status, 200)
+            with urllib.request.urlopen("http://%s:%d/api/v1/message/latest" % address) as answer:
+                message = json.load(answer)
+            self.assertEqual(message["Subject"].strip(), ("Grüße " * 100).strip())
+            self.assertEqual(message["To"][0]["Address"], "用户@例え.example")
 
 
 # Client libraries that were written for Mailpit
@@ -982,6 +1439,6 @@ if __name__ == "__main__":
         unittest.main(argv=[word for word in sys.argv if word != "--screenshot"])
     finally:
         if keep_pictures:
-            print("Pictures: %s and %s" % (PICTURE_OF_README, PICTURES))
+            print("Pictures: %s and %s" % (str(PICTURE_OF_README) % "*", PICTURES))
         else:
             shutil.rmtree(PICTURES)

@@ -441,7 +441,7 @@ DROP = "drop"
 class Peer:
     """An SMTP server of few words on one address of the host "peer", whose every reply can be scripted.
 
-    `answer(line)` sees each command, and "." for the end of a message, and returns the reply to give instead of the
+    `answer(line)` sees "CONNECT", each command, and "." for the end of a message, and returns the reply to give instead of the
     good one, DROP to close the connection without a word, or None. With `extensions` None it knows no EHLO.
     `messages` collects (sender, recipients, content) of what it answered 250, `lines` all it was told.
     """
@@ -479,7 +479,7 @@ class Peer:
         """One session; any trouble with the connection ends it."""
         with contextlib.suppress(OSError, EOFError), connection, connection.makefile("rb") as stream:
             connection.settimeout(60)
-            connection.sendall(b"220 peer.test ESMTP\r\n")
+            self.say(connection, self.answer("CONNECT") or "220 peer.test ESMTP")
             sender, recipients = None, []
             while True:
                 line = read_line(stream).decode("utf-8", "backslashreplace")
