@@ -408,6 +408,8 @@ class Page(unittest.TestCase):
         self.costs.deliver(content)
         id = json.loads(self.costs.get("/api/v1/message/latest"))["ID"]
         self.browser.open("http://%s:%d/#%s" % (*Costs.web, urllib.parse.quote(id)))
+        self.browser.until("document.querySelector('#subject').textContent && document.querySelector('#panel').ariaBusy === 'false'",
+                           seconds=60)
         self.last = -1.0
         lab.until(self.at_rest, 60, "a page that is done")
         took = self.busy()
