@@ -45,7 +45,7 @@ def setUpModule():
     fill("many", MANY, b"Subject: one of many\r\n\r\n" + b"a line\r\n" * 20)
     fill("few", 20, b"Subject: one of a few\r\n\r\n" + b"a line\r\n" * 20)
     fill("foreign", 1, b"Subject: foreign line ends\n\n" + b"a line that another program stored\n" * (LARGE // 35))
-    fill("own", 1, b"Subject: our line ends\r\n\r\n" + b"a line that we stored ourselves here\r\n" * (LARGE // 38), sized=True)
+    fill("own", 1, b"Subject: our line ends\r\n\r\n" + b"a line that we stored ourselves here\r\n" * (LARGE // 38), True)
 
 
 def tearDownModule():
@@ -60,8 +60,8 @@ def started(home, *options):
     """Return a node in node mode whose accounts, WAITING of them and some more, have all the same password."""
     users = home / "users"
     if not users.exists():
-        maker = [sys.executable, str(lab.MINIMAIL), "--data", str(home / "maker"), "user", "add", "x@a.test", "--password-stdin"]
-        lab.run(maker, PASSWORD.encode())
+        lab.run([sys.executable, lab.MINIMAIL, "--data", home / "maker", "user", "add", "x@a.test", "--password-stdin"],
+                PASSWORD.encode())
         record = (home / "maker" / "users").read_text().strip().partition(":")[2]
         names = ["many", "few", "foreign", "own", "gone", "bob", *("user%d" % number for number in range(WAITING))]
         users.write_text("".join("%s@a.test:%s\n" % (name, record) for name in names))

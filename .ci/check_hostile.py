@@ -26,9 +26,8 @@ import check_web
 import lab
 
 try:
-    from re import _constants as constants, _parser as parser
+    from re import _parser as parser
 except ImportError:                     # before Python 3.11
-    import sre_constants as constants
     import sre_parse as parser
 
 SMALL = 48 << 10                        # n, in bytes
@@ -45,7 +44,8 @@ MADE_UP = int(os.environ.get("FUZZ_SHAPES", "24"))
 
 def header(name, unit, before=b"", after=b""):
     """A header field that repeats `unit`."""
-    return lambda n: (b"Subject: shape\r\n" if name != b"Subject" else b"") + name + b": " + before + unit * (n // len(unit)) + \
+    first = b"Subject: shape\r\n" if name != b"Subject" else b""
+    return lambda n: first + name + b": " + before + unit * (n // len(unit)) + \
         after + b"\r\n\r\nbody\r\n"
 
 
@@ -76,7 +76,8 @@ def attached(n):
 
 def cids(n):
     """An image that is shown again and again."""
-    return b"MIME-Version: 1.0\r\nContent-Type: multipart/related; boundary=b\r\n\r\n--b\r\nContent-Type: text/html\r\n\r\n" + \
+    return b"MIME-Version: 1.0\r\nContent-Type: multipart/related; boundary=b\r\n\r\n--b\r\n" + \
+        b"Content-Type: text/html\r\n\r\n" + \
         b'<img src="cid:a">' * (n // 34) + b"\r\n--b\r\nContent-Type: image/png\r\nContent-ID: <a>\r\n\r\n" + \
         b"x" * (n // 2) + b"\r\n--b--\r\n"
 
@@ -171,18 +172,22 @@ QUERIES = {
 # Shapes that nobody thought of
 
 WORDS = {
-    "header": ["=?", "?=", "?q?", "?b?", "utf-8", "iso-2022-jp", " ", "\t", "\r\n ", '"', "\\", "(", ")", "<", ">", "@", ",", ";", ":", ".",
-               "=", "*", "'", "%", "a", "b.example", "a@b.example", "*0*", "name", "boundary", "\x7f", "\u00e9", "[", "]", "0", "1 Jan"],
-    "html": ["<", ">", "/", "=", '"', "'", "<a", "</a>", "<p>", "<!--", "-->", "<![CDATA[", "]]>", "<style>", "</style>", "<script",
-             "<svg>", "<math>", "<template>", "<select>", "href=", "src=", "style=", "cid:a", "url(", ")", "&", "&#", "&lt;", ";", " ",
-             "http://a", "<table>", "<td>", "<form>", "<base ", "<meta ", "<link ", "\n", "\0", "@import"],
-    "text": ["http://", "www.", "a.example", "@", ">", "> ", "\r\n", " ", "-- \r\n", "=\r\n", "=3D", "=", "+AG", "\x1b$B", "\x1b(B", "--b",
-             "--b\r\n", "--b--", "begin 644 a\r\n", "end\r\n", "From ", ".", "\r", "\t", "(", ")", "<", ">"],
+    "header": ["=?", "?=", "?q?", "?b?", "utf-8", "iso-2022-jp", " ", "\t", "\r\n ", '"', "\\", "(", ")", "<", ">", "@", ",",
+               ";", ":", ".", "=", "*", "'", "%", "a", "b.example", "a@b.example", "*0*", "name", "boundary", "\x7f",
+               "\u00e9", "[", "]",
+               "0", "1 Jan"],
+    "html": ["<", ">", "/", "=", '"', "'", "<a", "</a>", "<p>", "<!--", "-->", "<![CDATA[", "]]>", "<style>", "</style>",
+             "<script", "<svg>", "<math>", "<template>", "<select>", "href=", "src=", "style=", "cid:a", "url(", ")",
+             "&", "&#", "&lt;",
+             ";", " ", "http://a", "<table>", "<td>", "<form>", "<base ", "<meta ", "<link ", "\n", "\0", "@import"],
+    "text": ["http://", "www.", "a.example", "@", ">", "> ", "\r\n", " ", "-- \r\n", "=\r\n", "=3D", "=", "+AG", "\x1b$B",
+             "\x1b(B", "--b", "--b\r\n", "--b--", "begin 644 a\r\n", "end\r\n", "From ", ".", "\r", "\t", "(", ")", "<", ">"],
 }
 FIELDS = ["Subject", "From", "To", "Cc", "Reply-To", "Date", "Message-ID", "References", "Content-Type", "Content-Disposition",
           "Content-ID", "Content-Transfer-Encoding", "List-Unsubscribe", "Received", "X-Tags", "MIME-Version", "Resent-To"]
-TYPES = ["text/plain", "text/html", "text/plain; format=flowed", "text/calendar", "multipart/mixed; boundary=b", "message/rfc822",
-         "multipart/alternative; boundary=b", "text/html; charset=iso-2022-jp", "text/x-unknown; charset=utf-7"]
+TYPES = ["text/plain", "text/html", "text/plain; format=flowed", "text/calendar", "multipart/mixed; boundary=b",
+         "message/rfc822", "multipart/alternative; boundary=b", "text/html; charset=iso-2022-jp",
+         "text/x-unknown; charset=utf-7"]
 ENCODINGS = ["7bit", "8bit", "quoted-printable", "base64", "x-uuencode"]
 
 
@@ -333,7 +338,7 @@ class Costs(unittest.TestCase):
         found = []
         for name, unit in QUERIES.items():
             for path in ("/api/v1/search?query=", "/api/v1/wait?timeout=0.01&query="):
-                for attempt in range(2):
+                for _ in range(2):
                     costs = []
                     for size in (3000, 12000):
                         began = time.clock_gettime(self.clock)
@@ -353,7 +358,7 @@ class Costs(unittest.TestCase):
         usual = check_fair.waits_beside(lambda: [self.costs(body(b"an ordinary line\r\n")(1 << 20)) for _ in range(3)])
         for name in sorted(names):
             content = SHAPES[name](1 << 20)
-            for attempt in range(3):
+            for _ in range(3):
                 waits = check_fair.waits_beside(lambda: self.costs(content))  # noqa: B023
                 if max(waits) <= 3 * max(check_fair.FLOOR, *usual):
                     break
@@ -378,14 +383,16 @@ class Page(unittest.TestCase):
         self.addCleanup(self.browser.close)
         self.browser.call("POST", "", cmd="Performance.enable")
         found = []
-        for name in ("encoded words", "addresses", "groups", "parts", "many fields", "links", "a long link", "ats in text", "quotations",
-                     "HTML: open tags", "HTML: nested", "HTML: quotes", "HTML: entities", "HTML: sources", "line ends", "calendar"):
+        for name in ("encoded words", "addresses", "groups", "parts", "many fields", "links", "a long link", "ats in text",
+                     "quotations", "HTML: open tags", "HTML: nested", "HTML: quotes", "HTML: entities", "HTML: sources",
+                     "line ends", "calendar"):
             for _ in range(2):                      # what the machine's noise did once it will not do again
                 few, many = (self.seconds(SHAPES[name](size)) for size in (self.SMALL, TIMES * self.SMALL))
                 if many <= MARGIN * TIMES * max(self.FLOOR, few):
                     break
             else:
-                found.append("%s: %.2f s in the browser for %d kB, %.2f s for four times as much" % (name, few, self.SMALL >> 10, many))
+                found.append("%s: %.2f s in the browser for %d kB, %.2f s for four times as much" % (
+                    name, few, self.SMALL >> 10, many))
         self.assertEqual(found, [], "\n" + "\n".join(found))
 
     def enter(self, context):
@@ -408,8 +415,8 @@ class Page(unittest.TestCase):
         self.costs.deliver(content)
         id = json.loads(self.costs.get("/api/v1/message/latest"))["ID"]
         self.browser.open("http://%s:%d/#%s" % (*Costs.web, urllib.parse.quote(id)))
-        self.browser.until("document.querySelector('#subject').textContent && document.querySelector('#panel').ariaBusy === 'false'",
-                           seconds=60)
+        self.browser.until("document.querySelector('#subject').textContent && "
+                           "document.querySelector('#panel').ariaBusy === 'false'", seconds=60)
         self.last = -1.0
         lab.until(self.at_rest, 60, "a page that is done")
         took = self.busy()
@@ -418,6 +425,9 @@ class Page(unittest.TestCase):
 
 
 # Patterns
+
+LITERAL = r"(?<=[(,=:!&|?{};])\s*/((?![*/])(?:[^/\\\n\[]|\\.|\[(?:[^\]\\\n]|\\.)*\])+)/([a-z]*)"
+
 
 class Patterns(unittest.TestCase):
     """Every regular expression of the file, and of the page's script, against its own worst strings."""
@@ -449,7 +459,7 @@ class Patterns(unittest.TestCase):
         text = lab.MINIMAIL.read_text()
         script = text[text.index("<script nonce"):]
         script = script[:script.index("</script>")]
-        for literal, flags in re.findall(r"(?<=[(,=:!&|?{};])\s*/((?![*/])(?:[^/\\\n\[]|\\.|\[(?:[^\]\\\n]|\\.)*\])+)/([a-z]*)", script):
+        for literal, flags in re.findall(LITERAL, script):
             literal = re.sub(r"\(\?<(?=\w)", "(?P<", literal).replace("\\/", "/")
             literal = re.sub(r"\\u\{?([0-9a-fA-F]{4,5})\}?", lambda match: re.escape(chr(int(match.group(1), 16))), literal)
             with contextlib.suppress(re.error):
@@ -489,7 +499,7 @@ class Patterns(unittest.TestCase):
              "CATEGORY_NOT_DIGIT": r"\D", "CATEGORY_NOT_WORD": r"\W"}[str(value)] if str(op) == "CATEGORY" else ""
             for op, value in items)
         test = re.compile("[%s%s]" % ("^" if inverted else "", pattern)) if pattern else re.compile(".")
-        return next((char for char in "a0 -=.\"'<>&;:,/@?\\\t\n" + "".join(map(chr, range(33, 0x250))) if test.match(char)), "a")
+        return next(filter(test.match, "a0 -=.\"'<>&;:,/@?\\\t\n" + "".join(map(chr, range(33, 0x250)))), "a")
 
     def repeats(self, tree, before=""):
         """Yield (what comes before it, what is repeated) for each repeat that has no small end."""
@@ -498,9 +508,9 @@ class Patterns(unittest.TestCase):
             if name in ("MAX_REPEAT", "MIN_REPEAT", "POSSESSIVE_REPEAT"):
                 if value[1] > 20:
                     yield before, self.samples(value[2])
-                    if len(value[2]) == 1 and str(value[2][0][0]) == "SUBPATTERN" and str(value[2][0][1][-1][0][0]) == "BRANCH":
-                        for branch in value[2][0][1][-1][0][1][1]:
-                            yield before, self.samples(branch)
+                    inner = value[2][0][1][-1] if str(value[2][0][0]) == "SUBPATTERN" else value[2]
+                    for branch in inner[0][1][1] if str(inner[0][0]) == "BRANCH" else ():
+                        yield before, self.samples(branch)
                 yield from self.repeats(value[2], before)
             elif name == "SUBPATTERN":
                 yield from self.repeats(value[-1], before)
