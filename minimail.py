@@ -122,6 +122,7 @@ MAX_WORKERS = 64                    # processes sharing a data directory
 MAX_SUBMITTED_HEADER = 1 << 20      # bytes of header that `sendmail` takes; it is held in memory, the body is not
 MAX_SUBMITTED_NAMES = 10_000         # recipients named to it; past MAX_RECIPIENTS of them come back
 MAX_PASSWORD = 4096                 # bytes read from standard input
+SPARE_DESCRIPTORS = 200             # open files beside those of connections, drafts and the relay: listeners, mailboxes, queue
 MIN_RATE = 1024                     # bytes/s below which a message transfer runs into the command's deadline
 BLOCK = 1 << 16                     # bytes read from a socket at once, and ...
 BIG_BLOCK = 1 << 18                 # ... while content flows
@@ -129,10 +130,10 @@ MAX_TURN = 50                       # commands a session may have answered befor
 MAX_HELPERS = 32                    # threads for what conversations wait for and the loop does not do itself
 MAX_TRANSCRIPT = 1 << 16            # bytes of a conversation that are kept with a message, and ...
 MAX_INTRODUCTION = 20               # ... lines of what was said before the first one
-MAX_LISTED = 1000                   # messages POP3 lists before others have their turn
+MAX_STEP = 1000                     # messages POP3 lists before others have their turn
 MAX_REMOVED = 50                    # messages a POP3 QUIT removes without a thread of its own
 MAX_STRANGE = 3                     # wrong commands before any right one, then the end: that is no mail client
-MAX_IDLE_COMMANDS = 1000            # commands in a row that lead nowhere (NOOP, RSET, VRFY), then 421
+MAX_IDLE_COMMANDS = 10_000          # commands since the last message that lead to none (NOOP, RSET, what is refused), then 421
 HEAVY_MESSAGE = 1 << 20             # bytes, and ...
 HEAVY_DELIVERY = 16                 # ... mailboxes of one message from which on others do not wait for its commit
 STALE_DRAFT = 36 * 3600             # seconds after which a foreign file in tmp/ is rubbish (maildir(5))
@@ -2522,7 +2523,7 @@ class Mailboxes:
                     item = self._foreign_item(path, place, name)
                     if item:
                         items[item.uid] = item
-        listing = sorted(items.values(), key=lambda item: item.name)
+        listing = sorted_in_runs(list(items.values()))
         if time.time_ns() - max(stamp)[0] > 2_000_000_000:  # within a clock tick a change might not show in the stamp
             with self._listing_lock:
                 self._listed += len(listing) - len(self._listings.pop(path, (None, []))[1])
@@ -2644,6 +2645,12 @@ class Mailboxes:
                 with contextlib.suppress(OSError):
                     if time.time() - os.lstat(path).st_mtime > STALE_DRAFT:
                         os.unlink(path)
+
+
+def sorted_in_runs(items: List[Item]) -> List[Item]:
+    """Return items sorted by name, with others' turn in between: one sort of 60,000 would hold the interpreter for 0.1 s."""
+    runs = [sorted(items[start:start + MAX_STEP], key=lambda item: item.name) for start in range(0, len(items), MAX_STEP)]
+    return runs[0] if len(runs) == 1 else list(heapq.merge(*runs, key=lambda item: item.name))
 
 
 def item_time(item: Item) -> float:
@@ -8534,6 +8541,10 @@ class Certificates:
         return context
 
 
+class TooManyGuesses(Exception):
+    """The client, or somebody at this account, has had too many wrong passwords."""
+
+
 @dataclasses.dataclass
 class Site:
     """What all sessions of a node share."""
@@ -8562,14 +8573,17 @@ class Site:
         return functools.lru_cache(maxsize=1000)(lambda client: is_among(client, self.config.trust))
 
     def log_in(self, client: str, name: str, password: str) -> Optional[str]:
-        """Return the account's key, None when name and password do not fit. Any fit in capture mode. Takes 50 ms."""
+        """Return the account's key, None when name and password do not fit. Any fit in capture mode. Takes 50 ms.
+
+        TooManyGuesses when they are not even looked at.
+        """
         if self.config.capture:
             try:
                 return self.book.key(parse_address(name, lenient=self.book.capture))
             except Refused:
                 return lower(name)
         if not self.throttle.charge(client, lower(name)):
-            return None
+            raise TooManyGuesses
         key = self.accounts.verify(name, password)
         if key is None:
             event("login-failed", client=client, user=printable(name, 100))
@@ -8718,18 +8732,27 @@ class Session(socketserver.BaseRequestHandler, Task):
         return self.private or self.site.config.capture
 
     async def log_in(self, name: str, password: str) -> Optional[str]:
-        """Return the account's key, None when name and password do not fit: that is answered more and more slowly."""
+        """Return the account's key, None when name and password do not fit: that is answered more and more slowly. Refused."""
         site = self.site
         if site.config.capture:
             return site.log_in(self.client, name, password)
-        known = None if site.throttle.shut_out(self.client) else site.accounts.recall(name, password)
+        self.check_guesses()
+        known = site.accounts.recall(name, password)
         if known is not None:
             return known
-        key: Optional[str] = await wait(
-            Work(lambda: site.log_in(self.client, name, password), site.accounts.hashing, self.is_wanted))
+        try:
+            key: Optional[str] = await wait(
+                Work(lambda: site.log_in(self.client, name, password), site.accounts.hashing, self.is_wanted))
+        except TooManyGuesses:                      # others came to their end while this one waited for its turn
+            raise self.too_many_guesses() from None
         if key is None:
             await wait(site.throttle.delay(self.client))
         return key
+
+    def check_guesses(self) -> None:
+        """Refused when the client has had too many wrong passwords."""
+        if not self.site.config.capture and self.site.throttle.shut_out(self.client):
+            raise self.too_many_guesses()
 
     def is_wanted(self) -> bool:
         """Return whether the client is still there, and the node goes on: asked before a long calculation."""
@@ -8796,6 +8819,10 @@ class Session(socketserver.BaseRequestHandler, Task):
         return name.encode() + b" ***" if name in ("AUTH", "PASS") else line
 
     def not_a_command(self, line: bytes, name: str) -> NoReturn:
+        raise NotImplementedError
+
+    def too_many_guesses(self) -> Refused:
+        """Return the answer to one who has tried too many passwords."""
         raise NotImplementedError
 
     def refuse(self, name: str, refused: Refused) -> Any:
@@ -8968,10 +8995,9 @@ class SMTPSession(Session):
         return self.faulty("connect", self.client) or Reply(220, "", self.site.hostname + " ESMTP minimail")
 
     def ask(self, method: Any, name: str, argument: bytes) -> Any:
-        if name not in self.LEADING_ON:
-            self.idle += 1
-            if self.idle > MAX_IDLE_COMMANDS:
-                raise Refused(421, "4.7.0", "so many commands and no message", close=True)
+        self.idle += name not in self.LEADING_ON
+        if self.idle > MAX_IDLE_COMMANDS:
+            raise Refused(421, "4.7.0", "so many commands and no message", close=True)
         text = decode_argument(argument, self.lenient)
         if self.site.door.asks_policy and name in ("MAIL", "RCPT"):
             return self.aside(lambda: method(text))     # its hooks take as long as they like
@@ -8996,6 +9022,7 @@ class SMTPSession(Session):
     def refuse(self, name: str, refused: Refused) -> Reply:
         """Return the reply, or a 421 when patience is at its end (RFC 5321 section 4.3.2, RFC 4954 section 4)."""
         reply = refused.reply
+        self.idle += name in self.LEADING_ON        # it did not
         if reply.code in (500, 501, 502, 503, 504, 535, 538, 555):
             self.errors += 1
         elif reply.code in (550, 553):
@@ -9123,8 +9150,7 @@ class SMTPSession(Session):
             raise Refused(503, "5.5.1", "say EHLO first")
         if not self.may_log_in:
             raise Refused(538, "5.7.11", "log in over TLS only")
-        if not capture and self.site.throttle.shut_out(self.client):
-            raise Refused(421, "4.7.0", "too many wrong passwords, come back later", close=True)
+        self.check_guesses()
         try:
             if mechanism.upper() == "PLAIN":
                 response = initial.encode() if initial else await self.challenge(b"")
@@ -9143,6 +9169,9 @@ class SMTPSession(Session):
             raise Refused(535, "5.7.8", "name and password do not fit")
         event("login", protocol="smtp", client=self.client, user=printable(self.user))
         return Reply(235, "2.7.0", "welcome")
+
+    def too_many_guesses(self) -> Refused:
+        return Refused(421, "4.7.0", "too many wrong passwords, come back later", close=True)
 
     async def challenge(self, text: bytes) -> bytes:
         """Return the client's answer to a SASL challenge; Refused when it cancels."""
@@ -9268,6 +9297,7 @@ class SMTPSession(Session):
             raise
         await self.receive(parcel, transaction.content, count)
         if not last and not parcel.draft.too_large:
+            self.idle += not count
             return Reply(250, "2.0.0", "%d bytes" % count)
         self.write_content(parcel, transaction.content.end())
         await self.deliver(transaction, parcel)
@@ -9434,7 +9464,8 @@ class POP3Session(Session):
     ASKS_BOOK = ("PASS", "AUTH")
     BEFORE = ("USER", "PASS", "AUTH", "CAPA", "STLS", "QUIT", "NOOP", "UTF8")   # the AUTHORIZATION state (RFC 1939 section 4)
     ONLY_BEFORE = ("USER", "PASS", "AUTH", "STLS")
-    IDLE = ("NOOP", "CAPA", "UTF8", "RSET", "USER")     # lead nowhere, and have an end some time
+    LEADING_ON = ("RETR", "TOP", "DELE")            # the others have an end some time, ...
+    ABOUT_ONE = ("LIST", "UIDL")                    # ... but for what clients ask about each message
 
     def greeting(self) -> bytes:
         self.items: List[Item] = []
@@ -9450,7 +9481,7 @@ class POP3Session(Session):
             raise Refused(500, "", "log in first")
         if self.user is not None and name in self.ONLY_BEFORE:
             raise Refused(500, "", "you are logged in")
-        self.idle = self.idle + 1 if name in self.IDLE else 0
+        self.idle += name not in self.LEADING_ON and not (name in self.ABOUT_ONE and argument.strip())
         if self.idle > MAX_IDLE_COMMANDS:
             raise Refused(500, "", "so many commands that lead nowhere", close=True)
         return method(argument)
@@ -9461,7 +9492,9 @@ class POP3Session(Session):
     def refuse(self, name: str, refused: Refused) -> bytes:
         event("refused", protocol="pop3", client=self.client, verb=printable(name, 20) if hasattr(self, "do_" + name) else "",
               reason=refused.reply.text)
-        self.errors += name not in ("RETR", "TOP", "DELE", "LIST", "UIDL")
+        wrong = name not in ("RETR", "TOP", "DELE", "LIST", "UIDL")     # else only the number may be
+        self.errors += wrong
+        self.idle += not wrong
         self.over = self.over or refused.reply.close or self.errors >= MAX_ERRORS
         return b"-ERR %s\r\n" % printable(refused.reply.text).encode("utf-8", "replace")
 
@@ -9509,8 +9542,10 @@ class POP3Session(Session):
     def check_privacy(self) -> None:
         if not self.may_log_in:
             raise Refused(500, "", "[AUTH] log in over TLS only")
-        if not self.site.config.capture and self.site.throttle.shut_out(self.client):
-            raise Refused(500, "", "[AUTH] too many wrong passwords, come back later", close=True)
+        self.check_guesses()
+
+    def too_many_guesses(self) -> Refused:
+        return Refused(500, "", "[AUTH] too many wrong passwords, come back later", close=True)
 
     def do_USER(self, argument: bytes) -> bytes:
         self.check_privacy()
@@ -9559,7 +9594,10 @@ class POP3Session(Session):
             raise Refused(500, "", "[IN-USE] another session has this mailbox") from None
         items = mailboxes.remembered(user)
         self.items = await wait(lambda: mailboxes.listing(user)) if items is None else items
-        self.total = sum([item.size for item in self.items])
+        for start in range(0, len(self.items), MAX_STEP):
+            self.total += sum([item.size for item in self.items[start:start + MAX_STEP]])
+            if start:
+                await wait(TURN)
         self.user = user
         event("login", protocol="pop3", client=self.client, user=printable(user), messages=len(self.items))
         return b"+OK %d messages\r\n" % len(self.items)
@@ -9588,9 +9626,9 @@ class POP3Session(Session):
             index, item = self.item(argument)
             return ("+OK %d %s\r\n" % (index + 1, about(item))).encode()
         self.wire.send(b"+OK\r\n")
-        for start in range(0, len(self.items), MAX_LISTED):
+        for start in range(0, len(self.items), MAX_STEP):
             lines = ["%d %s\r\n" % (number, about(item)) for number, item in enumerate(
-                self.items[start:start + MAX_LISTED], start + 1) if number - 1 not in self.deleted]
+                self.items[start:start + MAX_STEP], start + 1) if number - 1 not in self.deleted]
             self.wire.send("".join(lines).encode())
             if start:
                 await self.wire.drain()
@@ -9612,6 +9650,7 @@ class POP3Session(Session):
                 answer = b".\r\n"
         finally:
             os.close(fd)
+        self.idle = 0
         self.fetched += 1
         self.bytes += item.size
         return answer
@@ -9700,7 +9739,7 @@ class POP3Session(Session):
 
     def remove(self) -> None:
         """Remove what is marked as deleted, as far as it can be."""
-        for index in sorted(self.deleted):
+        for index in self.deleted:
             try:
                 self.site.mailboxes.delete(self.user or "", self.items[index])
                 self.removed += 1
@@ -10438,7 +10477,7 @@ def html_text(html: str) -> str:
             found.append("\n")
         elif name in ("td", "th"):
             found.append(" ")
-    text = re.sub(r" *\n *", "\n", re.sub(" {2,}", " ", "".join(found)))
+    text = re.sub(r" ?\n ?", "\n", re.sub(" {2,}", " ", "".join(found)))
     return re.sub(r"\n{3,}", "\n\n", text).strip() + ("\n[cut here]" if len(html) > MAX_RENDERED else "")
 
 
@@ -14089,6 +14128,7 @@ def serve_command(config: Config, given: Dict[str, Any]) -> int:
         config = dataclasses.replace(config, web=(("127.0.0.1", 8025),) if config.capture else ())
     if config.workers == 1:
         hold_signals()
+    raise_descriptor_limit(config)
     node = Node.from_config(config)
     node.bind()
     public = ["%s %s" % (name, show_endpoint(endpoint)) for name, endpoint in node.endpoints() if not is_loopback(endpoint[0])]
@@ -14105,6 +14145,25 @@ def serve_command(config: Config, given: Dict[str, Any]) -> int:
     event("stopping")
     node.stop()
     return 0
+
+
+def raise_descriptor_limit(config: Config) -> None:
+    """Make room for all the connections there may be, a socket and a draft each; say so when there is none to be had."""
+    try:
+        import resource
+    except ImportError:                             # Windows has no such limit
+        return
+    wanted = 2 * config.max_connections + 2 * MAX_SENDERS + SPARE_DESCRIPTORS
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= wanted:
+        return
+    allowed = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+        soft = allowed
+    if soft < wanted:
+        log.warning("only %d open files are allowed where --max-connections %d may need %d: raise the limit (ulimit -n)",
+                    soft, config.max_connections, wanted)
 
 
 def held_signals() -> Set[Any]:

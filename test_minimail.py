@@ -7516,7 +7516,20 @@ class Sessions(Case):
                         talk.listing()
                 self.dialog(talk, "C: %s\nS: -ERR\nS: closed" % verb)
             pop = self.dialog(node.pop3_address, "S: +OK\nC: USER b@x\nS: +OK\nC: PASS x\nS: +OK")
-            self.dialog(pop, ("C: NOOP\nS: +OK\n" * 6 + "C: STAT\nS: +OK\n") * 5)
+            for _ in range(3):
+                self.dialog(pop, "C: NOOP\nS: +OK\n" * 6 + "C: RETR 1\nS: +OK")
+                pop.listing()
+            self.dialog(pop, "C: NOOP\nS: +OK\nC: RETR 7\nS: -ERR\n" * 5 + "C: STAT\nS: -ERR\nS: closed")
+
+    def test_refused_mail_leads_nowhere_either(self):
+        with mock.patch.object(minimail, "MAX_IDLE_COMMANDS", 10), mock.patch.object(minimail, "MAX_RECIPIENTS", 1):
+            node = self.node()
+            talk = self.talk(node.smtp_address)                 # its EHLO is the first of ten
+            self.dialog(talk, "C: MAIL FROM:<a@x> SIZE=99999999999\nS: 552\n" * 9 + "C: NOOP\nS: 421 4.7.0\nS: closed")
+            begun = "C: MAIL FROM:<a@x>\nS: 250\nC: RCPT TO:<b@x>\nS: 250\n"
+            for again in ("C: RCPT TO:<c@x>\nS: 452\n", "C: BDAT 0\nS: 250\n"):
+                talk = self.talk(node.smtp_address)
+                self.dialog(talk, begun + again * 10 + "C: RSET\nS: 421 4.7.0\nS: closed")
 
     def test_secrets_are_written_nowhere(self):
         node = self.node(accounts={"bob@example.org": "HUSHbob"}, domain="example.org", transcripts=True)
@@ -8806,8 +8819,9 @@ class Nodes(Case):
         with mock.patch.object(minimail, "check_password", side_effect=lambda password, record: False) as checks:
             for talk in talks:
                 talk.send("AUTH PLAIN %s\r\n" % plain("bob@example.org", "wrong"))
-            self.assertLessEqual({talk.reply()[:3] for talk in talks}, {"535", "421"})
+            answers = [talk.reply()[:3] for talk in talks]
         self.assertEqual(checks.call_count, minimail.LOGIN_FAILURES)
+        self.assertEqual((answers.count("535"), answers.count("421")), (10, 15), "who is not looked at is told so")
 
     def test_several_nodes_and_many_clients(self):
         nodes = [self.node() for _ in range(3)]

@@ -1,1704 +1,599 @@
-"""minimail among those who mean it no good, and with the real programs of those who may come in.
+"""What a stranger's message, query or line costs: no more than it weighs.
 
     python3 .ci/check_hostile.py [-v] [Class[.test]]
-    FUZZ_SECONDS=60 FUZZ_SEED=7 python3 .ci/check_hostile.py Fuzz
+    FUZZ_SEED=7 FUZZ_SHAPES=200 python3 .ci/check_hostile.py Costs.test_made_up
 
-After every attack: no traceback in the log, no control character either; threads, descriptors and drafts are as before; and
-an ordinary message goes through. All traffic stays on this machine's loopback and in namespaces that netlab.py makes.
+A shape is a function of n that returns about n bytes. Each is sent, listed, searched, viewed, fetched and asked for at n
+and at 4n: CPU and memory may grow as the shape does, with a margin, and no other client waits for it. The patterns of
+the file and of its page meet strings that are derived from themselves.
 """
-# time limit: 300
-import base64
-import concurrent.futures
+# time limit: 150
+import ast
 import contextlib
+import http.client
+import json
 import os
-import pwd
 import random
 import re
-import resource
-import select
 import shutil
-import signal
-import smtplib
-import socket
-import ssl
-import stat
-import struct
-import subprocess
 import sys
-import threading
 import time
 import unittest
-from pathlib import Path
+import urllib.parse
 
+import check_fair
+import check_web
 import lab
-import netlab
-from check_clients import message
-from check_network import accounts
 
-ANN, BOB = "ann@a.test", "bob@a.test"
-PASSWORD = "open sesame"                # check_network.accounts() gives it to all
-TEAM = "team@a.test"                    # an alias to ann
-NAMES = ("mx.a.test", "localhost")      # in the certificate
-ORDINARY_USER = "nobody"
-SERVER, STRANGER = netlab.HOSTS["a"][0], netlab.HOSTS["stranger"][0]
-IDLE_THREADS = 8                        # what the pool may keep for the next clients
-SEED = int(os.environ.get("FUZZ_SEED", "4"))
-FUZZ_SECONDS = float(os.environ.get("FUZZ_SECONDS", "20"))
+try:
+    from re import _parser as parser
+except ImportError:                     # before Python 3.11
+    import sre_parse as parser
 
-
-def setUpModule():
-    """A certificate for all nodes, and room for many sockets in this process."""
-    global certificate, tls_options, trusting, home
-    stack = contextlib.ExitStack()
-    unittest.addModuleCleanup(stack.close)
-    home = stack.enter_context(lab.folder())
-    certificate = netlab.make_certificate(home, *NAMES)
-    tls_options = ("--tls-cert", certificate[0], "--tls-key", certificate[1], "--smtps", "127.0.0.1:0",
-                   "--pop3s", "127.0.0.1:0")
-    trusting = ssl.create_default_context(cafile=str(certificate[0]))
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft < 4096:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (4096 if hard == resource.RLIM_INFINITY else min(4096, hard), hard))
+SMALL = 48 << 10                        # n, in bytes
+TIMES = 4
+MARGIN = 2                              # linear is 4 times as much for 4n; quadratic is 16 times
+CPU_FLOOR = 0.02                        # seconds: less is noise
+MEMORY = 24                             # bytes held for a byte of a message, while it is looked at, and ...
+MEMORY_FLOOR = 24 << 20                 # ... what the node may take beside that
+SEED = int(os.environ.get("FUZZ_SEED", "11"))
+MADE_UP = int(os.environ.get("FUZZ_SHAPES", "24"))
 
 
-# A node, and what it costs
+# Shapes: each a function of n
 
-class Node(lab.Node):
-    """A minimail whose data folder `before(node)` prepares, started through `wrapper`, its place belonging to `owner`."""
-
-    def __init__(self, *options, before=None, wrapper=(), owner=None, **more):
-        super().__init__(*options, **more)
-        self.before, self.wrapper, self.owner = before, list(wrapper), owner
-
-    def command(self, *words):
-        return [*self.wrapper, *super().command(*words)]
-
-    def start(self):
-        if self.before and not self.data.exists():
-            self.data.mkdir(0o700)
-            self.before(self)
-        if self.owner:
-            for path in (self.place, *self.place.rglob("*")):
-                shutil.chown(path, self.owner)
-        super().start()
-        for name in ("smtps", "pop3s"):
-            setattr(self, name, self.listening.get(name, [None])[0])
-
-    def stop(self, seconds=12):
-        super().stop(seconds)
-        check_log(self)
-
-    def run(self, *words, stdin=b"", expect=0):
-        """Run a command of minimail on this node's data."""
-        return lab.run(super().command(*words), stdin, environment=self.environment, expect=expect)
+def header(name, unit, before=b"", after=b""):
+    """A header field that repeats `unit`."""
+    first = b"Subject: shape\r\n" if name != b"Subject" else b""
+    return lambda n: first + name + b": " + before + unit * (n // len(unit)) + \
+        after + b"\r\n\r\nbody\r\n"
 
 
-def with_accounts(*addresses, aliases=(TEAM + ": " + ANN,)):
-    """Return a preparation of a node: these accounts and aliases."""
-    return lambda node: accounts(*addresses, aliases=aliases)(node.data)
+def headers(line):
+    """A header of many lines; %d is their number."""
+    return lambda n: b"".join(line % i if b"%d" in line else line for i in range(n // len(line))) + b"\r\nbody\r\n"
 
 
-def check_log(node):
-    """No traceback and no raw control character in what a node has logged since the last look."""
-    content = (node.place / "stderr").read_bytes()
-    node.log_seen, begin = len(content), getattr(node, "log_seen", 0)
-    text = content[begin:].decode("utf-8")          # a log that is no UTF-8 fails here
-    assert "Traceback" not in text, "minimail met what it did not expect:\n%s" % text[-6000:]
-    found = re.search("[\0-\x09\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]", text)
-    assert not found, "a raw control character in the log: %r" % text[max(0, found.start() - 200):found.end() + 20]
+def body(unit, type=b"text/plain", before=b"", after=b"", more=b""):
+    """A body that repeats `unit`."""
+    return lambda n: b"Subject: shape\r\nMIME-Version: 1.0\r\nContent-Type: " + type + b"\r\n" + more + b"\r\n" + before + \
+        unit * (n // len(unit)) + after + b"\r\n"
 
 
-def threads(node):
-    return int(status(node.process.pid)["Threads"])
+def nested(n):
+    """Multiparts within multiparts."""
+    depth = n // 75
+    begin = b"".join(b'Content-Type: multipart/mixed; boundary="b%d"\r\n\r\n--b%d\r\n' % (i, i) for i in range(depth))
+    return b"MIME-Version: 1.0\r\n" + begin + b"\r\nx\r\n"
 
 
-def descriptors(node):
-    return len(os.listdir("/proc/%d/fd" % node.process.pid))
+def attached(n):
+    """Parts side by side, each with a name of its own."""
+    part = b'--b\r\nContent-Type: image/png; name="%06d.png"\r\nContent-ID: <c%06d>\r\n\r\nx\r\n'
+    return b"MIME-Version: 1.0\r\nContent-Type: multipart/related; boundary=b\r\n\r\n" + \
+        b"".join(part % (i, i) for i in range(n // len(part))) + b"--b--\r\n"
 
 
-def drafts(node):
-    """Return the files of messages that are not whole, and of writes that did not end."""
-    found = [path for path in node.data.rglob("*") if path.parent.name == "tmp" or path.name.endswith(".tmp")]
-    return [path for path in found if not path.is_dir()]
+def cids(n):
+    """An image that is shown again and again."""
+    return b"MIME-Version: 1.0\r\nContent-Type: multipart/related; boundary=b\r\n\r\n--b\r\n" + \
+        b"Content-Type: text/html\r\n\r\n" + \
+        b'<img src="cid:a">' * (n // 34) + b"\r\n--b\r\nContent-Type: image/png\r\nContent-ID: <a>\r\n\r\n" + \
+        b"x" * (n // 2) + b"\r\n--b--\r\n"
 
 
-def held(node):
-    """Return what a node has open, and its drafts, for a failure's text."""
-    folder, found = Path("/proc/%d/fd" % node.process.pid), [str(path) for path in drafts(node)[:5]]
-    for descriptor in sorted(folder.iterdir()):
-        with contextlib.suppress(OSError):
-            found.append("%s %s" % (descriptor.name, os.readlink(descriptor)))
-    sockets = re.findall(r"socket:\[(\d+)\]", "\n".join(found))
-    table = Path("/proc/%d/net/tcp" % node.process.pid).read_text().splitlines()
-    return found + [line for line in table if line.split()[9] in sockets]
+def charsets(n):
+    """Encoded words, each in a charset that nobody knows."""
+    return b"Subject: " + b"\r\n ".join(b"=?x-%06d?q?a?=" % i for i in range(n // 20)) + b"\r\n\r\nx\r\n"
 
 
-def memory(node):
-    """Return the resident memory in bytes."""
-    return int(status(node.process.pid)["VmRSS"].split()[0]) * 1024
+SHAPES = {
+    "encoded words that do not end": header(b"Subject", b"=?a?q?x"),
+    "encoded words": header(b"Subject", b"=?utf-8?b?YWJj?= "),
+    "half an encoded word": header(b"Subject", b"x", b"=?utf-8?q?"),
+    "question marks": header(b"Subject", b"?="),
+    "blanks": header(b"Subject", b" ", b"x", b"x"),
+    "folded lines": header(b"Subject", b"\r\n x"),
+    "folded blanks": header(b"Subject", b"\r\n  "),
+    "charsets": charsets,
+    "addresses": header(b"To", b"a@b.example, "),
+    "groups": header(b"To", b"a:b;,"),
+    "open groups": header(b"To", b"a:b"),
+    "parentheses": header(b"To", b"("),
+    "closed parentheses": header(b"To", b"()"),
+    "quotes": header(b"To", b'"'),
+    "angles": header(b"To", b"<"),
+    "routes": header(b"To", b"<@a,@b:c@d>"),
+    "backslashes": header(b"To", b'\\"', b'"'),
+    "ats": header(b"To", b"@"),
+    "dots": header(b"From", b"."),
+    "parameters": header(b"Content-Type", b'; a="b"', b"text/plain"),
+    "quotes in parameters": header(b"Content-Type", b'";', b'text/plain; name="'),
+    "continued parameters": lambda n: b"Content-Disposition: attachment" + b"".join(
+        b";\r\n name*%d*=a%%20" % i for i in range(n // 20)) + b"\r\n\r\nx\r\n",
+    "a boundary": header(b"Content-Type", b"b", b'multipart/mixed; boundary="', b'"'),
+    "names without a colon": headers(b"x\r\n"),
+    "many fields": headers(b"X-%d: y\r\n"),
+    "many Received": headers(b"Received: x\r\n"),
+    "colons": headers(b":\r\n"),
+    "references": header(b"References", b"<a@b> "),
+    "date": header(b"Date", b"1 "),
+    "tags": header(b"X-Tags", b"a,"),
+    "unsubscribe": header(b"List-Unsubscribe", b"<mailto:a>,"),
+    "multiparts in multiparts": nested,
+    "parts": attached,
+    "delimiters": body(b"--b\r\n", b"multipart/mixed; boundary=b"),
+    "almost delimiters": body(b"--", b"multipart/mixed; boundary=b"),
+    "messages in messages": body(b"Content-Type: message/rfc822\r\n\r\n", b"message/rfc822"),
+    "an image again and again": cids,
+    "line ends": body(b"\r\n"),
+    "carriage returns": body(b"\r"),
+    "punycode": body(b"a-", b"text/plain; charset=punycode"),
+    "UTF-7": body(b"+AG", b"text/plain; charset=utf-7"),
+    "escapes": body(b"\x1b$B", b"text/plain; charset=iso-2022-jp"),
+    "base64 of nothing": body(b"=", more=b"Content-Transfer-Encoding: base64\r\n"),
+    "quoted-printable blanks": body(b" ", more=b"Content-Transfer-Encoding: quoted-printable\r\n"),
+    "quoted-printable": body(b"=\r\n", more=b"Content-Transfer-Encoding: quoted-printable\r\n"),
+    "format flowed": body(b"> \r\n", b"text/plain; format=flowed; delsp=yes"),
+    "quotations": body(b">"),
+    "links": body(b"http://a.example "),
+    "a long link": body(b"a.", before=b"http://"),
+    "ats in text": body(b"a@"),
+    "HTML: open tags": body(b"<a", b"text/html"),
+    "HTML: nested": body(b"<b>", b"text/html"),
+    "HTML: tables": body(b"<table><tr><td>", b"text/html"),
+    "HTML: attributes": body(b" a=b", b"text/html", b"<p", b">"),
+    "HTML: quotes": body(b"<a b='", b"text/html"),
+    "HTML: comments": body(b"<!--", b"text/html"),
+    "HTML: almost comments": body(b"<!-- --", b"text/html"),
+    "HTML: entities": body(b"&amp;", b"text/html"),
+    "HTML: open entities": body(b"&", b"text/html"),
+    "HTML: scripts": body(b"<script>", b"text/html"),
+    "HTML: styles": body(b"<style>a{", b"text/html"),
+    "HTML: urls": body(b"url(", b"text/html", b"<p style='", b"'>"),
+    "HTML: sources": body(b"<img src=cid:", b"text/html"),
+    "HTML: blanks": body(b" ", b"text/html", b"<a", b">"),
+    "HTML: slashes": body(b"</", b"text/html"),
+    "HTML: metas": body(b"<meta charset", b"text/html"),
+    "HTML: doctypes": body(b"<!doctype ", b"text/html"),
+    "calendar": body(b'A;B="c":d\r\n', b"text/calendar; method=REQUEST", b"BEGIN:VCALENDAR\r\n"),
+    "calendar folds": body(b"\r\n ", b"text/calendar; method=REQUEST", b"BEGIN:VCALENDAR\r\nSUMMARY:"),
+    "uuencoded": body(b"begin 644 a\r\n"),
+    "8-bit": body(b"\xff\xfe", b"text/plain; charset=utf-16"),
+}
+
+QUERIES = {
+    "words": "a ", "phrases": '"a" ', "open quotes": '"', "negations": "-", "colons": "from:", "operators": "subject:x ",
+    "texts": "text:zz ", "wildcards": "*", "dates": "before:2020-01-01 ", "headers": "header:X=y ", "parentheses": "(",
+    "escapes": "%5C", "wide": "\U0001f600",
+}
 
 
-def status(pid):
-    """Return the fields of /proc/PID/status."""
-    lines = Path("/proc/%s/status" % pid).read_text().splitlines()
-    return {name: value.strip() for name, _, value in (line.partition(":") for line in lines)}
+# Shapes that nobody thought of
+
+WORDS = {
+    "header": ["=?", "?=", "?q?", "?b?", "utf-8", "iso-2022-jp", " ", "\t", "\r\n ", '"', "\\", "(", ")", "<", ">", "@", ",",
+               ";", ":", ".", "=", "*", "'", "%", "a", "b.example", "a@b.example", "*0*", "name", "boundary", "\x7f",
+               "\u00e9", "[", "]",
+               "0", "1 Jan"],
+    "html": ["<", ">", "/", "=", '"', "'", "<a", "</a>", "<p>", "<!--", "-->", "<![CDATA[", "]]>", "<style>", "</style>",
+             "<script", "<svg>", "<math>", "<template>", "<select>", "href=", "src=", "style=", "cid:a", "url(", ")",
+             "&", "&#", "&lt;",
+             ";", " ", "http://a", "<table>", "<td>", "<form>", "<base ", "<meta ", "<link ", "\n", "\0", "@import"],
+    "text": ["http://", "www.", "a.example", "@", ">", "> ", "\r\n", " ", "-- \r\n", "=\r\n", "=3D", "=", "+AG", "\x1b$B",
+             "\x1b(B", "--b", "--b\r\n", "--b--", "begin 644 a\r\n", "end\r\n", "From ", ".", "\r", "\t", "(", ")", "<", ">"],
+}
+FIELDS = ["Subject", "From", "To", "Cc", "Reply-To", "Date", "Message-ID", "References", "Content-Type", "Content-Disposition",
+          "Content-ID", "Content-Transfer-Encoding", "List-Unsubscribe", "Received", "X-Tags", "MIME-Version", "Resent-To"]
+TYPES = ["text/plain", "text/html", "text/plain; format=flowed", "text/calendar", "multipart/mixed; boundary=b",
+         "message/rfc822", "multipart/alternative; boundary=b", "text/html; charset=iso-2022-jp",
+         "text/x-unknown; charset=utf-7"]
+ENCODINGS = ["7bit", "8bit", "quoted-printable", "base64", "x-uuencode"]
 
 
-# Clients
-
-class Raw:
-    """A client that says exactly what it is told, and reads one reply at a time."""
-
-    def __init__(self, address, tls=False, seconds=15, greeted=True):
-        self.sock = socket.create_connection(address, seconds)
-        self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self.buffer = b""
-        try:
-            if tls:
-                self.start_tls()
-            self.greeting = self.reply() if greeted else ""
-        except BaseException:
-            self.sock.close()
-            raise
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.sock.close()
-
-    def start_tls(self):
-        assert not self.buffer, "said before the handshake: %r" % self.buffer
-        self.sock = trusting.wrap_socket(self.sock, server_hostname=NAMES[0])
-
-    def send(self, *pieces):
-        self.sock.sendall(b"".join(pieces))
-
-    def line(self):
-        """Return the next line with its end, b"" at the end of the connection."""
-        while b"\n" not in self.buffer:
-            block = self.sock.recv(65536)
-            if not block:
-                return b""
-            self.buffer += block
-        line, _, self.buffer = self.buffer.partition(b"\n")
-        return line + b"\n"
-
-    def reply(self):
-        """Return the next reply as text: all lines of an SMTP reply, one line of POP3; "" at the end of the connection."""
-        lines = [self.line()]
-        while re.match(rb"\d\d\d-", lines[-1]):
-            lines.append(self.line())
-        return b"".join(lines).decode("utf-8").replace("\r\n", "\n").rstrip("\n")
-
-    def ask(self, *commands):
-        """Send commands one after the other; return the last one's reply."""
-        for command in commands:
-            self.send(command if isinstance(command, bytes) else command.encode(), b"\r\n")
-            answer = self.reply()
-        return answer
-
-    def listing(self):
-        """Return the lines of a POP3 answer up to its dot."""
-        return list(iter(self.line, b".\r\n"))
-
-    def rest(self, seconds=15):
-        """Return what comes until the connection ends, a reset taken for an end too; AssertionError when it does not end."""
-        deadline = time.monotonic() + seconds
-        got, self.buffer = self.buffer, b""
-        while True:
-            self.sock.settimeout(max(0.001, deadline - time.monotonic()))
-            try:
-                block = self.sock.recv(65536)
-            except (ConnectionError, ssl.SSLError) as error:
-                if isinstance(error, socket.timeout) or "timed out" in str(error):
-                    raise AssertionError("still connected after %g seconds" % seconds) from None
-                return got
-            except socket.timeout:
-                raise AssertionError("still connected after %g seconds" % seconds) from None
-            if not block:
-                return got
-            got += block
-
-    def reset(self):
-        """End the connection as a crash does."""
-        self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        self.sock.close()
+def made_up(chance):
+    """Return (what it is, shape): something repeated, somewhere in a message."""
+    kind = chance.choice(sorted(WORDS))
+    unit = "".join(chance.choice(WORDS[kind]) for _ in range(chance.randint(1, 4)))
+    before = "".join(chance.choice(WORDS[kind]) for _ in range(chance.randint(0, 3)))
+    after = "".join(chance.choice(WORDS[kind]) for _ in range(chance.randint(0, 2)))
+    pieces = [piece.encode() for piece in (unit, before, after)]
+    if kind == "header":
+        field = chance.choice(FIELDS)
+        return "%s: %r + %r... + %r" % (field, before, unit, after), header(field.encode(), *pieces)
+    type = "text/html" if kind == "html" else chance.choice(TYPES)
+    encoding = chance.choice(ENCODINGS)
+    return "%s, %s: %r + %r... + %r" % (type, encoding, before, unit, after), body(
+        pieces[0], type.encode(), *pieces[1:], more=b"Content-Transfer-Encoding: %s\r\n" % encoding.encode())
 
 
-def client_hello():
-    """Return the first bytes of a TLS handshake."""
-    outgoing = ssl.MemoryBIO()
-    with contextlib.suppress(ssl.SSLWantReadError):
-        trusting.wrap_bio(ssl.MemoryBIO(), outgoing, server_hostname=NAMES[0]).do_handshake()
-    return outgoing.read()
+# What they cost
 
-
-def at_once(functions):
-    """Run functions in threads of their own; return their results, or raise the first one's exception."""
-    functions = list(functions)
-    with concurrent.futures.ThreadPoolExecutor(len(functions)) as pool:
-        return [future.result() for future in [pool.submit(function) for function in functions]]
-
-
-def plain(text):
-    """Return AUTH PLAIN's response in base64; a bar stands for NUL."""
-    return base64.b64encode(text.replace("|", "\0").encode())
-
-
-def name_and_password(name=ANN, password=PASSWORD):
-    return plain("|%s|%s" % (name, password))
-
-
-class Case(unittest.TestCase):
+class Costs(unittest.TestCase):
 
     maxDiff = None
 
+    @classmethod
+    def setUpClass(cls):
+        stack = contextlib.ExitStack()
+        cls.addClassCleanup(stack.close)
+        cls.node = stack.enter_context(lab.Node("--web", "127.0.0.1:0", "--no-sync", "--max-size", "20M"))
+        cls.web = cls.node.listening["web"][0]
+        cls.clock = (~cls.node.process.pid << 3) | 2    # the CPU clock of another process (clock_getcpuclockid(3))
+        cls.serial = 0
+        cls.worst = {}
+        for _ in range(3):                          # what is imported at first use is no shape's fault
+            cls("test_shapes").costs(body(b"an ordinary line of text\r\n")(SMALL))
+
+    @classmethod
+    def tearDownClass(cls):
+        lines = ["%-8s %5.2f s  %s" % (entrance, seconds, name) for entrance, (seconds, name) in cls.worst.items()]
+        print("\nthe dearest of %d kB:\n%s" % (TIMES * SMALL >> 10, "\n".join(lines)), file=sys.stderr)
+
+    # The entrances.
+
+    def get(self, path, method="GET", given=None):
+        connection = http.client.HTTPConnection(*self.web, timeout=60)
+        try:
+            connection.request(method, path, given)
+            answer = connection.getresponse()
+            data = answer.read()
+            self.assertIn(answer.status, (200, 400, 404, 413, 414, 431), (path[:80], data[:300]))
+            return data
+        finally:
+            connection.close()
+
+    def deliver(self, content):
+        """Send a message to a mailbox of its own; return the address."""
+        type(self).serial += 1
+        address = "box%d@a.test" % self.serial
+        content = re.sub(rb"(?m)^\.", b"..", content)
+        with check_fair.Client(self.node.smtp) as client:
+            for line in ("EHLO x", "MAIL FROM:<a@b.example>", "RCPT TO:<%s>" % address, "DATA"):
+                client.ask(line)
+            client.send(content + b"\r\n.\r\n")
+            answer = client.reply()
+        self.assertRegex(answer, rb"^(250|554 5.4.6)", content[:100])
+        return address if answer.startswith(b"250") else None
+
+    def fetch(self, address):
+        with check_fair.Client(self.node.pop3) as client:
+            client.ask("USER " + address)
+            client.ask("PASS x")
+            for command in (b"TOP 1 5", b"RETR 1"):
+                client.send(command + b"\r\n")
+                client.answer()
+            client.ask("QUIT")
+
+    def costs(self, content):
+        """Return {entrance: (seconds of CPU, bytes of memory at the peak)} for a message; it is gone afterwards."""
+        address, found = None, {}
+
+        def ask(name, function):
+            nonlocal address
+            with open("/proc/%d/clear_refs" % self.node.process.pid, "w") as file:
+                file.write("5")                     # the peak begins here
+            before, began = self.memory("VmRSS"), time.clock_gettime(self.clock)
+            value = function()
+            found[name] = time.clock_gettime(self.clock) - began, self.memory("VmHWM") - before
+            return value
+        address = ask("SMTP", lambda: self.deliver(content))
+        if address:
+            ask("list", lambda: self.get("/api/v1/messages?limit=50"))
+            ask("search", lambda: self.get("/api/v1/search?query=" + urllib.parse.quote("text:zzzz subject:yyy to:box")))
+            ask("view", lambda: (self.get("/view/latest.html"), self.get("/view/latest.txt")))
+            data = ask("API", lambda: self.get("/api/v1/message/latest"))
+            id = json.loads(data)["ID"]
+            ask("parts", lambda: [self.get("/api/v1/message/%s/%s" % (id, what)) for what in (
+                "headers", "raw", "session", "part/1", "part/2", "html-check", "link-check")])
+            ask("POP3", lambda: self.fetch(address))
+            self.get("/api/v1/messages", "DELETE")
+        return found
+
+    def memory(self, name):
+        with open("/proc/%d/status" % self.node.process.pid) as file:
+            return int(re.search(name + r":\s*(\d+)", file.read()).group(1)) << 10
+
+    # What is asserted.
+
+    def problems(self, name, shape):
+        """Return what grows faster than a shape does."""
+        small, large = shape(SMALL), shape(TIMES * SMALL)
+        growth = max(1.0, len(large) / max(1, len(small)))
+        found = []
+        few, many = self.costs(small), self.costs(large)
+        for entrance in set(few) & set(many):
+            (seconds, _), (more, peak) = few[entrance], many[entrance]
+            if more > self.worst.get(entrance, (0.0, ""))[0]:
+                self.worst[entrance] = more, name
+            if more > MARGIN * growth * max(CPU_FLOOR, seconds):
+                found.append("%s: %s: %.3f s of CPU for %d kB, %.3f s for %d kB" % (
+                    name, entrance, seconds, len(small) >> 10, more, len(large) >> 10))
+            if peak > MEMORY * len(large) + MEMORY_FLOOR:
+                found.append("%s: %s: %d MB of memory for a message of %d kB" % (name, entrance, peak >> 20, len(large) >> 10))
+        return found
+
+    def check(self, shapes):
+        """No shape costs more than it weighs, twice over: what the machine's noise did once it will not do again."""
+        found = []
+        for name, shape in shapes:
+            with contextlib.suppress(IndexError):
+                if self.problems(name, shape):
+                    found += self.problems(name, shape)
+        self.assertEqual(found, [], "\n" + "\n".join(found))
+        self.assertNotIn("Traceback", self.node.log())
+
+    def test_shapes(self):
+        self.check(SHAPES.items())
+
+    def test_made_up(self):
+        """Shapes from the grammar of headers, encoded words, MIME and HTML, by chance."""
+        chance = random.Random(SEED)
+        self.check([made_up(chance) for _ in range(MADE_UP)])
+
+    def test_queries(self):
+        """A search costs what it and the mail weigh, whatever is asked for."""
+        for number in range(20):
+            self.deliver(body(b"an ordinary line of text\r\n")(5000 + number))
+        found = []
+        for name, unit in QUERIES.items():
+            for path in ("/api/v1/search?query=", "/api/v1/wait?timeout=0.01&query="):
+                for _ in range(2):
+                    costs = []
+                    for size in (3000, 12000):
+                        began = time.clock_gettime(self.clock)
+                        self.get(path + urllib.parse.quote((unit * (size // len(unit))).rstrip()))
+                        costs.append(time.clock_gettime(self.clock) - began)
+                    if costs[1] <= MARGIN * TIMES * max(CPU_FLOOR, costs[0]):
+                        break
+                else:
+                    found.append("%s, %s: %.3f s of CPU for a query of 3 kB, %.3f s for 12 kB" % (path[:14], name, *costs))
+        self.get("/api/v1/messages", "DELETE")
+        self.assertEqual(found, [], "\n" + "\n".join(found))
+
+    def test_nobody_waits(self):
+        """The dearest shapes, looked at again and again, hold up nobody."""
+        check_fair.node = self.node
+        names = {name for _, name in self.worst.values()} & set(SHAPES) or set(sorted(SHAPES)[::9])
+        usual = check_fair.waits_beside(lambda: [self.costs(body(b"an ordinary line\r\n")(1 << 20)) for _ in range(3)])
+        for name in sorted(names):
+            content = SHAPES[name](1 << 20)
+            for _ in range(3):
+                waits = check_fair.waits_beside(lambda: self.costs(content))  # noqa: B023
+                if max(waits) <= 3 * max(check_fair.FLOOR, *usual):
+                    break
+            else:
+                self.fail("%s: NOOP waited %s s, beside ordinary mail %s s" % (name, waits, usual))
+
+
+# The page
+
+class Page(unittest.TestCase):
+    """What the page's script does with a message, in a browser."""
+
+    SMALL = 24 << 10
+    FLOOR = 0.15                                    # seconds: a browser is never still
+
+    @unittest.skipUnless(shutil.which("chromedriver"), "chromedriver is not installed: run .ci/install.sh first")
+    def test_shapes(self):
+        Costs.node = self.node = self.enter(lab.Node("--web", "127.0.0.1:0", "--no-sync"))
+        Costs.web, Costs.serial = self.node.listening["web"][0], 0
+        self.costs = Costs("test_shapes")
+        self.browser = check_web.Browser()
+        self.addCleanup(self.browser.close)
+        self.browser.call("POST", "", cmd="Performance.enable")
+        found = []
+        for name in ("encoded words", "addresses", "groups", "parts", "many fields", "links", "a long link", "ats in text",
+                     "quotations", "HTML: open tags", "HTML: nested", "HTML: quotes", "HTML: entities", "HTML: sources",
+                     "line ends", "calendar"):
+            for _ in range(2):                      # what the machine's noise did once it will not do again
+                few, many = (self.seconds(SHAPES[name](size)) for size in (self.SMALL, TIMES * self.SMALL))
+                if many <= MARGIN * TIMES * max(self.FLOOR, few):
+                    break
+            else:
+                found.append("%s: %.2f s in the browser for %d kB, %.2f s for four times as much" % (
+                    name, few, self.SMALL >> 10, many))
+        self.assertEqual(found, [], "\n" + "\n".join(found))
+
     def enter(self, context):
-        """Enter a context manager until the end of the test."""
         stack = contextlib.ExitStack()
         self.addCleanup(stack.close)
         return stack.enter_context(context)
 
-    def deliver(self, node, recipient="bob@a.test", seconds=5.0):
-        """Send an ordinary message; it must be answered soon and be there."""
-        before, began = set(node.stored(recipient)), time.monotonic()
-        with smtplib.SMTP(*node.smtp, "client.example", 15) as client:
-            self.assertEqual(client.sendmail("ann@example.org", [recipient], message("ordinary", b"Hello\r\n")), {})
-        self.assertLess(time.monotonic() - began, seconds, "an ordinary message waited too long")
-        self.assertEqual(len(set(node.stored(recipient)) - before), 1)
-
-    def level(self, node):
-        """Return (threads, descriptors, drafts) of a node that has seen some clients."""
-        def one():
-            with Raw(node.smtp) as client:
-                client.ask("NOOP", "QUIT")
-        at_once([one] * 8)
-        self.deliver(node)
-        return lab.until(lambda: self.at_rest(node), 10, "a node at rest")
-
-    def at_rest(self, node):
-        with Raw(node.smtp) as client:  # threads that are no longer needed notice so when they have served somebody
-            client.ask("QUIT")
-            client.rest()
-        level = threads(node), descriptors(node), len(drafts(node))
-        return level if level == (threads(node), descriptors(node), len(drafts(node))) else None
-
-    def assert_back(self, node, before, seconds=15):
-        """A node must come back to where it was before, and serve."""
-        now = None
-
-        def is_back():
-            nonlocal now
-            now = self.at_rest(node) or (1 << 20,) * 3
-            return now[0] <= before[0] + IDLE_THREADS and now[1] <= before[1] and now[2] <= before[2]
-        try:
-            lab.until(is_back, seconds)
-        except AssertionError:
-            self.fail("(threads, descriptors, drafts) were %s, are %s:\n%s" % (before, now, "\n".join(held(node))))
-        self.assertIsNone(node.process.poll())
-        self.deliver(node)
-        check_log(node)
-
-
-# Those who may come in
-
-class Accounts(Case):
-
-    def test_commands(self):
-        """add, passwd, remove, list; passwords from standard input; nothing but a hash on disk."""
-        with lab.folder() as place:
-            def user(*words, password=b"", expect=0):
-                process = subprocess.run([sys.executable, str(lab.MINIMAIL), "--data", place / "data", "user", *words],
-                                         input=password, capture_output=True, timeout=30)
-                self.assertEqual(process.returncode, expect, process)
-                self.assertEqual(len(process.stderr.splitlines()), 1 if expect else 0, process.stderr)
-                self.assertNotIn(b"Traceback", process.stderr)
-                return process.stdout.decode()
-            user("add", "Ann@A.test", "--password-stdin", password=b"first\n")
-            user("add", BOB, "--password-stdin", password="pässword".encode())
-            self.assertEqual(user("list"), "ann@a.test\nbob@a.test\n")
-            users = place / "data" / "users"
-            before = users.read_text()
-            user("add", ANN, "--password-stdin", password=b"again\n", expect=1)
-            user("add", "carol@a.test", "--password-stdin", password=b"\n", expect=1)
-            user("passwd", "dave@a.test", "--password-stdin", password=b"x\n", expect=1)
-            user("remove", "dave@a.test", expect=1)
-            user("add", "carol", "--password-stdin", password=b"x\n", expect=2)
-            user("add", "carol@a.test\nx@a.test", "--password-stdin", password=b"x\n", expect=2)
-            self.assertEqual(users.read_text(), before)
-            user("passwd", ANN, "--password-stdin", password=b"second\n")
-            self.assertNotEqual(users.read_text(), before)
-            self.assertNotIn("second", users.read_text())
-            user("remove", BOB)
-            self.assertEqual(user("list"), "ann@a.test\n")
-            self.assertRegex(users.read_text(), r"\Aann@a\.test:\$(scrypt|pbkdf2)\$[^:]*\n\Z")
-            self.assertEqual(stat.S_IMODE(users.stat().st_mode), 0o600)
-            self.assertEqual([path.name for path in users.parent.glob("users?*")], [])
-
-    def test_changes_reach_a_running_node(self):
-        with Node("--domain", "a.test", before=with_accounts(ANN)) as node:
-            def may_enter(password, name=ANN):
-                with Raw(node.pop3) as client:
-                    return client.ask("USER " + name, "PASS " + password).startswith("+OK")
-            self.assertTrue(may_enter(PASSWORD))
-            node.run("user", "passwd", ANN, "--password-stdin", stdin=b"new one\n")
-            lab.until(lambda: may_enter("new one"), 5)
-            self.assertFalse(may_enter(PASSWORD), "the old password is known no more, though it was cached")
-            node.run("user", "add", BOB, "--password-stdin", stdin=b"third\n")
-            lab.until(lambda: may_enter("third", BOB), 5)
-            node.run("user", "remove", ANN)
-            lab.until(lambda: not may_enter("new one"), 5)
-
-    def test_broken_line(self):
-        """A line that cannot be read is reported with its number, and locks nobody else out."""
-        def spoil(node):
-            accounts(ANN, BOB)(node.data)
-            ann, bob = (node.data / "users").read_text().splitlines()
-            (node.data / "users").write_bytes(b"# people\n%s\nrubbish \x1b[31m\xff\n%s\nx@a.test:plain\n" % (
-                ann.encode(), bob.encode()))
-        with Node("--domain", "a.test", before=spoil) as node:
-            for name in (ANN, BOB):
-                with Raw(node.pop3) as client:
-                    self.assertRegex(client.ask("USER " + name, "PASS " + PASSWORD), r"^\+OK")
-            for number, wanted in ((2, False), (3, True), (4, False), (5, True)):
-                self.assertEqual("users line %d:" % number in node.log(), wanted, node.log())
-
-
-class Programs(Case):
-    """Real programs with TLS, on loopback."""
-
-    @classmethod
-    def setUpClass(cls):
-        stack = contextlib.ExitStack()
-        cls.addClassCleanup(stack.close)
-        cls.node = stack.enter_context(Node("--domain", "a.test", "--hostname", "mx.a.test", *tls_options,
-                                            before=with_accounts(ANN, BOB)))
-        cls.place = stack.enter_context(lab.folder())
-        cls.environment = lab.clean_environment(cls.place)
-        cls.sample = message("over-tls", b"Hello Bob,\r\n.\r\n..\r\nbye\r\n")
-        (cls.place / "message").write_bytes(cls.sample)
-
-    def run_client(self, *command, stdin=b"", **more):
-        return lab.run(command, stdin, environment=self.environment, cwd=self.place, **more)
-
-    def assert_arrived(self, protocol, act):
-        """Do something that must deliver one message to bob, `with` this protocol in Received."""
-        before = set(self.node.stored(BOB))
-        act()
-        (new,) = set(self.node.stored(BOB)) - before
-        content = new.read_bytes()
-        self.assertRegex(content.partition(b"\r\n\r\n")[0].decode(), r"\r\n\tby mx\.a\.test with %s id " % protocol)
-        return content
-
-    def swaks(self, port, *more):
-        self.run_client("swaks", "--server", "localhost", "--port", port, "--from", ANN, "--to", BOB, "--helo",
-                        "client.example", "--tls-verify", "--tls-ca-path", certificate[0], *more)
-
-    def test_swaks(self):
-        self.assert_arrived("ESMTPS", lambda: self.swaks(self.node.smtp[1], "--tls"))
-        self.assert_arrived("ESMTPS", lambda: self.swaks(self.node.smtps[1], "--tls-on-connect"))
-        for kind in ("PLAIN", "LOGIN"):
-            words = ("--auth", kind, "--auth-user", ANN, "--auth-password", PASSWORD)
-            self.assert_arrived("ESMTPSA", lambda words=words: self.swaks(self.node.smtp[1], "--tls", *words))
-            self.assert_arrived("ESMTPSA", lambda words=words: self.swaks(self.node.smtps[1], "--tls-on-connect", *words))
-
-    def curl(self, scheme, port, path="", *more):
-        return self.run_client("curl", "-sS", "--ssl-reqd", "--cacert", certificate[0], "--resolve",
-                               "mx.a.test:%d:127.0.0.1" % port, "%s://mx.a.test:%d/%s" % (scheme, port, path), *more)
-
-    def test_curl(self):
-        words = ("--mail-from", ANN, "--mail-rcpt", BOB, "--upload-file", "message")
-        for scheme, port in (("smtp", self.node.smtp[1]), ("smtps", self.node.smtps[1])):
-            got = self.assert_arrived("ESMTPS", lambda scheme=scheme, port=port: self.curl(
-                scheme, port, "client.example", *words))
-            self.assertTrue(got.endswith(self.sample), got)
-            for kind in ("PLAIN", "LOGIN"):
-                log_in = ("--user", "%s:%s" % (ANN, PASSWORD), "--login-options", "AUTH=" + kind)
-                self.assert_arrived("ESMTPSA", lambda scheme=scheme, port=port, log_in=log_in: self.curl(
-                    scheme, port, "client.example", *log_in, *words))
-        stored = len(self.node.stored(BOB))
-        for scheme, port in (("pop3", self.node.pop3[1]), ("pop3s", self.node.pop3s[1])):
-            log_in = ("--user", "%s:%s" % (BOB, PASSWORD))
-            self.assertEqual(len(self.curl(scheme, port, "", *log_in).splitlines()), stored)
-            self.assertIn(b"Hello Bob,\r\n.\r\n", self.curl(scheme, port, str(stored), *log_in))
-
-    def test_wrong_certificate(self):
-        """The certificate is what keeps a client from the wrong server: curl refuses one for another name."""
-        with self.assertRaisesRegex(AssertionError, r"status (60|51)"):
-            self.run_client("curl", "-sS", "--ssl-reqd", "--cacert", certificate[0], "--resolve",
-                            "other.test:%d:127.0.0.1" % self.node.smtps[1], "smtps://other.test:%d/" % self.node.smtps[1])
-
-    def test_openssl_versions(self):
-        """TLS 1.2 and 1.3; what is older is refused, and not only because the client would not."""
-        weakest = ("-cipher", "DEFAULT@SECLEVEL=0")
-        roads = (("smtps",), ("pop3s",), ("smtp", "-starttls", "smtp"), ("pop3", "-starttls", "pop3"))
-        with self.old_server() as port:
-            self.assertRegex(self.s_client(port, "-tls1_1", *weakest), r"Protocol *: TLSv1\.1|New, TLSv1")
-        for name, *starttls in roads:
-            port = getattr(self.node, name)[1]
-            with self.subTest(name):
-                for version, words in (("TLSv1.2", ("-tls1_2",)), ("TLSv1.3", ("-tls1_3",))):
-                    told = self.s_client(port, *words, *starttls)
-                    self.assertRegex(told, r"New, %s, Cipher is [A-Z]" % version)
-                    self.assertIn("Verify return code: 0 (ok)", told)
-                for words in (("-tls1_1",), ("-tls1",)):
-                    told = self.s_client(port, *words, *weakest, *starttls, expect=1)
-                    self.assertRegex(told, r"alert protocol version|unsupported protocol|no protocols available")
-
-    @contextlib.contextmanager
-    def old_server(self):
-        """A server that takes TLS 1.1, to see that s_client would."""
-        port = lab.free_port()
-        process = lab.start(["openssl", "s_server", "-accept", port, "-cert", certificate[0], "-key", certificate[1],
-                             "-cipher", "DEFAULT@SECLEVEL=0", "-tls1_1", "-quiet"],
-                            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        try:
-            lab.until(lambda: lab.accepts(port), 10, "openssl s_server")
-            yield port
-        finally:
-            lab.end_group(process)
-
-    def s_client(self, port, *words, expect=0):
-        """Return what openssl's client says about a connection that ends with its standard input."""
-        process = subprocess.run(["openssl", "s_client", "-connect", "127.0.0.1:%d" % port, "-servername", NAMES[0],
-                                  "-CAfile", str(certificate[0]), "-verify_return_error", *words],
-                                 input=b"", capture_output=True, timeout=30, env=self.environment)
-        told = (process.stdout + process.stderr).decode(errors="replace")
-        self.assertEqual(process.returncode, expect, told)
-        return told
-
-    def test_fetchmail_stls(self):
-        before = len(self.node.stored(ANN))
-        with smtplib.SMTP(*self.node.smtp) as client:
-            client.sendmail(BOB, [ANN], self.sample)
-        self.assertEqual(len(self.node.stored(ANN)), before + 1)
-        into = self.place / "fetched"
-        into.mkdir()
-        settings = self.place / ".fetchmailrc"
-        settings.write_text("""poll localhost protocol pop3 port %d
-            user "%s" password "%s" sslproto "TLS1.2+" sslcertck sslcertfile "%s"
-            mda "cat >$(mktemp %s/XXXXXXXX)" fetchall norewrite nokeep
-            """ % (self.node.pop3[1], ANN, PASSWORD, certificate[0], into))
-        settings.chmod(0o600)
-        told = self.run_client("fetchmail", "-v", "-v", "--nosyslog", "--invisible", "--nodetach", "--pidfile",
-                               self.place / "fetchmail.pid").decode(errors="replace")
-        self.assertRegex(told, r"POP3> STLS")
-        self.assertEqual(self.node.stored(ANN), [])
-        contents = [path.read_bytes() for path in into.iterdir()]
-        self.assertEqual(len(contents), before + 1)
-        self.assertTrue(any(c.endswith(self.sample.replace(b"\r\n", b"\n")) for c in contents), contents)
-
-    def test_msmtp(self):
-        for kind in ("plain", "login"):
-            for port, starttls in ((self.node.smtp[1], "on"), (self.node.smtps[1], "off")):
-                words = ("msmtp", "--host=localhost", "--port=%d" % port, "--from=" + ANN, "--tls=on",
-                         "--tls-starttls=" + starttls, "--tls-trust-file=%s" % certificate[0], "--auth=" + kind,
-                         "--user=" + ANN, "--passwordeval=echo '%s'" % PASSWORD, "--domain=client.example", "--", BOB)
-                self.assert_arrived("ESMTPSA", lambda words=words: self.run_client(
-                    *words, stdin=self.sample.replace(b"\r\n", b"\n")))
-
-    def test_s_nail(self):
-        for kind in ("plain", "login"):
-            url = "smtp://%s:%s@localhost:%d" % (ANN.replace("@", "%40"), PASSWORD.replace(" ", "%20"), self.node.smtp[1])
-            words = ["v15-compat=yes", "mta=" + url, "smtp-auth=" + kind, "smtp-use-starttls", "tls-verify=strict",
-                     "tls-ca-file=%s" % certificate[0], "hostname=client.example", "sendwait", "DEAD=/dev/null"]
-            options = [part for word in words for part in ("-S", word)]
-            self.assert_arrived("ESMTPSA", lambda options=options: self.run_client(
-                "s-nail", "-n", *options, "-r", ANN, "-s", "From s-nail", BOB, stdin=b"Hello\n"))
-
-
-class Elsewhere(Case):
-    """Clients that come over a network: nothing of loopback's privileges holds for them."""
-
-    @classmethod
-    def setUpClass(cls):
-        stack = contextlib.ExitStack()
-        cls.addClassCleanup(stack.close)
-        cls.network = stack.enter_context(netlab.Network())
-        cls.peer = stack.enter_context(netlab.Peer(cls.network, "192.0.2.46"))
-        words = ("--domain", "a.test", "--hostname", "mx.a.test", "--route", "far.test=smtp://192.0.2.46:25")
-        cls.node = stack.enter_context(netlab.Node(
-            cls.network, "a", *words, "--tls-cert", certificate[0], "--tls-key", certificate[1], "--smtps", "0.0.0.0:465",
-            "--pop3s", "0.0.0.0:995", before=accounts(ANN, BOB, aliases=[TEAM + ": " + ANN])))
-        cls.bare = stack.enter_context(netlab.Node(cls.network, "b", *words, before=accounts(ANN)))
-        cls.addClassCleanup(lambda: check_log(cls.node))
-
-    def client(self, port=25, host="sender", address=SERVER, **more):
-        with self.network.inside(host):
-            return self.enter(Raw((address, port), **more))
-
-    def encrypted(self, host="sender"):
-        client = self.client(host=host)
-        client.ask("EHLO client.example", "STARTTLS")
-        client.start_tls()
-        return client
-
-    def test_no_log_in_without_tls(self):
-        for address in (SERVER, netlab.HOSTS["b"][0]):
-            client = self.client(address=address)
-            answer = client.ask("EHLO client.example")
-            self.assertNotIn("AUTH", answer)
-            self.assertEqual("STARTTLS" in answer, address == SERVER)
-            self.assertRegex(client.ask(b"AUTH PLAIN " + name_and_password()), "^538 5.7.11 ")
-            self.assertRegex(client.ask("AUTH LOGIN"), "^538 ")
-            client = self.client(110, address=address)
-            client.ask("CAPA")
-            words = [line.split()[0] for line in client.listing()]
-            self.assertNotIn(b"USER", words)
-            self.assertNotIn(b"SASL", words)
-            self.assertEqual(b"STLS" in words, address == SERVER)
-            self.assertRegex(client.ask("USER " + ANN), r"^-ERR \[AUTH\]")
-            self.assertRegex(client.ask("PASS " + PASSWORD), r"^-ERR ")
-            self.assertRegex(client.ask(b"AUTH PLAIN " + name_and_password()), r"^-ERR \[AUTH\]")
-            self.assertRegex(client.ask("STAT"), r"^-ERR ")
-
-    def test_log_in_with_tls(self):
-        client = self.encrypted()
-        answer = client.ask("EHLO client.example")
-        self.assertRegex(answer, r"(?m)^250.AUTH PLAIN LOGIN$")
-        self.assertNotIn("STARTTLS", answer)
-        self.assertRegex(client.ask(b"AUTH PLAIN " + name_and_password()), "^235 ")
-        client = self.client(995, tls=True)
-        self.assertRegex(client.ask(b"AUTH PLAIN " + name_and_password(BOB)), r"^\+OK")
-
-    def test_real_programs(self):
-        """swaks over STARTTLS sends to elsewhere once it has logged in; curl fetches by POP3 with TLS."""
-        swaks = self.network.command("sender", "swaks", "--server", SERVER, "--from", ANN, "--helo", "client.example",
-                                     "--to", "swaks@far.test", "--header", "Message-ID: <swaks@a.test>")
-        lab.run([*swaks, "--tls"], expect=24)       # no recipient accepted
-        lab.run([*swaks, "--auth", "PLAIN", "--auth-user", ANN, "--auth-password", PASSWORD], expect=28)
-        lab.run([*swaks, "--tls", "--auth", "LOGIN", "--auth-user", ANN, "--auth-password", PASSWORD])
-        lab.until(lambda: [m for m in self.peer.messages if m[1] == ["swaks@far.test"]], 20, "the message at its destination")
-        (sent,) = [m for m in self.peer.messages if m[1] == ["swaks@far.test"]]
-        self.assertEqual(sent[0], ANN)
-        self.assertRegex(sent[2].decode(), r"with ESMTPSA id ")
-        with smtplib_on(self.network, "sender") as client:
-            client.sendmail("x@y.test", [BOB], message("by-curl", b"Hello\r\n"))
-        number = 1 + [b"Subject: by-curl" in path.read_bytes() for path in self.node.stored(BOB)].index(True)
-        curl = self.network.command("sender", "curl", "-sS", "--cacert", certificate[0], "--resolve",
-                                    "mx.a.test:995:" + SERVER, "--resolve", "mx.a.test:110:" + SERVER,
-                                    "--user", "%s:%s" % (BOB, PASSWORD))
-        self.assertIn(b"Subject: by-curl", lab.run([*curl, "pop3s://mx.a.test/%d" % number]))
-        self.assertIn(b"Subject: by-curl", lab.run([*curl, "--ssl-reqd", "pop3://mx.a.test/%d" % number]))
-        lab.run([*curl, "pop3://mx.a.test/%d" % number], expect=67)   # refused to log in
-
-    def test_relay(self):
-        """Nobody sends to elsewhere but who logged in, and that under their own name only."""
-        client = self.encrypted()
-        client.ask("EHLO client.example", "MAIL FROM:<%s>" % ANN)
-        self.assertRegex(client.ask("RCPT TO:<x@far.test>"), "^550 5.7.1 ")
-        for trick in ("x%far.test@a.test", '"x@far.test"@a.test', "x%far.test", "@a.test:x@far.test",
-                      "far.test!x@a.test", "x@far.test@a.test", "x@[192.0.2.46]"):
-            self.assertRegex(client.ask("RCPT TO:<%s>" % trick), "^5", trick)
-        self.assertRegex(client.ask("RCPT TO:<%s>" % BOB), "^250 ")
-        self.assertRegex(client.ask("RSET", b"AUTH PLAIN " + name_and_password()), "^235 ")
-        for sender in (ANN, "Ann@A.TEST", "ann+list@a.test", TEAM, ""):
-            self.assertRegex(client.ask("MAIL FROM:<%s>" % sender), "^250 ", sender)
-            self.assertRegex(client.ask("RCPT TO:<x@far.test>"), "^250 ")
-            client.ask("RSET")
-        for sender in (BOB, "ann@far.test", "nobody@a.test", "postmaster@a.test", "ann@b.test"):
-            self.assertRegex(client.ask("MAIL FROM:<%s>" % sender), "^553 5.7.1 ", sender)
-
-    def test_postfix_relays_in(self):
-        """A real Postfix that insists on TLS and verifies the certificate hands mail over."""
-        postfix = Postfix(self.network, ["other.test"], [], certificate)
-        with self.network.inside("mx"), smtplib.SMTP("127.0.0.1", 25, "mx.test", 30) as client:
-            client.sendmail("carol@other.test", [ANN, BOB], message("postfix", b"Hello\r\n.\r\n"))
-        for address in (ANN, BOB):
-            stored = lab.until(lambda address=address: [
-                p for p in self.node.stored(address) if b"Subject: postfix" in p.read_bytes()], 30, "mail from Postfix")
-            head = stored[0].read_bytes().partition(b"\r\n\r\n")[0].decode()
-            self.assertRegex(head, r"Received: from mx\.postfix\.test \(\[192\.0\.2\.30\]\)\r\n\tby mx\.a\.test with ESMTPS ")
-        lab.until(lambda: postfix.log().count("status=sent (250 2.0.0") == 2, 10, "Postfix's word that it was taken")
-        self.assertRegex(postfix.log(), r"(?i)verified TLS connection established to 192\.0\.2\.11")
-
-    def test_guessing_is_slow_and_ends(self):
-        """Wrong passwords: each answer slower, the address cut off after ten; others are served meanwhile."""
-        def guess(port, tls=True):
-            with self.network.inside("stranger"):
-                client = Raw((SERVER, port), tls=tls)
-            with client:
-                began = time.monotonic()
-                if port == 465:
-                    answer = client.ask("EHLO x", b"AUTH PLAIN " + name_and_password(password="wrong"))
-                else:
-                    answer = client.ask("USER " + ANN, "PASS wrong")
-                return answer, time.monotonic() - began
-        answer, took = guess(465)
-        self.assertRegex(answer, "^535 5.7.8 ")
-        self.assertGreater(took, 0.2)
-        answer, longer = guess(995)
-        self.assertRegex(answer, r"^-ERR \[AUTH\]")
-        self.assertGreater(longer, took)
-        with concurrent.futures.ThreadPoolExecutor(8) as pool:
-            futures = [pool.submit(guess, port) for port in (465, 995) * 4]
-            with self.network.inside("sender"):
-                began = time.monotonic()
-                with Raw((SERVER, 465), tls=True) as good:
-                    self.assertRegex(good.ask("EHLO x", b"AUTH PLAIN " + name_and_password()), "^235 ")
-                self.assertLess(time.monotonic() - began, 5, "the good one waits for the bad ones")
-            answers = [future.result()[0] for future in futures]
-        for answer in answers:
-            self.assertRegex(answer, r"^(535 |-ERR \[AUTH\]|421 )")
-        with self.network.inside("stranger"):
-            with Raw((SERVER, 465), tls=True) as client:
-                answer = client.ask("EHLO x", b"AUTH PLAIN " + name_and_password())
-                self.assertRegex(answer, "^421 4.7.0 ", "the right password helps no more")
-                self.assertEqual(client.rest(), b"")
-            with Raw((SERVER, 995), tls=True) as client:
-                self.assertRegex(client.ask("USER " + ANN), r"^-ERR \[AUTH\]")
-                self.assertEqual(client.rest(), b"")
-            with Raw((SERVER, 25)) as client:       # but it may still bring mail
-                self.assertRegex(client.ask("EHLO x", "MAIL FROM:<x@y.test>", "RCPT TO:<%s>" % BOB), "^250 ")
-        self.assertRegex(self.client(995, tls=True).ask(b"AUTH PLAIN " + name_and_password(BOB)), r"^\+OK")
-
-    def test_connections_per_client(self):
-        """One address gets 50 connections; another one, and loopback, are not concerned."""
-        with self.network.inside("stranger"):
-            clients = [self.enter(Raw((SERVER, port))) for port in (25, 110) * 30]
-        refused = [client for client in clients if client.greeting[:3] not in ("220", "+OK")]
-        self.assertEqual(len(clients) - len(refused), 50)
-        for client in refused:
-            self.assertRegex(client.greeting, r"^(421 4\.3\.2|-ERR \[SYS/TEMP\]) ")
-        self.assertRegex(self.client().greeting, "^220 ")
-        for client in clients:
-            client.sock.close()
-
-        def is_served():
-            with self.network.inside("stranger"), Raw((SERVER, 25)) as client:
-                return client.greeting.startswith("220")
-        lab.until(is_served, 10, "an address that is served again")
-
-    def test_smuggling_out(self):
-        """What a lenient server further on might take for the end of a message does not leave this node."""
-        client = self.encrypted()
-        client.ask("EHLO client.example", b"AUTH PLAIN " + name_and_password())
-        for number, ending in enumerate(SMUGGLED_ENDS):
-            address = "smuggled%d@far.test" % number
-            client.ask("MAIL FROM:<%s>" % ANN, "RCPT TO:<%s>" % address, "DATA")
-            client.send(b"Subject: outer\r\n\r\nbody", ending, SMUGGLED, b"\r\n.\r\n")
-            self.assertRegex(client.reply(), "^250 ")
-
-            def sent(address=address):
-                return [m for m in self.peer.messages if address in m[1]]
-            (found,) = lab.until(sent, 20, "the message for " + address)
-            self.assertNotRegex(found[2].replace(b"\r\n", b""), rb"[\r\n]", "no bare CR or LF leaves")
-            self.assertIn(b"smuggled", found[2])
-        self.assertEqual([m for m in self.peer.messages if "victim@far.test" in m[1]], [])
-
-
-class Postfix(netlab.Postfix):
-    """A Postfix that hands all mail to the node, and only over TLS with the certificate that it knows."""
-
-    def settings(self, certificate, key):
-        return super().settings(certificate, key) + """
-relayhost = [%s]
-smtp_tls_security_level = secure
-smtp_tls_secure_cert_match = mx.a.test
-smtp_tls_CAfile = %s
-smtp_tls_loglevel = 1
-""" % (SERVER, certificate)
-
-
-@contextlib.contextmanager
-def smtplib_on(network, host):
-    with network.inside(host), smtplib.SMTP(SERVER, 25, "client.example", 30) as client:
-        yield client
-
-
-# What the command line promises
-
-class Exposure(Case):
-    """Privileges, files, warnings, certificates."""
-
-    def refused(self, *options, expect=1, environment=None, wrapper=(), python=sys.executable):
-        """Return the one line with which minimail refuses to start."""
-        with lab.folder() as place:
-            shutil.copy(lab.MINIMAIL, place)
-            place.chmod(0o755)
-            process = subprocess.run([*wrapper, python, str(place / "minimail.py"), "--data", str(place / "data"),
-                                      "--smtp", "127.0.0.1:0", "--pop3", "off", "--web", "off", *map(str, options)],
-                                     stdin=subprocess.DEVNULL, capture_output=True, timeout=30, env=environment,
-                                     cwd=str(place))
-        told = process.stderr.decode()
-        self.assertEqual((process.returncode, process.stdout), (expect, b""), told)
-        self.assertEqual(len(told.splitlines()), 1, told)
-        self.assertNotIn("Traceback", told)
-        return told
-
-    def test_run_as(self):
-        user = pwd.getpwnam(ORDINARY_USER)
-        with socket.socket() as probe:
-            for port in range(700, 1000):
-                with contextlib.suppress(OSError):
-                    probe.bind(("127.0.0.1", port))
-                    break
-        for more in ((), ("--workers", "2")):
-            with self.subTest(more), Node("--smtp", "127.0.0.1:%d" % port, "--run-as", ORDINARY_USER, *more,
-                                          *tls_options, owner=ORDINARY_USER, python="/usr/bin/python3") as node:
-                self.deliver(node)
-                self.assertIn("root", pwd.getpwuid(os.getuid()).pw_name)
-                children = Path("/proc/%d/task/%d/children" % ((node.process.pid,) * 2)).read_text().split()
-                self.assertEqual(len(children), 2 if more else 0)
-                for pid in [str(node.process.pid), *children]:
-                    for task in Path("/proc", pid, "task").iterdir():
-                        fields = status("%s/task/%s" % (pid, task.name))
-                        self.assertEqual(fields["Uid"].split(), [str(user.pw_uid)] * 4)
-                        self.assertEqual(fields["Gid"].split(), [str(user.pw_gid)] * 4)
-                        self.assertEqual(fields["Groups"].split(), [str(user.pw_gid)])
-                        self.assertEqual(int(fields["CapEff"], 16), 0)
-                        self.assertEqual(int(fields["CapPrm"], 16), 0)
-                for path in node.data.rglob("*"):
-                    self.assertEqual(path.stat().st_uid, user.pw_uid, path)
-                with Raw(node.smtps, tls=True) as client:
-                    self.assertRegex(client.ask("EHLO x"), "^250")
-
-    def test_run_as_refused(self):
-        self.assertIn("no-such-user", self.refused("--run-as", "no-such-user"))
-        group = lab.primary_group(ORDINARY_USER)
-        told = self.refused("--run-as", "daemon", python="/usr/bin/python3",
-                            wrapper=("setpriv", "--reuid", ORDINARY_USER, "--regid", group, "--clear-groups"))
-        self.assertIn("--run-as daemon", told)
-        with lab.folder() as place:                 # a folder of root's own, which the user may not write
-            told = self.refused("--run-as", ORDINARY_USER, "--data", place / "data", python="/usr/bin/python3")
-            self.assertIn(str(place), told)
-
-    def test_modes(self):
-        """Nobody else on the machine reads the mail, whatever the umask."""
-        for umask in ("000", "022", "777"):
-            wrapper = ("sh", "-c", 'umask %s && exec "$@"' % umask, "sh")
-            with self.subTest(umask), Node(
-                    "--domain", "a.test", "--transcripts", "on", "--route", "far.test=smtp://127.0.0.1:1", wrapper=wrapper,
-                    before=with_accounts(BOB)) as node:
-                lab.run([*wrapper, *lab.Node.command(node, "user", "add", ANN, "--password-stdin")], b"secret\n")
-                self.deliver(node)
-                with Raw(node.pop3) as client:
-                    self.assertRegex(client.ask("USER " + BOB, "PASS " + PASSWORD), r"^\+OK")
-                    with smtplib.SMTP(*node.smtp) as sender:
-                        sender.sendmail(ANN, [BOB, "x@far.test"], message("both", b"Hello\r\n"))
-                        found = [node.data, *(path for path in node.data.rglob("*") if path.name != "aliases")]
-                    for path in found:
-                        with contextlib.suppress(FileNotFoundError):    # the relay is at work meanwhile
-                            mode = path.lstat().st_mode
-                        if stat.S_ISDIR(mode):
-                            self.assertEqual(oct(stat.S_IMODE(mode)), "0o700", path)
-                        elif stat.S_ISREG(mode):
-                            self.assertEqual(oct(stat.S_IMODE(mode)), "0o600", path)
-                        else:
-                            self.assertEqual(stat.S_IMODE(mode) & 0o077, 0, path)
-                self.assertIn("x@far.test", node.run("queue").decode())
-
-    def test_warning(self):
-        """Capture mode within everybody's reach: one clear warning, and none where there is no reason."""
-        for options, wanted in ((("--smtp", "0.0.0.0:0", "--pop3", "0.0.0.0:0"), 1), (("--smtp", "[::]:0"), 1), ((), 0),
-                                (("--smtp", "0.0.0.0:0", "--domain", "a.test"), 0)):
-            if "[::]:0" in options and not netlab.IPV6:
-                continue
-            with self.subTest(options), Node(*options, before=with_accounts(BOB)) as node:
-                port = node.smtp[1]
-                node.smtp = ("127.0.0.1" if "[::]:0" not in options else "::1", port)
-                self.deliver(node)
-                warnings = [line for line in node.log().splitlines() if "warning" in line.lower()]
-                self.assertEqual(len(warnings), wanted, warnings)
-
-    def test_certificate_changes(self):
-        """A new certificate counts from the next handshake on; one that cannot be used leaves the old one in force."""
-        with lab.folder() as place:
-            names = ("cert.pem", "key.pem")
-            first, second = place / "first", place / "second"
-            for folder in (first, second):
-                folder.mkdir()
-                netlab.make_certificate(folder, folder.name + ".test")
-
-            def use(folder):
-                for name in names:                  # as certbot does it: put in place at once
-                    shutil.copy(folder / name, place / "new")
-                    os.replace(place / "new", place / name)
-
-            def shown(address):
-                unverified = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-                unverified.check_hostname, unverified.verify_mode = False, ssl.CERT_NONE
-                with socket.create_connection(address, 10) as sock, unverified.wrap_socket(sock) as tls:
-                    return ssl.DER_cert_to_PEM_cert(tls.getpeercert(True))
-            pem = {folder.name: (folder / "cert.pem").read_text() for folder in (first, second)}
-            use(first)
-            with Node("--tls-cert", place / "cert.pem", "--tls-key", place / "key.pem", "--smtps", "127.0.0.1:0",
-                      "--pop3s", "127.0.0.1:0") as node:
-                self.assertEqual(shown(node.smtps), pem["first"])
-                use(second)
-                self.assertEqual(shown(node.smtps), pem["second"])
-                self.assertEqual(shown(node.pop3s), pem["second"])
-                (place / "cert.pem").write_text("rubbish")
-                self.assertEqual(shown(node.smtps), pem["second"])
-                shutil.copy(first / "cert.pem", place / "cert.pem")     # does not fit the key
-                self.assertEqual(shown(node.smtps), pem["second"])
-                os.unlink(place / "cert.pem")
-                self.assertEqual(shown(node.smtps), pem["second"])
-                self.assertIn("certificate", node.log())
-                use(first)
-                self.assertEqual(shown(node.pop3s), pem["first"])
-                self.deliver(node)
-
-    def test_no_such_certificate(self):
-        self.assertIn("/nowhere.pem", self.refused("--tls-cert", "/nowhere.pem"))
-        self.assertIn(str(certificate[1]), self.refused("--tls-cert", certificate[1]))
-        self.refused("--tls-key", certificate[1], expect=2)
-        self.refused("--smtps", "127.0.0.1:0", expect=2)
-
-    def test_without_ssl(self):
-        """A Python without ssl and OpenSSL's hashes serves, accounts included; --tls-cert fails clearly."""
-        with lab.folder() as place:
-            for name in ("ssl", "_ssl", "_hashlib"):
-                (place / (name + ".py")).write_text("raise ImportError('not built')\n")
-            environment = lab.clean_environment(place, PYTHONPATH=str(place), PYTHONDONTWRITEBYTECODE="1")
-            self.assertIn("ssl", self.refused("--tls-cert", certificate[0], "--tls-key", certificate[1],
-                                              environment=environment))
-
-            def add(node):
-                lab.run([sys.executable, lab.MINIMAIL, "--data", node.data, "user", "add", BOB, "--password-stdin"],
-                        PASSWORD.encode(), environment=environment)
-            with Node("--domain", "a.test", before=add, environment=environment) as node:
-                self.assertIn("$pbkdf2$", (node.data / "users").read_text())
-                self.deliver(node)
-                with Raw(node.smtp) as client:
-                    self.assertNotIn("STARTTLS", client.ask("EHLO x"))
-                    self.assertRegex(client.ask("STARTTLS"), "^50[23] ")
-                    self.assertRegex(client.ask(b"AUTH PLAIN " + name_and_password(BOB)), "^235 ")
-                with Raw(node.pop3) as client:
-                    self.assertRegex(client.ask("USER " + BOB, "PASS wrong"), r"^-ERR \[AUTH\]")
-                    self.assertRegex(client.ask("USER " + BOB, "PASS " + PASSWORD), r"^\+OK 1 ")
-
-
-# Hostile clients
-
-SMUGGLED_ENDS = (b"\n.\n", b"\n.\r\n", b"\r\n.\n", b"\r.\r", b"\r\n.\r", b"\r.\r\n", b"\r\n.\r\r\n", b"\r\n\0.\r\n",
-                 b"\r\n.\0\r\n", b"\r\n..\r\n", b"\r\n. \r\n", b"\r\r.\r\r", b"\n\n.\n\n", b"\r\n.\r.\r\n", b"\n.\r")
-SMUGGLED = b"MAIL FROM:<evil@far.test>\r\nRCPT TO:<victim@far.test>\r\nDATA\r\nSubject: smuggled\r\n\r\nsmuggled"
-
-
-class Hostile(Case):
-    """Attacks on one node in capture mode, where everybody gets far: any recipient, any password."""
-
-    @classmethod
-    def setUpClass(cls):
-        stack = contextlib.ExitStack()
-        cls.addClassCleanup(stack.close)
-        cls.node = stack.enter_context(Node(*tls_options, "--timeout", "2", "--max-size", "100K"))
-        with smtplib.SMTP(*cls.node.smtp) as client:
-            for number in range(5):
-                client.sendmail("ann@example.org", ["big@a.test"], message("big%d" % number, (b"x" * 70 + b"\r\n") * 1200))
-
-    def setUp(self):
-        self.before = self.level(self.node)
-        self.addCleanup(self.check_afterwards)
-
-    def check_afterwards(self):
-        self.assert_back(self.node, self.before)
-
-    def flood(self, address, beginning, block, tls=False, seconds=12, most=1 << 40):
-        """Send `block` again and again until the node hangs up; return the seconds, the bytes and what it said.
-
-        What it says is not read before the end, as it would not be by one who only wants to do harm.
-        """
-        with Raw(address, tls=tls) as client:
-            for command in beginning:
-                client.ask(command)
-            began, count = time.monotonic(), 0
-            client.sock.settimeout(seconds)
-            try:
-                while time.monotonic() - began < seconds and count < most:
-                    client.send(block)
-                    count += len(block)
-            except (OSError, ssl.SSLError) as error:
-                self.assertNotIn("timed out", str(error), "neither read nor hung up")
-            else:
-                self.fail("%s, after %s: %d bytes of %r in %g seconds, and still connected" % (
-                    address, beginning, count, block[:20], seconds))
-            took = time.monotonic() - began
-            client.buffer = b""
-            return took, count, client.rest(3)
-
-    def test_endless_lines(self):
-        """A line without an end is no way around the deadline, however fast it comes; others are served meanwhile."""
-        node, block = self.node, b"x" * 65536
-        attacks = [(node.smtp, (), block), (node.smtp, ("EHLO x", "AUTH LOGIN"), block), (node.pop3, (), block),
-                   (node.pop3, ("AUTH PLAIN",), block), (node.smtps, (), block), (node.pop3s, ("USER big@a.test",), block)]
-        used = memory(node)
-        with concurrent.futures.ThreadPoolExecutor(len(attacks)) as pool:
-            running = [pool.submit(self.flood, address, beginning, block, tls=address in (node.smtps, node.pop3s))
-                       for address, beginning, block in attacks]
-            lab.until(lambda: all(future.running() for future in running), 5)
-            for _ in range(5):
-                self.deliver(node)
-            for future in running:
-                future.result()
-        self.assertLess(memory(node) - used, 30 << 20, "memory grew")
-
-    def test_long_lines(self):
-        """A line too long is refused, and the next one understood; ten of them are enough."""
-        for address, refusal, good in ((self.node.smtp, "^500 5.5.2 ", "^250 "), (self.node.pop3, "^-ERR ", r"^\+OK")):
-            with Raw(address) as client:
-                self.assertRegex(client.ask(b"NOOP " + b"x" * 100000), refusal)
-                self.assertRegex(client.ask("NOOP"), good)
-                for _ in range(8):
-                    self.assertRegex(client.ask(b"\0" * 5000), refusal)
-                client.send(b"y" * 5000, b"\r\n")
-                self.assertRegex(client.rest().decode(), "^(421 4.7.0 |-ERR )")
-
-    def test_endless_content(self):
-        """Content beyond --max-size is read past for a while, so that the sender hears 552, but not for ever."""
-        node = self.node
-        envelope = ("EHLO x", "MAIL FROM:<a@b.test>", "RCPT TO:<bob@a.test>")
-        lines = (b"x" * 70 + b"\r\n") * 900
-        used = memory(node)
-        chunk = b"BDAT 500000000000\r\n" + lines
-        attacks = [((*envelope, "DATA"), lines), (envelope, chunk), (("EHLO x",), chunk)]
-        results = at_once([lambda words=words, block=block: self.flood(node.smtp, words, block, most=200 << 20)
-                           for words, block in attacks] + [lambda: self.deliver(node)])
-        for took, count, _ in results[:-1]:
-            self.assertGreater(count, 32 << 20, "hung up before there was any need: %g s" % took)
-        self.assertLess(memory(node) - used, 30 << 20, "memory grew")
-        with Raw(node.smtp) as client:              # a little too large: told so, and life goes on
-            client.ask("EHLO x")
-            self.assertRegex(client.ask("MAIL FROM:<a@b.test> SIZE=102401"), "^552 5.3.4 ")
-            for content in (b"DATA\r\n" + lines * 3 + b".\r\n", b"BDAT 200000\r\n" + b"x" * 200000):
-                self.assertRegex(client.ask(*envelope[1:]), "^250 ")
-                client.send(content)
-                self.assertRegex(client.reply() if content.startswith(b"B") else client.reply() and client.reply(),
-                                 "^552 5.3.4 ")
-            self.assertRegex(client.ask("NOOP"), "^250 ")
-
-    def test_dripping(self):
-        """A byte now and then moves no deadline: command, log-in, content, handshake; SMTP and POP3."""
-        node, hello = self.node, client_hello()
-        envelope = ("EHLO x", "MAIL FROM:<a@b.test>", "RCPT TO:<bob@a.test>")
-        attacks = [(node.smtp, (), b"NOOP " + b"x" * 50), (node.smtp, ("EHLO x", "AUTH LOGIN"), b"x" * 50),
-                   (node.smtp, (*envelope, "DATA"), b"x\r\n" * 20), (node.smtp, (*envelope, b"BDAT 100\r\nx"), b"x" * 50),
-                   (node.pop3, (), b"USER " + b"x" * 50), (node.pop3, ("AUTH PLAIN",), b"x" * 50),
-                   (node.smtp, ("EHLO x", "STARTTLS"), hello), (node.pop3, ("STLS",), hello),
-                   (node.smtps, None, hello), (node.pop3s, None, hello)]
-
-        def drip(address, beginning, text):
-            with Raw(address, greeted=beginning is not None) as client:
-                if beginning:
-                    *before, last = beginning
-                    if before:
-                        client.ask(*before)
-                    client.send(last if isinstance(last, bytes) else last.encode() + b"\r\n")
-                    if not isinstance(last, bytes):
-                        client.reply()
-                began = time.monotonic()
-                for position in range(len(text)):
-                    if select.select([client.sock], [], [], 0.2)[0]:    # the pace of the drops
-                        break
-                    with contextlib.suppress(OSError):
-                        client.send(text[position:position + 1])
-                said = client.rest(3)
-                return time.monotonic() - began, said
-        results = at_once([lambda attack=attack: drip(*attack) for attack in attacks * 2] + [lambda: self.deliver(node)])
-        for attack, (took, said) in zip(attacks * 2, results):
-            with self.subTest(attack):
-                self.assertLess(took, 5)
-                self.assertGreater(took, 1)
-                wanted = b"^421 4.4.2 " if attack[0] == node.smtp and "STARTTLS" not in attack[1] else b"^$"
-                self.assertRegex(said, wanted)
-
-    def test_silence(self):
-        """Who says nothing is told to go (SMTP) or dropped (POP3), in a handshake too; nobody else is held up."""
-        node = self.node
-        silent = [self.enter(Raw(address, greeted=False)) for address in (node.smtps, node.pop3s) for _ in range(30)]
-        silent += [self.enter(Raw(address)) for address in (node.smtp, node.pop3) for _ in range(10)]
-        began = time.monotonic()
-        with Raw(node.smtps, tls=True) as client:
-            self.assertRegex(client.ask("EHLO x"), "^250")
-        with Raw(node.pop3s, tls=True) as client:
-            self.assertRegex(client.ask("CAPA"), r"^\+OK")
-        self.deliver(node)
-        self.assertLess(time.monotonic() - began, 1.5, "silent ones hold the others up")
-        for number, client in enumerate(silent):
-            self.assertRegex(client.rest(5), b"^421 4.4.2 " if 60 <= number < 70 else b"^$")
-
-    def test_deaf(self):
-        """Who asks and never listens is dropped when the deadline comes."""
-        node = self.node
-        at_once([lambda: self.flood(node.smtp, (), b"HELP\r\n" * 5000),
-                 lambda: self.flood(node.smtps, ("EHLO x",), b"EHLO x\r\n" * 5000, tls=True),
-                 lambda: self.flood(node.pop3, ("USER big@a.test", "PASS x"), b"RETR 1\r\n" * 5000),
-                 lambda: self.deliver(node)])
-
-    def test_greedy(self):
-        """Who sends commands without end, and reads the answers, gets no more than a share of the node."""
-        node, over = self.node, threading.Event()
-
-        def greed(address, command):
-            with Raw(address) as client:
-                client.sock.settimeout(0.2)
-                while not over.is_set():
-                    with contextlib.suppress(OSError):
-                        client.send(command * 5000)
-                        while not over.is_set() and client.sock.recv(1 << 20):
-                            pass
-
-        def good():
-            try:
-                for _ in range(3):
-                    self.deliver(node)
-            finally:
-                over.set()
-        at_once([lambda: greed(node.smtp, b"NOOP\r\n"), lambda: greed(node.pop3, b"CAPA\r\n")] * 8 + [good])
-
-    def test_resets(self):
-        """Connections that break at every stage."""
-        node, hello = self.node, client_hello()
-        envelope = ("EHLO x", "MAIL FROM:<a@b.test>", "RCPT TO:<reset@a.test>")
-        log_in = ("USER big@a.test", "PASS x")
-        smtp = [[], ["EHLO x"], ["EHLO x", b"MAIL FR"], envelope[:2], envelope, (*envelope, "DATA"),
-                (*envelope, "DATA", b"Subject: x\r\n\r\nhalf"), (*envelope, "DATA", b"x" * 90000),
-                (*envelope, "DATA", b"x\r\n.\r\n"), (*envelope, "DATA", b"x\r\n.\r\nQUIT\r\n"),
-                (*envelope, b"BDAT 4\r\nhalf"), (*envelope, b"BDAT 1000\r\nhalf"), (*envelope, b"BDAT 4 LAST\r\nhalf"),
-                ["EHLO x", "AUTH LOGIN"], ["EHLO x", "AUTH PLAIN"], ["EHLO x", b"AUTH PLAIN " + name_and_password()],
-                ["EHLO x", b"STARTTLS\r\n"], ["EHLO x", "STARTTLS"], ["EHLO x", "STARTTLS", hello[:50]],
-                ["EHLO x", "STARTTLS", hello], [b"QUIT\r\n"], [b"EHLO x\r\n" * 500]]
-        pop3 = [[], [b"USE"], log_in[:1], log_in, (*log_in, b"RETR 1\r\n"), (*log_in, b"RETR 1\r\nRETR 2\r\nRETR 3\r\n"),
-                (*log_in, "DELE 1"), (*log_in, "DELE 1", "DELE 2", b"QU"), (*log_in, b"TOP 1 99999\r\n"),
-                (*log_in, b"UIDL\r\n"),
-                ["AUTH PLAIN"], [b"STLS\r\n"], ["STLS", hello[:50]], ["STLS", hello], [b"QUIT\r\n"]]
-
-        def attack(address, steps, tls=False):
-            with contextlib.suppress(ConnectionError, ssl.SSLError):
-                with Raw(address, tls=tls) as client:
-                    for step in steps:
-                        if isinstance(step, bytes):
-                            client.send(step)
-                        else:
-                            lab.until(lambda step=step: not client.ask(step).startswith("-ERR [IN-USE]"), 10)
-                    client.reset()
-        for _ in range(4):
-            at_once([lambda steps=steps: attack(node.smtp, steps) for steps in smtp])
-            at_once([lambda steps=steps: attack(node.smtps, steps, True) for steps in smtp if "STARTTLS" not in steps])
-            for steps in pop3:                      # one session per mailbox
-                attack(node.pop3, steps)
-            for steps in pop3:
-                if "STLS" not in steps:
-                    attack(node.pop3s, steps, True)
-            at_once([lambda part=part, address=address: raw_reset(address, part) for address in (node.smtps, node.pop3s)
-                     for part in (b"", hello[:1], hello[:50], hello, b"EHLO x\r\n", b"\0" * 100)])
-
-        def untouched():
-            with Raw(node.pop3) as client:
-                return client.ask(*log_in).startswith("+OK 5 ")
-        lab.until(untouched, 10, "a mailbox with all its messages")
-
-    def test_starttls_injection(self):
-        """What was said before the handshake counts for nothing after it (CVE-2011-0411)."""
-        node = self.node
-        evil = b"EHLO evil\r\nMAIL FROM:<evil@a.test>\r\nRCPT TO:<injected@a.test>\r\nDATA\r\nevil\r\n.\r\n"
-        for injected in (evil, b"NOOP", b"RSET\r\n", b"x" * 8000, b"AUTH LOGIN\r\n"):
-            with Raw(node.smtp) as client:
-                client.ask("EHLO x", "MAIL FROM:<before@a.test>")
-                client.send(b"STARTTLS\r\n", injected)
-                self.assertRegex(client.reply(), "^220 ")
-                client.start_tls()
-                self.assertRegex(client.ask("MAIL FROM:<after@a.test>"), "^503 ", "all is forgotten, EHLO too")
-                self.assertRegex(client.ask("EHLO x"), "^250")
-                self.assertRegex(client.ask("RCPT TO:<x@a.test>"), "^503 ")
-                self.assertRegex(client.ask("MAIL FROM:<after@a.test>"), "^250 ")
-        for injected in (b"NOOP\r\n", b"USER big@a.test\r\nPASS x\r\nDELE 1\r\nQUIT\r\n", b"US"):
-            with Raw(node.pop3) as client:
-                client.ask("USER ann@a.test")
-                client.send(b"STLS\r\n", injected)
-                self.assertRegex(client.reply(), r"^\+OK")
-                client.start_tls()
-                self.assertRegex(client.ask("PASS x"), "^-ERR", "the name is forgotten")
-                self.assertRegex(client.ask("USER big@a.test", "PASS x"), r"^\+OK 5 ")
-                client.ask("QUIT")
-        self.assertFalse(node.mailbox("injected@a.test").exists())
-        for address, command in ((node.smtp, b"EHLO x\r\nSTARTTLS\r\n"), (node.pop3, b"STLS\r\n")):
-            with Raw(address) as client:            # plain text where the handshake should be
-                client.send(command)
-                while not re.match(r"220 |\+OK", client.reply()):
-                    pass
-                client.send(evil)
-                self.assertNotRegex(client.rest(), rb"(?m)^(250|\+OK)")
-
-    def test_smuggling(self):
-        """Only CRLF.CRLF ends a message (CVE-2023-51764): what looks like it to others does not."""
-        node = self.node
-        begin = b"Subject: outer\r\n\r\nbody"
-        for number, ending in enumerate(SMUGGLED_ENDS * 2):
-            if number < len(SMUGGLED_ENDS):
-                pieces = [begin + ending + SMUGGLED + b"\r\n.\r\nNOOP\r\nQUIT\r\n"]
-            else:
-                pieces = [begin, *(bytes([byte]) for byte in ending), SMUGGLED, b"\r\n.\r\n", b"NOOP\r\nQUIT\r\n"]
-            with self.subTest(ending), Raw(node.smtp) as client:
-                address = "outer%d@a.test" % number
-                client.ask("EHLO x", "MAIL FROM:<a@b.test>", "RCPT TO:<%s>" % address, "DATA")
-                for piece in pieces:
-                    client.send(piece)
-                said = client.rest().decode().splitlines(keepends=True)
-                self.assertEqual([line[:9] for line in said], ["250 2.0.0", "250 2.0.0", "221 2.0.0"])
-                (stored,) = node.stored(address)
-                content = stored.read_bytes()
-                self.assertNotRegex(content.replace(b"\r\n", b""), rb"[\r\n]")
-                self.assertTrue(content.endswith(b"\r\nsmuggled\r\n"))
-                with Raw(node.pop3) as client:      # and it does not end early on its way out
-                    client.ask("USER " + address, "PASS x", "RETR 1")
-                    lines = client.listing()
-                    self.assertEqual(lines[-1], b"smuggled\r\n")
-                    self.assertRegex(client.ask("QUIT"), r"^\+OK")
-        self.assertFalse(node.mailbox("victim@far.test").exists())
-
-    def test_header_injection(self):
-        """No client writes lines into our headers, replies or log."""
-        node = self.enter(Node("--verbose"))
-        ugly = [b"\r", b"\0", b"\r\r", b"\x1b[31m", b"\x7f", b"\t", b"\v", b"\f", b"\xc2\x85", b"\xe2\x80\xa8", b"\xff",
-                b"\xe2\x80\xae", b"\xed\xa0\x80", b"\r\0"]
-        for text in ugly:
-            for utf8 in (b"", b" SMTPUTF8"):
-                with Raw(node.smtp) as client:
-                    answers = [client.ask(b"EHLO x%sX-Injected: yes" % text)]
-                    client.ask("EHLO client.example")
-                    answers += [client.ask(b"MAIL FROM:<a%sX-Injected@b.test>%s" % (text, utf8)),
-                                client.ask(b"RSET %sx" % text)]
-                    client.ask("RSET")
-                    client.ask(b"MAIL FROM:<a@b.test>" + utf8)
-                    answers += [client.ask(b"RCPT TO:<headers%sX-Injected@a.test>" % text),
-                                client.ask(b'RCPT TO:<"headers%sX-Injected"@a.test>' % text),
-                                client.ask(b'RCPT TO:<"headers\\%sX-Injected"@a.test>' % text),
-                                client.ask(b"RCPT TO:<headers@a%sX-Injected.test>" % text)]
-                    answers.append(client.ask(b"%sX" % text))
-                    accepted = any(answer.startswith("250") for answer in answers[3:7])
-                    for number, answer in enumerate(answers):
-                        self.assertNotRegex(answer.replace("\n", ""), "[\0-\x1f\x7f-\x9f\u2028\u2029\u202e]")
-                        if b"\r" in text or b"\0" in text or text[0] in b"\x1b\x7f\xff" or not utf8:
-                            self.assertRegex(answer, "^5", (text, number))
-                    client.ask("RCPT TO:<headers@a.test>", "DATA")
-                    self.assertRegex(client.ask(b"Subject: x\r\n\r\nx\r\n."), "^250 ")
-                newest = node.stored("headers@a.test")[-1].read_bytes()
-                head = newest.partition(b"\r\nSubject: x\r\n")[0]
-                self.assertNotRegex(head, rb"(?im)^[ \t]*X-Injected")
-                self.assertEqual(re.findall(rb"(?m)^[^\s:]+(?=:)", head)[:1] if accepted else
-                                 re.findall(rb"(?m)^[^\s:]+(?=:)", head),
-                                 [b"Return-Path"] if accepted else [b"Return-Path", b"Delivered-To", b"Received"])
-                self.assertNotRegex(head.replace(b"\r\n", b""), rb"[\r\n\0]")
-        for line in (b"MAIL FROM:<a@b.test>\nX-Injected: yes", b"NOOP \n\rX-Injected: yes"):     # a line end is a line end
-            with Raw(node.smtp) as client:
-                client.ask("EHLO x")
-                client.ask(line)
-                self.assertRegex(client.reply(), "^500 ")
-        for text in ugly:
-            with Raw(node.pop3) as client:
-                for line in (b"USER a%sb@a.test" % text, b"PASS x%sy" % text, b"%sSTAT" % text, b"RETR %s1" % text):
-                    answer = client.ask(line)
-                    self.assertNotRegex(answer, "[\0-\x1f\x7f-\x9f\u2028\u2029\u202e]", line)
-
-    def test_paths(self):
-        """No address leaves its folder."""
-        node = self.node
-        before = set(os.listdir(node.data))
-        with Raw(node.smtp) as client:
-            client.ask("EHLO x")
-            for number, address in enumerate((
-                    '"../../../../tmp/evil"@a.test', '"/etc/evil"@a.test', "..@a.test", '".."@a.test', '"."@a.test',
-                    '"a/../../b"@a.test', "x@..", "x@../..", '"a/b/c"@a.test', '"%2e%2e"@a.test', '"..\\\\..\\\\x"@a.test',
-                    '"%s"@a.test' % ("/" * 60), "x@%s.test" % ("a/" * 20), "x@[IPv6:::1/../..]", '"new"@a.test',
-                    "tmp@a.test")):
-                client.ask("RSET", "MAIL FROM:<a@b.test>")
-                if client.ask("RCPT TO:<%s>" % address).startswith("250"):
-                    client.ask("DATA")
-                    self.assertRegex(client.ask(b"Subject: path%d\r\n\r\nx\r\n." % number), "^250 ")
-        for path in node.data.glob("mail/**/*"):
-            if not path.is_dir():
-                _, _, *place, name = path.relative_to(node.data / "mail").parts
-                self.assertIn(place, (["new"], ["tmp"], ["cur"], []), path)
-                self.assertTrue(place or name == "minimail.lock", path)
-        self.assertEqual([path for path in node.place.iterdir() if path.name not in ("data", "stdout", "stderr")], [])
-        self.assertEqual(set(os.listdir(node.data)) | {"mail"}, before | {"mail"})
-
-    def test_other_protocols(self):
-        """A browser that is made to talk to us (a POST whose body is SMTP) gets nowhere."""
-        for request in (b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", b"POST / HTTP/1.1\r\nHost: x\r\n\r\n" + SMUGGLED + b"\r\n.\r\n",
-                        client_hello(), b"\x16\x03\x01\xff\xff" + b"\n" * 100):
-            for address in (self.node.smtp, self.node.pop3):
-                with Raw(address) as client:
-                    client.send(request)
-                    client.sock.shutdown(socket.SHUT_WR)
-                    client.rest()
-        for data in (b"GET / HTTP/1.1\r\n\r\n", b"EHLO x\r\n", os.urandom(1000)):
-            with Raw(self.node.smtps, greeted=False) as client:
-                client.send(data)
-                client.rest()
-        self.assertFalse(self.node.mailbox("victim@far.test").exists())
-
-    def test_too_many_errors(self):
-        """Who only makes mistakes is sent away, and who guesses names too."""
-        with Raw(self.node.smtp) as client:
-            answers = [client.ask("XYZZY") for _ in range(10)]
-            self.assertEqual(["500"] * 9 + ["421"], [answer[:3] for answer in answers])
-            self.assertEqual(client.rest(), b"")
-        with Raw(self.node.pop3) as client:
-            for _ in range(10):
-                self.assertRegex(client.ask("XYZZY"), "^-ERR")
-            self.assertEqual(client.rest(), b"")
-
-    def test_many_recipients(self):
-        """The 1,001st recipient is refused for now; the message goes to the others."""
-        with Raw(self.node.smtp) as client:
-            client.ask("EHLO x", "MAIL FROM:<a@b.test>")
-            client.send(b"".join(b"RCPT TO:<many%d@a.test>\r\n" % (number % 3) for number in range(1003)))
-            answers = [client.reply()[:9] for _ in range(1003)]
-            self.assertEqual(answers, ["250 2.1.5"] * 1000 + ["452 4.5.3"] * 3)
-            client.ask("DATA")
-            self.assertRegex(client.ask(b"Subject: many\r\n\r\nx\r\n."), "^250 ")
-        for number in range(3):
-            self.assertEqual(len(self.node.stored("many%d@a.test" % number)), 1)
-
-
-def raw_reset(address, data):
-    with contextlib.suppress(ConnectionError):
-        with Raw(address, greeted=False) as client:
-            client.send(data)
-            client.reset()
-
-
-LOGIN_NAME = base64.b64encode(ANN.encode())
-
-
-class Guessing(Case):
-    """Log-in, in node mode."""
-
-    def test_garbage(self):
-        """AUTH with rubbish: nothing of it logs in, all of it is answered."""
-        good = name_and_password()
-        rubbish = [b"", b"=", b"====", b"!!!!", b"A", b"AA", b"AAA=", b"AAAA", good[:-1], good + b"A", b"  " + good,
-                   good + b" x", b"\xff\xfe", b"\0", b"AAAA\0", plain("||"), plain("|||"), plain("ann|bob|" + PASSWORD),
-                   plain("%s|%s|%s" % (BOB, ANN, PASSWORD)), plain("|%s|" % ANN), plain("||%s" % PASSWORD), plain(ANN),
-                   base64.b64encode(b"\0\xff\xfe\0\xfd"), b"A" * 3000, base64.b64encode(b"\0" * 900), b"*"]
-        known = "$scrypt$16384,8,1$c2FsdA==$"
-        with Node("--domain", "a.test", *tls_options, before=with_accounts(ANN, BOB)) as node:
-            before = self.level(node)
-            with open(node.data / "users", "a") as users:      # records that nobody's password fits
-                users.write("c@a.test:%sAAAA\nd@a.test:$pbkdf2$1$AA==$AA==\n" % known)
-            self.log_in(node)
-            with concurrent.futures.ThreadPoolExecutor(4) as pool:
-                for result in [pool.submit(self.attack, node, text) for text in rubbish]:
-                    result.result()
-            self.log_in(node)
-            self.assert_back(node, before)
-
-    def test_secrecy(self):
-        """No password in the log, however much is logged, nor in transcripts; right ones and wrong ones."""
-        secrets = [PASSWORD, "wrong secret"]
-        with Node("--domain", "a.test", "--verbose", "--transcripts", "on", before=with_accounts(ANN)) as node:
-            for password in secrets:
-                response, word = name_and_password(ANN, password), base64.b64encode(password.encode())
-                for commands in ((b"AUTH PLAIN " + response,), (b"auth plain", response), (b"AUTH LOGIN", LOGIN_NAME, word),
-                                 (b"Auth Login " + LOGIN_NAME, word)):
-                    with Raw(node.smtp) as client:
-                        self.assertRegex(client.ask("EHLO x", *commands), "^[25]35 ")
-                        client.ask("MAIL FROM:<%s>" % ANN, "RCPT TO:<%s>" % ANN, "DATA")
-                        self.assertRegex(client.ask(b"Subject: x\r\n\r\nx\r\n."), "^250 ")
-                for commands in (("USER " + ANN, "PASS " + password), ("user " + ANN, "pass " + password),
-                                 (b"AUTH PLAIN " + response,), (b"AUTH PLAIN", response)):
-                    with Raw(node.pop3) as client:
-                        self.assertRegex(client.ask(*commands), r"^(\+OK|-ERR \[AUTH\])")
-                        client.ask("QUIT")
-                        client.rest()               # until then the mailbox is this session's
-            said = node.log().encode() + b"".join(
-                path.read_bytes() for path in node.data.rglob("*") if path.is_file() and path.name != "users")
-            self.assertIn(b"AUTH ***", said)
-            for password in secrets:
-                for form in (password.encode(), base64.b64encode(password.encode()), name_and_password(ANN, password)):
-                    self.assertNotIn(form[:-4], said)
-
-    def log_in(self, node):
-        """Log in as one should, which ends the count of wrong passwords: the next ones are looked at again."""
-        with Raw(node.smtp) as client:
-            self.assertRegex(client.ask("EHLO x", b"AUTH PLAIN " + name_and_password()), "^235 ")
-
-    def attack(self, node, text):
-        for command in (b"AUTH PLAIN " + text, b"AUTH PLAIN\r\n" + text, b"AUTH LOGIN " + text + b"\r\n" + text,
-                        b"AUTH LOGIN\r\n" + text + b"\r\n" + text, b"AUTH " + text, b"AUTH PLAIN" + text):
-            self.log_in(node)
-            with Raw(node.smtp) as client:
-                client.send(b"EHLO x\r\n", command, b"\r\n*\r\nQUIT\r\n")
-                said = client.rest()
-                self.assertNotRegex(said, rb"(?m)^(235|451|[^2345])", command[:60])
-                self.assertRegex(said, rb"(?m)^221 ", command[:60])
-        for command in (b"AUTH PLAIN " + text, b"AUTH PLAIN\r\n" + text, b"USER " + text + b"\r\nPASS " + text,
-                        b"USER ann@a.test\r\nPASS " + text):
-            self.log_in(node)
-            with Raw(node.pop3) as client:
-                client.send(command, b"\r\nSTAT\r\nQUIT\r\n")
-                self.assertNotRegex(client.rest(), rb"(?m)^(\+OK \d|-ERR \[SYS)", command[:60])
-
-
-class Exhaustion(Case):
-    """Connections, descriptors, disk: what can be answered is answered, and all is well once the cause is gone."""
-
-    def test_idle_connections(self):
-        """600 connections: 500 are served, 100 are told; when some leave, others come in. They cost no threads."""
-        with Node(*tls_options) as node:
-            before = self.level(node)
-            clients = [self.enter(Raw(address)) for address in (node.smtp, node.pop3) * 300]
-            refused = [client for client in clients if client.greeting[:3] not in ("220", "+OK")]
-            self.assertEqual(len(refused), 100)
-            for client in refused:
-                self.assertRegex(client.greeting, r"^(421 4\.3\.2|-ERR \[SYS/TEMP\]) ")
-                self.assertEqual(client.rest(), b"")
-            self.assertLess(threads(node), 20)
-            with self.assertRaises((OSError, ssl.SSLError)):
-                Raw(node.smtps, tls=True)
-            for client in clients[:2]:
-                self.assertRegex(client.ask("NOOP"), r"^(250|\+OK)", "those who are in are served")
-            for client in clients[:20]:
-                client.sock.close()
-
-            def is_served():
-                with Raw(node.smtp) as client:
-                    return client.greeting.startswith("220")
-            lab.until(is_served, 10, "a connection that is served")
-            self.deliver(node)
-            for client in clients:
-                client.sock.close()
-            self.assert_back(node, before)
-
-    def test_idle_connections_of_workers(self):
-        """The limit is that of all processes together."""
-        with Node("--max-connections", "20", "--workers", "2") as node:
-            clients = [self.enter(Raw(address)) for address in (node.smtp, node.pop3) * 15]
-            self.assertEqual([client.greeting[:3] for client in clients].count("421"), 5)
-            self.assertEqual([client.greeting[:4] for client in clients].count("-ERR"), 5)
-            for client in clients:
-                client.reset()
-
-            def served():
-                with contextlib.ExitStack() as stack:
-                    return all(stack.enter_context(Raw(node.smtp)).greeting.startswith("220") for _ in range(20))
-            lab.until(served, 10, "twenty connections that are served")
-
-            def free():                             # those twenty are closed, but the node may not have seen it of all
-                with Raw(node.smtp) as client:
-                    return client.greeting.startswith("220")
-            lab.until(lambda: all(free() for _ in range(10)), 10, "connections that are free again")
-            self.deliver(node)
-
-    def test_descriptors(self):
-        """The system's limit instead of ours: those who are in get 4xx at worst, those who wait are taken when it is over."""
-        with Node("--max-connections", "2000", *tls_options, wrapper=("sh", "-c", 'ulimit -n 64 && exec "$@"', "sh")) as node:
-            before = self.level(node)
-            first = self.enter(Raw(node.smtp))
-            reader = self.enter(Raw(node.pop3))
-            second = self.enter(Raw(node.smtp))
-            clients = [self.enter(Raw(address, greeted=False)) for address in (node.smtp, node.pop3, node.smtps) * 40]
-            lab.until(lambda: descriptors(node) >= 63, 10, "a node without descriptors")
-            for recipient in ("bob@a.test", "never.seen@new.test"):
-                answer = first.ask("EHLO x", "MAIL FROM:<a@b.test>", "RCPT TO:<%s>" % recipient, "DATA")
-                if answer.startswith("354"):
-                    answer = first.ask(b"Subject: x\r\n\r\nx\r\n.")
-                self.assertRegex(answer, "^(250|4[0-9][0-9]) ")
-            answer = reader.ask("USER bob@a.test", "PASS x")
-            self.assertRegex(answer, r"^(\+OK|-ERR \[SYS/TEMP\])")
-            if answer.startswith("+OK"):
-                self.assertRegex(reader.ask("RETR 1"), r"^(\+OK|-ERR \[SYS/TEMP\])")
-            second.ask("EHLO x", "STARTTLS")
-            second.start_tls()
-            self.assertRegex(second.ask("EHLO x"), "^250")
-            self.assertLess(node.log().count("cannot take a connection"), 100, "no end of warnings")
-            for client in [reader, *clients]:
-                client.reset()
-            lab.until(lambda: descriptors(node) < 30, 10, "descriptors that are free again")
-            answer = first.ask("EHLO x", "MAIL FROM:<a@b.test>", "RCPT TO:<bob@a.test>", "DATA")
-            self.assertRegex(answer, "^354 ")
-            self.assertRegex(first.ask(b"Subject: x\r\n\r\nx\r\n."), "^250 ", "a session from before goes on")
-            for client in (first, second):
-                client.sock.close()
-            self.assert_back(node, before)
-
-    def fill(self, node, recipient, size=60000, most=200):
-        """Send messages until one is refused; return that refusal and how many were taken."""
-        content = message("filler", (b"x" * 70 + b"\r\n") * (size // 72))
-        with Raw(node.smtp) as client:
-            client.ask("EHLO x")
-            for count in range(most):
-                answer = client.ask("MAIL FROM:<ann@a.test>", "RCPT TO:<%s>" % recipient, "DATA")
-                if answer.startswith("354"):
-                    answer = client.ask(content + b".")
-                if not answer.startswith("250"):
-                    self.assertRegex(client.ask("NOOP"), "^250 ", "the session goes on")
-                    return answer, count
-        self.fail("the disk takes all")
-
-    def test_full_disk(self):
-        """No blocks, or no inodes: 452 4.3.1, nothing half-done left; reading and deleting go on, and that helps."""
-        for options, size in (("size=2m", 60000), ("nr_inodes=150", 100)):
-            with self.subTest(options), Node(before=on_tmpfs(options)) as node:
-                before = self.level(node)
-                answer, count = self.fill(node, "full@a.test", size)
-                self.assertRegex(answer, r"^452 4\.3\.1 ")
-                self.assertGreater(count, 5)
-                self.assertEqual(len(node.stored("full@a.test")), count, "what got its 250 is there, and nothing else")
-                self.assertRegex(self.fill(node, "another@new.test", size)[0], r"^452 4\.3\.1 ")
-                lab.until(lambda: not drafts(node), 5, "a tmp/ without drafts")
-                with Raw(node.pop3) as client:
-                    self.assertRegex(client.ask("USER full@a.test", "PASS x"), r"^\+OK %d " % count)
-                    self.assertRegex(client.ask("RETR 1"), r"^\+OK")
-                    client.listing()
-                    for number in range(1, count):
-                        self.assertRegex(client.ask("DELE %d" % number), r"^\+OK")
-                    self.assertRegex(client.ask("QUIT"), r"^\+OK")
-                self.assertEqual(len(node.stored("full@a.test")), 1)
-                self.deliver(node, "full@a.test")
-                with Raw(node.pop3) as client:
-                    self.assertRegex(client.ask("USER full@a.test", "PASS x", "DELE 1", "QUIT"), r"^\+OK")
-                self.assert_back(node, before)
-
-    def test_full_disk_queue(self):
-        """The same for mail to elsewhere; commands beside the node fail with one line and spoil nothing."""
-        def prepare(node):
-            on_tmpfs("size=2m")(node)
-            accounts(ANN, BOB)(node.data)
-        with Node("--domain", "a.test", "--route", "far.test=smtp://127.0.0.1:1", "--retry", "3600", before=prepare) as node:
-            answer, count = self.fill(node, "x@far.test")
-            self.assertRegex(answer, r"^452 4\.3\.1 ")
-            (node.data / "filler").write_bytes(b"")
-            with contextlib.suppress(OSError), open(node.data / "filler", "wb", buffering=0) as filler:
-                while filler.write(bytes(512)):
-                    pass
-            users = (node.data / "users").read_bytes()
-            process = subprocess.run(lab.Node.command(node, "user", "add", "c@a.test", "--password-stdin"),
-                                     input=b"secret\n", capture_output=True, timeout=30)
-            self.assertEqual((process.returncode, len(process.stderr.splitlines())), (1, 1), process.stderr)
-            self.assertEqual((node.data / "users").read_bytes(), users)
-            (node.data / "filler").unlink()
-            lab.until(lambda: not drafts(node), 5, "no drafts")
-            entries = [line.split()[0] for line in node.run("queue").decode().splitlines() if "-" in line.split()[0]]
-            self.assertGreaterEqual(len(entries), count)
-            for entry in entries[:5]:
-                node.run("queue", "drop", entry)
-            self.deliver(node)
-            with Raw(node.smtp) as client:
-                self.assertRegex(client.ask("EHLO x", "MAIL FROM:<ann@a.test>", "RCPT TO:<y@far.test>", "DATA"), "^354 ")
-                self.assertRegex(client.ask(b"Subject: x\r\n\r\nx\r\n."), "^250 ")
-
-    def test_read_only(self):
-        """A file system that has become read-only: 451 4.3.0, no message lost, and all is well when it is writable again."""
-        def prepare(node):
-            (node.data / "mail").mkdir(0o700)
-            lab.run(["mount", "--bind", node.data / "mail", node.data / "mail"])
-            node.resources.callback(lab.run, ["umount", "--lazy", node.data / "mail"])
-        with Node(before=prepare) as node:
-            before = self.level(node)
-            self.deliver(node, "ro@a.test")
-            with Raw(node.pop3) as reader, Raw(node.smtp) as writer:
-                self.assertRegex(reader.ask("USER ro@a.test", "PASS x"), r"^\+OK 1 ")
-                writer.ask("EHLO x", "MAIL FROM:<a@b.test>", "RCPT TO:<ro@a.test>", "DATA")
-                reader.sock.settimeout(30)
-                # what holds a file open for writing (the mailbox's lock) forbids it: then only reading is over first
-                reader.ask("QUIT")
-                lab.until(lambda: remount(node, "ro"), 10, "a read-only file system")
-                self.assertRegex(writer.ask(b"Subject: x\r\n\r\nx\r\n."), r"^451 4\.3\.0 ")
-                for recipient in ("ro@a.test", "never.seen@new.test"):
-                    answer = writer.ask("MAIL FROM:<a@b.test>", "RCPT TO:<%s>" % recipient, "DATA")
-                    if answer.startswith("354"):
-                        answer = writer.ask(b"Subject: x\r\n\r\nx\r\n.")
-                    self.assertRegex(answer, r"^451 4\.3\.0 ")
-                with Raw(node.pop3) as client:
-                    self.assertRegex(client.ask("USER ro@a.test", "PASS x"), r"^\+OK 1 ", "reading needs no writing")
-                    self.assertRegex(client.ask("RETR 1"), r"^\+OK")
-                    client.listing()
-                    self.assertRegex(client.ask("DELE 1", "QUIT"), r"^-ERR ")
-                self.assertEqual(len(node.stored("ro@a.test")), 1)
-                self.assertTrue(remount(node, "rw"))
-                self.assertRegex(writer.ask("MAIL FROM:<a@b.test>", "RCPT TO:<ro@a.test>", "DATA"), "^354 ")
-                self.assertRegex(writer.ask(b"Subject: x\r\n\r\nx\r\n."), "^250 ")
-            with Raw(node.pop3) as client:
-                self.assertRegex(client.ask("USER ro@a.test", "PASS x"), r"^\+OK 2 ")
-                self.assertRegex(client.ask("DELE 1", "QUIT"), r"^\+OK")
-            self.assert_back(node, before)
-
-
-def on_tmpfs(options):
-    """Return a preparation of a node whose data folder is a small file system of its own."""
-    def prepare(node):
-        lab.run(["mount", "-t", "tmpfs", "-o", options + ",mode=0700", "minimail-ci", node.data])
-        node.resources.callback(lab.run, ["umount", "--lazy", node.data])
-    return prepare
-
-
-def remount(node, how):
-    """Make a node's mail folder read-only or writable; return whether that was possible."""
-    return subprocess.run(["mount", "-o", "remount,bind," + how, str(node.data / "mail")], capture_output=True).returncode == 0
-
-
-# Rubbish, at random but the same each time
-
-class Fuzz(Case):
-    """Several clients at once, on a node in capture mode and one in node mode, plain and with TLS."""
-
-    CLIENTS = 8
-
-    def test_fuzz(self):
-        words = ("--timeout", "2", "--max-size", "100K", "--keep", "30", "--no-sync", *tls_options)
-        with Node(*words) as capture, Node(
-                "--domain", "a.test", "--retry", "3600", "--route", "far.test=smtp://127.0.0.1:1", *words,
-                before=with_accounts(ANN, BOB)) as node:
-            nodes = capture, node
-            before = [self.level(one) for one in nodes]
-            used = [memory(one) for one in nodes]
-            deadline = time.monotonic() + FUZZ_SECONDS
-            counts = at_once([lambda number=number: fuzz(nodes[number % 4 == 3], number, deadline)
-                              for number in range(self.CLIENTS)])
-            sys.stderr.write("%d fuzzed sessions, %.0f a second; " % (sum(counts), sum(counts) / FUZZ_SECONDS))
-            for one, level, memory_before in zip(nodes, before, used):
+    def busy(self):
+        """Return for how many seconds the page has worked."""
+        metrics = self.browser.call("POST", "", cmd="Performance.getMetrics")["metrics"]
+        return next(metric["value"] for metric in metrics if metric["name"] == "TaskDuration")
+
+    def at_rest(self):
+        """Return whether the page had nothing to do between two looks."""
+        before, self.last = self.last, self.busy()
+        return self.last - before < 0.005
+
+    def seconds(self, content):
+        """Return how long the page works to show a message."""
+        self.costs.deliver(content)
+        id = json.loads(self.costs.get("/api/v1/message/latest"))["ID"]
+        self.browser.open("http://%s:%d/#%s" % (*Costs.web, urllib.parse.quote(id)))
+        self.browser.until("document.querySelector('#subject').textContent && "
+                           "document.querySelector('#panel').ariaBusy === 'false'", seconds=60)
+        self.last = -1.0
+        lab.until(self.at_rest, 60, "a page that is done")
+        took = self.busy()
+        self.costs.get("/api/v1/messages", "DELETE")
+        return took
+
+
+# Patterns
+
+LITERAL = r"(?<=[(,=:!&|?{};])\s*/((?![*/])(?:[^/\\\n\[]|\\.|\[(?:[^\]\\\n]|\\.)*\])+)/([a-z]*)"
+
+
+class Patterns(unittest.TestCase):
+    """Every regular expression of the file, and of the page's script, against its own worst strings."""
+
+    SIZE, FLOOR = 30_000, 0.004                     # characters; seconds: from there on growth is looked at
+    METHODS = ("compile", "match", "fullmatch", "search", "sub", "subn", "split", "findall", "finditer")
+
+    def of_the_file(self):
+        """Yield (line, compiled pattern, method) for all calls of re."""
+        sys.path.insert(0, str(lab.REPO))
+        import minimail
+        for node in ast.walk(ast.parse(lab.MINIMAIL.read_text())):
+            function = getattr(node, "func", None)
+            if isinstance(node, ast.Call) and isinstance(function, ast.Attribute) and function.attr in self.METHODS \
+                    and getattr(function.value, "id", "") == "re":
+                call = ast.unparse(node) if hasattr(ast, "unparse") else ""
+                flags = 0
+                for word in re.findall(r"re\.([A-Z]+)", call.rpartition(")")[0][-60:] if call else ""):
+                    flags |= getattr(re, word)
                 try:
-                    self.assert_back(one, level, 30)
-                except AssertionError as problem:
-                    raise AssertionError("FUZZ_SEED=%d: %s" % (SEED, problem)) from None
-                self.assertLess(memory(one) - memory_before, 60 << 20, "memory grew")
-                self.assertNotIn("a task failed", one.log())
+                    text = eval(compile(ast.Expression(node.args[0]), "", "eval"), dict(vars(minimail)))
+                except (NameError, KeyError):       # made from what is known at run time only
+                    continue
+                if isinstance(text, (str, bytes)):
+                    yield node.lineno, re.compile(text, flags), function.attr
 
+    def of_the_page(self):
+        """Yield (what stands there, pattern, method) for the literals of the script; what re cannot read is left out."""
+        text = lab.MINIMAIL.read_text()
+        script = text[text.index("<script nonce"):]
+        script = script[:script.index("</script>")]
+        for literal, flags in re.findall(LITERAL, script):
+            literal = re.sub(r"\(\?<(?=\w)", "(?P<", literal).replace("\\/", "/")
+            literal = re.sub(r"\\u\{?([0-9a-fA-F]{4,5})\}?", lambda match: re.escape(chr(int(match.group(1), 16))), literal)
+            with contextlib.suppress(re.error):
+                yield literal, re.compile(literal.replace("[[]", r"\["), re.IGNORECASE if "i" in flags else 0), "sub"
 
-def fuzz(node, number, deadline):
-    """Hold strange conversations until the time is over; return how many."""
-    count = 0
-    while time.monotonic() < deadline and node.process.poll() is None:
-        count += 1
-        with contextlib.suppress(OSError):          # ssl.SSLError is one
-            Conversation(node, random.Random("%d/%d/%d" % (SEED, number, count))).hold()
-    return count
+    def samples(self, tree, depth=0):
+        """Return a string that a parsed pattern matches, as well as can be told from its parts."""
+        made = ""
+        for op, value in tree:
+            name = str(op)
+            if name == "LITERAL":
+                made += chr(value)
+            elif name == "NOT_LITERAL":
+                made += "a" if value != ord("a") else "b"
+            elif name == "ANY":
+                made += "a"
+            elif name == "IN":
+                made += self.member(value)
+            elif name == "BRANCH":
+                made += self.samples(value[1][0], depth)
+            elif name == "SUBPATTERN":
+                made += self.samples(value[-1], depth)
+            elif name == "ATOMIC_GROUP":
+                made += self.samples(value, depth)
+            elif name in ("MAX_REPEAT", "MIN_REPEAT", "POSSESSIVE_REPEAT"):
+                made += self.samples(value[2], depth) * max(value[0], 1 if value[1] else 0)
+        return made
 
+    @staticmethod
+    def member(items):
+        """Return a character of a set."""
+        inverted = str(items[0][0]) == "NEGATE"
+        pattern = "".join(
+            "\\x%02x" % value if str(op) == "LITERAL" and value < 256 else chr(value) if str(op) == "LITERAL" else
+            "%s-%s" % tuple(re.escape(chr(end)) for end in value) if str(op) == "RANGE" else
+            {"CATEGORY_SPACE": r"\s", "CATEGORY_DIGIT": r"\d", "CATEGORY_WORD": r"\w", "CATEGORY_NOT_SPACE": r"\S",
+             "CATEGORY_NOT_DIGIT": r"\D", "CATEGORY_NOT_WORD": r"\W"}[str(value)] if str(op) == "CATEGORY" else ""
+            for op, value in items)
+        test = re.compile("[%s%s]" % ("^" if inverted else "", pattern)) if pattern else re.compile(".")
+        return next(filter(test.match, "a0 -=.\"'<>&;:,/@?\\\t\n" + "".join(map(chr, range(33, 0x250)))), "a")
 
-ADDRESSES = (b"<ann@a.test>", b"<bob@a.test>", b"<x@far.test>", b"<>", b"<postmaster>", b'<"q \\" q"@a.test>', b"<a@b@c>",
-             b"<@x,@y:ann@a.test>", "<jörg@bücher.test>".encode(), b"<" + b"l" * 300 + b"@a.test>", b"<ann@[127.0.0.1]>",
-             b"ann@a.test", b"<../../x@a.test>", b"<ann@a.test", b"<ann+" + b"x" * 250 + b"@a.test>")
-PARAMETERS = (b"", b"", b"", b" SIZE=100", b" SIZE=99999999999999999999999", b" BODY=8BITMIME", b" BODY=7BIT SMTPUTF8",
-              b" SMTPUTF8", b" AUTH=<>", b" SIZE=", b" SIZE=-1", b" X=Y", b" RET=FULL", b" =", b" SIZE=1 SIZE=2")
-LOGIN = (b"", b" PLAIN", b" LOGIN", b" PLAIN " + name_and_password(), b" PLAIN " + name_and_password(BOB, "no"),
-         b" LOGIN " + base64.b64encode(ANN.encode()), b" CRAM-MD5", b" PLAIN =", b" PLAIN *")
-SPICE = (b"\r", b"\n", b"\0", b"\r\n", b"\r\n.\r\n", b".", b"\xff", b"\x80", b"\t", b"<", b">", b":", b"\"", b"\\", b"@",
-         b"x" * 5000, b"\x1b[2J", b"\xe2\x80\xa8", b"%s%n", b"\x16\x03\x01\x02\0", b"9" * 30, b"{}", b"\r\r\n", b"-1")
+    def repeats(self, tree, before=""):
+        """Yield (what comes before it, what is repeated) for each repeat that has no small end."""
+        for op, value in tree:
+            name = str(op)
+            if name in ("MAX_REPEAT", "MIN_REPEAT", "POSSESSIVE_REPEAT"):
+                if value[1] > 20:
+                    yield before, self.samples(value[2])
+                    inner = value[2][0][1][-1] if str(value[2][0][0]) == "SUBPATTERN" else value[2]
+                    for branch in inner[0][1][1] if str(inner[0][0]) == "BRANCH" else ():
+                        yield before, self.samples(branch)
+                yield from self.repeats(value[2], before)
+            elif name == "SUBPATTERN":
+                yield from self.repeats(value[-1], before)
+            elif name == "BRANCH":
+                for branch in value[1]:
+                    yield from self.repeats(branch, before)
+            elif name in ("ASSERT", "ASSERT_NOT"):
+                yield from self.repeats(value[1], before)
+            before += self.samples([(op, value)])
 
+    def worst_strings(self, pattern):
+        """Yield functions of n: what comes before a repeat, the repeated, and an end that fits nowhere."""
+        text = pattern.pattern if isinstance(pattern.pattern, str) else pattern.pattern.decode("latin-1")
+        tree = parser.parse(text, pattern.flags & ~re.UNICODE)
+        whole = self.samples(tree)
+        found = list(self.repeats(tree))
+        units = {(before, unit) for before, unit in found if unit}
+        units |= {("", before + unit) for before, unit in found if before + unit}      # the start again and again, ...
+        units |= {("", before) for before, unit in found if before}                     # ... and what never gets there
+        units |= {("", whole)} if whole else set()
+        for before, unit in sorted(units):
+            for end in ("\0", "", "\n", "!"):
+                yield lambda n, before=before, unit=unit, end=end: before + unit * (n // len(unit)) + end
 
-class Conversation:
-    """One client's script, spoiled here and there, sent in pieces, and ended in some way."""
-
-    def __init__(self, node, dice):
-        self.node, self.dice = node, dice
-        self.name = dice.choice(("smtp", "smtp", "smtp", "pop3", "pop3", "smtps", "pop3s"))
-
-    def hold(self):
-        dice = self.dice
-        greeted = dice.random() < 0.7
-        client = Raw(getattr(self.node, self.name), tls=self.name.endswith("s"), seconds=3, greeted=greeted)
-        with client:
-            if greeted and not self.name.endswith("s") and dice.random() < 0.1:
-                client.ask(*(("EHLO x", "STARTTLS") if self.name == "smtp" else ("STLS",)))
-                client.start_tls()
-            self.send(client, self.script())
-            ending = dice.random()
-            if ending < 0.15:
-                return client.reset()
-            if ending < 0.3:
-                return None
-            client.sock.settimeout(0.5)
-            with contextlib.suppress(OSError):
-                if not isinstance(client.sock, ssl.SSLSocket):
-                    client.sock.shutdown(socket.SHUT_WR)
-                while client.sock.recv(65536):
-                    pass
-            return None
-
-    def send(self, client, data):
-        """Send in pieces of any size, now and then looking whether something was said."""
-        dice, position = self.dice, 0
-        pieces = dice.choice((1, 1, 2, 5, 20))
-        while position < len(data):
-            size = len(data) if pieces == 1 else dice.randint(1, max(1, 2 * len(data) // pieces))
-            client.send(data[position:position + size])
-            position += size
-            if dice.random() < 0.5 and select.select([client.sock], [], [], 0.02 * dice.random())[0]:
-                client.sock.recv(65536)
-
-    def script(self):
-        dice = self.dice
-        verbs = self.smtp_line if self.name.startswith("smtp") else self.pop3_line
-        if dice.random() < 0.05:
-            return dice.getrandbits(8 * 2000).to_bytes(2000, "big")
-        lines = self.opening() if dice.random() < 0.7 else []
-        lines += [verbs() for _ in range(dice.randint(0, 12))]
-        if dice.random() < 0.3:
-            dice.shuffle(lines)
-        end = dice.choice((b"\r\n", b"\r\n", b"\r\n", b"\r\n", b"\n", b"\r", b""))
-        return self.spoil(b"".join(line + (b"\r\n" if dice.random() < 0.95 else end) for line in lines))
-
-    def opening(self):
-        """Return lines that lead somewhere: a whole transaction, or a log-in."""
-        dice = self.dice
-        if self.name.startswith("smtp"):
-            recipients = [b"RCPT TO:" + dice.choice(ADDRESSES) for _ in range(dice.randint(1, 4))]
-            content = b"DATA\r\n" + self.content() + b"\r\n." if dice.random() < 0.6 else self.chunks()
-            return [b"EHLO x", b"MAIL FROM:" + dice.choice(ADDRESSES) + dice.choice(PARAMETERS), *recipients, content]
-        name = dice.choice((ANN, BOB, "x@far.test"))
-        password = PASSWORD if dice.random() < 0.8 else "wrong"
-        return [b"USER " + name.encode(), b"PASS " + password.encode()]
-
-    def content(self):
-        dice = self.dice
-        lines = [dice.choice((b"Subject: fuzz", b"", b".", b"..", b".x", b"\xff\xfe", b"x" * dice.randint(0, 3000),
-                              b"Received: by x", b"\0", b"MIME-Version: 1.0", b"Content-Type: multipart/mixed; boundary=\"",
-                              b"=?utf-8?q?=ff?=", b" folded")) for _ in range(dice.randint(0, 40))]
-        return dice.choice((b"\r\n", b"\r\n", b"\n", b"\r")).join(lines) * dice.choice((1, 1, 1, 20))
-
-    def chunks(self):
-        dice, parts = self.dice, []
-        for last in (False,) * dice.randint(0, 3) + (True,):
-            content = self.content()
-            size = len(content) if dice.random() < 0.8 else dice.choice((0, 1, len(content) + 50, 10 ** 12, 10 ** 20))
-            parts.append(b"BDAT %d%s\r\n%s" % (size, b" LAST" if last else b"", content))
-        return b"".join(parts)
-
-    def smtp_line(self):
-        dice = self.dice
-        return dice.choice((
-            lambda: b"EHLO " + dice.choice((b"x", b"[127.0.0.1]", b"", b"a b", b"\xff", b"x" * 300)), lambda: b"HELO x",
-            lambda: b"MAIL FROM:" + dice.choice(ADDRESSES) + dice.choice(PARAMETERS),
-            lambda: b"RCPT TO:" + dice.choice(ADDRESSES) + dice.choice(PARAMETERS),
-            lambda: b"DATA", lambda: b"DATA\r\n" + self.content() + b"\r\n.", self.chunks, lambda: b"RSET", lambda: b"NOOP",
-            lambda: b"AUTH" + dice.choice(LOGIN), lambda: b"STARTTLS", lambda: b"VRFY ann", lambda: b"EXPN x",
-            lambda: b"HELP", lambda: b"QUIT", lambda: b"", lambda: b"*", lambda: b"."))()
-
-    def pop3_line(self):
-        dice = self.dice
-        number = b"%d" % dice.choice((0, 1, 2, 3, 30, -1, 10 ** 9, 10 ** 12))
-        return dice.choice((
-            lambda: b"USER ann@a.test", lambda: b"PASS " + PASSWORD.encode(), lambda: b"AUTH" + dice.choice(LOGIN),
-            lambda: b"CAPA", lambda: b"STLS", lambda: b"STAT", lambda: b"LIST", lambda: b"LIST " + number,
-            lambda: b"UIDL", lambda: b"UIDL " + number, lambda: b"RETR " + number, lambda: b"TOP " + number + b" 3",
-            lambda: b"TOP " + number + b" " + number, lambda: b"DELE " + number, lambda: b"RSET", lambda: b"NOOP",
-            lambda: b"UTF8", lambda: b"LANG", lambda: b"QUIT", lambda: b"APOP x y", lambda: b"*"))()
-
-    def spoil(self, data):
-        """Change bytes, cut pieces out, double them, put spice in; half of the scripts stay as they are."""
-        dice, data = self.dice, bytearray(data)
-        for _ in range(dice.choice((0, 0, 0, 1, 2, 5))):
-            if not data:
-                break
-            place, size = dice.randrange(len(data)), dice.choice((1, 1, 2, 10))
-            kind = dice.randrange(4)
-            if kind == 0:
-                data[place] = dice.randrange(256)
-            elif kind == 1:
-                del data[place:place + size]
-            elif kind == 2:
-                data[place:place] = data[place:place + 20 * size]
+    def seconds(self, pattern, method, text):
+        """Return what the pattern takes for a text, the better of two."""
+        given = text.encode("utf-8", "replace") if isinstance(pattern.pattern, bytes) else text
+        best = float("inf")
+        for _ in range(2):
+            began = time.process_time()
+            if method in ("match", "fullmatch"):
+                getattr(pattern, method)(given)
             else:
-                data[place:place] = dice.choice(SPICE)
-        return bytes(data)
+                pattern.sub(given[:0], given)
+            best = min(best, time.process_time() - began)
+        return best
+
+    def grows(self, pattern, method, shape, size, few):
+        """Return whether a pattern's time grows faster than the text, from `size` on and from there on."""
+        many = self.seconds(pattern, method, shape(TIMES * size))
+        return many > 2 * TIMES * few and self.seconds(pattern, method, shape(TIMES * TIMES * size)) > 2 * TIMES * many
+
+    def problem(self, pattern, method):
+        """Return a string for which the pattern takes more than its share, "" when there is none."""
+        for shape in self.worst_strings(pattern):
+            size, few = 16, 0.0
+            while few < self.FLOOR and size < self.SIZE:
+                size += size // 4                   # step by step: an exponential one would not come back
+                few = self.seconds(pattern, method, shape(size))
+            if few >= self.FLOOR and (size < self.SIZE // 100 or self.grows(pattern, method, shape, size, few)):
+                return "%r... (%d characters: %.3f s)" % (shape(40), size, few)
+        return ""
+
+    def test_bad_ones_are_found(self):
+        """What is known to be quadratic, or worse, does not pass."""
+        for text in (r"\s+$", r"a*b", r"(?:a|a)*b", r"\(.*?\)", r"(\w+\s?)*!", r"<a[^>]+href=", r" *\n *"):
+            with self.subTest(text):
+                self.assertTrue(self.problem(re.compile(text), "sub"))
+        for text in (r"[a-z]", r"(?<!a)a+b", r"a{1,40}b", r"\r\n|\r|\n"):
+            with self.subTest(text):
+                self.assertEqual(self.problem(re.compile(text), "sub"), "")
+
+    def test_of_the_file(self):
+        source = lab.MINIMAIL.read_text()
+        used = {name: re.findall(r"\b%s\.(match|fullmatch|search|sub|subn|split|findall|finditer)\(" % name, source)
+                for name in re.findall(r"(?m)^([A-Z_]+) = re\.compile", source)}
+        lines, found = source.splitlines(), []
+        for line, pattern, method in self.of_the_file():
+            name = lines[line - 1].partition(" ")[0]
+            methods = set(used.get(name, ["sub"])) if method == "compile" else {method}
+            for method in methods or {"sub"}:
+                problem = self.problem(pattern, method)
+                if problem:
+                    found.append("line %d, %s %r: %s" % (line, method, pattern.pattern, problem))
+        self.assertEqual(found, [], "\n" + "\n".join(found))
+
+    def test_of_the_page(self):
+        patterns = list(self.of_the_page())
+        self.assertGreater(len(patterns), 2, "the script's patterns were not found")
+        found = ["/%s/: %s" % (literal, problem) for literal, pattern, method in patterns
+                 for problem in [self.problem(pattern, method)] if problem]
+        self.assertEqual(found, [], "\n" + "\n".join(found))
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGPIPE, signal.SIG_IGN)
-    threading.stack_size(256 * 1024)
     unittest.main()
