@@ -8540,7 +8540,7 @@ class Certificates:
 
     def context(self) -> "ssl.SSLContext":
         """Return the server's context; the last good one when new files cannot be used."""
-        context: "ssl.SSLContext" = self._file.get()
+        context: "ssl.SSLContext" = self._file.get(fresh=True)     # a handshake costs more than a look at two files
         return context
 
 
