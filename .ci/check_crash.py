@@ -917,7 +917,8 @@ class TwoNodes(Case):
         first = self.node("--quiet")
         slow = self.enter(Node("--quiet", data=first.data))
         slow.stop()
-        slow.wrapper = ["strace", "-D", "-f", "-qq", "-o", "/dev/null", "-e", "trace=flock", "-e", "inject=flock:delay_enter=1500000"]
+        slow.wrapper = ["strace", "-D", "-f", "-qq", "-o", "/dev/null", "-e", "trace=flock",
+                        "-e", "inject=flock:delay_enter=1500000"]
         slow.start()
         letter = Letter("slow", [LOCAL[0]])
         with concurrent.futures.ThreadPoolExecutor(1) as pool:
