@@ -2007,6 +2007,9 @@ class Storage:
         finally:
             with contextlib.suppress(OSError):
                 os.unlink(path)
+        for name in list_directory(self.run):       # of one that was killed just here
+            if name.endswith(".try"):
+                self.remove_abandoned(os.path.join(self.run, name))
 
     def new_id(self, now: float) -> str:
         """Return a new message id: time, token of this process, serial number."""
@@ -8537,7 +8540,7 @@ class Certificates:
 
     def context(self) -> "ssl.SSLContext":
         """Return the server's context; the last good one when new files cannot be used."""
-        context: "ssl.SSLContext" = self._file.get()
+        context: "ssl.SSLContext" = self._file.get(fresh=True)     # a handshake costs more than a look at two files
         return context
 
 
