@@ -11,15 +11,17 @@
 
 How mail travels, and the section that does each step:
 
-    a mailer --SMTP--> 14 session --> 7 delivery --+--> 6 mailbox --> 15 POP3 --> the owner's mail client
+    a mailer --SMTP--> 15 session --> 7 delivery --+--> 6 mailbox --> 16 POP3 --> the owner's mail client
+                                                   |        +------> 18 reading --> 19 web inbox --> your browser, your tests
                                                    |
                                                    +--> 9 queue --> 12 relay --> 8 DNS --> 11 client --SMTP--> elsewhere
+                                                                        +------> 10 bounce --> back to 7
 
 Map: 1 head, 2 limits and replies, 3 addresses, headers, options, 4 wire, 5 durable files, 6 mailboxes and accounts,
-7 delivery, 8 DNS, 9 queue, 10 bounces, 11 SMTP client, 12 relay, 13 sessions and listeners, 14 SMTP, 15 POP3,
-16 node, 17 reading mail, 18 web inbox, 19 command line. A section uses only names printed above it. Sections 8 to 12
-(together), 15 and 18 may be deleted: what is left runs without them. Protocol decisions (3, parts of 4 and 8, 10, 17) are
-pure functions.
+7 delivery, 8 DNS, 9 queue, 10 bounces, 11 SMTP client, 12 relay, 13 standing, 14 sessions and listeners, 15 SMTP, 16 POP3,
+17 node, 18 reading mail, 19 web inbox, 20 command line. A section uses only names printed above it. Sections 8 to 13
+(together), 13, 16 and 19 may be deleted: what is left runs without them. Protocol decisions (3, 10, 18, parts of 8 and 13)
+are pure functions.
 
 Legend, used without exception: `address` an Address or its text local@domain; `key` the lower-case text by which
 addresses are compared; `mailbox` a key that has a Maildir; `sender` the envelope's reverse-path ("" for the null one);
@@ -3493,7 +3495,7 @@ def mailbox_named(command: str, text: str, config: Config) -> str:
 
 # ======================================================================================================================
 # 8  DNS.  Encoding, decoding and what an answer means are pure; a resolver that caches, over one function that sends a
-#    query and waits; a fixture name server for tests. Knows nothing of mail but the records. Optional, with 9 to 12.
+#    query and waits; a fixture name server for tests. Knows nothing of mail but the records. Optional, with 9 to 13.
 #
 #    resolver = Resolver()                            # asks whom /etc/resolv.conf names, as its options say
 #    resolver.mx(domain)                              # [(preference, host, ttl)], host "" in a null MX
@@ -5123,7 +5125,7 @@ def sasl_secrets(server: Server) -> List[str]:
 
 
 # ======================================================================================================================
-# 12  Relay.  Where mail for elsewhere goes (RFC 5321 section 5.1), when, and what comes of it. Optional with 8 to 11.
+# 12  Relay.  Where mail for elsewhere goes (RFC 5321 section 5.1), when, and what comes of it. Optional, with 8 to 13.
 #
 #    One thread, the runner, owns what is in memory: which entries are taken up, which destinations there are, how many
 #    workers each has. It calls the functions that others put into its inbox, and does nothing that takes long but look
@@ -6780,10 +6782,10 @@ EXTENSIONS.append(RelayExtension())
 
 
 # ======================================================================================================================
-# 12b  Standing: what makes others trust this node. DKIM signatures, SRS for forwards, the MTA-STS policies of others, SPF as
-#      others read it, and `check`, which looks at all of it. Keys, addresses, records and policies are read and written by
-#      pure functions; queue, client and sessions know nothing of them but the calls of an Extension and an Outbound.
-#      Optional, needs 8 to 12.
+# 13  Standing: what makes others trust this node. DKIM signatures, SRS for forwards, the MTA-STS policies of others, SPF as
+#     others read it, and `check`, which looks at all of it. Keys, addresses, records and policies are read and written by
+#     pure functions; queue, client and sessions know nothing of them but the calls of an Extension and an Outbound.
+#     Optional, needs 8 to 12.
 # ======================================================================================================================
 
 # Keys: DER (ITU-T X.690) and PEM, just as much of both as keys and certificates need.
@@ -8403,7 +8405,7 @@ EXTENSIONS.append(StandingExtension())
 
 
 # ======================================================================================================================
-# 13  Sessions, limits, listeners.  The conversation as such: a coroutine that the loop carries; what all sessions share.
+# 14  Sessions, limits, listeners.  The conversation as such: a coroutine that the loop carries; what all sessions share.
 #     Knows sockets, but not what is spoken.
 # ======================================================================================================================
 
@@ -8562,9 +8564,9 @@ class Site:
     connections: Connections
     throttle: Throttle
     certificates: Optional[Certificates] = None
-    recorder: Any = None                            # section 17: transcripts
-    faults: Any = None                              # section 17: misbehaviour on purpose
-    inbox: Any = None                               # section 17: web inbox and API
+    recorder: Any = None                            # section 19: transcripts
+    faults: Any = None                              # section 19: misbehaviour on purpose
+    inbox: Any = None                               # section 19: web inbox and API
     accepted: Callable[[Parcel], None] = lambda parcel: None    # called once the client has its 250
     follow_up: Optional[Callable[[Parcel], None]] = None        # what comes then and may take long: in a thread
     stopping: bool = False
@@ -8955,7 +8957,7 @@ class Listener(socketserver.TCPServer, Task):
 
 
 # ======================================================================================================================
-# 14  SMTP.  RFC 5321 with PIPELINING, SIZE, 8BITMIME, SMTPUTF8, ENHANCEDSTATUSCODES, CHUNKING, STARTTLS, AUTH.
+# 15  SMTP.  RFC 5321 with PIPELINING, SIZE, 8BITMIME, SMTPUTF8, ENHANCEDSTATUSCODES, CHUNKING, STARTTLS, AUTH.
 #     Verbs that wait say so in their first line, async def; the others turn (state, argument) into a reply.
 # ======================================================================================================================
 
@@ -9453,7 +9455,7 @@ def decode_argument(argument: bytes, lenient: bool = False) -> str:
 
 
 # ======================================================================================================================
-# 15  POP3.  RFC 1939 with TOP, UIDL, CAPA (RFC 2449), AUTH PLAIN (RFC 5034), STLS (RFC 2595), UTF8 (RFC 6856).  Optional.
+# 16  POP3.  RFC 1939 with TOP, UIDL, CAPA (RFC 2449), AUTH PLAIN (RFC 5034), STLS (RFC 2595), UTF8 (RFC 6856).  Optional.
 # ======================================================================================================================
 
 class POP3Session(Session):
@@ -9815,7 +9817,7 @@ EXTENSIONS.append(POP3Extension())
 
 
 # ======================================================================================================================
-# 16  Node.  Puts everything together; the library's front door.
+# 17  Node.  Puts everything together; the library's front door.
 # ======================================================================================================================
 
 class Node:
@@ -10145,7 +10147,7 @@ LISTENERS = ("smtp", "smtps", "pop3", "pop3s", "web", "webs")
 
 
 # ======================================================================================================================
-# 17  Reading mail.  Pure: the bytes of a message in, what people see out; knows no file, socket or site. Mail is hostile:
+# 18  Reading mail.  Pure: the bytes of a message in, what people see out; knows no file, socket or site. Mail is hostile:
 #     everything is read once from front to back, within limits of section 2, and what is cut says so. Nothing here fails.
 # ======================================================================================================================
 
@@ -11174,7 +11176,7 @@ class Cache:
 
 
 # ======================================================================================================================
-# 18  Web inbox, JSON API, transcripts and lint, faults, wait, selftest: for looking at the mail your program sends.
+# 19  Web inbox, JSON API, transcripts and lint, faults, wait, selftest: for looking at the mail your program sends.
 #     Optional. Mail is hostile: what comes out of a message is data, never markup. Knows sessions by their hooks only.
 # ======================================================================================================================
 
@@ -13796,7 +13798,7 @@ EXTENSIONS.append(WebExtension())
 
 
 # ======================================================================================================================
-# 19  Command line.  Options and environment to a Config, log lines, signals, processes, exit statuses.
+# 20  Command line.  Options and environment to a Config, log lines, signals, processes, exit statuses.
 # ======================================================================================================================
 
 COMMANDS = {name: function for section in EXTENSIONS for name, function in section.commands.items()}
