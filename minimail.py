@@ -1766,7 +1766,7 @@ class Wire:
         self.deadline = self.clock() + self.timeout + extra
 
     async def line(self, limit: int) -> bytes:
-        """Return the next line without its end, CRLF or a bare LF; LineTooLong (above `limit` bytes), Disconnected, TimedOut."""
+        """Return the next line without its end, CRLF or LF; LineTooLong (above `limit` bytes), Disconnected, TimedOut."""
         start = 0
         while True:
             end = self.input.find(b"\n", start)
@@ -9872,7 +9872,6 @@ class Node:
         self.connections = Connections(config.max_connections, config.max_per_client, config.workers)
         self.throttle = Throttle()
         self._arrived = threading.Condition()
-        self._arrivals = 0
         self._running = False
         self.started_at = 0.0
         self.accepted = self.accepted_bytes = 0     # messages, since the start
@@ -10035,23 +10034,23 @@ class Node:
 
     def _accepted(self, parcel: Parcel) -> None:
         """The client has its 250: wake who waits."""
-        self.accepted += 1
-        self.accepted_bytes += parcel.draft.size
-        if self.site and self.site.inbox:
-            self.site.inbox.accepted(parcel)
-        with self._arrived:
-            self._arrivals += 1
+        with self._arrived:                         # the API calls from threads of its own
+            self.accepted += 1
+            self.accepted_bytes += parcel.draft.size
             self._arrived.notify_all()
         if self.site and self.site.inbox:
-            self.site.inbox.tell("new")
+            self.site.inbox.accepted(parcel)
 
     def _follow_up(self, parcel: Parcel) -> None:
-        """Do what follows a delivery and may take long; in a thread."""
-        stores, site = self.stores, self.site
-        if not stores or not site:
+        """Do what follows a delivery and may take long; in a thread. Errors are not for the client, which has its answer."""
+        stores = self.stores
+        if not stores:
             return
         for mailbox in parcel.mailboxes if self.config.keep or self.config.max_age else ():
-            stores.mailboxes.prune(mailbox, self.config.keep, self.config.max_age)
+            try:
+                stores.mailboxes.prune(mailbox, self.config.keep, self.config.max_age)
+            except OSError as error:
+                log.warning("mailbox %s keeps too much: %s", printable(mailbox), error)
         if self._on_message and parcel.mailboxes:
             try:
                 self._on_message(self._message(stores, parcel))
@@ -10131,14 +10130,14 @@ class Node:
 
     def _pause(self) -> Callable[[float], Optional[bool]]:
         """Return a sleep for await_mail() that ends when this node takes mail, or stops."""
-        seen = self._arrivals
+        seen = self.accepted
 
         def sleep(seconds: float) -> Optional[bool]:
             nonlocal seen
             with self._arrived:
-                if self._arrivals == seen and self._running:
+                if self.accepted == seen and self._running:
                     self._arrived.wait(seconds)
-                changed, seen = self._arrivals != seen, self._arrivals
+                changed, seen = self.accepted != seen, self.accepted
                 return (changed or None) if self._running else False
         return sleep
 
@@ -11768,6 +11767,7 @@ class Inbox:
         """A message was taken over."""
         if self.hook and parcel.mailboxes:
             self.hook.add(parcel.draft.id)
+        self.tell("new")
 
     def tell(self, kind: str) -> None:
         """Tell the pages that are open, and who waits."""
@@ -12056,6 +12056,8 @@ class Inbox:
         if self.site.recorder and parcel.mailboxes:
             self.site.recorder.save(parcel.envelope, [], [], False)
         self.site.accepted(parcel)
+        if self.site.follow_up:
+            self.site.follow_up(parcel)
         return json_answer({"ID": parcel.envelope.id})
 
     def release(self, request: Request, id: str) -> Answered:

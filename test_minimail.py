@@ -49,6 +49,7 @@ import threading
 import time
 import types
 import unittest
+import urllib.request
 import warnings
 from unittest import mock
 from urllib.parse import quote
@@ -8649,6 +8650,43 @@ class Nodes(Case):
             data = node.data
             self.assertTrue(os.path.isdir(data))
         self.assertFalse(os.path.exists(data), "a temporary directory is gone at the end")
+
+    def test_what_goes_wrong_after_the_250_is_no_answer(self):
+        node = self.node(keep=1)
+        with mock.patch.object(node.stores.mailboxes, "prune", side_effect=PermissionError(1, "no")), \
+                self.assertLogs("minimail", "WARNING") as logs:
+            self.dialog(node.smtp_address, """\
+                S: 220
+                C: HELO client.test
+                C: MAIL FROM:<a@x.example>
+                C: RCPT TO:<bob@x.example>
+                C: DATA
+                S: 250
+                S: 250
+                S: 250
+                S: 354
+                C: .
+                C: NOOP
+                C: QUIT
+                S: 250 2.0.0 accepted
+                S: 250 2.0.0 ok
+                S: 221
+                S: closed
+                """)
+        self.assertIn("keeps too much", logs.output[0])
+        self.assertEqual(len(node.messages()), 1)
+
+    def test_what_the_api_takes_is_followed_up_too(self):
+        seen = []
+        node = self.node(on_message=lambda message: seen.append(message.id), keep=1, web="127.0.0.1:0")
+        ids = []
+        for _ in range(2):
+            body = json.dumps({"From": {"Email": "a@x.example"}, "To": [{"Email": "bob@x.example"}]}).encode()
+            request = urllib.request.Request("http://%s:%d/api/v1/send" % node.web_address, body)
+            with urllib.request.urlopen(request, timeout=PATIENCE) as answer:
+                ids.append(json.loads(answer.read())["ID"])
+        self.assertEqual(seen, ids)
+        self.assertEqual([message.id for message in node.messages()], ids[1:])
 
     def test_addresses(self):
         node = self.node(pop3="off")
