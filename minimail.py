@@ -2624,10 +2624,13 @@ class Mailboxes:
             fd = os.open(path, os.O_CREAT | os.O_RDWR | O_PLAIN, 0o600)
         except OSError:                             # disk full or read-only: mail can be read all the same
             fd = os.open(self.path(mailbox), os.O_RDONLY | O_EXTRA)
-        if lock_file(fd):
-            return fd
-        os.close(fd)
-        raise BlockingIOError(errno.EAGAIN, "mailbox is in use", path)
+        try:
+            if lock_file(fd):
+                return fd
+            raise BlockingIOError(errno.EAGAIN, "mailbox is in use", path)
+        except OSError:
+            os.close(fd)
+            raise
 
     def prune(self, mailbox: str, keep: Optional[int], max_age: Optional[float] = None) -> None:
         """Delete all but the newest `keep` messages, and those older than `max_age` seconds, logging each; OSError."""
@@ -3401,16 +3404,20 @@ class Door:
     def post_all(self, envelope: Envelope, destinations: List[Destinations], content: Union[bytes, Iterable[bytes]]) -> Parcel:
         """Take a whole message over for destinations that are settled, and return the parcel that is on disk; Refused."""
         parcel = self.post.begin(envelope, destinations)
-        for block in [content] if isinstance(content, bytes) else content:
-            parcel.draft.write(block)
-        self.finish(parcel)
+        try:
+            for block in [content] if isinstance(content, bytes) else content:
+                parcel.draft.write(block)
+            self.finish(parcel)
+        except BaseException:
+            parcel.draft.discard()
+            raise
         self.post.commit(parcel)
         return parcel
 
     def finish(self, parcel: Parcel) -> None:
         """Ask the policy about a message that is there as a whole; Refused, and then nothing of it is left."""
         parcel.envelope.eightbit = parcel.draft.eightbit
-        if self.asks_policy:
+        if self.asks_policy and not parcel.draft.too_large:     # of that there is no file: commit() refuses it
             try:
                 parcel.draft.complete()
                 self.ask("on_message", parcel.envelope, parcel.draft.path)
@@ -9597,8 +9604,12 @@ class POP3Session(Session):
             self.lock = mailboxes.lock(user)
         except BlockingIOError:
             raise Refused(500, "", "[IN-USE] another session has this mailbox") from None
-        items = mailboxes.remembered(user)
-        self.items = await wait(lambda: mailboxes.listing(user)) if items is None else items
+        try:
+            items = mailboxes.remembered(user)
+            self.items = await wait(lambda: mailboxes.listing(user)) if items is None else items
+        except OSError:                             # nobody is logged in, so the lock is nobody's
+            self.release()
+            raise
         for start in range(0, len(self.items), MAX_STEP):
             self.total += sum([item.size for item in self.items[start:start + MAX_STEP]])
             if start:

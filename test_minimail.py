@@ -362,6 +362,12 @@ class Faulty:
         return call
 
 
+def open_files():
+    """Return how many files this process has open; 0 where that cannot be told."""
+    gc.collect()                                    # PyPy closes what is dropped only now
+    return len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
+
+
 def run_main(*argv, environ=None, stdin=""):
     """Return (status, standard output, standard error) of main() in this process."""
     log, out, err = minimail.log, io.StringIO(), io.StringIO()
@@ -2326,6 +2332,30 @@ class Doors(Case):
             data=self.directory(), hostname="mail.test", no_sync=True, domain=("example.org",), users=users, aliases=aliases),
             **options)), policy=policy)
         return self.data.door
+
+    def drafts(self):
+        return [name for _, _, names in os.walk(self.data.mailboxes.root) for name in names]
+
+    def test_content_that_ends_in_an_error_leaves_nothing(self):
+        def content():
+            yield b"x" * 100_000
+            raise OSError(errno.EIO, "the source is gone")
+        door, before = self.door(), open_files()
+        with self.assertRaises(OSError):
+            door.send(minimail.Envelope("bob@example.org"), [Address("eve", "example.org")], content())
+        self.assertEqual((self.drafts(), open_files()), ([], before))
+
+    def test_no_policy_is_asked_about_what_is_too_large(self):
+        asked = []
+
+        class Asked(minimail.Policy):
+            def on_message(self, envelope, path):
+                asked.append(path)
+        door = self.door(Asked(), max_size=1000)
+        for size, answer in (1000, ""), (1001, "552 5.3.4"), (200_000, "552 5.3.4"):
+            self.assertEqual(self.answer(door.send, minimail.Envelope("bob@example.org"), [Address("eve", "example.org")],
+                                         b"x" * (size - 2) + b"\r\n"), answer)
+        self.assertEqual((len(asked), len(self.drafts())), (1, 1))
 
     def answer(self, function, *arguments):
         """Return how a refusal begins, "" when there is none."""
@@ -7582,7 +7612,7 @@ class Sessions(Case):
         self.assertEqual(node.accepted, 1)
 
     def test_nothing_leaks(self):
-        temporary, data, fds = self.directory(), self.directory(), "/proc/self/fd"
+        temporary, data = self.directory(), self.directory()
 
         def run(i):
             with minimail.Node(smtp=["127.0.0.1:0", "127.0.0.1:0"], pop3="127.0.0.1:0", no_sync=True,
@@ -7593,18 +7623,15 @@ class Sessions(Case):
                         talk.ask("USER bob@x")
                         node.wait_for("bob@x")
 
-        def count():
-            gc.collect()                            # PyPy closes what is dropped only now
-            return len(os.listdir(fds)) if os.path.isdir(fds) else 0
         with mock.patch.object(tempfile, "tempdir", temporary):
             run(0)
             self.eventually(lambda: not our_threads())
-            threads, descriptors = threading.active_count(), count()
+            threads, descriptors = threading.active_count(), open_files()
             for i in range(60):
                 run(i)
             self.assertEqual(os.listdir(temporary), [])
         self.eventually(lambda: threading.active_count() <= threads, "all threads ended")
-        self.assertLessEqual(count(), descriptors)
+        self.assertLessEqual(open_files(), descriptors)
         self.assertLessEqual(set(os.listdir(os.path.join(data, "run"))), {"mail"})
 
     def test_out_of_descriptors(self):
@@ -8413,6 +8440,19 @@ class POP3(Case):
     def session(self, script, log_in=True, user="bob@x"):
         hello = "S: +OK\n" + ("C: USER %s\nS: +OK\nC: PASS p w\nS: +OK\n" % user if log_in else "")
         return self.dialog(self.node_.pop3_address, hello + textwrap.dedent(script))
+
+    def test_a_log_in_that_fails_for_a_reason_of_ours_keeps_no_lock(self):
+        with mock.patch.object(self.node_.stores.mailboxes, "remembered", side_effect=PermissionError(errno.EACCES, "no")):
+            talk = self.session("C: USER bob@x\nS: +OK\nC: PASS x\nS: -ERR [SYS/TEMP]", log_in=False)
+        self.dialog(talk, "C: USER bob@x\nS: +OK\nC: PASS x\nS: +OK 3")
+        self.dialog(talk, "C: QUIT\nS: +OK")
+        self.session("C: QUIT\nS: +OK")
+
+    def test_no_locks_on_this_file_system(self):
+        mailboxes, before = self.node_.stores.mailboxes, open_files()
+        with mock.patch.object(minimail, "lock_file", side_effect=OSError(errno.ENOLCK, "no locks")):
+            self.assertRaises(OSError, mailboxes.lock, "bob@x")
+        self.assertEqual(open_files(), before)
 
     def test_authorization(self):
         self.session("""\
