@@ -2834,6 +2834,14 @@ def parse_users(lines: List[Tuple[int, str]], complain: Callable[[int, str], Non
     return users
 
 
+def account_key(name: str) -> str:
+    """Return the key of an account's name, "" for what is no address."""
+    try:
+        return parse_address(name).key
+    except Refused:
+        return ""
+
+
 class Accounts:
     """The users file: who may log in, by full address."""
 
@@ -2857,10 +2865,7 @@ class Accounts:
         return key if record is not None and self.names().get(key) == record else None
 
     def _proof(self, name: str, password: str) -> Tuple[str, bytes]:
-        try:
-            key = parse_address(name).key
-        except Refused:
-            key = ""
+        key = account_key(name)
         text = ("%s\0%s" % (key, password)).encode("utf-8", "surrogateescape")
         return key, hmac.new(self._secret, text, "sha256").digest()
 
@@ -2901,12 +2906,12 @@ class Accounts:
                     lines = file.read().splitlines()
             kept = []
             for line in lines:
-                key = line.strip().rpartition(":")[0].lower()
+                key = account_key(line.strip().rpartition(":")[0])
                 if key not in before or line.lstrip().startswith("#"):
                     kept.append(line)
                 elif key in after:
-                    kept.append("%s:%s" % (key, after.pop(key)))
-            kept += ["%s:%s" % pair for pair in after.items() if pair[0] not in before]
+                    kept.append("%s:%s" % (parse_key(key), after.pop(key)))
+            kept += ["%s:%s" % (parse_key(key), record) for key, record in after.items() if key not in before]
             text = "".join(line + "\n" for line in kept)
             storage.write(os.path.abspath(path), text.encode("utf-8", "surrogateescape"))
         finally:

@@ -2014,6 +2014,16 @@ class UserAccounts(Case):
             if hide:
                 self.assertTrue(minimail.check_password("s\xe9cret", record), "a record holds elsewhere")
 
+    def test_accounts_whose_names_are_quoted(self):
+        path, storage = self.file("users", ""), minimail.Storage(self.directory(), sync=False)
+        accounts, old, new = minimail.Accounts(path), cheap_hash("old"), cheap_hash("new")
+        for name in ('"a b"@example.org', '"a:b"@example.org', r'"a\"b"@example.org', "d\xfc@example.org"):
+            key = minimail.parse_address(name).key
+            for edit, expected in ((lambda users: users.update({key: old}), {key: old}),
+                                   (lambda users: users.update({key: new}), {key: new}), (lambda users: users.pop(key), {})):
+                accounts.change(storage, edit)
+                self.assertEqual(accounts.names(fresh=True), expected, name)
+
     def test_pbkdf2_is_the_standard_one(self):
         vectors = [(b"passwd", b"salt", 1), (b"", b"", 3), (b"x" * 200, b"y" * 100, 7)]
         known = "55ac046e56e3089fec1691c22544b605f94185216dde0465e68b9d57c20dacbc"     # RFC 7914 section 11
