@@ -1639,8 +1639,8 @@ def run_blocking(wire: "Wire", coroutine: Coroutine[Any, Any, Any]) -> Any:
         error = None if left > 0 and is_ready(wire.sock, what, left) else TimedOut()
 
 
-def is_ready(sock: socket.socket, events: int, seconds: float) -> bool:
-    """Wait until a socket can be read or written, at most so many seconds; return whether it can. ValueError when closed."""
+def is_ready(sock: Union[socket.socket, int], events: int, seconds: float) -> bool:
+    """Wait until a socket or pipe can be read or written, at most so many seconds; return whether it can. ValueError when closed."""
     with getattr(selectors, "PollSelector", selectors.SelectSelector)() as selector:
         selector.register(sock, events)
         return bool(selector.select(seconds))
@@ -14289,7 +14289,7 @@ class Workers:
         self.count = count
         self.given = given
         self.alive, self.leash = os.pipe()          # children read, only the parent can write: its end is its death
-        self.ready_read, self.ready_write = os.pipe()
+        self.ready_read, self.ready_write = os.pipe()       # a byte from each that serves
         self.children: Dict[int, Tuple[int, float]] = {}        # pid: (number, when it began)
 
     def run(self) -> int:
@@ -14301,16 +14301,30 @@ class Workers:
         signal.signal(signal.SIGHUP, lambda *_: self.tell(signal.SIGHUP))
         for number in range(self.count):
             self.fork(number)
+        if not self.are_ready():
+            os.close(self.leash)
+            return 1
+        announce(self.node)
+        self.keep_running(stop)
+        self.tell(signal.SIGTERM)
+        deadline = time.monotonic() + 10
+        while self.children and time.monotonic() < deadline:
+            pid = self.reap()
+            self.children.pop(pid, None) if pid else time.sleep(0.02)
+        return 0
+
+    def are_ready(self) -> bool:
+        """Return when all workers serve; False when one of them has ended instead, and said why."""
         ready = 0
         while ready < self.count:
-            try:
+            if is_ready(self.ready_read, READ, 0.1):
                 ready += len(os.read(self.ready_read, 64))
-            except InterruptedError:
-                continue
-            if any(os.waitpid(pid, os.WNOHANG)[0] for pid in self.children):
-                os.close(self.leash)
-                return 1                            # it said why
-        announce(self.node)
+            elif any(os.waitpid(pid, os.WNOHANG)[0] for pid in self.children):
+                return False
+        return True
+
+    def keep_running(self, stop: threading.Event) -> None:
+        """Start a worker again that ended, until told to stop."""
         due: List[Tuple[float, int]] = []           # workers to start again: (when, number)
         while not stop.is_set():
             pid = self.reap()
@@ -14325,12 +14339,6 @@ class Workers:
                 due.remove((when, number))
                 self.fork(number)
             stop.wait(0.1 if due else 0.5)
-        self.tell(signal.SIGTERM)
-        deadline = time.monotonic() + 10
-        while self.children and time.monotonic() < deadline:
-            pid = self.reap()
-            self.children.pop(pid, None) if pid else time.sleep(0.02)
-        return 0
 
     def tell(self, signum: int) -> None:
         """Send a signal to all workers."""
@@ -14363,8 +14371,6 @@ class Workers:
         except BaseException:
             log.exception("worker failed")
         finally:
-            with contextlib.suppress(OSError):
-                os.write(self.ready_write, b"\n")
             os._exit(status)
 
     def work(self, number: int) -> int:

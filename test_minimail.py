@@ -11507,6 +11507,15 @@ class CommandLine(Case):
         self.assertEqual((status, program.lines, errors.count("\n")), (1, [], 1), errors)
         self.assertIn(str(node.smtp_address[1]), errors)
 
+    def test_a_worker_that_cannot_serve(self):
+        data = self.directory()
+        with open(os.path.join(data, "run"), "w"):  # where a directory should be
+            pass
+        program = Program("--data", data, "--smtp", "127.0.0.1:0", "--pop3", "off", "--web", "off", "--workers", "2")
+        status, text = program.end()
+        self.assertEqual((status, program.lines), (1, []))
+        self.assertIn("cannot use the data directory", text)
+
     def test_workers(self):
         program = self.start("--smtp", "127.0.0.1:0", "--workers", "2")
         parent = program.process.pid
