@@ -316,12 +316,6 @@ def printable(text: Union[str, bytes], limit: int = 500) -> str:
     return text if len(text) <= limit else text[:limit] + "..."
 
 
-def show(text: str, end: str = "\n") -> None:
-    """Print text on standard output; what its encoding cannot hold is escaped, so that no message makes it fail."""
-    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-    print(text.encode(encoding, "backslashreplace").decode(encoding), end=end)
-
-
 # ======================================================================================================================
 # 3  Addresses, envelopes, headers, options.  Pure: text in, values out; knows no socket, no file, no clock.
 # ======================================================================================================================
@@ -1640,7 +1634,7 @@ def run_blocking(wire: "Wire", coroutine: Coroutine[Any, Any, Any]) -> Any:
 
 
 def is_ready(sock: Union[socket.socket, int], events: int, seconds: float) -> bool:
-    """Wait until a socket or pipe can be read or written, at most so many seconds; return whether it can. ValueError when closed."""
+    """Wait at most so many seconds until a socket or pipe can be read or written; return whether it can. ValueError."""
     with getattr(selectors, "PollSelector", selectors.SelectSelector)() as selector:
         selector.register(sock, events)
         return bool(selector.select(seconds))
@@ -1998,10 +1992,8 @@ class Storage:
         self._complained: Set[str] = set()
 
     def open(self) -> None:
-        """Make the directory; OSError, also when nothing can be written there or others than its owner may."""
+        """Make the directory; OSError, also when nothing can be written there."""
         self.make_directory(self.run)
-        if os.name != "nt" and os.stat(self.root).st_mode & 0o022:
-            raise OSError(errno.EPERM, "others may write to it: chmod go-w, or choose another", self.root)
         path = os.path.join(self.run, self.token + ".try")
         try:
             fd = self.create(path)
@@ -2030,20 +2022,6 @@ class Storage:
                 self.complain("locks", "no locks on this file system, what a crash leaves is not cleaned up: %s" % error)
                 return fd
             os.close(fd)                            # who sweeps came between the two, and has removed it
-
-    @staticmethod
-    def is_abandoned(path: str) -> bool:
-        """Return whether a draft's writer is dead; False also when that cannot be known."""
-        try:
-            fd = open_regular(path, os.O_RDWR)
-        except OSError:
-            return False
-        try:
-            return lock_file(fd) and is_same_file(fd, path)
-        except OSError:
-            return False
-        finally:
-            os.close(fd)
 
     def remove_abandoned(self, path: str) -> None:
         """Remove a draft whose writer is dead, while nobody else can begin to write it."""
@@ -2369,22 +2347,16 @@ class OptionFile(Reloaded):
 def refuse_shared(path: str) -> None:
     """Raise CannotRun when others can write to the data directory: what they put there we would open and follow."""
     try:
-        info = os.stat(path)
+        mode = os.stat(path).st_mode
     except FileNotFoundError:
         return
-    if not hasattr(os, "getgroups"):                # Windows
-        return
-    ours = info.st_gid in [os.getegid()] + os.getgroups()
-    if info.st_mode & (0o002 if ours else 0o022):
+    if os.name != "nt" and mode & 0o022:            # also by a group: it may be one that everybody is in
         raise CannotRun("%s: others can write to it; say chmod go-w, or name another with --data" % path)
 
 
 def read_regular(path: str, limit: int = 1 << 20) -> bytes:
-    """Return the beginning of a regular file; OSError for what is a link, a pipe or a device, and nothing is waited for."""
-    fd = os.open(path, os.O_RDONLY | O_EXTRA | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
-    with open(fd, "rb") as file:
-        if not stat.S_ISREG(os.fstat(fd).st_mode):
-            raise OSError(errno.EINVAL, "not a regular file", path)
+    """Return the beginning of a file that others may have put there, opened as open_regular() does; OSError."""
+    with open(open_regular(path), "rb") as file:
         return file.read(limit)
 
 
@@ -8964,9 +8936,6 @@ class Listener(socketserver.TCPServer, Task):
             return b"-ERR [SYS/TEMP] %s\r\n" % reason.encode()
         return Reply(421, "4.3.2", reason).encode()
 
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        log.exception("connection from %s failed", client_address)
-
 
 # ======================================================================================================================
 # 15  SMTP.  RFC 5321 with PIPELINING, SIZE, 8BITMIME, SMTPUTF8, ENHANCEDSTATUSCODES, CHUNKING, STARTTLS, AUTH.
@@ -9056,8 +9025,7 @@ class SMTPSession(Session):
             await self.keep_back()
         if answer:
             self.say(answer)
-            if self.wire.pending >= BLOCK:
-                await self.wire.flush()
+            await self.wire.drain()
 
     def say(self, reply: Reply) -> None:
         if reply.code >= 400:
@@ -9523,8 +9491,7 @@ class POP3Session(Session):
         if self.pause:
             await self.keep_back()
         self.wire.send(answer)
-        if self.wire.pending >= BLOCK:
-            await self.wire.flush()
+        await self.wire.drain()
 
     def raise_fault(self, stage: str, subject: str = "") -> None:
         text = self.fault(stage, subject)
@@ -11182,13 +11149,6 @@ class Cache:
         with self._lock:
             self.size -= self._kept.pop(key, (None, 0))[1]
 
-    def forget_others(self, keys: Any) -> None:
-        """Forget all but `keys`."""
-        with self._lock:
-            others = [key for key in self._kept if key not in keys]
-        for key in others:
-            self.forget(key)
-
 
 # ======================================================================================================================
 # 19  Web inbox, JSON API, transcripts and lint, faults, wait, selftest: for looking at the mail your program sends.
@@ -11384,7 +11344,6 @@ class Faults:
 
     def take(self, stage: str, subject: str) -> Optional[str]:
         """Return the action due at this stage, and count it."""
-        import fnmatch
         with self._lock:
             for rule in self.rules:
                 subjects = [subject] + subject.split(" ")       # of the content: any of its recipients
@@ -13036,9 +12995,9 @@ def show_letter(letter: Letter, kind: Optional[str]) -> None:
         sys.stdout.buffer.write(letter.message().read())
         sys.stdout.buffer.flush()
     elif kind == "text":
-        show(letter.view().text)
+        print(letter.view().text)
     elif kind == "links":
-        show("".join(link + "\n" for link in letter.view().links()), end="")
+        print("".join(link + "\n" for link in letter.view().links()), end="")
     elif kind == "json":
         print(json.dumps(letter.whole(), indent=1))
 
@@ -14508,7 +14467,7 @@ def mail_command(config: Config, arguments: List[str]) -> int:
         message = Message(mailboxes, key, item)
         subject = View(message.head(BLOCK)).header("subject")
         when = message.received_at.astimezone().strftime("%Y-%m-%d %H:%M:%S")
-        show("%s %s %9d <%s> %s" % (item.uid, when, item.size, printable(message.sender), printable(subject)))
+        print("%s %s %9d <%s> %s" % (item.uid, when, item.size, printable(message.sender), printable(subject)))
     return 0
 
 

@@ -1679,16 +1679,13 @@ class DurableFiles(Case):
         here, other = self.storage(root), self.storage(root)
         path = os.path.join(root, "draft")
         fd = other.create(path)
-        self.assertFalse(here.is_abandoned(path))
         here.remove_abandoned(path)
         self.assertTrue(os.path.exists(path), "its writer is at it")
         self.assertRaises(FileExistsError, here.create, path)
         os.close(fd)                                # as when it is killed: the lock ends with its process
-        self.assertTrue(here.is_abandoned(path))
         here.remove_abandoned(path)
         self.assertFalse(os.path.exists(path))
-        self.assertFalse(here.is_abandoned(path), "what is not there")
-        here.remove_abandoned(path)
+        here.remove_abandoned(path)                 # what is not there
         os.symlink(self.file("target", b""), path)
         here.remove_abandoned(path)
         self.assertTrue(os.path.islink(path), "what we never make is let alone")
@@ -1715,7 +1712,8 @@ class DurableFiles(Case):
             with mock.patch.object(minimail, "lock_file", lock):
                 fd = storage.create(path)
             self.assertTrue(minimail.is_same_file(fd, path), way)
-            self.assertFalse(storage.is_abandoned(path))
+            storage.remove_abandoned(path)
+            self.assertTrue(os.path.exists(path), way)
             os.close(fd)
             os.unlink(path)
 
@@ -1727,7 +1725,6 @@ class DurableFiles(Case):
                 self.assertLogs("minimail") as logs:
             for path in paths:
                 os.close(storage.create(path))
-                self.assertFalse(storage.is_abandoned(path))
                 storage.remove_abandoned(path)
         self.assertEqual(len(logs.records), 1, "said once")
         self.assertTrue(all(map(os.path.exists, paths)))
@@ -9394,9 +9391,9 @@ class SearchTerms(Case):
         cache.put("e", "E", 30)
         self.assertEqual([cache.get(key) for key in "bcde"], ["B", None, "D", "E"])
         cache.put("huge", "H", 60)
-        cache.forget_others({"b"})
-        self.assertEqual((cache.get("huge"), cache.get("b"), cache.get("d"), cache.size), (None, "B", None, 30))
-        cache.forget("b")
+        self.assertEqual((cache.get("huge"), cache.get("b"), cache.get("d"), cache.size), (None, "B", None, 90))
+        for key in "bde":
+            cache.forget(key)
         self.assertEqual(cache.size, 0)
 
     def test_white_space_in_pieces(self):
@@ -9408,7 +9405,8 @@ class ShownAnywhere(Case):
     def test_an_encoding_that_lacks_it(self):
         for encoding in ("ascii", "latin-1", "cp1252", "utf-8"):
             with mock.patch.object(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding=encoding)) as out:
-                minimail.show("\u65e5 \u00fc")
+                minimail.escape_output()
+                print("\u65e5 \u00fc")
                 out.flush()
                 self.assertEqual(out.buffer.getvalue().decode(encoding).strip(), "\u65e5 \u00fc".encode(encoding, "backslashreplace").decode(encoding))
 
@@ -11631,12 +11629,11 @@ class CommandLine(Case):
         with self.assertRaises(OSError):
             minimail.Node(data=data, smtp="127.0.0.1:0").start()
         self.assertEqual(os.listdir(data), [])
-        if os.geteuid() == 0:
-            os.chmod(data, 0o770)
-            os.chown(data, 0, 65534)
-            self.assertEqual(run_main("mail", "--data", data)[0], 1, "a group of others")
+        os.chmod(data, 0o770)
+        self.assertEqual(run_main("mail", "--data", data)[0], 1, "a group")
+        with self.assertRaises(OSError):
+            minimail.Node(data=data, smtp="127.0.0.1:0").start()
         os.chmod(data, 0o755)
-        os.chown(data, os.geteuid(), os.getegid())
         self.assertEqual(run_main("mail", "--data", data)[0], 0)
         new = os.path.join(data, "new")
         node = self.node(data=new)
