@@ -4158,7 +4158,7 @@ class Entry:
              ("noted", list), ("extra", dict))
 
     def encode(self) -> bytes:
-        return (json.dumps(vars(self), indent=1, ensure_ascii=False) + "\n").encode("utf-8")
+        return (json.dumps(vars(self), ensure_ascii=False) + "\n").encode("utf-8")
 
     @classmethod
     def decode(cls, text: bytes) -> "Entry":
