@@ -4165,7 +4165,7 @@ class Entry:
              ("noted", list), ("extra", dict))
 
     def encode(self) -> bytes:
-        return (json.dumps(vars(self), indent=1, ensure_ascii=False) + "\n").encode("utf-8")
+        return (json.dumps(vars(self), ensure_ascii=False) + "\n").encode("utf-8")
 
     @classmethod
     def decode(cls, text: bytes) -> "Entry":
@@ -5029,7 +5029,7 @@ class Peer:
             for block in content_blocks(message):
                 with self.step("content"):
                     self.wire.send(stuff_dots(block, line_start))
-                    await self.wire.flush()
+                    await self.wire.drain()         # the last of it goes out with the dot
                 line_start = block.endswith(b"\n")
             with self.step("end of content"):
                 self.wire.send((b"" if line_start else b"\r\n") + b".\r\n")
@@ -6009,6 +6009,8 @@ class Relay:
         except OSError as error:
             reason = "timeout" if isinstance(error, socket.timeout) else error.strerror or str(error)
             raise PeerFailed(Reply(451, "4.4.1", "cannot connect to %s: %s" % (name, reason))) from None
+        with contextlib.suppress(OSError):          # only faster: what is short must not wait for an acknowledgement
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         peer = Peer(sock, name, self.hostname, self.timeout)
         peer.host = host
         return peer
