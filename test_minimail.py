@@ -35,6 +35,7 @@ import random
 import re
 import select
 import selectors
+import shlex
 import shutil
 import signal
 import smtplib
@@ -11850,6 +11851,101 @@ class TheFile(Case):
             assert record.startswith('$pbkdf2$'), record
             assert minimail.check_password('secret', record) and not minimail.check_password('other', record)
         """)
+
+
+# ======================================================================================================================
+# The README: what it names is there, what it shows works
+# ======================================================================================================================
+
+README = os.path.join(HERE, "README.md")
+
+
+@unittest.skipUnless(os.path.exists(README), "this copy came without its README")
+class TheReadme(Case):
+    @classmethod
+    def setUpClass(cls):
+        with open(README, encoding="utf-8") as file:
+            cls.text = file.read()
+
+    def blocks(self, *kinds):
+        """Return the contents of its blocks of code of some kinds, list items' indents removed."""
+        return [textwrap.dedent(code) for _, kind, code in re.findall(r"(?ms)^( *)```(\w*)\n(.*?)^\1```$", self.text) if kind in kinds]
+
+    def test_every_option_is_in_the_table(self):
+        rows = re.findall(r"(?m)^\| (`--.*?) \|", self.text.split("## Options")[1].split("\n## ")[0])
+        named = [name for row in rows for name in re.findall(r"`--([a-z0-9-]+)", row)]
+        ours = [name.replace("_", "-") for name in minimail.option_fields()] + ["version", "help"]
+        self.assertEqual(sorted(named), sorted(ours))
+        for row in rows:
+            for name in re.findall(r"`--([a-z0-9-]+)", row):
+                field = minimail.option_fields().get(name.replace("-", "_"))
+                if field:
+                    self.assertEqual("(repeatable)" in row, field["many"], row)
+
+    def test_every_command_is_in_the_table(self):
+        table = self.text.split("| command | |")[1].split("\n\n")[0]
+        self.assertEqual(sorted(re.findall(r"(?m)^\| `([a-z]+)", table)), sorted(minimail.COMMANDS))
+
+    def test_its_command_lines_are_understood(self):
+        lines = "\n".join(self.blocks("", "sh", "yaml", "ini")).replace("\\\n", " ").splitlines()
+        seen = 0
+        for line in lines:
+            match = re.search(r"^(?:\$ |ExecStart=|.*command: |[A-Z_]+=\S+ )?"
+                              r"(?:python3 /?minimail\.py|(?:/opt/minimail/)?minimail)( .*)?$", line)
+            if match:
+                seen += 1
+                words = shlex.split(match.group(1) or "", comments=True)
+                with self.subTest(line=line):
+                    command, own, given = minimail.parse_command_line(words)
+                    minimail.read_options(given, minimail.option_name)
+                    if own and command != "serve":
+                        self.assertEqual(run_main(command, "--help")[0], 0)
+        self.assertGreater(seen, 8)
+
+    def test_its_python(self):
+        first, second = [code for code in self.blocks("python") if code.startswith("import minimail") and "with minimail" in code
+                         and "pytest" not in code]
+        sending = "import smtplib; smtplib.SMTP(host, port).sendmail('a@x', 'bob@example.com', 'Subject: Welcome\\r\\n\\r\\n')\n"
+        for code in first.replace("...\n", sending), second:
+            ran = run_python("-c", code, cwd=HERE)
+            self.assertEqual(ran.returncode, 0, ran.stdout.decode())
+        self.assertRegex(ran.stdout.decode(), r"\Ahi\n.*\S\n\Z")
+
+    def test_the_tests_it_names_exist(self):
+        names = {name for name in os.listdir(os.path.join(HERE, ".ci"))} if os.path.isdir(os.path.join(HERE, ".ci")) else set()
+        if not names:
+            self.skipTest("this copy came without its checks")
+        known = {"test_minimail.py": tests_of(os.path.join(HERE, "test_minimail.py"))}
+        for name in names:
+            if name.startswith("check_"):
+                known[name] = tests_of(os.path.join(HERE, ".ci", name))
+        threats = self.text.split("## Threats")[1].split("\n## ")[0]
+        for row in re.findall(r"(?m)^\| .* \| (.*) \|$", threats)[1:]:
+            for part in row.split(";"):
+                place = re.search(r"in `(check_\w+\.py)`", part)
+                place = place.group(1) if place else "test_minimail.py"
+                for test in re.findall(r"`([A-Z]\w+(?:\.test_\w+)?)`", part):
+                    self.assertIn(test, known[place] | {"FUZZ_SECONDS", "FUZZ_SEED"}, place)
+        promises = self.text.split("## What a 250 promises")[1].split("\n## ")[0]
+        for test in re.findall(r"`([A-Z]\w+(?:\.test_\w+)?)`", "".join(re.findall(r"(?m)^\| .* \| (.*) \|$", promises))):
+            self.assertIn(test, known["check_crash.py"] | known["test_minimail.py"])
+
+    def test_what_it_links_to_exists(self):
+        titles = {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in re.findall(r"(?m)^#+ (.*)$", self.text)}
+        for anchor in re.findall(r"\]\(#([^)]+)\)", self.text):
+            self.assertIn(anchor, titles)
+
+
+def tests_of(path):
+    """Return the names of a file's test classes and tests."""
+    with open(path, encoding="utf-8") as file:
+        tree = ast.parse(file.read())
+    found = set()
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef):
+            found.add(node.name)
+            found.update("%s.%s" % (node.name, item.name) for item in node.body if isinstance(item, ast.FunctionDef))
+    return found
 
 
 if __name__ == "__main__":
