@@ -5515,8 +5515,8 @@ class DestinationsTest(ScriptedCase):
                 ("wide@here.test", "550 5.4.6"), ("dead@here.test", "550 5.1.1"), ("nobody@here.test", "550 5.1.1"):
             with self.subTest(address):
                 self.assertEqual(self.refusal(world, address), expected)
-        world.submit("l0@here.test")                # lists that name each other double at each level; each is gone through once
-        self.assertEqual(len(self.where(world)[1]), 40)
+        world.submit("l20@here.test")               # lists that name each other double at each level; each is gone through once
+        self.assertEqual({address for address in self.where(world)[1]}, {"x%d@far.test" % n for n in range(20, 60)})
 
     def test_alias_target_without_ascii_form_locks_nobody_out(self):
         world = self.world("team@here.test: one@here.test, x@%s.test" % ("\u00fc" * 60))
