@@ -185,8 +185,9 @@ def fetched(name, count):
     with log_in(name) as client:
         for _ in range(count):
             client.send(b"RETR 1\r\n")
-            while not client.sock.recv(1 << 20).endswith(b"\r\n.\r\n"):
-                pass
+            tail = b""
+            while not tail.endswith(b"\r\n.\r\n"):   # which may come in two pieces
+                tail = tail[-4:] + client.sock.recv(1 << 20)
 
 
 def guesses(password, count):

@@ -7,7 +7,7 @@ A shape is a function of n that returns about n bytes. Each is sent, listed, sea
 and at 4n: CPU and memory may grow as the shape does, with a margin, and no other client waits for it. The patterns of
 the file and of its page meet strings that are derived from themselves.
 """
-# time limit: 150
+# time limit: 300
 import ast
 import contextlib
 import http.client

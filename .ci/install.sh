@@ -13,6 +13,10 @@ packages=(
     postfix nsd unbound
     # the machine's own workings
     iproute2 strace faketime openssl netcat-openbsd procps python3-venv
+    # signatures and forwards, judged by others
+    opendkim opendkim-tools postsrsd
+    # another Python; what the shared cases build their traps with
+    pypy3 gcc libc6-dev
     # the web inbox
     chromium chromium-driver fonts-dejavu-core
 )
