@@ -10864,7 +10864,7 @@ class WebTranscripts(WebCase):
         node = self.web_node(max_size="1M")
         with mock.patch.object(minimail, "MAX_TRANSCRIPT", 4000):
             talk = self.dialog(node.smtp_address, "S: 220\nC: EHLO client.test\nS: 250")
-            for number in range(2):
+            for _ in range(2):
                 for _ in range(50):
                     self.dialog(talk, "C: NOOP %s\nS: 250" % ("x" * 500))
                 self.dialog(talk, "C: MAIL FROM:<a@x>\nS: 250\nC: RCPT TO:<b@x>\nS: 250\nC: DATA\nS: 354\nC: x\nC: .\nS: 250")
