@@ -1190,7 +1190,7 @@ class Config:
                                       "messages=N,recipients=N,rate=N/SECONDS (default 10, 100, 100, none)", many=True,
                                       comma=LIMIT_COMMA)
     rewrite: Tuple[Tuple[str, str], ...] = option(parse_rewrite, (), "FROM=TO",
-                                                  "reverse-path and From of mail that leaves (FROM: or a pattern)", many=True)
+                                                  "reverse-path and From of mail that leaves (FROM: a pattern)", many=True)
     dkim: Tuple[Tuple[str, str, str], ...] = option(parse_dkim, (), "[DOMAIN=]SELECTOR:FILE",
                                                     "sign mail of own domains that leaves with this key "
                                                     "(default: those under DATA)", many=True)
