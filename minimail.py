@@ -8998,7 +8998,8 @@ class SMTPSession(Session):
     refusals = 0
     transaction: Optional[Transaction] = None
     busy = False                                    # a message is coming in, or on its way to disk
-    from_trust = False                              # the client's address is one of --trust
+    trusted = False                                 # may have mail passed on, and ...
+    lenient = False                                 # ... say things as other servers take them; strangers speak RFC 5321
     started = 0.0
     ASKS_BOOK = ("MAIL", "RCPT", "AUTH")
     SYNCHRONOUS = ("EHLO", "HELO", "DATA", "STARTTLS", "AUTH", "VRFY", "QUIT", "NOOP")  # end a pipeline (RFC 2920)
@@ -9007,7 +9008,7 @@ class SMTPSession(Session):
     # What every conversation has.
 
     def greeting(self) -> Reply:
-        self.from_trust = self.site.trusts(self.client)
+        self.become(None)
         if self.site.recorder:
             self.tape = self.site.recorder.tape(self)
         return self.faulty("connect", self.client) or Reply(220, "", self.site.hostname + " ESMTP minimail")
@@ -9103,15 +9104,11 @@ class SMTPSession(Session):
 
     # Who are you?
 
-    @property
-    def trusted(self) -> bool:
-        """True for who may have mail passed on."""
-        return self.user is not None or self.from_trust
-
-    @property
-    def lenient(self) -> bool:
-        """True for who may say things as other servers take them; strangers speak as RFC 5321 has it."""
-        return self.site.config.capture or self.trusted
+    def become(self, user: Optional[str]) -> None:
+        """Note who logged in, None for nobody, and what follows from that."""
+        self.user = user
+        self.trusted = user is not None or self.site.trusts(self.client)
+        self.lenient = self.trusted or self.site.config.capture
 
     def do_HELO(self, argument: str) -> Reply:
         self.introduce(argument, esmtp=False)
@@ -9148,7 +9145,8 @@ class SMTPSession(Session):
         self.wire.send(Reply(220, "2.0.0", "go ahead").encode())
         await self.start_tls()
         self.drop_transaction()
-        self.helo, self.esmtp, self.user = "", False, None      # section 4.2: forget everything
+        self.helo, self.esmtp = "", False           # section 4.2: forget everything
+        self.become(None)
         if self.tape:
             self.tape.restart()
 
@@ -9178,7 +9176,7 @@ class SMTPSession(Session):
         except ValueError:                          # binascii.Error is one; its text could show what was sent
             raise Refused(501, "5.5.2", "bad AUTH response: not base64 of what %s takes" % printable(mechanism, 20)) from None
         self.raise_fault("auth", name)
-        self.user = await self.log_in(name, password)
+        self.become(await self.log_in(name, password))
         if self.user is None:
             raise Refused(535, "5.7.8", "name and password do not fit")
         event("login", protocol="smtp", client=self.client, user=printable(self.user))
