@@ -1556,7 +1556,10 @@ class Loop:
         task.waiting = what
         if what is READ or what is WRITE:
             if task.armed is not what:
-                self._arm(task, what)
+                try:
+                    self._arm(task, what)
+                except (OSError, ValueError) as error:      # the system watches no more sockets, or this one is closed
+                    self._soon.append((task, what, None, error))
         elif type(what) is float:
             if what <= 0:
                 self._soon.append((task, what, None, None))
@@ -9971,9 +9974,11 @@ class Node:
         """Remove what has become older than --max-age where nothing new comes, until the node stops."""
         age = self.config.max_age or 0.0
         while not site.stopping:
-            for mailbox in site.mailboxes.names():
-                with contextlib.suppress(OSError):
+            try:
+                for mailbox in site.mailboxes.names():
                     site.mailboxes.prune(mailbox, None, age)
+            except OSError as error:
+                log.warning("mailboxes keep too much: %s", error)
             due = time.monotonic() + min(max(age / 10, 0.5), 60.0)
             while time.monotonic() < due and not site.stopping:
                 time.sleep(site.mailboxes.storage.LOOK)
@@ -11160,12 +11165,11 @@ class Cache:
 
     def put(self, key: str, value: Any, cost: int) -> None:
         """Keep a value that takes `cost` bytes, unless it would push out half of the others."""
-        self.forget(key)
-        if cost > self.limit // 2:
-            return
-        with self._lock:
-            self._kept[key] = value, cost
-            self.size += cost
+        with self._lock:                            # two may have computed the same
+            self.size -= self._kept.pop(key, (None, 0))[1]
+            if cost <= self.limit // 2:
+                self._kept[key] = value, cost
+                self.size += cost
             while self.size > self.limit:
                 self.size -= self._kept.popitem(last=False)[1][1]
 

@@ -1119,6 +1119,36 @@ class Job(minimail.Task):
 
 
 class Loops(Case):
+    def test_a_socket_that_cannot_be_watched(self):
+        """Its task is told, and nobody else: not the listener that took the connection."""
+        for error in (OSError(errno.ENOSPC, "no more"), ValueError("closed")):
+            seen, over = [], threading.Event()
+            ours, theirs = self.pair()
+
+            class Full(selectors.DefaultSelector):
+                def register(self, fileobj, events, data=None, error=error, ours=ours):
+                    if fileobj is ours:
+                        raise error
+                    return super().register(fileobj, events, data)
+
+            async def talk(seen=seen, over=over):
+                try:
+                    await minimail.wait(minimail.READ)
+                except (OSError, ValueError) as error:
+                    seen.append(error)
+                over.set()
+
+            async def take(ours=ours, seen=seen):
+                loop.spawn(Job(talk(), sock=ours))
+                await minimail.wait(minimail.TURN)
+                seen.append("went on")
+            loop = self.loop(selector=Full)
+            loop.spawn(Job(take(), sock=theirs))
+            loop.start()
+            self.told(over)
+            self.eventually(lambda seen=seen: len(seen) == 2)
+            self.assertCountEqual(seen, [error, "went on"])
+
     def loop(self, commit=None, is_heavy=lambda parcel: False, **options):
         loop = minimail.Loop(commit or (lambda parcels: [None] * len(parcels)), is_heavy, **options)
         self.addCleanup(loop.stop, 0.0)
@@ -9417,6 +9447,21 @@ class SearchTerms(Case):
         self.assertEqual([cache.get(key) for key in "bcde"], ["B", None, "D", "E"])
         cache.put("huge", "H", 60)
         self.assertEqual((cache.get("huge"), cache.get("b"), cache.get("d"), cache.size), (None, "B", "D", 90))
+        real, entered = cache._lock, []
+
+        class Lock:                                 # whenever it is let go, another thread comes in with the same key
+            def __enter__(self):
+                entered.append(real)
+                if len(entered) == 2:
+                    cache.put("b", "theirs", 30)
+                real.acquire()
+
+            def __exit__(self, *_):
+                real.release()
+        cache._lock = Lock()
+        cache.put("b", "ours", 30)
+        cache._lock = real
+        self.assertEqual((cache.get("b"), cache.size), ("ours", 90))
         for key in "bde":
             cache.forget(key)
         self.assertEqual(cache.size, 0)
