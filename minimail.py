@@ -353,6 +353,7 @@ SOURCE_ROUTE = re.compile(r"@[^,:@<>\s]+(?:,@[^,:@<>\s]+)*:")
 BLANK_LINE = re.compile(rb"\n\r?\n")
 FOLD = re.compile(rb"\r?\n[ \t]+")
 FIELD = re.compile(rb"[^\n]*(?:\n[ \t][^\n]*)*\n?")
+FIELD_START = re.compile(rb"[!-9;-~]{1,200}[ \t]{0,20}:")
 ADDRESS_WORD = re.compile(r"=\?[^?\s]{1,60}\?[bq]\?[^?\s]*\?=|@\[[^\[\]\s]{1,60}\]|"
                           r"[^\s\"(<>,;:@=\[]+(?:@[^\s\"(<>,;:@=\[]+)?|[@=>\[]|\s+", re.IGNORECASE)
 ADDRESS_QUOTED = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
@@ -3440,9 +3441,7 @@ class Stores(NamedTuple):
 
 def open_stores(config: Config, clock: Callable[[], float] = time.time, policy: Optional[Policy] = None) -> Stores:
     """Open the data directory, made where it is missing; OSError."""
-    hostname = config.hostname
-    if not hostname:
-        hostname = machine_name()
+    hostname = config.hostname or machine_name()
     refuse_shared(config.data)
     storage = Storage(config.data, not config.no_sync)
     storage.open()
@@ -6311,7 +6310,7 @@ def mx_command(config: Config, arguments: List[str]) -> int:
             ascii_domain(parse_domain(address.domain))
     except (Refused, ValueError) as error:
         raise UsageError("mx %s: %s" % (printable(where), error)) from None
-    hostname = config.hostname or socket.gethostname().lower()
+    hostname = config.hostname or machine_name()
     book = AddressBook(config.domain, Accounts(config.file("users")), config.file("aliases"), config.catch_all, hostname)
     if config.domain and book.is_local(address):
         return explain_local(book, address, "@" in where)
@@ -6359,7 +6358,6 @@ def explain_local(book: AddressBook, address: Address, whole: bool) -> int:
 EX_DATAERR, EX_NOUSER, EX_NOHOST, EX_UNAVAILABLE, EX_NOPERM = 65, 67, 68, 69, 77
 FLAGS_WITH_VALUE = "ABCDFLMNORVXbefhopr"            # in the same word or the next; others may have one attached
 MBOX_LINE = re.compile(rb">?From ")
-FIELD_NAME = re.compile(rb"[!-9;-~]{1,200}[ \t]{0,20}:")
 ODD_LINE_END = re.compile(rb"(?<!\r)\r+\n|\r")      # CRLF, CR CR LF, or CR alone; the look-behind keeps long runs cheap
 DROPPED_FIELDS = ("bcc", "resent-bcc", "return-path", "content-length")
 ORIGINATORS = ("from", "sender", "reply-to", "to", "cc")
@@ -6524,7 +6522,7 @@ class Submission:
         while line.strip(b"\n"):
             if pieces and line[:1] in (b" ", b"\t"):
                 pieces[-1].append(line)
-            elif FIELD_NAME.match(line):
+            elif FIELD_START.match(line):
                 pieces.append([line])
             else:
                 break
@@ -7536,9 +7534,11 @@ class SRS:
         self.storage.make_directory(self.storage.root)
         draft = self.path + "." + secrets.token_hex(4)
         self.storage.write(draft, secrets.token_urlsafe(24).encode() + b"\n")
-        with contextlib.suppress(FileExistsError):
-            os.link(draft, self.path)
-        os.unlink(draft)
+        try:
+            with contextlib.suppress(FileExistsError):
+                link_or_copy(draft, self.path)
+        finally:
+            os.unlink(draft)
         self.storage.sync_directory(self.storage.root)
 
     def forward(self, sender: str) -> str:
@@ -8319,7 +8319,7 @@ def check_command(config: Config, arguments: List[str]) -> int:
         raise UsageError("check: which domain? Name it, or give --domain or --data of the node")
     if given.domain and domains[0] not in config.domain:
         config = dataclasses.replace(config, domain=config.domain + (domains[0],))
-    hostname = config.hostname or socket.gethostname().lower()
+    hostname = config.hostname or machine_name()
     doctor = Doctor(config, hostname, Resolver(config.dns), given.connect)
     findings = []
     for finding in doctor.examine(domains):
@@ -10641,9 +10641,6 @@ class Part:
     def tree(self) -> Dict[str, Any]:
         return {"PartID": self.id, "ContentType": self.kind, "FileName": self.name, "Size": self.end - self.start,
                 "Children": [child.tree() for child in self.children]}
-
-
-FIELD_START = re.compile(rb"[!-9;-~]+[ \t]*:")
 
 
 def read_header(raw: bytes, start: int, stop: int, cut: List[str]) -> Tuple[List[Tuple[str, bytes]], int]:

@@ -6654,6 +6654,14 @@ class DKIMSignatures(Case):
 
 
 class SRSRewriting(Case):
+    def test_a_file_system_without_links(self):
+        directory = self.directory()
+        srs = minimail.SRS(Config(data=directory, domain=("here.test",)), minimail.Storage(directory, False), lambda: self.NOW)
+        with mock.patch.object(os, "link", side_effect=PermissionError(errno.EPERM, "no links")):
+            sender = srs.forward("ann@far.test")
+        self.assertEqual(srs.reverse(minimail.parse_address(sender)), Address("ann", "far.test"))
+        self.assertEqual(os.listdir(directory), ["srs"])
+
     NOW = 1_700_000_000.0
 
     def srs(self, **options):
