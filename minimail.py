@@ -25,9 +25,11 @@ are pure functions.
 
 Legend, used without exception: `address` an Address or its text local@domain; `key` the lower-case text by which
 addresses are compared; `mailbox` a key that has a Maildir; `sender` the envelope's reverse-path ("" for the null one);
-`envelope` sender and recipients of one message; `draft` a message file still being written; `entry` a message in the
-queue; `exchanger` a host named by an MX record; `site` what all sessions of a node share. Text on the wire and in
-stores is bytes; parsed addresses are str. Durations are seconds, sizes bytes.
+`envelope` sender and recipients of one message; `draft` a message file still being written; `parcel` a draft with where
+it goes, until it is on disk; `item` a message in a mailbox; `entry` one in the queue; `letter` one as the web shows it;
+`exchanger` a host named by an MX record; `stores` what the data directory holds; `site` what all sessions of a node
+share; `wire` one connection, `task` what the loop carries. Text on the wire and in stores is bytes; parsed addresses are
+str. Durations are seconds, sizes bytes. How it waits stands at the head of section 4.
 
 Copyright (C) 2026 the minimail founders.  Permission to use, copy, modify, and/or distribute this software for any
 purpose with or without fee is hereby granted.  THE SOFTWARE IS PROVIDED "AS IS" AND THE AUTHOR DISCLAIMS ALL WARRANTIES
