@@ -1468,8 +1468,9 @@ class Loop:
 
     def start(self) -> None:
         """Carry the tasks in a thread of its own; RuntimeError when there is none to be had."""
-        self._thread = threading.Thread(target=self._run, name="minimail-loop", daemon=True)
-        self._thread.start()
+        thread = threading.Thread(target=self._run, name="minimail-loop", daemon=True)
+        thread.start()
+        self._thread = thread                       # only one that began can be joined
 
     def stop(self, grace: float) -> None:
         """End all tasks, each once it is not in flight, or after `grace` seconds; return when they have ended."""
@@ -3477,6 +3478,8 @@ def await_mail(storage: Storage, look: Callable[[], Any], until: float, sleep: C
             if woken:
                 break
 
+
+# What commands need before they look into the stores.
 
 EX_TEMPFAIL = 75                                    # sysexits(3): the caller may try again
 
@@ -11297,7 +11300,7 @@ class Recorder:
         return Tape(self, session)
 
     def path(self, id: str) -> str:
-        return os.path.join(self.root, re.sub(r"[^0-9a-z-]", "_", id) + ".json")
+        return os.path.join(self.root, encode_name(id) + ".json")
 
     def save(self, envelope: Envelope, lines: Sequence[Tuple[str, str]], rules: Sequence[str], tls: bool) -> None:
         record = {"id": envelope.id, "sender": envelope.sender, "recipients": [str(r) for r in envelope.recipients],
@@ -11327,11 +11330,11 @@ class Recorder:
 
     def sweep(self) -> None:
         """Remove the records of messages that other programs removed."""
-        known = {message_id(item) for name in self.mailboxes.names() for item in self.mailboxes.listing(name)}
+        known = {self.path(message_id(item)) for name in self.mailboxes.names() for item in self.mailboxes.listing(name)}
         for name in list_directory(self.root):
             path = os.path.join(self.root, name)
             with contextlib.suppress(OSError):
-                if name[:-5] not in known and time.time() - os.stat(path).st_mtime > 3600:      # not one just coming in
+                if path not in known and time.time() - os.stat(path).st_mtime > 3600:      # not one just coming in
                     os.unlink(path)
 
 

@@ -8786,6 +8786,22 @@ class Nodes(Case):
         self.assertIn("keeps too much", logs.output[0])
         self.assertEqual(len(node.messages()), 1)
 
+    def test_no_thread_for_the_loop(self):
+        temporary, before = self.directory(), open_files()
+        real = threading.Thread.start
+
+        def start(thread):
+            if thread.name == "minimail-loop":
+                raise RuntimeError("can't start new thread")
+            real(thread)
+        node = minimail.Node(**self.OPTIONS)
+        with mock.patch.object(threading.Thread, "start", start), mock.patch.object(tempfile, "tempdir", temporary), \
+                self.assertRaisesRegex(RuntimeError, "can't start new thread"):
+            node.start()
+        self.assertEqual((node.endpoints(), os.listdir(temporary)), ([], []))
+        del node
+        self.assertEqual(open_files(), before)
+
     def test_what_the_api_takes_is_followed_up_too(self):
         seen = []
         node = self.node(on_message=lambda message: seen.append(message.id), keep=1, web="127.0.0.1:0")
@@ -10585,8 +10601,29 @@ class WebViewers(WebCase):
         self.eventually(lambda: not node.site.inbox.visitors)
 
 
+def glob_json(node):
+    return [os.path.join(node.site.recorder.root, name) for name in os.listdir(node.site.recorder.root)]
+
+
 class WebChanges(WebCase):
     """What deletes or changes does what its words say, or nothing."""
+
+    def test_tags_of_what_other_programs_delivered(self):
+        """Each message has its own, also when names differ in what a file name would not show; the sweep leaves them."""
+        node = self.web_node()
+        self.deliver(node, b"Subject: ours\r\n\r\n", "b@x.example")
+        new = os.path.join(node.stores.mailboxes.path("b@x.example"), "new")
+        names = ["1700000000.M1P1_V.host", "1700000000.M1P1_W.host"]
+        for name in names:
+            with open(os.path.join(new, name), "wb") as file:
+                file.write(b"Subject: theirs\r\n\r\n")
+        for name in names:
+            self.ask(node, "/api/v1/tags", "PUT", {"IDs": [name], "Tags": [name[-6]]})
+        for path in glob_json(node):
+            os.utime(path, (0, 0))
+        node.site.recorder.sweep()
+        again = self.web_node(data=node.data)
+        self.assertEqual([self.ask(again, "/api/v1/message/" + name).json["Tags"] for name in names], [["V"], ["W"]])
 
     def test_words_that_we_do_not_know(self):
         node = self.web_node()
