@@ -8690,7 +8690,7 @@ class Session(socketserver.BaseRequestHandler, Task):
             except Refused as refused:
                 event("refused", protocol=self.protocol, client=self.client, reason=printable(str(refused.reply)))
                 self.over = True
-                return self.wire.send(self.server.refusal(refused.reply.text))  # type: ignore[attr-defined]
+                return self.wire.send(self.refusal(refused.reply.text))
         greeting = self.greeting()
         if self.pause:
             await self.keep_back()
@@ -8828,6 +8828,11 @@ class Session(socketserver.BaseRequestHandler, Task):
 
     # What the protocol adds.
 
+    @staticmethod
+    def refusal(reason: str) -> bytes:
+        """Return the words for a connection that is not wanted."""
+        raise NotImplementedError
+
     def greeting(self) -> Any:
         raise NotImplementedError
 
@@ -8964,17 +8969,11 @@ class Listener(socketserver.TCPServer, Task):
             with contextlib.suppress(OSError):
                 if not self.tls:
                     request.setblocking(False)
-                    request.send(self.refusal(refusal))
+                    request.send(self.session.refusal(refusal))
             return self.shutdown_request(request)
         if log.isEnabledFor(logging.INFO):
             event("connect", protocol=self.name, client=show_endpoint(client_address[:2]))
         self.site.loop.spawn(self.session(request, client_address, self))
-
-    def refusal(self, reason: str) -> bytes:
-        """Return the words for a connection that is not wanted."""
-        if self.name.startswith("pop3"):
-            return b"-ERR [SYS/TEMP] %s\r\n" % reason.encode()
-        return Reply(421, "4.3.2", reason).encode()
 
 
 # ======================================================================================================================
@@ -9014,6 +9013,10 @@ class SMTPSession(Session):
     LEADING_ON = ("MAIL", "RCPT", "DATA", "BDAT")   # to a message; the others do not, and have an end some time
 
     # What every conversation has.
+
+    @staticmethod
+    def refusal(reason: str) -> bytes:
+        return Reply(421, "4.3.2", reason).encode()
 
     def greeting(self) -> Reply:
         self.become(None)
@@ -9486,6 +9489,10 @@ class POP3Session(Session):
     ONLY_BEFORE = ("USER", "PASS", "AUTH", "STLS")
     LEADING_ON = ("RETR", "TOP", "DELE")            # the others have an end some time, ...
     ABOUT_ONE = ("LIST", "UIDL")                    # ... but for what clients ask about each message
+
+    @staticmethod
+    def refusal(reason: str) -> bytes:
+        return b"-ERR [SYS/TEMP] %s\r\n" % printable(reason).encode("utf-8", "replace")
 
     def greeting(self) -> bytes:
         self.items: List[Item] = []
