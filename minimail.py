@@ -7265,24 +7265,12 @@ def sign_content(blocks: Iterable[bytes], choose: Callable[[Fields], Sequence[Tu
 
 def author_domains(fields: Fields) -> List[str]:
     """Return the domains of the addresses in From, lower case as A-labels; of what is no address, none."""
-    value = b" ".join(field.partition(b":")[2] for name, field in fields if name == "from")[:MAX_COMMAND]
-    kept: List[str] = []
-    depth, quoted, escaped = 0, False, False
-    for c in value.decode("utf-8", "replace"):      # without comments and quoted names
-        if escaped or (c == "\\" and (depth or quoted)):
-            escaped = not escaped
-        elif c == '"' and not depth:
-            quoted = not quoted
-        elif c in "()" and not quoted:
-            depth = max(0, depth + (1 if c == "(" else -1))
-        elif not depth and not quoted:
-            kept.append(c)
-    text = "".join(kept)
-    found = re.findall(r"<[^<>@]*@([^<>@]*)>", text) or re.findall(r"@([^<>@,;:\s]*)", text)
-    domains = []
-    for domain in map(str.strip, found):
+    value = b",".join(field.partition(b":")[2] for name, field in fields if name == "from")[:MAX_COMMAND]
+    found = (address.rpartition("@")[2].partition("(") for _, address in read_addresses(unfold(value)) if "@" in address)
+    domains: List[str] = []
+    for domain, _, _ in found:
         with contextlib.suppress(ValueError):
-            domains.append(ascii_domain(domain))
+            domains += filter(is_domain, [ascii_domain(domain.strip())])
     return domains
 
 

@@ -6592,7 +6592,9 @@ class DKIMSignatures(Case):
                                (b'"x@evil.test" <a@here.test>', ["here.test"]), (b"(x@evil.test) a@here.test", ["here.test"]),
                                (b"x@evil.test <a@here.test>", ["here.test"]), (b"a@here.test, b@far.test", ["here.test", "far.test"]),
                                (b'"a@here.test"', []), (b"", []), (b"undisclosed:;", []), (b'"\\"<x@y>" <a@here.test>', ["here.test"]),
-                               (b"((nested) x@evil.test) <a@here.test>", ["here.test"]), (b"@", [""]),
+                               (b"((nested) x@evil.test) <a@here.test>", ["here.test"]), (b"@", []),
+                               (b"Eve <eve@evil.test>, bob@here.test", ["evil.test", "here.test"]), (b"a @ here.test", ["here.test"]),
+                               (b"<a@here.test(comment)>", ["here.test"]), (b"<@relay.test:a@here.test>", ["here.test"]),
                                ("a@b\u00fccher.test".encode(), ["xn--bcher-kva.test"]), (b"a@here.test\r\n (x)", ["here.test"])):
             self.assertEqual(minimail.author_domains([("from", b"From: " + field), ("to", b"To: x@y.test")]), domains, field)
         for hostile in b"(" * 100_000, b"<@" * 50_000, b'"' * 100_001, b"\\" * 100_000, b"@" * 100_000:
