@@ -12877,6 +12877,7 @@ class WebHook:
 
     def __init__(self, inbox: Inbox, url: str) -> None:
         self.inbox, self.url = inbox, url
+        self.threads = Threads()                    # its own: those of the inbox are counted as connections
         self._ids: Deque[str] = collections.deque()
 
     def add(self, id: str) -> None:
@@ -12961,15 +12962,18 @@ class WebExtension(Extension):
     def start(self, node: Any) -> None:
         if node.config.webhook:
             node.site.inbox.hook = hook = WebHook(node.site.inbox, node.config.webhook)
-            node.site.inbox.threads.start(hook.run)
+            hook.threads.start(hook.run)
 
     def stop(self, node: Any) -> None:
         if node.site.inbox:
             node.site.inbox.stop()
 
     def join(self, node: Any, seconds: float) -> None:
-        if node.site.inbox:
-            node.site.inbox.threads.join(seconds)
+        inbox, until = node.site.inbox, time.monotonic() + seconds
+        if inbox:
+            inbox.threads.join(seconds)
+        if inbox and inbox.hook:
+            inbox.hook.threads.join(until - time.monotonic())
 
     def matcher(self, node: Any, search: str) -> Callable[[Message], bool]:
         inbox, wanted = node.site.inbox or Inbox(node.site, node), Query(search)

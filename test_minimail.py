@@ -10745,6 +10745,10 @@ class WebReleases(WebCase):
 
 
 class WebHooks(WebCase):
+    def test_it_is_no_connection(self):
+        node = self.web_node(webhook="http://127.0.0.1:9/x", max_connections=2)
+        self.ask(node, "/api/v1/info")
+
     def setUp(self):
         self.came, self.answers = [], []
         test = self
