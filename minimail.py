@@ -2832,6 +2832,12 @@ def account_key(name: str) -> str:
         return ""
 
 
+def account_name(key: str) -> str:
+    """Return an account's name as the users file has it, where # begins a comment."""
+    name = str(parse_key(key))
+    return '"%s"@%s' % tuple(name.split("@")) if name.startswith("#") else name
+
+
 class Accounts:
     """The users file: who may log in, by full address."""
 
@@ -2900,8 +2906,8 @@ class Accounts:
                 if key not in before or line.lstrip().startswith("#"):
                     kept.append(line)
                 elif key in after:
-                    kept.append("%s:%s" % (parse_key(key), after.pop(key)))
-            kept += ["%s:%s" % (parse_key(key), record) for key, record in after.items() if key not in before]
+                    kept.append("%s:%s" % (account_name(key), after.pop(key)))
+            kept += ["%s:%s" % (account_name(key), record) for key, record in after.items() if key not in before]
             text = "".join(line + "\n" for line in kept)
             storage.write(os.path.abspath(path), text.encode("utf-8", "surrogateescape"))
         finally:
@@ -9656,10 +9662,10 @@ class POP3Session(Session):
         fd = self.open(item)
         try:
             content = pread(fd, item.size + 1, 0) if item.size <= BLOCK else b""
-            if len(content) == item.size:
+            if len(content) == item.size and content.endswith(b"\r\n"):
                 answer = b"+OK %d octets\r\n%s.\r\n" % (item.size, stuff_dots(content, True))
             else:
-                native = os.fstat(fd).st_size == item.size
+                native = os.fstat(fd).st_size == item.size and pread(fd, 2, max(0, item.size - 2)) == b"\r\n"
                 self.wire.send(b"+OK %d octets\r\n" % item.size)
                 await (self.send_blocks(fd, item.size) if native else self.send_converted(fd, None))
                 answer = b".\r\n"
@@ -14324,7 +14330,11 @@ class Workers:
                 continue
             for when, number in [entry for entry in due if entry[0] <= time.monotonic()]:
                 due.remove((when, number))
-                self.fork(number)
+                try:
+                    self.fork(number)
+                except OSError as error:            # no memory, no process left: the others go on
+                    log.warning("cannot start a worker: %s", error)
+                    due.append((time.monotonic() + 2.0, number))
             stop.wait(0.1 if due else 0.5)
 
     def tell(self, signum: int) -> None:

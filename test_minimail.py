@@ -2069,7 +2069,7 @@ class UserAccounts(Case):
     def test_accounts_whose_names_are_quoted(self):
         path, storage = self.file("users", ""), minimail.Storage(self.directory(), sync=False)
         accounts, old, new = minimail.Accounts(path), cheap_hash("old"), cheap_hash("new")
-        for name in ('"a b"@example.org', '"a:b"@example.org', r'"a\"b"@example.org', "d\xfc@example.org"):
+        for name in ("#a@example.org", '"a b"@example.org', '"a:b"@example.org', r'"a\"b"@example.org', "d\xfc@example.org"):
             key = minimail.parse_address(name).key
             for edit, expected in ((lambda users: users.update({key: old}), {key: old}),
                                    (lambda users: users.update({key: new}), {key: new}), (lambda users: users.pop(key), {})):
@@ -8519,6 +8519,21 @@ class POP3(Case):
         self.dialog(talk, "C: USER bob@x\nS: +OK\nC: PASS x\nS: +OK 3")
         self.dialog(talk, "C: QUIT\nS: +OK")
         self.session("C: QUIT\nS: +OK")
+
+    def test_a_size_in_a_name_that_lies(self):
+        """The end is found all the same."""
+        new = os.path.join(self.node_.stores.mailboxes.path("eve@x"), "new")
+        os.makedirs(new)
+        os.makedirs(new[:-3] + "cur")
+        for number, content in enumerate((b"a\r\nb", b"", b"x" * 70_000)):
+            with open(os.path.join(new, "%d.M1.host,S=%d,W=%d" % (number, len(content), len(content))), "wb") as file:
+                file.write(content)
+        talk = self.session("", user="eve@x")
+        for number in 1, 2, 3:
+            self.assertTrue(talk.ask("RETR %d" % number).startswith("+OK"))
+            while talk.reply() != ".":
+                pass
+        self.dialog(talk, "C: NOOP\nS: +OK")
 
     def test_no_locks_on_this_file_system(self):
         mailboxes, before = self.node_.stores.mailboxes, open_files()
