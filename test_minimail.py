@@ -11874,6 +11874,18 @@ class TheFile(Case):
     def test_sections_are_numbered(self):
         self.assertEqual([number for _, number in self.banners], list(range(2, len(self.banners) + 2)))
 
+    def test_drawings_name_the_sections_as_they_are_numbered(self):
+        titles = {"session": "SMTP.", "delivery": "Delivery.", "mailbox": "Mailboxes", "POP3": "POP3.", "reading": "Reading", "web": "Web",
+                  "queue": "Queue.", "relay": "Relay.", "DNS": "DNS.", "client": "SMTP client.", "bounce": "Bounces"}
+        numbers = {word: re.search(r"(?m)^# (\d+)  " + re.escape(title), self.text).group(1) for word, title in titles.items()}
+        with open(os.path.join(HERE, "README.md"), encoding="utf-8") as file:
+            readme = file.read()
+        for text in ast.get_docstring(self.tree), readme:
+            drawing = text[text.index("How mail travels"):][:1500]
+            found = re.findall(r"(?:^|[>\u25ba] | )(\d+) (%s)\b" % "|".join(titles), drawing, re.M)
+            self.assertEqual({word for _, word in found}, set(titles))
+            self.assertEqual([number for number, _ in found], [numbers[word] for _, word in found])
+
     def test_reading_order(self):
         """A section uses only names printed above it, or its own."""
         defined = {}
