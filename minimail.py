@@ -348,6 +348,7 @@ QUOTED = re.compile(r'"(?:[^"\\\x00-\x1f\x7f]|\\[\x20-\x7e])*"')
 LABEL = r"[A-Za-z0-9_\u0080-\U0010ffff](?:[A-Za-z0-9_\-\u0080-\U0010ffff]*[A-Za-z0-9_\u0080-\U0010ffff])?"
 DOMAIN = re.compile(r"%s(?:\.%s)*" % (LABEL, LABEL))
 SOURCE_ROUTE = re.compile(r"@[^,:@<>\s]+(?:,@[^,:@<>\s]+)*:")
+NO_CHARACTER = re.compile("[\ud800-\udfff\x80-\x9f]")     # lone surrogates and C1 controls
 BLANK_LINE = re.compile(rb"\n\r?\n")
 FOLD = re.compile(rb"\r?\n[ \t]+")
 FIELD = re.compile(rb"[^\n]*(?:\n[ \t][^\n]*)*\n?")
@@ -425,7 +426,7 @@ def parse_address(text: str, lenient: bool = False) -> Address:
     else:
         match = (ANY_DOTS if lenient else DOT_STRING).match(text)
         local = match.group() if match else ""
-    if not match or any("\ud800" <= c <= "\udfff" or "\x80" <= c <= "\x9f" for c in text):
+    if not match or NO_CHARACTER.search(text):
         raise Refused(BAD_SYNTAX)
     rest = text[match.end():]
     if not rest:
@@ -4668,6 +4669,7 @@ def status_fields(recipient: Dict[str, Any], utf8: bool, until: str) -> List[str
 # ======================================================================================================================
 
 REPLY_LINE = re.compile(rb"(\d\d\d)(?:([ -])(.*))?", re.DOTALL)
+ENHANCED_CODE = re.compile(r"([245]\.\d{1,3}\.\d{1,3})(?: |$)", re.ASCII)
 
 
 class PeerFailed(Exception):
@@ -4755,7 +4757,7 @@ class Peer:
         while True:
             end = self.wire.input.find(b"\n")
             taken = len(self.wire.input) if end < 0 else end + 1
-            line += bytes(self.wire.input[:min(taken, MAX_REPLY_LINE - len(line))])
+            line += self.wire.input[:min(taken, MAX_REPLY_LINE - len(line))]
             del self.wire.input[:taken]
             self._budget -= taken
             if end >= 0:
@@ -4769,7 +4771,7 @@ class Peer:
         shown = printable(text, MAX_REPLY_LINE)
         for secret in self.secrets:
             shown = shown.replace(secret, "***")
-        return printable(shown, 500)
+        return shown if len(shown) <= 500 else printable(shown, 500)
 
     def said(self, reply: Reply) -> Reply:
         """Return the reply with the name of who gave it, on one line."""
@@ -5055,7 +5057,7 @@ class Peer:
 
 def with_enhanced_code(code: int, lines: List[str]) -> Reply:
     """Return the Reply of these lines; the enhanced code stands in its own place when it fits (RFC 2034 section 4)."""
-    match = re.match(r"([245]\.\d{1,3}\.\d{1,3})(?: |$)", lines[-1], re.ASCII)
+    match = ENHANCED_CODE.match(lines[-1])
     enhanced = match.group(1) if match and match.group(1)[0] == str(code)[0] else ""
     if enhanced:
         prefix = enhanced + " "
