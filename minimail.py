@@ -193,7 +193,7 @@ MAX_REWRITTEN = 1 << 18             # bytes of headers in which --rewrite looks 
 MAX_PATH = 1024                     # bytes in an address it looks at
 TICK = 0.1                          # seconds between two looks at what other processes did
 AGAIN = 5.0                         # seconds until what the disk refused is done again
-SWEEP = 60.0                        # seconds between two looks for what was in the memory of a process that died
+SWEEP = 10.0                        # seconds between two looks for what was in the memory of a process that died
 
 # Standing.
 MAX_SIGNED_HEADER = 1 << 20         # bytes of header held to sign it; a longer one goes out unsigned, and ...
@@ -4113,7 +4113,7 @@ class Zone:
 #    files under queue/            state                       a crash leaves it so, and then
 #    ----------------------------  --------------------------  -------------------------------------------------------
 #    ID.msg                        being accepted (no 250 yet)  sweep() removes it once its lock is gone
-#    ID.msg ID.env                 waits in a process's memory  sweep() at the next start gives it the hint new/ID
+#    ID.msg ID.env                 waits in a process's memory  sweep(), every now and then, gives it the hint new/ID
 #    ID.msg ID.env new/ID          due, for whoever comes      any process takes it up
 #    ID.msg ID.env due/SECONDS/ID  waits until SECONDS         is due then
 #    ID.msg ID.env busy/DEST/ID    due; DEST has enough to do,  looked at when DEST has less to do, or at the next start
@@ -4459,10 +4459,12 @@ class Queue:
     def busy_directories(self) -> List[str]:
         return [os.path.join(self.busy, name) for name in list_directory(self.busy)]
 
+    def _hint_directories(self) -> List[str]:
+        return [self.new] + [os.path.join(above, name) for above in (self.due, self.busy) for name in list_directory(above)]
+
     def hints(self) -> Iterator[str]:
         """Yield the path of every hint."""
-        for directory in [self.new] + [os.path.join(above, name) for above in (self.due, self.busy)
-                                       for name in list_directory(above)]:
+        for directory in self._hint_directories():
             for name in list_directory(directory):
                 if ENTRY_ID.fullmatch(name):
                     yield os.path.join(directory, name)
@@ -4483,17 +4485,20 @@ class Queue:
     def sweep(self, in_memory: Container[str] = (), age: float = 0.0) -> None:
         """Remove what dead processes left half done, and hint at what nobody could find, if so many seconds old; OSError.
 
+        Without an age, as at the start, what version 1.0 left is looked for, too.
         What another process has in its memory may be hinted at: it is sent once, by whoever locks it first.
         """
-        self._adopt()
-        hinted = {os.path.basename(hint) for hint in self.hints()}
+        if not age:
+            self._adopt()
+        hinted = {name for directory in self._hint_directories() for name in list_directory(directory)}
         names = list_directory(self.root)
         envelopes = {name[:-4] for name in names if name.endswith(".env")}
         for name in names:
-            id, _, kind = name.partition(".")
-            with contextlib.suppress(OSError):
-                if ENTRY_ID.fullmatch(id) and (kind.endswith("tmp") or (kind == "msg" and id not in envelopes)):
-                    self._remove_if_dead(id, name)
+            if name.endswith("tmp") or (name.endswith(".msg") and name[:-4] not in envelopes):
+                id = name.partition(".")[0]
+                with contextlib.suppress(OSError):
+                    if ENTRY_ID.fullmatch(id):
+                        self._remove_if_dead(id, name)
         for id in envelopes - hinted:
             if ENTRY_ID.fullmatch(id) and id not in in_memory and int(id[:8], 16) <= self.clock() - age:
                 self.place_hint(Dispatch(Entry(id, "", 0, 0, 0.0, 0.0, [])), self.new)
