@@ -198,7 +198,7 @@ MAX_REWRITTEN = 1 << 18             # bytes of headers in which --rewrite looks 
 MAX_PATH = 1024                     # bytes in an address it looks at
 TICK = 0.1                          # seconds between two looks at what other processes did
 AGAIN = 5.0                         # seconds until what the disk refused is done again
-SWEEP = 60.0                        # seconds between two looks for what was in the memory of a process that died
+SWEEP = 10.0                        # seconds between two looks for what was in the memory of a process that died
 
 # Standing.
 MAX_SIGNED_HEADER = 1 << 20         # bytes of header held to sign it; a longer one goes out unsigned, and ...
@@ -352,6 +352,7 @@ QUOTED = re.compile(r'"(?:[^"\\\x00-\x1f\x7f]|\\[\x20-\x7e])*"')
 LABEL = r"[A-Za-z0-9_\u0080-\U0010ffff](?:[A-Za-z0-9_\-\u0080-\U0010ffff]*[A-Za-z0-9_\u0080-\U0010ffff])?"
 DOMAIN = re.compile(r"%s(?:\.%s)*" % (LABEL, LABEL))
 SOURCE_ROUTE = re.compile(r"@[^,:@<>\s]+(?:,@[^,:@<>\s]+)*:")
+NO_CHARACTER = re.compile("[\ud800-\udfff\x80-\x9f]")     # lone surrogates and C1 controls
 BLANK_LINE = re.compile(rb"\n\r?\n")
 FOLD = re.compile(rb"\r?\n[ \t]+")
 FIELD = re.compile(rb"[^\n]*(?:\n[ \t][^\n]*)*\n?")
@@ -430,7 +431,7 @@ def parse_address(text: str, lenient: bool = False) -> Address:
     else:
         match = (ANY_DOTS if lenient else DOT_STRING).match(text)
         local = match.group() if match else ""
-    if not match or any("\ud800" <= c <= "\udfff" or "\x80" <= c <= "\x9f" for c in text):
+    if not match or NO_CHARACTER.search(text):
         raise Refused(BAD_SYNTAX)
     rest = text[match.end():]
     if not rest:
@@ -4139,7 +4140,7 @@ class Zone:
 #    files under queue/            state                       a crash leaves it so, and then
 #    ----------------------------  --------------------------  -------------------------------------------------------
 #    ID.msg                        being accepted (no 250 yet)  sweep() removes it once its lock is gone
-#    ID.msg ID.env                 waits in a process's memory  sweep() at the next start gives it the hint new/ID
+#    ID.msg ID.env                 waits in a process's memory  sweep(), every now and then, gives it the hint new/ID
 #    ID.msg ID.env new/ID          due, for whoever comes      any process takes it up
 #    ID.msg ID.env due/SECONDS/ID  waits until SECONDS         is due then
 #    ID.msg ID.env busy/DEST/ID    due; DEST has enough to do,  looked at when DEST has less to do, or at the next start
@@ -4485,10 +4486,12 @@ class Queue:
     def busy_directories(self) -> List[str]:
         return [os.path.join(self.busy, name) for name in list_directory(self.busy)]
 
+    def _hint_directories(self) -> List[str]:
+        return [self.new] + [os.path.join(above, name) for above in (self.due, self.busy) for name in list_directory(above)]
+
     def hints(self) -> Iterator[str]:
         """Yield the path of every hint."""
-        for directory in [self.new] + [os.path.join(above, name) for above in (self.due, self.busy)
-                                       for name in list_directory(above)]:
+        for directory in self._hint_directories():
             for name in list_directory(directory):
                 if ENTRY_ID.fullmatch(name):
                     yield os.path.join(directory, name)
@@ -4509,17 +4512,20 @@ class Queue:
     def sweep(self, in_memory: Container[str] = (), age: float = 0.0) -> None:
         """Remove what dead processes left half done, and hint at what nobody could find, if so many seconds old; OSError.
 
+        Without an age, as at the start, what version 1.0 left is looked for, too.
         What another process has in its memory may be hinted at: it is sent once, by whoever locks it first.
         """
-        self._adopt()
-        hinted = {os.path.basename(hint) for hint in self.hints()}
+        if not age:
+            self._adopt()
+        hinted = {name for directory in self._hint_directories() for name in list_directory(directory)}
         names = list_directory(self.root)
         envelopes = {name[:-4] for name in names if name.endswith(".env")}
         for name in names:
-            id, _, kind = name.partition(".")
-            with contextlib.suppress(OSError):
-                if ENTRY_ID.fullmatch(id) and (kind.endswith("tmp") or (kind == "msg" and id not in envelopes)):
-                    self._remove_if_dead(id, name)
+            if name.endswith("tmp") or (name.endswith(".msg") and name[:-4] not in envelopes):
+                id = name.partition(".")[0]
+                with contextlib.suppress(OSError):
+                    if ENTRY_ID.fullmatch(id):
+                        self._remove_if_dead(id, name)
         for id in envelopes - hinted:
             if ENTRY_ID.fullmatch(id) and id not in in_memory and int(id[:8], 16) <= self.clock() - age:
                 self.place_hint(Dispatch(Entry(id, "", 0, 0, 0.0, 0.0, [])), self.new)
@@ -4695,6 +4701,7 @@ def status_fields(recipient: Dict[str, Any], utf8: bool, until: str) -> List[str
 # ======================================================================================================================
 
 REPLY_LINE = re.compile(rb"(\d\d\d)(?:([ -])(.*))?", re.DOTALL)
+ENHANCED_CODE = re.compile(r"([245]\.\d{1,3}\.\d{1,3})(?: |$)", re.ASCII)
 
 
 class PeerFailed(Exception):
@@ -4782,7 +4789,7 @@ class Peer:
         while True:
             end = self.wire.input.find(b"\n")
             taken = len(self.wire.input) if end < 0 else end + 1
-            line += bytes(self.wire.input[:min(taken, MAX_REPLY_LINE - len(line))])
+            line += self.wire.input[:min(taken, MAX_REPLY_LINE - len(line))]
             del self.wire.input[:taken]
             self._budget -= taken
             if end >= 0:
@@ -4796,7 +4803,7 @@ class Peer:
         shown = printable(text, MAX_REPLY_LINE)
         for secret in self.secrets:
             shown = shown.replace(secret, "***")
-        return printable(shown, 500)
+        return shown if len(shown) <= 500 else printable(shown, 500)
 
     def said(self, reply: Reply) -> Reply:
         """Return the reply with the name of who gave it, on one line."""
@@ -5082,7 +5089,7 @@ class Peer:
 
 def with_enhanced_code(code: int, lines: List[str]) -> Reply:
     """Return the Reply of these lines; the enhanced code stands in its own place when it fits (RFC 2034 section 4)."""
-    match = re.match(r"([245]\.\d{1,3}\.\d{1,3})(?: |$)", lines[-1], re.ASCII)
+    match = ENHANCED_CODE.match(lines[-1])
     enhanced = match.group(1) if match and match.group(1)[0] == str(code)[0] else ""
     if enhanced:
         prefix = enhanced + " "

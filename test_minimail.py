@@ -5328,6 +5328,19 @@ class RunningRelayTest(ScriptedCase):
         self.eventually(lambda: not world.files())
         self.assertLessEqual(max(most), 2)
 
+    def test_what_another_process_had_in_memory_when_it_died_is_sent(self):
+        """The envelope is on disk without a hint; a process that goes on living finds it, not only one that starts."""
+        peer = ScriptedPeer()
+        living, dead = (self.running(FAR, {"192.0.2.25": peer}) for _ in range(2))
+        with mock.patch.object(minimail, "SWEEP", 0.1):
+            living.relay.start()
+            self.eventually(lambda: living.queue.submitted == living.relay.submitted)    # its sweep at the start is over
+            dead.queue.submitted = lambda dispatch: True
+            dead.submit("bob@far.test")
+            self.eventually(lambda: peer.messages)
+            self.eventually(lambda: not living.files())
+        self.assertEqual(len(peer.messages), 1)
+
     def test_without_threads_it_is_sent_later(self):
         peer = ScriptedPeer()
         world = self.running(FAR, {"192.0.2.25": peer})
