@@ -1940,6 +1940,10 @@ O_EXTRA = getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
 O_PLAIN = O_EXTRA | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
 
 
+NO_LINKS = {getattr(errno, name, -1) for name in ("EPERM", "EACCES", "EOPNOTSUPP", "ENOTSUP", "ENOSYS", "EMLINK", "EXDEV",
+                                                  "EINVAL")}    # from os.link() where a file cannot have another name
+
+
 def lock_file(fd: int, wait: bool = False) -> bool:
     """Lock an open file until it is closed or the process ends; False when somebody else has it. OSError: no locks here."""
     try:
@@ -2078,6 +2082,31 @@ class Storage:
         if what not in self._complained:
             self._complained.add(what)
             log.warning("%s: %s", self.root, text)
+
+    def link(self, source: str, target: str) -> None:
+        """Give a file a second name; where the file system has no links, make a durable copy. OSError."""
+        try:
+            os.link(source, target)
+            return
+        except OSError as error:
+            if error.errno not in NO_LINKS:
+                raise
+        above, name = os.path.split(target)
+        tmp = os.path.join(os.path.dirname(above), "tmp")
+        draft = os.path.join(tmp if os.path.isdir(tmp) else above, name + ".tmp")     # of a mailbox, or of the queue
+        fd = self.create(draft)
+        try:
+            with open(source, "rb", buffering=0) as old:
+                for block in iter(lambda: old.read(BIG_BLOCK), b""):
+                    write_all(fd, block)
+            self.sync_file(fd)
+            os.rename(draft, target)                # while it is locked: nobody takes it for abandoned
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(draft)
+            raise
+        finally:
+            os.close(fd)
 
     def make_directory(self, path: str) -> None:
         """Make a directory (0700) and what is missing above it, durably; OSError."""
@@ -2489,7 +2518,7 @@ class Mailboxes:
         name = "%s,S=%d,W=%d" % (self.file_name(draft.id), draft.written, draft.written)
         for mailbox in reversed(mailboxes):
             target = os.path.join(self.path(mailbox), "new", name)
-            put: Callable[[str, str], None] = os.rename if mailbox == mailboxes[0] else link_or_copy
+            put: Callable[[str, str], None] = os.rename if mailbox == mailboxes[0] else self.storage.link
             try:
                 put(draft.path, target)
             except FileNotFoundError:
@@ -2662,28 +2691,6 @@ def message_id(item: Item) -> str:
     """Return the id under which a message was accepted; its UID when another program delivered it."""
     match = OWN_NAME.match(item.name)
     return match.group(1) if match else item.uid
-
-
-NO_LINKS = {getattr(errno, name, -1) for name in ("EPERM", "EACCES", "EOPNOTSUPP", "ENOTSUP", "ENOSYS", "EMLINK", "EXDEV",
-                                                  "EINVAL")}    # from os.link() where a file cannot have another name
-
-
-def link_or_copy(source: str, target: str) -> None:
-    """Give a file a second name; where the file system has no links, make a durable copy. OSError."""
-    try:
-        os.link(source, target)
-        return
-    except OSError as error:
-        if error.errno not in NO_LINKS:
-            raise
-    above, name = os.path.split(target)
-    tmp = os.path.join(os.path.dirname(above), "tmp")
-    draft = os.path.join(tmp if os.path.isdir(tmp) else above, name + ".tmp")     # of a mailbox, or of the queue
-    with open(source, "rb") as old, open(draft, "xb", opener=lambda p, f: os.open(p, f, 0o600)) as new:
-        shutil.copyfileobj(old, new, BIG_BLOCK)
-        new.flush()
-        os.fsync(new.fileno())
-    os.rename(draft, target)
 
 
 class Message:
@@ -7543,7 +7550,7 @@ class SRS:
         self.storage.write(draft, secrets.token_urlsafe(24).encode() + b"\n")
         try:
             with contextlib.suppress(FileExistsError):
-                link_or_copy(draft, self.path)
+                self.storage.link(draft, self.path)
         finally:
             os.unlink(draft)
         self.storage.sync_directory(self.storage.root)
@@ -8412,7 +8419,10 @@ class StandingExtension(Extension):
 
     def equip(self, node: Any) -> None:
         if not node.config.capture:
-            node.stores.door.origin = SRS(node.config, node.stores.storage).reverse
+            srs = SRS(node.config, node.stores.storage)
+            with contextlib.suppress(OSError):      # now, for later the loop would wait for it; then it is tried again
+                srs.secrets()
+            node.stores.door.origin = srs.reverse
 
 
 EXTENSIONS.append(StandingExtension())
