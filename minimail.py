@@ -7557,7 +7557,7 @@ class SRS:
 
     def forward(self, sender: str) -> str:
         """Return the reverse-path for mail that an alias sends on: ours and the null one stay. OSError."""
-        if not sender:
+        if not sender or not self.domains:          # capture mode: what is released goes as it came
             return sender
         address = parse_address(sender)
         if lower(address.domain) in self.domains or not address.domain or domain_literal(address.domain):

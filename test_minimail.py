@@ -6669,6 +6669,11 @@ class DKIMSignatures(Case):
 
 
 class SRSRewriting(Case):
+    def test_what_is_released_in_capture_mode_goes_as_it_came(self):
+        directory = self.directory()
+        srs = minimail.SRS(Config(data=directory), minimail.Storage(directory, False))
+        self.assertEqual(srs.forward("ann@far.test"), "ann@far.test")
+
     def test_a_file_system_without_links(self):
         directory = self.directory()
         srs = minimail.SRS(Config(data=directory, domain=("here.test",)), minimail.Storage(directory, False), lambda: self.NOW)
