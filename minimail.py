@@ -14340,9 +14340,20 @@ def become_owner(data: str) -> None:
     if hasattr(os, "geteuid") and os.geteuid() == 0 and owner.st_uid != 0:
         import_all()
         change_home(owner.st_uid)
-        os.setgroups([])
-        os.setgid(owner.st_gid)
+        groups = groups_of(owner.st_uid, owner.st_gid)
+        os.setgroups(groups)
+        os.setgid(groups[0])
         os.setuid(owner.st_uid)
+
+
+def groups_of(uid: int, gid: int) -> List[int]:
+    """Return a user's groups, as --run-as would have them, the main one first; `gid` where nobody knows the user."""
+    import pwd
+    try:
+        account = pwd.getpwuid(uid)
+    except KeyError:
+        return [gid]
+    return [account.pw_gid, *(group for group in os.getgrouplist(account.pw_name, account.pw_gid) if group != account.pw_gid)]
 
 
 def change_home(uid: int) -> None:
