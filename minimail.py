@@ -25,9 +25,11 @@ are pure functions.
 
 Legend, used without exception: `address` an Address or its text local@domain; `key` the lower-case text by which
 addresses are compared; `mailbox` a key that has a Maildir; `sender` the envelope's reverse-path ("" for the null one);
-`envelope` sender and recipients of one message; `draft` a message file still being written; `entry` a message in the
-queue; `exchanger` a host named by an MX record; `site` what all sessions of a node share. Text on the wire and in
-stores is bytes; parsed addresses are str. Durations are seconds, sizes bytes.
+`envelope` sender and recipients of one message; `draft` a message file still being written; `parcel` a draft with where
+it goes, until it is on disk; `item` a message in a mailbox; `entry` one in the queue; `letter` one as the web shows it;
+`exchanger` a host named by an MX record; `stores` what the data directory holds; `site` what all sessions of a node
+share; `wire` one connection, `task` what the loop carries. Text on the wire and in stores is bytes; parsed addresses are
+str. Durations are seconds, sizes bytes. How it waits stands at the head of section 4.
 
 Copyright (C) 2026 the minimail founders.  Permission to use, copy, modify, and/or distribute this software for any
 purpose with or without fee is hereby granted.  THE SOFTWARE IS PROVIDED "AS IS" AND THE AUTHOR DISCLAIMS ALL WARRANTIES
@@ -196,7 +198,7 @@ MAX_REWRITTEN = 1 << 18             # bytes of headers in which --rewrite looks 
 MAX_PATH = 1024                     # bytes in an address it looks at
 TICK = 0.1                          # seconds between two looks at what other processes did
 AGAIN = 5.0                         # seconds until what the disk refused is done again
-SWEEP = 60.0                        # seconds between two looks for what was in the memory of a process that died
+SWEEP = 10.0                        # seconds between two looks for what was in the memory of a process that died
 
 # Standing.
 MAX_SIGNED_HEADER = 1 << 20         # bytes of header held to sign it; a longer one goes out unsigned, and ...
@@ -355,9 +357,11 @@ QUOTED = re.compile(r'"(?:[^"\\\x00-\x1f\x7f]|\\[\x20-\x7e])*"')
 LABEL = r"[A-Za-z0-9_\u0080-\U0010ffff](?:[A-Za-z0-9_\-\u0080-\U0010ffff]*[A-Za-z0-9_\u0080-\U0010ffff])?"
 DOMAIN = re.compile(r"%s(?:\.%s)*" % (LABEL, LABEL))
 SOURCE_ROUTE = re.compile(r"@[^,:@<>\s]+(?:,@[^,:@<>\s]+)*:")
+NO_CHARACTER = re.compile("[\ud800-\udfff\x80-\x9f]")     # lone surrogates and C1 controls
 BLANK_LINE = re.compile(rb"\n\r?\n")
 FOLD = re.compile(rb"\r?\n[ \t]+")
 FIELD = re.compile(rb"[^\n]*(?:\n[ \t][^\n]*)*\n?")
+FIELD_START = re.compile(rb"[!-9;-~]{1,200}[ \t]{0,20}:")
 ADDRESS_WORD = re.compile(r"=\?[^?\s]{1,60}\?[bq]\?[^?\s]*\?=|@\[[^\[\]\s]{1,60}\]|"
                           r"[^\s\"(<>,;:@=\[]+(?:@[^\s\"(<>,;:@=\[]+)?|[@=>\[]|\s+", re.IGNORECASE)
 ADDRESS_QUOTED = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
@@ -433,7 +437,7 @@ def parse_address(text: str, lenient: bool = False) -> Address:
     else:
         match = (ANY_DOTS if lenient else DOT_STRING).match(text)
         local = match.group() if match else ""
-    if not match or any("\ud800" <= c <= "\udfff" or "\x80" <= c <= "\x9f" for c in text):
+    if not match or NO_CHARACTER.search(text):
         raise Refused(BAD_SYNTAX)
     rest = text[match.end():]
     if not rest:
@@ -1472,8 +1476,9 @@ class Loop:
 
     def start(self) -> None:
         """Carry the tasks in a thread of its own; RuntimeError when there is none to be had."""
-        self._thread = threading.Thread(target=self._run, name="minimail-loop", daemon=True)
-        self._thread.start()
+        thread = threading.Thread(target=self._run, name="minimail-loop", daemon=True)
+        thread.start()
+        self._thread = thread                       # only one that began can be joined
 
     def stop(self, grace: float) -> None:
         """End all tasks, each once it is not in flight, or after `grace` seconds; return when they have ended."""
@@ -1563,7 +1568,10 @@ class Loop:
         task.waiting = what
         if what is READ or what is WRITE:
             if task.armed is not what:
-                self._arm(task, what)
+                try:
+                    self._arm(task, what)
+                except (OSError, ValueError) as error:      # the system watches no more sockets, or this one is closed
+                    self._soon.append((task, what, None, error))
         elif type(what) is float:
             if what <= 0:
                 self._soon.append((task, what, None, None))
@@ -2841,6 +2849,12 @@ def account_key(name: str) -> str:
         return ""
 
 
+def account_name(key: str) -> str:
+    """Return an account's name as the users file has it, where # begins a comment."""
+    name = str(parse_key(key))
+    return '"%s"@%s' % tuple(name.split("@")) if name.startswith("#") else name
+
+
 class Accounts:
     """The users file: who may log in, by full address."""
 
@@ -2909,8 +2923,8 @@ class Accounts:
                 if key not in before or line.lstrip().startswith("#"):
                     kept.append(line)
                 elif key in after:
-                    kept.append("%s:%s" % (parse_key(key), after.pop(key)))
-            kept += ["%s:%s" % (parse_key(key), record) for key, record in after.items() if key not in before]
+                    kept.append("%s:%s" % (account_name(key), after.pop(key)))
+            kept += ["%s:%s" % (account_name(key), record) for key, record in after.items() if key not in before]
             text = "".join(line + "\n" for line in kept)
             storage.write(os.path.abspath(path), text.encode("utf-8", "surrogateescape"))
         finally:
@@ -3019,12 +3033,19 @@ class AddressBook:
         self.accounts = accounts
         self.aliases = Reloaded(aliases_path, functools.partial(parse_aliases, home=self.home))
         self.catch_all = catch_all
+        self._looked = 0.0                          # when the files were last found unchanged
         self.own_names = {"localhost", "localhost.localdomain", ascii_domain(hostname), machine_name()}
         self._remembered = Remembered({}, {})
 
     def is_stale(self) -> bool:
         """Return whether files have to be read before the next answer: better not on the loop."""
-        return not self.capture and (self.accounts.file.is_stale() or self.aliases.is_stale())
+        now = time.monotonic()
+        if self.capture or now - self._looked < Watched.PAUSE:
+            return False
+        if self.accounts.file.is_stale() or self.aliases.is_stale():
+            return True
+        self._looked = now
+        return False
 
     def refresh(self) -> None:
         """Read what changed; OSError."""
@@ -3446,9 +3467,7 @@ class Stores(NamedTuple):
 
 def open_stores(config: Config, clock: Callable[[], float] = time.time, policy: Optional[Policy] = None) -> Stores:
     """Open the data directory, made where it is missing; OSError."""
-    hostname = config.hostname
-    if not hostname:
-        hostname = machine_name()
+    hostname = config.hostname or machine_name()
     refuse_shared(config.data)
     storage = Storage(config.data, not config.no_sync)
     storage.open()
@@ -3482,6 +3501,8 @@ def await_mail(storage: Storage, look: Callable[[], Any], until: float, sleep: C
             if woken:
                 break
 
+
+# What commands need before they look into the stores.
 
 EX_TEMPFAIL = 75                                    # sysexits(3): the caller may try again
 
@@ -4135,7 +4156,7 @@ class Zone:
 #    files under queue/            state                       a crash leaves it so, and then
 #    ----------------------------  --------------------------  -------------------------------------------------------
 #    ID.msg                        being accepted (no 250 yet)  sweep() removes it once its lock is gone
-#    ID.msg ID.env                 waits in a process's memory  sweep() at the next start gives it the hint new/ID
+#    ID.msg ID.env                 waits in a process's memory  sweep(), every now and then, gives it the hint new/ID
 #    ID.msg ID.env new/ID          due, for whoever comes      any process takes it up
 #    ID.msg ID.env due/SECONDS/ID  waits until SECONDS         is due then
 #    ID.msg ID.env busy/DEST/ID    due; DEST has enough to do,  looked at when DEST has less to do, or at the next start
@@ -4481,10 +4502,12 @@ class Queue:
     def busy_directories(self) -> List[str]:
         return [os.path.join(self.busy, name) for name in list_directory(self.busy)]
 
+    def _hint_directories(self) -> List[str]:
+        return [self.new] + [os.path.join(above, name) for above in (self.due, self.busy) for name in list_directory(above)]
+
     def hints(self) -> Iterator[str]:
         """Yield the path of every hint."""
-        for directory in [self.new] + [os.path.join(above, name) for above in (self.due, self.busy)
-                                       for name in list_directory(above)]:
+        for directory in self._hint_directories():
             for name in list_directory(directory):
                 if ENTRY_ID.fullmatch(name):
                     yield os.path.join(directory, name)
@@ -4505,17 +4528,20 @@ class Queue:
     def sweep(self, in_memory: Container[str] = (), age: float = 0.0) -> None:
         """Remove what dead processes left half done, and hint at what nobody could find, if so many seconds old; OSError.
 
+        Without an age, as at the start, what version 1.0 left is looked for, too.
         What another process has in its memory may be hinted at: it is sent once, by whoever locks it first.
         """
-        self._adopt()
-        hinted = {os.path.basename(hint) for hint in self.hints()}
+        if not age:
+            self._adopt()
+        hinted = {name for directory in self._hint_directories() for name in list_directory(directory)}
         names = list_directory(self.root)
         envelopes = {name[:-4] for name in names if name.endswith(".env")}
         for name in names:
-            id, _, kind = name.partition(".")
-            with contextlib.suppress(OSError):
-                if ENTRY_ID.fullmatch(id) and (kind.endswith("tmp") or (kind == "msg" and id not in envelopes)):
-                    self._remove_if_dead(id, name)
+            if name.endswith("tmp") or (name.endswith(".msg") and name[:-4] not in envelopes):
+                id = name.partition(".")[0]
+                with contextlib.suppress(OSError):
+                    if ENTRY_ID.fullmatch(id):
+                        self._remove_if_dead(id, name)
         for id in envelopes - hinted:
             if ENTRY_ID.fullmatch(id) and id not in in_memory and int(id[:8], 16) <= self.clock() - age:
                 self.place_hint(Dispatch(Entry(id, "", 0, 0, 0.0, 0.0, [])), self.new)
@@ -4691,6 +4717,7 @@ def status_fields(recipient: Dict[str, Any], utf8: bool, until: str) -> List[str
 # ======================================================================================================================
 
 REPLY_LINE = re.compile(rb"(\d\d\d)(?:([ -])(.*))?", re.DOTALL)
+ENHANCED_CODE = re.compile(r"([245]\.\d{1,3}\.\d{1,3})(?: |$)", re.ASCII)
 
 
 class PeerFailed(Exception):
@@ -4778,7 +4805,7 @@ class Peer:
         while True:
             end = self.wire.input.find(b"\n")
             taken = len(self.wire.input) if end < 0 else end + 1
-            line += bytes(self.wire.input[:min(taken, MAX_REPLY_LINE - len(line))])
+            line += self.wire.input[:min(taken, MAX_REPLY_LINE - len(line))]
             del self.wire.input[:taken]
             self._budget -= taken
             if end >= 0:
@@ -4792,7 +4819,7 @@ class Peer:
         shown = printable(text, MAX_REPLY_LINE)
         for secret in self.secrets:
             shown = shown.replace(secret, "***")
-        return printable(shown, 500)
+        return shown if len(shown) <= 500 else printable(shown, 500)
 
     def said(self, reply: Reply) -> Reply:
         """Return the reply with the name of who gave it, on one line."""
@@ -5078,7 +5105,7 @@ class Peer:
 
 def with_enhanced_code(code: int, lines: List[str]) -> Reply:
     """Return the Reply of these lines; the enhanced code stands in its own place when it fits (RFC 2034 section 4)."""
-    match = re.match(r"([245]\.\d{1,3}\.\d{1,3})(?: |$)", lines[-1], re.ASCII)
+    match = ENHANCED_CODE.match(lines[-1])
     enhanced = match.group(1) if match and match.group(1)[0] == str(code)[0] else ""
     if enhanced:
         prefix = enhanced + " "
@@ -6341,7 +6368,7 @@ def mx_command(config: Config, arguments: List[str]) -> int:
             ascii_domain(parse_domain(address.domain))
     except (Refused, ValueError) as error:
         raise UsageError("mx %s: %s" % (printable(where), error)) from None
-    hostname = config.hostname or socket.gethostname().lower()
+    hostname = config.hostname or machine_name()
     book = AddressBook(config.domain, Accounts(config.file("users")), config.file("aliases"), config.catch_all, hostname)
     if config.domain and book.is_local(address):
         return explain_local(book, address, "@" in where)
@@ -6389,7 +6416,6 @@ def explain_local(book: AddressBook, address: Address, whole: bool) -> int:
 EX_DATAERR, EX_NOUSER, EX_NOHOST, EX_UNAVAILABLE, EX_NOPERM = 65, 67, 68, 69, 77
 FLAGS_WITH_VALUE = "ABCDFLMNORVXbefhopr"            # in the same word or the next; others may have one attached
 MBOX_LINE = re.compile(rb">?From ")
-FIELD_NAME = re.compile(rb"[!-9;-~]{1,200}[ \t]{0,20}:")
 ODD_LINE_END = re.compile(rb"(?<!\r)\r+\n|\r")      # CRLF, CR CR LF, or CR alone; the look-behind keeps long runs cheap
 DROPPED_FIELDS = ("bcc", "resent-bcc", "return-path", "content-length")
 ORIGINATORS = ("from", "sender", "reply-to", "to", "cc")
@@ -6554,7 +6580,7 @@ class Submission:
         while line.strip(b"\n"):
             if pieces and line[:1] in (b" ", b"\t"):
                 pieces[-1].append(line)
-            elif FIELD_NAME.match(line):
+            elif FIELD_START.match(line):
                 pieces.append([line])
             else:
                 break
@@ -6614,8 +6640,8 @@ def submit(stores: Stores, flags: List[Tuple[str, str]], words: Sequence[str]) -
 def ask_for_notices(envelope: Envelope, given: Dict[str, str]) -> None:
     """Note what -N, -R and -V ask for; UsageError."""
     try:
-        asked = {"RET": given.get("R", ""), "ENVID": xtext_encode(given.get("V", ""))}
-        envelope.ret, envelope.envid = parse_dsn_of_mail(asked)
+        said = {"RET": given.get("R", ""), "ENVID": xtext_encode(given.get("V", ""))}
+        envelope.ret, envelope.envid = parse_dsn_of_mail(said)
         if given.get("N"):
             wish = parse_dsn_of_rcpt({"NOTIFY": given["N"]})
             envelope.wishes = {address.key: wish for address in envelope.recipients}
@@ -7304,24 +7330,12 @@ def sign_content(blocks: Iterable[bytes], choose: Callable[[Fields], Sequence[Tu
 
 def author_domains(fields: Fields) -> List[str]:
     """Return the domains of the addresses in From, lower case as A-labels; of what is no address, none."""
-    value = b" ".join(field.partition(b":")[2] for name, field in fields if name == "from")[:MAX_COMMAND]
-    kept: List[str] = []
-    depth, quoted, escaped = 0, False, False
-    for c in value.decode("utf-8", "replace"):      # without comments and quoted names
-        if escaped or (c == "\\" and (depth or quoted)):
-            escaped = not escaped
-        elif c == '"' and not depth:
-            quoted = not quoted
-        elif c in "()" and not quoted:
-            depth = max(0, depth + (1 if c == "(" else -1))
-        elif not depth and not quoted:
-            kept.append(c)
-    text = "".join(kept)
-    found = re.findall(r"<[^<>@]*@([^<>@]*)>", text) or re.findall(r"@([^<>@,;:\s]*)", text)
-    domains = []
-    for domain in map(str.strip, found):
+    value = b",".join(field.partition(b":")[2] for name, field in fields if name == "from")[:MAX_COMMAND]
+    found = (address.rpartition("@")[2].partition("(") for _, address in read_addresses(unfold(value)) if "@" in address)
+    domains: List[str] = []
+    for domain, _, _ in found:
         with contextlib.suppress(ValueError):
-            domains.append(ascii_domain(domain))
+            domains += filter(is_domain, [ascii_domain(domain.strip())])
     return domains
 
 
@@ -7578,9 +7592,11 @@ class SRS:
         self.storage.make_directory(self.storage.root)
         draft = self.path + "." + secrets.token_hex(4)
         self.storage.write(draft, secrets.token_urlsafe(24).encode() + b"\n")
-        with contextlib.suppress(FileExistsError):
-            os.link(draft, self.path)
-        os.unlink(draft)
+        try:
+            with contextlib.suppress(FileExistsError):
+                link_or_copy(draft, self.path)
+        finally:
+            os.unlink(draft)
         self.storage.sync_directory(self.storage.root)
 
     def forward(self, sender: str) -> str:
@@ -8368,7 +8384,7 @@ def check_command(config: Config, arguments: List[str]) -> int:
         raise UsageError("check: which domain? Name it, or give --domain or --data of the node")
     if given.domain and domains[0] not in config.domain:
         config = dataclasses.replace(config, domain=config.domain + (domains[0],))
-    hostname = config.hostname or socket.gethostname().lower()
+    hostname = config.hostname or machine_name()
     doctor = Doctor(config, hostname, Resolver(config.dns), given.connect)
     findings = []
     for finding in doctor.examine(domains):
@@ -8739,31 +8755,41 @@ class Session(socketserver.BaseRequestHandler, Task):
             except Refused as refused:
                 event("refused", protocol=self.protocol, client=self.client, reason=printable(str(refused.reply)))
                 self.over = True
-                return self.wire.send(self.server.refusal(refused.reply.text))  # type: ignore[attr-defined]
-        await self.tell(self.greeting())
+                return self.wire.send(self.refusal(refused.reply.text))
+        greeting = self.greeting()
+        if self.pause:
+            await self.keep_back()
+        self.tell(greeting)
 
     async def next_command(self) -> None:
+        """Take a command and answer it."""
         try:
             line = await self.wire.line(self.line_limit)
+            self.commands += 1
+            self.wire.renew()
+            if self.commands % MAX_TURN == 0:
+                await wait(TURN)
+            answer = await self.command(line)
         except LineTooLong:
             self.commands += 1
             self.wire.renew()
-            return await self.tell(self.refuse("", Refused(500, "5.5.2", "line longer than %d bytes" % self.line_limit,
-                                                           close=self.commands == 1)))
-        self.commands += 1
-        self.wire.renew()
-        if self.commands % MAX_TURN == 0:
-            await wait(TURN)
-        await self.command(line)
+            answer = self.refuse("", Refused(500, "5.5.2", "line longer than %d bytes" % self.line_limit,
+                                             close=self.commands == 1))
+        if self.pause:
+            await self.keep_back()
+        self.tell(answer)
+        if self.wire.pending >= BLOCK:
+            await self.wire.flush()
         if self.site.stopping and not self.over:
             raise TimedOut
 
-    async def command(self, line: bytes) -> None:
-        """Answer one command. Whatever goes wrong in it is answered, too, and the conversation goes on."""
+    async def command(self, line: bytes) -> Any:
+        """Return the answer to one command. Whatever goes wrong in it is answered, too, and the conversation goes on."""
         verb, _, argument = line.partition(b" ")
         name = verb.decode("ascii", "replace").upper()
         method = getattr(self, "do_" + name, None) if name.isalnum() else None
-        self.heard(line, name, method is not None)
+        if self.verbose or self.tape:
+            self.heard(line, name, method is not None)
         try:
             if method is None:
                 self.not_a_command(line, name)
@@ -8783,7 +8809,7 @@ class Session(socketserver.BaseRequestHandler, Task):
         except Exception as error:
             log.exception("%s from %s failed", printable(name, 20), self.client)
             answer = self.trouble(error)
-        await self.tell(answer)
+        return answer
 
     async def start_tls(self) -> None:
         assert self.site.certificates
@@ -8867,6 +8893,11 @@ class Session(socketserver.BaseRequestHandler, Task):
 
     # What the protocol adds.
 
+    @staticmethod
+    def refusal(reason: str) -> bytes:
+        """Return the words for a connection that is not wanted."""
+        raise NotImplementedError
+
     def greeting(self) -> Any:
         raise NotImplementedError
 
@@ -8901,8 +8932,8 @@ class Session(socketserver.BaseRequestHandler, Task):
         """Return the answer to a command that failed for a reason of ours."""
         raise NotImplementedError
 
-    async def tell(self, answer: Any) -> None:
-        """Send an answer; the only place that does."""
+    def tell(self, answer: Any) -> None:
+        """Put an answer on the wire; the only place that does."""
         raise NotImplementedError
 
     def farewell(self, why: str) -> None:
@@ -9003,17 +9034,11 @@ class Listener(socketserver.TCPServer, Task):
             with contextlib.suppress(OSError):
                 if not self.tls:
                     request.setblocking(False)
-                    request.send(self.refusal(refusal))
+                    request.send(self.session.refusal(refusal))
             return self.shutdown_request(request)
         if log.isEnabledFor(logging.INFO):
             event("connect", protocol=self.name, client=show_endpoint(client_address[:2]))
         self.site.loop.spawn(self.session(request, client_address, self))
-
-    def refusal(self, reason: str) -> bytes:
-        """Return the words for a connection that is not wanted."""
-        if self.name.startswith("pop3"):
-            return b"-ERR [SYS/TEMP] %s\r\n" % reason.encode()
-        return Reply(421, "4.3.2", reason).encode()
 
 
 # ======================================================================================================================
@@ -9045,7 +9070,8 @@ class SMTPSession(Session):
     refusals = 0
     transaction: Optional[Transaction] = None
     busy = False                                    # a message is coming in, or on its way to disk
-    from_trust = False                              # the client's address is one of --trust
+    trusted = False                                 # may have mail passed on, and ...
+    lenient = False                                 # ... say things as other servers take them; strangers speak RFC 5321
     started = 0.0
     ASKS_BOOK = ("MAIL", "RCPT", "AUTH")
     SYNCHRONOUS = ("EHLO", "HELO", "DATA", "STARTTLS", "AUTH", "VRFY", "QUIT", "NOOP")  # end a pipeline (RFC 2920)
@@ -9053,8 +9079,12 @@ class SMTPSession(Session):
 
     # What every conversation has.
 
+    @staticmethod
+    def refusal(reason: str) -> bytes:
+        return Reply(421, "4.3.2", reason).encode()
+
     def greeting(self) -> Reply:
-        self.from_trust = self.site.trusts(self.client)
+        self.become(None)
         if self.site.recorder:
             self.tape = self.site.recorder.tape(self)
         return self.faulty("connect", self.client) or Reply(220, "", self.site.hostname + " ESMTP minimail")
@@ -9099,12 +9129,9 @@ class SMTPSession(Session):
     def trouble(self, error: Exception) -> Reply:
         return Reply(451, "4.3.0", "something went wrong here, try again later")
 
-    async def tell(self, answer: Optional[Reply]) -> None:
-        if self.pause:
-            await self.keep_back()
+    def tell(self, answer: Optional[Reply]) -> None:
         if answer:
             self.say(answer)
-            await self.wire.drain()
 
     def say(self, reply: Reply) -> None:
         if reply.code >= 400:
@@ -9153,15 +9180,11 @@ class SMTPSession(Session):
 
     # Who are you?
 
-    @property
-    def trusted(self) -> bool:
-        """True for who may have mail passed on."""
-        return self.user is not None or self.from_trust
-
-    @property
-    def lenient(self) -> bool:
-        """True for who may say things as other servers take them; strangers speak as RFC 5321 has it."""
-        return self.site.config.capture or self.trusted
+    def become(self, user: Optional[str]) -> None:
+        """Note who logged in, None for nobody, and what follows from that."""
+        self.user = user
+        self.trusted = user is not None or self.site.trusts(self.client)
+        self.lenient = self.trusted or self.site.config.capture
 
     def do_HELO(self, argument: str) -> Reply:
         self.introduce(argument, esmtp=False)
@@ -9198,7 +9221,8 @@ class SMTPSession(Session):
         self.wire.send(Reply(220, "2.0.0", "go ahead").encode())
         await self.start_tls()
         self.drop_transaction()
-        self.helo, self.esmtp, self.user = "", False, None      # section 4.2: forget everything
+        self.helo, self.esmtp = "", False           # section 4.2: forget everything
+        self.become(None)
         if self.tape:
             self.tape.restart()
 
@@ -9228,7 +9252,7 @@ class SMTPSession(Session):
         except ValueError:                          # binascii.Error is one; its text could show what was sent
             raise Refused(501, "5.5.2", "bad AUTH response: not base64 of what %s takes" % printable(mechanism, 20)) from None
         self.raise_fault("auth", name)
-        self.user = await self.log_in(name, password)
+        self.become(await self.log_in(name, password))
         if self.user is None:
             raise Refused(535, "5.7.8", "name and password do not fit")
         event("login", protocol="smtp", client=self.client, user=printable(self.user))
@@ -9531,6 +9555,10 @@ class POP3Session(Session):
     LEADING_ON = ("RETR", "TOP", "DELE")            # the others have an end some time, ...
     ABOUT_ONE = ("LIST", "UIDL")                    # ... but for what clients ask about each message
 
+    @staticmethod
+    def refusal(reason: str) -> bytes:
+        return b"-ERR [SYS/TEMP] %s\r\n" % printable(reason).encode("utf-8", "replace")
+
     def greeting(self) -> bytes:
         self.items: List[Item] = []
         self.deleted: Set[int] = set()
@@ -9566,11 +9594,8 @@ class POP3Session(Session):
         reason = error.strerror or "error" if isinstance(error, OSError) else "something went wrong here"
         return b"-ERR [SYS/TEMP] %s\r\n" % reason.encode()
 
-    async def tell(self, answer: bytes) -> None:
-        if self.pause:
-            await self.keep_back()
+    def tell(self, answer: bytes) -> None:
         self.wire.send(answer)
-        await self.wire.drain()
 
     def raise_fault(self, stage: str, subject: str = "") -> None:
         text = self.fault(stage, subject)
@@ -9708,10 +9733,10 @@ class POP3Session(Session):
         fd = self.open(item)
         try:
             content = pread(fd, item.size + 1, 0) if item.size <= BLOCK else b""
-            if len(content) == item.size:
+            if len(content) == item.size and content.endswith(b"\r\n"):
                 answer = b"+OK %d octets\r\n%s.\r\n" % (item.size, stuff_dots(content, True))
             else:
-                native = os.fstat(fd).st_size == item.size
+                native = os.fstat(fd).st_size == item.size and pread(fd, 2, max(0, item.size - 2)) == b"\r\n"
                 self.wire.send(b"+OK %d octets\r\n" % item.size)
                 await (self.send_blocks(fd, item.size) if native else self.send_converted(fd, None))
                 answer = b".\r\n"
@@ -10026,9 +10051,11 @@ class Node:
         """Remove what has become older than --max-age where nothing new comes, until the node stops."""
         age = self.config.max_age or 0.0
         while not site.stopping:
-            for mailbox in site.mailboxes.names():
-                with contextlib.suppress(OSError):
+            try:
+                for mailbox in site.mailboxes.names():
                     site.mailboxes.prune(mailbox, None, age)
+            except OSError as error:
+                log.warning("mailboxes keep too much: %s", error)
             due = time.monotonic() + min(max(age / 10, 0.5), 60.0)
             while time.monotonic() < due and not site.stopping:
                 time.sleep(site.mailboxes.storage.LOOK)
@@ -10707,9 +10734,6 @@ class Part:
                 "Children": [child.tree() for child in self.children]}
 
 
-FIELD_START = re.compile(rb"[!-9;-~]+[ \t]*:")
-
-
 def read_header(raw: bytes, start: int, stop: int, cut: List[str]) -> Tuple[List[Tuple[str, bytes]], int]:
     """Return (fields, where the body begins) of a header that begins at start and ends at stop or at the first empty line.
 
@@ -11229,12 +11253,11 @@ class Cache:
 
     def put(self, key: str, value: Any, cost: int) -> None:
         """Keep a value that takes `cost` bytes, unless it would push out half of the others."""
-        self.forget(key)
-        if cost > self.limit // 2:
-            return
-        with self._lock:
-            self._kept[key] = value, cost
-            self.size += cost
+        with self._lock:                            # two may have computed the same
+            self.size -= self._kept.pop(key, (None, 0))[1]
+            if cost <= self.limit // 2:
+                self._kept[key] = value, cost
+                self.size += cost
             while self.size > self.limit:
                 self.size -= self._kept.popitem(last=False)[1][1]
 
@@ -11363,7 +11386,7 @@ class Recorder:
         return Tape(self, session)
 
     def path(self, id: str) -> str:
-        return os.path.join(self.root, re.sub(r"[^0-9a-z-]", "_", id) + ".json")
+        return os.path.join(self.root, encode_name(id) + ".json")
 
     def save(self, envelope: Envelope, lines: Sequence[Tuple[str, str]], rules: Sequence[str], tls: bool) -> None:
         record = {"id": envelope.id, "sender": envelope.sender, "recipients": [str(r) for r in envelope.recipients],
@@ -11393,11 +11416,11 @@ class Recorder:
 
     def sweep(self) -> None:
         """Remove the records of messages that other programs removed."""
-        known = {message_id(item) for name in self.mailboxes.names() for item in self.mailboxes.listing(name)}
+        known = {self.path(message_id(item)) for name in self.mailboxes.names() for item in self.mailboxes.listing(name)}
         for name in list_directory(self.root):
             path = os.path.join(self.root, name)
             with contextlib.suppress(OSError):
-                if name[:-5] not in known and time.time() - os.stat(path).st_mtime > 3600:      # not one just coming in
+                if path not in known and time.time() - os.stat(path).st_mtime > 3600:      # not one just coming in
                     os.unlink(path)
 
 
@@ -12963,6 +12986,7 @@ class WebHook:
 
     def __init__(self, inbox: Inbox, url: str) -> None:
         self.inbox, self.url = inbox, url
+        self.threads = Threads()                    # its own: those of the inbox are counted as connections
         self._ids: Deque[str] = collections.deque()
 
     def add(self, id: str) -> None:
@@ -13047,15 +13071,18 @@ class WebExtension(Extension):
     def start(self, node: Any) -> None:
         if node.config.webhook:
             node.site.inbox.hook = hook = WebHook(node.site.inbox, node.config.webhook)
-            node.site.inbox.threads.start(hook.run)
+            hook.threads.start(hook.run)
 
     def stop(self, node: Any) -> None:
         if node.site.inbox:
             node.site.inbox.stop()
 
     def join(self, node: Any, seconds: float) -> None:
-        if node.site.inbox:
-            node.site.inbox.threads.join(seconds)
+        inbox, until = node.site.inbox, time.monotonic() + seconds
+        if inbox:
+            inbox.threads.join(seconds)
+        if inbox and inbox.hook:
+            inbox.hook.threads.join(until - time.monotonic())
 
     def matcher(self, node: Any, search: str) -> Callable[[Message], bool]:
         inbox, wanted = node.site.inbox or Inbox(node.site, node), Query(search)
@@ -14461,7 +14488,11 @@ class Workers:
                 continue
             for when, number in [entry for entry in due if entry[0] <= time.monotonic()]:
                 due.remove((when, number))
-                self.fork(number)
+                try:
+                    self.fork(number)
+                except OSError as error:            # no memory, no process left: the others go on
+                    log.warning("cannot start a worker: %s", error)
+                    due.append((time.monotonic() + 2.0, number))
             stop.wait(0.1 if due else 0.5)
 
     def tell(self, signum: int) -> None:
