@@ -6265,17 +6265,6 @@ def wish_of(recipient: Dict[str, Any]) -> Wish:
     return Wish(str(recipient.get("notify") or ""), str(recipient.get("orcpt") or ""))
 
 
-def check_servers(config: Config) -> None:
-    """Raise CannotRun when mail is to go to a server with TLS, and this Python has none."""
-    routes = [("--route", server) for _, server in config.route]
-    for option, server in [("--smarthost", config.smarthost), ("--release", config.release), *routes]:
-        if server and server.tls:
-            try:
-                tls_context(False)
-            except CannotRun as error:
-                raise CannotRun("%s %s: %s; use another Python, or smtp://" % (option, server, error)) from None
-
-
 def tls_context(verify: bool) -> "ssl.SSLContext":
     """Return a client's context; CannotRun where Python has no TLS. Made anew, as the authorities trusted may change."""
     try:
@@ -6290,6 +6279,17 @@ def tls_context(verify: bool) -> "ssl.SSLContext":
         context.verify_mode = ssl.CERT_NONE
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     return context
+
+
+def check_servers(config: Config) -> None:
+    """Raise CannotRun when mail is to go to a server with TLS, and this Python has none."""
+    routes = [("--route", server) for _, server in config.route]
+    for option, server in [("--smarthost", config.smarthost), ("--release", config.release), *routes]:
+        if server and server.tls:
+            try:
+                tls_context(False)
+            except CannotRun as error:
+                raise CannotRun("%s %s: %s; use another Python, or smtp://" % (option, server, error)) from None
 
 
 # The commands.

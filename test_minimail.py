@@ -11804,6 +11804,22 @@ class SentByPrograms(Case):
             self.assertEqual([os.path.relpath(hint, queue.root) for hint in queue.hints()], [os.path.join("new", id)])
 
 
+class TriedOnce(ScriptedCase):
+    def test_a_second_hint_is_no_second_attempt(self):
+        """Not even where the next attempt is less than a second off."""
+        world = ScriptedWorld(self, {}, {}, smarthost="smtp://192.0.2.25", retry="0.9")
+        id = world.submit("bob@far.test")
+        world.step()
+        world.queue.place_hint(minimail.Dispatch(world.queue.read(id)), world.queue.new)
+        for _ in range(3):
+            world.stores.storage.wake("flush")
+            world.step()
+        self.assertEqual(len(world.connected), 1)
+        world.clock.now += 3
+        world.step()
+        self.assertEqual(len(world.connected), 2)
+
+
 class CheapToRead(Case):
     """No shape of a field or a page costs much more than another."""
 
