@@ -14095,13 +14095,15 @@ def read_config(given: Dict[str, Any], environ: Any, remember: bool = False) -> 
     """
     values = read_options(environment_options(environ), variable)
     values.update(read_options(given, option_name))
+    sources = {name: file.get for name, file in option_files(environ).items() if name not in given}
+    for read in sources.values():
+        read()                                      # while we may: who we become may not, and goes on with this
     if remember:
         data = Config(**values).data
         become_owner(data)
         refuse_shared(data)
         if "domain" not in values:
             values = dict(remembered_options(os.path.join(data, "options.json")), **values)
-    sources = {name: file.get for name, file in option_files(environ).items() if name not in given}
     config = Config(**values, sources=sources)
     check_together(config, option_name)
     return config

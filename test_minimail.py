@@ -11747,6 +11747,17 @@ class OptionsInFiles(Case):
                 peer.wait_for("bob@far.test", timeout=PATIENCE)
             self.assertEqual([len(peer.messages("bob@far.test")) for peer in (first, second)], [1, 1])
 
+    def test_a_file_that_only_root_can_read(self):
+        """It was read as root, and so counts on; that it cannot be read when it changes is said."""
+        self.put("smtp://a.test")
+        config = self.config("MINIMAIL_SMARTHOST_FILE", domain=["here.test"])
+        with mock.patch.object(builtins, "open", side_effect=PermissionError(errno.EACCES, "Permission denied")):
+            self.assertEqual(str(minimail.relay_config(config).smarthost), "smtp://a.test:25")
+            os.utime(self.path, (1, 1))
+            with self.assertLogs(minimail.log, "WARNING") as logged:
+                self.assertEqual(str(minimail.relay_config(config).smarthost), "smtp://a.test:25")
+        self.assertIn("Permission denied", logged.output[0])
+
     def test_a_target_as_it_is_now(self):
         routes = minimail.Routes(Config(), "mx.here.test", None)
         old, new, token = (minimail.parse_url(url) for url in ("smtp://u:1@a.test", "smtp://v:2@b.test", "smtp://u:3@a.test"))
