@@ -11596,6 +11596,283 @@ class WebWhenOff(WebCase):
 
 
 # ======================================================================================================================
+# What a new user meets: one writable directory, groups, root, files that name options
+# ======================================================================================================================
+
+class OnlyTheDataDirectory(WebCase):
+    """Nothing is written elsewhere, and what does not fit is refused in words."""
+
+    def test_large_bodies(self):
+        node, body = self.web_node(), json.dumps({"From": {"Email": "a@x"}, "To": [{"Email": "b@x"}], "Subject": "big",
+                                                  "Text": "x" * (3 * minimail.LARGE)}).encode()
+        with mock.patch.object(tempfile, "tempdir", "/nonexistent"), mock.patch.dict(os.environ, TMPDIR="/nonexistent"):
+            self.ask(node, "/api/v1/send", "POST", body)
+        self.assertEqual(self.found(node), ["big"])
+        self.assertEqual([name for name in os.listdir(os.path.join(node.data, "run")) if name.startswith("tmp")], [])
+
+    def test_no_room_for_a_body(self):
+        node, body = self.web_node(), b'"' + b"x" * (2 * minimail.LARGE)
+        for number, status in (errno.ENOSPC, 507), (errno.EDQUOT, 507), (errno.EROFS, 503), (errno.EACCES, 503):
+            with self.subTest(status=status), self.logs() as logged, mock.patch.object(
+                    tempfile, "TemporaryFile", side_effect=OSError(number, os.strerror(number))):
+                self.ask(node, "/api/v1/send", "POST", body, status=status)
+            self.assertIn(os.strerror(number), " ".join(logged.output))
+        self.ask(node, "/api/v1/messages")
+
+    def logs(self):
+        return self.assertLogs(minimail.log, "WARNING")
+
+    def test_selftest_stays_inside(self):
+        data = os.path.join(self.directory(), "data")
+        os.mkdir(data, 0o700)
+        seen = []
+
+        class Spy:
+            def __init__(self, directory):
+                seen.append(directory)
+
+            def check_1(self):
+                return "fine"
+
+            def stop(self):
+                pass
+        with mock.patch.object(minimail, "Selftest", Spy):
+            self.assertEqual(run_main("selftest", "--data", data)[0], 0)
+        self.assertEqual(os.path.dirname(seen[0]), os.path.join(data, "run"))
+        self.assertEqual(os.listdir(os.path.join(data, "run")), [])
+
+    @unittest.skipUnless(hasattr(os, "geteuid") and os.geteuid() == 0, "needs root")
+    def test_a_group_may_write_when_it_is_ours(self):
+        """As Kubernetes gives volumes to a container: root's, of the group fsGroup, mode 2775."""
+        for group, mode, groups, refused in ((4000, 0o2775, [4000], False), (4000, 0o2775, [4001], True), (4000, 0o775, [], True),
+                                             (4000, 0o755, [], False), (0, 0o775, [4001], False), (4000, 0o2777, [4000], True)):
+            with self.subTest(group=group, mode=oct(mode), groups=groups):
+                data = self.directory()
+                os.chown(data, -1, group)
+                os.chmod(data, mode)
+                with mock.patch.object(os, "getgroups", return_value=groups):
+                    if refused:
+                        self.assertRaisesRegex(minimail.CannotRun, "others can write", minimail.refuse_shared, data)
+                    else:
+                        self.node(data=data)
+
+
+class SeenFromHere(Case):
+    """What `check` says of the machine itself."""
+
+    def test_own_addresses(self):
+        doctor = minimail.Doctor(Config(domain=("here.test",)), "mx.here.test", minimail.Zone({"here.test": ["TXT x"]}).resolver())
+        for own, records in ([], ["; mx.here.test. IN A ADDRESS (this machine cannot tell which)"]), (
+                ["8.8.4.4", "2a00::1"], ["mx.here.test. IN A 8.8.4.4", "mx.here.test. IN AAAA 2a00::1"]):
+            with mock.patch.object(minimail, "public_addresses", return_value=own):
+                self.assertEqual([list(finding.records) for finding in doctor.check_hostname()], [records])
+
+    def test_only_what_the_internet_sees(self):
+        for host, shown in ("10.1.2.3", []), ("192.168.0.1", []), ("127.0.0.1", []), ("8.8.4.4", ["8.8.4.4"] * 2):
+            with mock.patch.object(socket.socket, "connect"), mock.patch.object(socket.socket, "getsockname", return_value=(host, 9)):
+                self.assertEqual(minimail.public_addresses(), shown)
+
+    def test_a_laboratory_is_not_anybody(self):
+        zone = minimail.Zone({"here.test": ["MX 1 mx.here.test", "TXT v=spf1 ip4:192.0.2.1 -all"], "mx.here.test": ["A 192.0.2.1"]})
+        doctor = minimail.Doctor(Config(domain=("here.test",)), "mx.here.test", zone.resolver())
+        spf = [finding for finding in doctor.examine(["here.test"]) if finding.check == "spf"]
+        self.assertEqual([finding.status for finding in spf], ["ok"], spf)
+
+    def test_errors_have_no_numbers(self):
+        error = OSError(errno.ENETUNREACH, os.strerror(errno.ENETUNREACH))
+        self.assertEqual([minimail.reason_of(e) for e in (error, socket.timeout("timed out"), ValueError("odd"))],
+                         [os.strerror(errno.ENETUNREACH), "timed out", "odd"])
+        resolver = minimail.Resolver([("192.0.2.1", 53)])
+        with mock.patch.object(minimail.Resolver, "_ask", side_effect=error):
+            with self.assertRaises(minimail.DNSFailure) as caught:
+                resolver.lookup("far.test", minimail.TYPES["A"])
+        self.assertNotIn("Errno", str(caught.exception))
+
+
+class RootGivenUp(Case):
+    def test_what_is_imported_late_is_in_the_list(self):
+        with open(SOURCE, encoding="utf-8") as file:
+            tree = ast.parse(file.read())
+        late = set()
+        for function in ast.walk(tree):
+            if isinstance(function, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                for node in ast.walk(function):
+                    if isinstance(node, ast.Import):
+                        late.update(alias.name for alias in node.names)
+                    elif isinstance(node, ast.ImportFrom):
+                        late.add(node.module)
+        self.assertEqual(late - set(minimail.IMPORTED_LATE) - {"msvcrt", "pkgutil", "encodings"}, set())
+
+    @unittest.skipUnless(hasattr(os, "geteuid") and os.geteuid() == 0, "needs root")
+    def test_a_python_that_only_root_can_read(self):
+        code = ("import sys, os; sys.path.insert(0, %r); import minimail\n"
+                "real = os.stat\n"
+                "os.stat = lambda path, **more: os.stat_result([0o40700] + list(real(path, **more))[1:])\n"
+                "minimail.import_all()\n"
+                "sys.path[:] = []; sys.path_importer_cache.clear(); sys.meta_path[:] = sys.meta_path[:2]\n"
+                "for codec in 'ascii', 'idna', 'punycode', 'latin-1', 'utf-16', 'cp1252', 'koi8-r', 'iso-2022-jp', 'big5': ''.encode(codec)\n"
+                "import email.policy, http.server, getpass\n" % os.path.dirname(SOURCE))
+        ran = run_python("-c", code)
+        self.assertEqual((ran.returncode, ran.stdout), (0, b""))
+
+    def test_workers_whose_signals_were_blocked(self):
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
+        try:
+            program = Program("--data", os.path.join(self.directory(), "d"), "--smtp", "127.0.0.1:0", "--pop3", "off", "--web", "off",
+                              "--workers", "2")
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        program.process.send_signal(signal.SIGTERM)
+        try:
+            self.assertEqual(program.process.wait(PATIENCE), 0)
+        finally:
+            program.process.kill()
+            program.process.stdout.close()
+        program.errors.seek(0)
+        self.assertIn(b"stopping", program.errors.read())
+        program.errors.close()
+
+
+class OptionsInFiles(Case):
+    """What a file holds counts at the next connection."""
+
+    def setUp(self):
+        self.path = os.path.join(self.directory(), "option")
+        patch = mock.patch.object(minimail.Watched, "PAUSE", 0.0)       # seconds for which a look counts
+        patch.start()
+        self.addCleanup(patch.stop)
+
+    def put(self, text):
+        with open(self.path + ".new", "w", encoding="utf-8") as file:
+            file.write(text)
+        os.replace(self.path + ".new", self.path)
+
+    def config(self, variable, **options):
+        given = dict({"data": os.path.join(self.directory(), "d"), "no_sync": True, "smtp": "127.0.0.1:0", "pop3": "off"}, **options)
+        return minimail.read_config(given, {variable: self.path})
+
+    def test_another_smarthost(self):
+        first, second = self.node(), self.node()
+        self.put("smtp://%s:%d" % first.smtp_address)
+        config = self.config("MINIMAIL_SMARTHOST_FILE", domain=["here.test"])
+        with minimail.Node.from_config(config) as node:
+            for peer in first, second:
+                self.put("smtp://%s:%d" % peer.smtp_address)
+                node.stores.door.send(minimail.Envelope("me@here.test"), [minimail.parse_address("bob@far.test")], LETTER)
+                peer.wait_for("bob@far.test", timeout=PATIENCE)
+            self.assertEqual([len(peer.messages("bob@far.test")) for peer in (first, second)], [1, 1])
+
+    def test_a_file_that_only_root_can_read(self):
+        """It was read as root, and so counts on; that it cannot be read when it changes is said."""
+        self.put("smtp://a.test")
+        config = self.config("MINIMAIL_SMARTHOST_FILE", domain=["here.test"])
+        with mock.patch.object(builtins, "open", side_effect=PermissionError(errno.EACCES, "Permission denied")):
+            self.assertEqual(str(minimail.relay_config(config).smarthost), "smtp://a.test:25")
+            os.utime(self.path, (1, 1))
+            with self.assertLogs(minimail.log, "WARNING") as logged:
+                self.assertEqual(str(minimail.relay_config(config).smarthost), "smtp://a.test:25")
+        self.assertIn("Permission denied", logged.output[0])
+
+    def test_a_target_as_it_is_now(self):
+        routes = minimail.Routes(Config(), "mx.here.test", None)
+        old, new, token = (minimail.parse_url(url) for url in ("smtp://u:1@a.test", "smtp://v:2@b.test", "smtp://u:3@a.test"))
+        routes.options = lambda: Config(smarthost=new, route=(("far.test", token),))
+        for key, server, renewed in ("smarthost", old, new), ("route", old, token), ("route", new, new), ("far.test", None, None):
+            self.assertEqual(routes.renewed(minimail.Target(key, "", server)), minimail.Target(key, "", renewed))
+
+    def test_another_certificate(self):
+        first, second = self.file("one.pem", CERTIFICATE), self.file("two.pem", CERTIFICATE)
+        self.put(first)
+        certificates = minimail.Certificates(self.config("MINIMAIL_TLS_CERT_FILE"))
+        before = certificates.context()
+        self.assertIs(certificates.context(), before)
+        for text, another in ("/nonexistent.pem", False), (second, True):
+            self.put(text)
+            self.assertIs(certificates.context() is not before, another, text)
+
+    def test_tls_without_ssl(self):
+        with mock.patch.dict(sys.modules, {"ssl": None}):
+            for option in "--smarthost", "--route", "--release":
+                value = ("far.test=" if option == "--route" else "") + "smtps://u:secret@relay.test"
+                domain = [] if option == "--release" else ["--domain", "here.test"]
+                status, out, err = run_main("--data", os.path.join(self.directory(), "d"), "--smtp", "127.0.0.1:0", "--pop3", "off",
+                                            "--web", "off", *domain, option, value)
+                self.assertEqual((status, out, err.count("\n")), (1, "", 1), err)
+                self.assertIn(option + " smtps://relay.test:465: this Python has no ssl module", err)
+                self.assertNotIn("secret", err)
+
+
+class SentByPrograms(Case):
+    def test_sendmail_leaves_a_line_in_the_systems_log(self):
+        lines, data = [], os.path.join(self.directory(), "d")
+        system = mock.Mock(LOG_INFO=6, LOG_WARNING=4, LOG_ERR=3, syslog=lambda level, text: lines.append((level, text)))
+        self.node(data=data, domain=["here.test"], catch_all="all@here.test")
+        with mock.patch.dict(sys.modules, syslog=system):
+            status, out, err = run_main("sendmail", "-f", "me@here.test", "bob@here.test", "--data", data, "--catch-all", "all@here.test", "--domain", "here.test",
+                                        stdin="Subject: x\n\nhello\n")
+            self.assertEqual((status, out, err), (0, "", ""))
+            run_main("mail", "--data", data)
+        self.assertEqual([(level, text.split(" ")[0], "sender=me@here.test" in text) for level, text in lines], [(6, "message", True)])
+
+    def test_one_hint_for_an_entry(self):
+        """`queue flush` and `queue retry` move the hint: two of them made two attempts out of one wish."""
+        config = Config(data=self.directory(), domain=("here.test",), no_sync=True)
+        queue = minimail.open_stores(config).post.queue
+        stores = minimail.open_stores(config)
+        stores.door.send(minimail.Envelope("me@here.test"), [minimail.parse_address("bob@far.test")], LETTER)
+        id = queue.ids()[0]
+        dispatch = minimail.Dispatch(queue.read(id), next(queue.hints()))
+        self.assertTrue(queue.claim(dispatch))
+        queue.postpone(dispatch, time.time() + 600)
+        queue.release(dispatch)
+        for words in ("flush",), ("retry", id), ("flush",):
+            self.assertEqual(run_main("queue", *words, "--data", config.data)[0], 0)
+            self.assertEqual([os.path.relpath(hint, queue.root) for hint in queue.hints()], [os.path.join("new", id)])
+
+
+class TriedOnce(ScriptedCase):
+    def test_a_second_hint_is_no_second_attempt(self):
+        """Not even where the next attempt is less than a second off."""
+        world = ScriptedWorld(self, {}, {}, smarthost="smtp://192.0.2.25", retry="0.9")
+        id = world.submit("bob@far.test")
+        world.step()
+        world.queue.place_hint(minimail.Dispatch(world.queue.read(id)), world.queue.new)
+        for _ in range(3):
+            world.stores.storage.wake("flush")
+            world.step()
+        self.assertEqual(len(world.connected), 1)
+        world.clock.now += 3
+        world.step()
+        self.assertEqual(len(world.connected), 2)
+
+
+class CheapToRead(Case):
+    """No shape of a field or a page costs much more than another."""
+
+    def test_address_headers_of_marks(self):
+        for shape, tokens in (('"' + '\\"' * 50000, 2), ("," * 50000, 1), (", " * 50000, 1), ("(" + "\\(" * 50000, 3),
+                              (":" * 50000, 1), ('"' * 50001, 30000)):
+            with self.subTest(shape[:4]):
+                self.assertLess(sum(1 for _ in minimail.address_tokens(shape)), tokens + 1)
+
+    def test_they_are_read_as_before(self):
+        for text, people in (('a@x,, ;b@x', ["a@x", "b@x"]), ('"\\"a@x', ['"\\"a@x']), ("(\\(a@x", ["(\\(a@x"]), ("g:: a@x;", ["a@x"]),
+                             ("a@x , , b@x", ["a@x", "b@x"]), ("a: b@x, c@x; d@x", ["b@x", "c@x", "d@x"]), (",", [])):
+            self.assertEqual([address for _, address in minimail.read_addresses(text)], people, text)
+
+    def test_references_at_the_edge_of_a_piece(self):
+        for size in range(minimail.BLOCK - 45, minimail.BLOCK + 3):
+            text = "&" * size + "&amp;x&#233;" * 20
+            self.assertEqual(minimail.unescape(text), "&" * size + "&x\xe9" * 20)
+
+    def test_blanks_around_line_ends(self):
+        for marks in itertools.product((" ", "<br>", "a"), repeat=6):
+            text = "x" + "".join(marks) + "x"
+            plain = re.sub(r" ?\n ?", "\n", re.sub(" {2,}", " ", text.replace("<br>", "\n")))
+            self.assertEqual(minimail.html_text(text), re.sub("\n{3,}", "\n\n", plain))
+
+
+# ======================================================================================================================
 # 20  Command line
 # ======================================================================================================================
 
@@ -11813,9 +12090,10 @@ class CommandLine(Case):
             minimail.Node(data=data, smtp="127.0.0.1:0").start()
         self.assertEqual(os.listdir(data), [])
         os.chmod(data, 0o770)
-        self.assertEqual(run_main("mail", "--data", data)[0], 1, "a group")
-        with self.assertRaises(OSError):
-            minimail.Node(data=data, smtp="127.0.0.1:0").start()
+        with mock.patch.object(os, "getgroups", return_value=[]), mock.patch.object(os, "getegid", return_value=-1):
+            self.assertEqual(run_main("mail", "--data", data)[0], 1, "a group that is not ours")
+            with self.assertRaises(OSError):
+                minimail.Node(data=data, smtp="127.0.0.1:0").start()
         os.chmod(data, 0o755)
         self.assertEqual(run_main("mail", "--data", data)[0], 0)
         new = os.path.join(data, "new")
@@ -11839,7 +12117,9 @@ class CommandLine(Case):
         code = ("import minimail, os, sys; minimail.become_owner(sys.argv[1]); "
                 "print(os.getuid(), os.getgroups(), os.environ['HOME'] != '/root', os.environ['USER'] != 'root')")
         ran = run_python("-c", code, data, cwd=COMPILED.name, env=dict(os.environ, HOME="/root", USER="root", XDG_RUNTIME_DIR="/run/root"))
-        self.assertEqual(ran.stdout, b"65534 [] True True\n")
+        self.assertEqual(ran.stdout.decode(), "65534 %s True True\n" % minimail.groups_of(65534, 65534))
+        self.assertNotIn(0, minimail.groups_of(65534, 65534))
+        self.assertEqual(minimail.groups_of(3999999, 4000), [4000])
 
     def test_what_is_left_for_commands_has_no_password(self):
         program = self.start("--smtp", "127.0.0.1:0", "--domain", "x.example", "--smarthost", "smtp://me:hunter2@127.0.0.1:1",
