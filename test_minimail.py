@@ -3627,6 +3627,26 @@ class QueueTest(ScriptedCase):
         self.world().queue.sweep()
         self.assertEqual(list(world.queue.hints()), [os.path.join(world.queue.new, id)])
 
+    def test_what_a_living_process_took_is_left_to_it(self):
+        """Until it dies, which its lock tells; and what nobody knows of is found after a while, whoever lives."""
+        world, other = self.world(), self.world()
+        storage = world.stores.storage
+        here = other.stores.storage.appear()
+        self.addCleanup(storage.vanish, storage.appear())
+        other.queue.submitted = lambda dispatch: True       # it is in its memory
+        hint = os.path.join(world.queue.new, other.submit("bob@far.test"))
+
+        def swept(age):
+            world.queue.sweep((), age, storage.living())
+            return os.path.exists(hint)
+        self.assertEqual(storage.living(), {storage.token, other.stores.storage.token})
+        self.assertFalse(swept(60.0))
+        self.assertTrue(swept(-60.0))
+        os.unlink(hint)
+        os.close(here)                              # as its end does
+        self.assertTrue(swept(60.0))
+        self.assertEqual(storage.living(), {storage.token})
+
     def test_hints_at_nothing_are_removed(self):
         world = self.world()
         for directory in "new", "due/000000000100", "busy/far.test":
@@ -5321,6 +5341,33 @@ class RunningRelayTest(ScriptedCase):
         self.addCleanup(world.relay.join, PATIENCE)
         self.addCleanup(world.relay.stop)
         return world
+
+    def test_what_a_process_had_in_memory_is_sent_when_it_has_died(self):
+        peer = ScriptedPeer()
+        world = self.running(FAR, {"192.0.2.25": peer})
+        other = ScriptedWorld(self, FAR, clock=time.time)
+        here = other.stores.storage.appear()
+        other.queue.submitted = lambda dispatch: True       # it is in its memory
+        world.relay.start()
+        self.eventually(lambda: other.stores.storage.token in world.relay._living)
+        other.submit("bob@far.test")
+        os.close(here)
+        self.eventually(lambda: peer.messages and not world.files())
+
+    def test_what_somebody_removed_while_it_was_tried_is_forgotten(self):
+        """`rm -r queue` under a running node: it must not come back as an envelope without a message, or a hint at nothing."""
+        reached, release = threading.Event(), threading.Event()
+        peer = ScriptedPeer({"RCPT": lambda: reached.set() or release.wait(PATIENCE) and "451 4.2.0 later"})
+        world = self.running(FAR, {"192.0.2.25": peer})
+        world.relay.start()
+        world.submit("bob@far.test")
+        self.assertTrue(reached.wait(PATIENCE))
+        shutil.rmtree(world.queue.root)
+        release.set()
+        self.eventually(lambda: not world.relay._active)
+        world.relay.stop()
+        world.relay.join(PATIENCE)
+        self.assertEqual((world.files(), [line for line in self.logged if "removed meanwhile" in line][1:]), ([], []))
 
     def test_a_dead_destination_does_not_hold_back_another(self):
         slow, fast, release = ScriptedPeer(), ScriptedPeer(), threading.Event()

@@ -41,7 +41,7 @@ NAME = re.compile(rb"^ledger: (\S+)\r?$", re.MULTILINE)
 
 # Letters and the ledger
 
-STAMPS = {"mail", "queue"}              # files in run/ by which processes tell each other that something came
+STAMPS = {"mail", "queue", "flush"}     # files in run/ by which processes tell each other that something came
 
 
 class Letter:
@@ -352,6 +352,11 @@ def stored(node, addresses=LOCAL):
     return found
 
 
+def said(node):
+    """Return what processes have left in run/ beside the stamps: the locks by which others see that they live, and trials."""
+    return sorted(set(os.listdir(str(node.data / "run"))) - STAMPS)
+
+
 def cpu_seconds(pid):
     """Return the processor time a process has used."""
     fields = Path("/proc/%d/stat" % pid).read_text().rpartition(")")[2].split()
@@ -427,9 +432,9 @@ class Case(unittest.TestCase):
         """Soon after a start nothing is left of those who were killed; after a stop nothing at all."""
         lab.until(lambda: not node.queue(), 60, "an empty queue, not %s" % node.queue()[:5])
         lab.until(lambda: not node.drafts(), 10, "empty tmp/, not %s" % node.drafts()[:5])
-        lab.until(lambda: set(os.listdir(str(node.data / "run"))) <= STAMPS, 10,
-                  "only stamps in run/, not %s" % os.listdir(str(node.data / "run")))
+        lab.until(lambda: len(said(node)) <= 1, 10, "one process's lock in run/, not %s" % said(node))
         node.stop()
+        self.assertEqual(said(node), [])
         self.assertEqual(node.queue() + node.drafts(), [])
         node.start()
 
@@ -709,7 +714,7 @@ class Workers(Case):
         lab.until(lambda: not node.drafts(), 10, "empty tmp/")
         self.check_ledger(node, load.letters, sinks)
         node.stop()
-        self.assertLessEqual(set(os.listdir(str(node.data / "run"))), STAMPS)
+        self.assertEqual(said(node), [])
         self.assertEqual(node.queue() + node.drafts(), [])
         node.start()
 
@@ -796,7 +801,7 @@ class Workers(Case):
         self.assertEqual([pid for pid in workers if is_alive(pid)], [])
         self.assertIn(b"421 ", held[0].recv(200))
         client.close()
-        self.assertLessEqual(set(os.listdir(str(node.data / "run"))), STAMPS)
+        self.assertEqual(said(node), [])
         self.assertEqual(node.drafts(), [])
         node.start()
 
@@ -806,7 +811,7 @@ class Workers(Case):
         os.kill(node.process.pid, signal.SIGKILL)
         node.process.wait(5)
         lab.until(lambda: not any(map(is_alive, workers)), 12, "the end of all workers")
-        self.assertEqual(os.listdir(str(node.data / "run")), [], "the workers left in good order")
+        self.assertEqual(said(node), [], "the workers left in good order")
         node.start()
 
     def test_one_pop3_session_per_mailbox(self):
@@ -874,7 +879,7 @@ class TwoNodes(Case):
         second.fetch(LOCAL[0]).quit()
 
     def test_take_over(self):
-        """One dies in the middle of sending: the other goes on within 2 seconds, and sends nothing again but that."""
+        """One dies in the middle of sending: the other sends what it had in its memory, and nothing again but what it sent."""
         sink = self.enter(Sink())
         stalled, release = threading.Event(), threading.Event()
         self.addCleanup(release.set)
@@ -888,19 +893,17 @@ class TwoNodes(Case):
         first, second = self.pair(sink)
         letters = self.send_all(first.smtp, [Letter("T%02d" % n, [FAR]) for n in range(20)])
         self.assertTrue(stalled.wait(10))
-        lab.until(lambda: sum(sink.count().values()) >= 20 - len(self.held(sink)), 10, "the second node sends the others")
         used, looked = cpu_seconds(second.process.pid), time.monotonic()
-        stalled.clear()
-        stalled.wait(1.5)                           # in which nothing is to do for the second node
-        self.assertEqual(sum(sink.count().values()), 20 - len(self.held(sink)))
+        threading.Event().wait(1.5)                 # in which nothing is to do for the second node
+        self.assertEqual(sink.count(), {}, "the first node lives")
         share = (cpu_seconds(second.process.pid) - used) / (time.monotonic() - looked)
-        self.assertLess(share, 0.15, "the second node spins while the first one has an entry")
+        self.assertLess(share, 0.15, "the second node spins while the first one has entries")
         killed = time.monotonic()
         first.kill()
         lab.until(lambda: sum(sink.count().values()) == 20, 10, "the second node takes over")
         took = time.monotonic() - killed
         print("taken over after %.1f seconds; the waiting node used %.0f%% of a processor" % (took, share * 100))
-        self.assertLess(took, 2.5)
+        self.assertLess(took, 4)
         self.assertEqual(set(sink.count().values()), {1})
         again = {name for (name, _), count in sink.count(answered=False).items() if count > 1}
         self.assertEqual(again, self.held(sink), "only what was in flight was sent again")
