@@ -5715,7 +5715,7 @@ class Relay:
                     if not self._opens(busy, now):
                         return
                     try:
-                        if ENTRY_ID.fullmatch(file.name) and file.name not in self._active:
+                        if ENTRY_ID.fullmatch(file.name):
                             self._take_up(file.path, now)
                     except Exception as error:
                         failed = error
@@ -5737,7 +5737,12 @@ class Relay:
 
     def _take_up(self, hint: str, now: float) -> None:
         """Take up the entry that is hinted at; OSError. A hint at nothing is removed."""
-        entry = self.queue.read(os.path.basename(hint))
+        id = os.path.basename(hint)
+        if id in self._active:
+            if self._active[id].hint != hint:       # made by a sweep that did not know yet that it is here: look again
+                self._look_at(now + 1.0)
+            return
+        entry = self.queue.read(id)
         if entry is None:
             with contextlib.suppress(OSError):
                 os.unlink(hint)

@@ -5369,6 +5369,22 @@ class RunningRelayTest(ScriptedCase):
         world.relay.join(PATIENCE)
         self.assertEqual((world.files(), [line for line in self.logged if "removed meanwhile" in line][1:]), ([], []))
 
+    def test_a_hint_at_what_is_in_memory_does_not_outlive_it(self):
+        """A sweep may come between the moment a message is taken and the moment the relay has it."""
+        reached, release = threading.Event(), threading.Event()
+        peer = ScriptedPeer({"RCPT": lambda: reached.set() or release.wait(PATIENCE) and "250 ok"})
+        world = self.running(FAR, {"192.0.2.25": peer})
+        world.relay.start()
+        self.eventually(lambda: world.queue.submitted == world.relay.submitted)
+        id = world.submit("bob@far.test")
+        self.assertTrue(reached.wait(PATIENCE))
+        world.queue.place_hint(minimail.Dispatch(mock.Mock(id=id)), world.queue.new)
+        world.relay.wake()
+        self.eventually(lambda: world.relay._next < time.time() + 5)
+        release.set()
+        self.eventually(lambda: not world.files())
+        self.assertEqual(len(peer.messages), 1)
+
     def test_a_dead_destination_does_not_hold_back_another(self):
         slow, fast, release = ScriptedPeer(), ScriptedPeer(), threading.Event()
         stuck = mock.Mock(connect=lambda: release.wait(PATIENCE) and slow.connect())
