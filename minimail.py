@@ -6058,6 +6058,7 @@ class Relay:
             raise PeerFailed(Reply(451, "4.4.1", "cannot connect to %s: %s" % (name, reason))) from None
         with contextlib.suppress(OSError):          # only faster: what is short must not wait for an acknowledgement
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        end_when_gone(sock, self.timeout)
         peer = Peer(sock, name, self.hostname, self.timeout)
         peer.host = host
         return peer
@@ -6252,6 +6253,19 @@ class Relay:
 
 
 NO_REPLY = Reply(451, "4.4.1", "not tried")
+
+
+def end_when_gone(sock: socket.socket, seconds: float) -> None:
+    """End a connection whose other end has been gone for so many seconds, where the system knows how.
+
+    Who only thinks is waited for: a host acknowledges what it was sent, and that it is still there.
+    """
+    whole = max(4, int(seconds))
+    for level, name, value in ((socket.SOL_SOCKET, "SO_KEEPALIVE", 1), (socket.IPPROTO_TCP, "TCP_KEEPIDLE", whole // 2),
+                               (socket.IPPROTO_TCP, "TCP_KEEPINTVL", whole // 4), (socket.IPPROTO_TCP, "TCP_KEEPCNT", 2),
+                               (socket.IPPROTO_TCP, "TCP_USER_TIMEOUT", 1000 * whole)):
+        with contextlib.suppress(OSError, AttributeError, OverflowError):
+            sock.setsockopt(level, getattr(socket, name), value)
 
 
 def wish_of(recipient: Dict[str, Any]) -> Wish:

@@ -5385,6 +5385,20 @@ class RunningRelayTest(ScriptedCase):
         self.eventually(lambda: not world.files())
         self.assertEqual(len(peer.messages), 1)
 
+    @unittest.skipUnless(hasattr(socket, "TCP_USER_TIMEOUT"), "not on this system")
+    def test_a_host_that_is_gone_is_not_waited_for_like_one_that_thinks(self):
+        """Ten minutes for the reply to the final dot, but not to a cable that was pulled: that ends by --timeout."""
+        world = self.running(FAR, {}, timeout="20")
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            world.relay.connect = lambda address, timeout: socket.create_connection(listener.getsockname(), timeout)
+            sock = world.relay._connect("mx.far.test", "192.0.2.25", None).wire.sock
+        with sock:
+            self.assertEqual(sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT), 20_000)
+            self.assertTrue(sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE))
+            times = [sock.getsockopt(socket.IPPROTO_TCP, option) for option in (
+                socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT)]
+            self.assertLessEqual(times[0] + times[1] * times[2], 20)
+
     def test_a_dead_destination_does_not_hold_back_another(self):
         slow, fast, release = ScriptedPeer(), ScriptedPeer(), threading.Event()
         stuck = mock.Mock(connect=lambda: release.wait(PATIENCE) and slow.connect())
