@@ -1191,7 +1191,7 @@ class Config:
                                       "messages=N,recipients=N,rate=N/SECONDS (default 10, 100, 100, none)", many=True,
                                       comma=LIMIT_COMMA)
     rewrite: Tuple[Tuple[str, str], ...] = option(parse_rewrite, (), "FROM=TO",
-                                                  "reverse-path and From of mail that leaves (FROM: or a pattern)", many=True)
+                                                  "reverse-path and From of mail that leaves (FROM: a pattern)", many=True)
     dkim: Tuple[Tuple[str, str, str], ...] = option(parse_dkim, (), "[DOMAIN=]SELECTOR:FILE",
                                                     "sign mail of own domains that leaves with this key "
                                                     "(default: those under DATA)", many=True)
@@ -3028,12 +3028,19 @@ class AddressBook:
         self.accounts = accounts
         self.aliases = Reloaded(aliases_path, functools.partial(parse_aliases, home=self.home))
         self.catch_all = catch_all
+        self._looked = 0.0                          # when the files were last found unchanged
         self.own_names = {"localhost", "localhost.localdomain", ascii_domain(hostname), machine_name()}
         self._remembered = Remembered({}, {})
 
     def is_stale(self) -> bool:
         """Return whether files have to be read before the next answer: better not on the loop."""
-        return not self.capture and (self.accounts.file.is_stale() or self.aliases.is_stale())
+        now = time.monotonic()
+        if self.capture or now - self._looked < Watched.PAUSE:
+            return False
+        if self.accounts.file.is_stale() or self.aliases.is_stale():
+            return True
+        self._looked = now
+        return False
 
     def refresh(self) -> None:
         """Read what changed; OSError."""
@@ -8740,30 +8747,40 @@ class Session(socketserver.BaseRequestHandler, Task):
                 event("refused", protocol=self.protocol, client=self.client, reason=printable(str(refused.reply)))
                 self.over = True
                 return self.wire.send(self.server.refusal(refused.reply.text))  # type: ignore[attr-defined]
-        await self.tell(self.greeting())
+        greeting = self.greeting()
+        if self.pause:
+            await self.keep_back()
+        self.tell(greeting)
 
     async def next_command(self) -> None:
+        """Take a command and answer it."""
         try:
             line = await self.wire.line(self.line_limit)
+            self.commands += 1
+            self.wire.renew()
+            if self.commands % MAX_TURN == 0:
+                await wait(TURN)
+            answer = await self.command(line)
         except LineTooLong:
             self.commands += 1
             self.wire.renew()
-            return await self.tell(self.refuse("", Refused(500, "5.5.2", "line longer than %d bytes" % self.line_limit,
-                                                           close=self.commands == 1)))
-        self.commands += 1
-        self.wire.renew()
-        if self.commands % MAX_TURN == 0:
-            await wait(TURN)
-        await self.command(line)
+            answer = self.refuse("", Refused(500, "5.5.2", "line longer than %d bytes" % self.line_limit,
+                                             close=self.commands == 1))
+        if self.pause:
+            await self.keep_back()
+        self.tell(answer)
+        if self.wire.pending >= BLOCK:
+            await self.wire.flush()
         if self.site.stopping and not self.over:
             raise TimedOut
 
-    async def command(self, line: bytes) -> None:
-        """Answer one command. Whatever goes wrong in it is answered, too, and the conversation goes on."""
+    async def command(self, line: bytes) -> Any:
+        """Return the answer to one command. Whatever goes wrong in it is answered, too, and the conversation goes on."""
         verb, _, argument = line.partition(b" ")
         name = verb.decode("ascii", "replace").upper()
         method = getattr(self, "do_" + name, None) if name.isalnum() else None
-        self.heard(line, name, method is not None)
+        if self.verbose or self.tape:
+            self.heard(line, name, method is not None)
         try:
             if method is None:
                 self.not_a_command(line, name)
@@ -8783,7 +8800,7 @@ class Session(socketserver.BaseRequestHandler, Task):
         except Exception as error:
             log.exception("%s from %s failed", printable(name, 20), self.client)
             answer = self.trouble(error)
-        await self.tell(answer)
+        return answer
 
     async def start_tls(self) -> None:
         assert self.site.certificates
@@ -8901,8 +8918,8 @@ class Session(socketserver.BaseRequestHandler, Task):
         """Return the answer to a command that failed for a reason of ours."""
         raise NotImplementedError
 
-    async def tell(self, answer: Any) -> None:
-        """Send an answer; the only place that does."""
+    def tell(self, answer: Any) -> None:
+        """Put an answer on the wire; the only place that does."""
         raise NotImplementedError
 
     def farewell(self, why: str) -> None:
@@ -9099,12 +9116,9 @@ class SMTPSession(Session):
     def trouble(self, error: Exception) -> Reply:
         return Reply(451, "4.3.0", "something went wrong here, try again later")
 
-    async def tell(self, answer: Optional[Reply]) -> None:
-        if self.pause:
-            await self.keep_back()
+    def tell(self, answer: Optional[Reply]) -> None:
         if answer:
             self.say(answer)
-            await self.wire.drain()
 
     def say(self, reply: Reply) -> None:
         if reply.code >= 400:
@@ -9566,11 +9580,8 @@ class POP3Session(Session):
         reason = error.strerror or "error" if isinstance(error, OSError) else "something went wrong here"
         return b"-ERR [SYS/TEMP] %s\r\n" % reason.encode()
 
-    async def tell(self, answer: bytes) -> None:
-        if self.pause:
-            await self.keep_back()
+    def tell(self, answer: bytes) -> None:
         self.wire.send(answer)
-        await self.wire.drain()
 
     def raise_fault(self, stage: str, subject: str = "") -> None:
         text = self.fault(stage, subject)
