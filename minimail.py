@@ -6645,7 +6645,8 @@ def submit(stores: Stores, flags: List[Tuple[str, str]], words: Sequence[str]) -
 def ask_for_notices(envelope: Envelope, given: Dict[str, str]) -> None:
     """Note what -N, -R and -V ask for; UsageError."""
     try:
-        envelope.ret, envelope.envid = parse_dsn_of_mail({"RET": given.get("R", ""), "ENVID": xtext_encode(given.get("V", ""))})
+        envelope.ret, envelope.envid = parse_dsn_of_mail(
+            {"RET": given.get("R", ""), "ENVID": xtext_encode(given.get("V", ""))})
         if given.get("N"):
             wish = parse_dsn_of_rcpt({"NOTIFY": given["N"]})
             envelope.wishes = {address.key: wish for address in envelope.recipients}

@@ -542,6 +542,7 @@ class OddNameServers(Case):
         self.enter(netlab.Peer(network, BEHIND))
         for host in ("a", "mx"):
             self.resolv_conf(host, "nameserver %s\nnameserver %s\noptions timeout:1\n" % (ODD_SERVER, GOOD_SERVER))
+        lab.until(lambda: not postfix.senders(), 30, "the end of what knows the old name servers")
         recipients = ["x@%s.odd.test" % label for label in rows]
         self.send(recipients, message("odd", b"Hello\r\n"), "carol@postfix.test", "127.0.0.1", "mx")
         for label, (_, ours, _) in rows.items():
