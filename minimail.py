@@ -1985,6 +1985,9 @@ def list_directory(path: str) -> List[str]:
         return []
 
 
+LEFT_BEHIND = re.compile(r"[0-9a-f]{8}\.try|.+\.[0-9a-f]{9,24}\.tmp", re.ASCII)     # as open() and write() name things
+
+
 class Storage:
     """The data directory: durable writes, drafts whose writer is known to live, and how processes tell each other.
 
@@ -2013,9 +2016,14 @@ class Storage:
         finally:
             with contextlib.suppress(OSError):
                 os.unlink(path)
-        for name in list_directory(self.run):       # of one that was killed just here
-            if name.endswith(".try"):
-                self.remove_abandoned(os.path.join(self.run, name))
+        self.sweep(self.run)
+        self.sweep(self.root)
+
+    def sweep(self, directory: str) -> None:
+        """Remove from a directory what those have left who were killed just when they wrote there."""
+        for name in list_directory(directory):
+            if LEFT_BEHIND.fullmatch(name):
+                self.remove_abandoned(os.path.join(directory, name))
 
     def new_id(self, now: float) -> str:
         """Return a new message id: time, token of this process, serial number."""
@@ -8412,6 +8420,7 @@ class Standing(Outbound):
         self.keyring = Keyring(config, hostname)
         self.srs = SRS(config, storage)
         self.sts = STS(storage.root, resolver, storage.write)
+        storage.sweep(self.sts.root)
 
     def dress(self, entry: Entry, message: Outgoing) -> Outgoing:
         """Return a message with a reverse-path that SPF holds for, and signed; the signature is kept with the entry."""

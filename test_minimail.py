@@ -1727,6 +1727,19 @@ class DurableFiles(Case):
             os.unlink(path)
 
     @unittest.skipUnless(minimail.fcntl, "other locks here")
+    def test_what_was_half_written_is_swept_at_the_next_start(self):
+        """Files beside the mail (accounts, keys, policies): what was killed leaves nothing, who still writes is not disturbed."""
+        storage = self.storage()
+        os.makedirs(storage.run)
+        living = storage.create(os.path.join(storage.root, "users.0123456789.tmp"))
+        kept = ["users.0123456789.tmp", "users.tmp", "aliases.new.tmp", "options.json", "0123456789.tmp"]
+        for name in ("users.0123456788.tmp", "run/01234567.try", *kept[1:]):
+            open(os.path.join(storage.root, name), "w").close()
+        storage.open()
+        self.assertEqual((sorted(os.listdir(storage.root)), os.listdir(storage.run)), (sorted(kept + ["run"]), []))
+        os.close(living)
+
+    @unittest.skipUnless(minimail.fcntl, "other locks here")
     def test_without_locks_mail_is_taken_and_nothing_swept(self):
         storage = self.storage()
         paths = [os.path.join(storage.root, name) for name in "ab"]

@@ -425,7 +425,7 @@ max_idle = 1s
         return "".join(row + "\n" for row in rows)
 
     def senders(self):
-        """Return the pids of its clients, which have read resolv.conf when they started; they end a second after their work."""
+        """Return the pids of its clients, which read resolv.conf when they start; they end a second after their work."""
         children = Path("/proc/%d/task/%d/children" % ((self.process.pid,) * 2)).read_text().split()
         with contextlib.suppress(OSError):          # one ends meanwhile: look again
             return [pid for pid in children if Path("/proc", pid, "comm").read_text() == "smtp\n"]
