@@ -25,9 +25,11 @@ are pure functions.
 
 Legend, used without exception: `address` an Address or its text local@domain; `key` the lower-case text by which
 addresses are compared; `mailbox` a key that has a Maildir; `sender` the envelope's reverse-path ("" for the null one);
-`envelope` sender and recipients of one message; `draft` a message file still being written; `entry` a message in the
-queue; `exchanger` a host named by an MX record; `site` what all sessions of a node share. Text on the wire and in
-stores is bytes; parsed addresses are str. Durations are seconds, sizes bytes.
+`envelope` sender and recipients of one message; `draft` a message file still being written; `parcel` a draft with where
+it goes, until it is on disk; `item` a message in a mailbox; `entry` one in the queue; `letter` one as the web shows it;
+`exchanger` a host named by an MX record; `stores` what the data directory holds; `site` what all sessions of a node
+share; `wire` one connection, `task` what the loop carries. Text on the wire and in stores is bytes; parsed addresses are
+str. Durations are seconds, sizes bytes. How it waits stands at the head of section 4.
 
 Copyright (C) 2026 the minimail founders.  Permission to use, copy, modify, and/or distribute this software for any
 purpose with or without fee is hereby granted.  THE SOFTWARE IS PROVIDED "AS IS" AND THE AUTHOR DISCLAIMS ALL WARRANTIES
@@ -351,9 +353,11 @@ QUOTED = re.compile(r'"(?:[^"\\\x00-\x1f\x7f]|\\[\x20-\x7e])*"')
 LABEL = r"[A-Za-z0-9_\u0080-\U0010ffff](?:[A-Za-z0-9_\-\u0080-\U0010ffff]*[A-Za-z0-9_\u0080-\U0010ffff])?"
 DOMAIN = re.compile(r"%s(?:\.%s)*" % (LABEL, LABEL))
 SOURCE_ROUTE = re.compile(r"@[^,:@<>\s]+(?:,@[^,:@<>\s]+)*:")
+NO_CHARACTER = re.compile("[\ud800-\udfff\x80-\x9f]")     # lone surrogates and C1 controls
 BLANK_LINE = re.compile(rb"\n\r?\n")
 FOLD = re.compile(rb"\r?\n[ \t]+")
 FIELD = re.compile(rb"[^\n]*(?:\n[ \t][^\n]*)*\n?")
+FIELD_START = re.compile(rb"[!-9;-~]{1,200}[ \t]{0,20}:")
 ADDRESS_WORD = re.compile(r"=\?[^?\s]{1,60}\?[bq]\?[^?\s]*\?=|@\[[^\[\]\s]{1,60}\]|"
                           r"[^\s\"(<>,;:@=\[]+(?:@[^\s\"(<>,;:@=\[]+)?|[@=>\[]|\s+", re.IGNORECASE)
 ADDRESS_QUOTED = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
@@ -428,7 +432,7 @@ def parse_address(text: str, lenient: bool = False) -> Address:
     else:
         match = (ANY_DOTS if lenient else DOT_STRING).match(text)
         local = match.group() if match else ""
-    if not match or any("\ud800" <= c <= "\udfff" or "\x80" <= c <= "\x9f" for c in text):
+    if not match or NO_CHARACTER.search(text):
         raise Refused(BAD_SYNTAX)
     rest = text[match.end():]
     if not rest:
@@ -1466,8 +1470,9 @@ class Loop:
 
     def start(self) -> None:
         """Carry the tasks in a thread of its own; RuntimeError when there is none to be had."""
-        self._thread = threading.Thread(target=self._run, name="minimail-loop", daemon=True)
-        self._thread.start()
+        thread = threading.Thread(target=self._run, name="minimail-loop", daemon=True)
+        thread.start()
+        self._thread = thread                       # only one that began can be joined
 
     def stop(self, grace: float) -> None:
         """End all tasks, each once it is not in flight, or after `grace` seconds; return when they have ended."""
@@ -1557,7 +1562,10 @@ class Loop:
         task.waiting = what
         if what is READ or what is WRITE:
             if task.armed is not what:
-                self._arm(task, what)
+                try:
+                    self._arm(task, what)
+                except (OSError, ValueError) as error:      # the system watches no more sockets, or this one is closed
+                    self._soon.append((task, what, None, error))
         elif type(what) is float:
             if what <= 0:
                 self._soon.append((task, what, None, None))
@@ -1933,6 +1941,10 @@ O_EXTRA = getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
 O_PLAIN = O_EXTRA | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
 
 
+NO_LINKS = {getattr(errno, name, -1) for name in ("EPERM", "EACCES", "EOPNOTSUPP", "ENOTSUP", "ENOSYS", "EMLINK", "EXDEV",
+                                                  "EINVAL")}    # from os.link() where a file cannot have another name
+
+
 def lock_file(fd: int, wait: bool = False) -> bool:
     """Lock an open file until it is closed or the process ends; False when somebody else has it. OSError: no locks here."""
     try:
@@ -2103,6 +2115,31 @@ class Storage:
         if what not in self._complained:
             self._complained.add(what)
             log.warning("%s: %s", self.root, text)
+
+    def link(self, source: str, target: str) -> None:
+        """Give a file a second name; where the file system has no links, make a durable copy. OSError."""
+        try:
+            os.link(source, target)
+            return
+        except OSError as error:
+            if error.errno not in NO_LINKS:
+                raise
+        above, name = os.path.split(target)
+        tmp = os.path.join(os.path.dirname(above), "tmp")
+        draft = os.path.join(tmp if os.path.isdir(tmp) else above, name + ".tmp")     # of a mailbox, or of the queue
+        fd = self.create(draft)
+        try:
+            with open(source, "rb", buffering=0) as old:
+                for block in iter(lambda: old.read(BIG_BLOCK), b""):
+                    write_all(fd, block)
+            self.sync_file(fd)
+            os.rename(draft, target)                # while it is locked: nobody takes it for abandoned
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(draft)
+            raise
+        finally:
+            os.close(fd)
 
     def make_directory(self, path: str) -> None:
         """Make a directory (0700) and what is missing above it, durably; OSError."""
@@ -2514,7 +2551,7 @@ class Mailboxes:
         name = "%s,S=%d,W=%d" % (self.file_name(draft.id), draft.written, draft.written)
         for mailbox in reversed(mailboxes):
             target = os.path.join(self.path(mailbox), "new", name)
-            put: Callable[[str, str], None] = os.rename if mailbox == mailboxes[0] else link_or_copy
+            put: Callable[[str, str], None] = os.rename if mailbox == mailboxes[0] else self.storage.link
             try:
                 put(draft.path, target)
             except FileNotFoundError:
@@ -2689,28 +2726,6 @@ def message_id(item: Item) -> str:
     return match.group(1) if match else item.uid
 
 
-NO_LINKS = {getattr(errno, name, -1) for name in ("EPERM", "EACCES", "EOPNOTSUPP", "ENOTSUP", "ENOSYS", "EMLINK", "EXDEV",
-                                                  "EINVAL")}    # from os.link() where a file cannot have another name
-
-
-def link_or_copy(source: str, target: str) -> None:
-    """Give a file a second name; where the file system has no links, make a durable copy. OSError."""
-    try:
-        os.link(source, target)
-        return
-    except OSError as error:
-        if error.errno not in NO_LINKS:
-            raise
-    above, name = os.path.split(target)
-    tmp = os.path.join(os.path.dirname(above), "tmp")
-    draft = os.path.join(tmp if os.path.isdir(tmp) else above, name + ".tmp")     # of a mailbox, or of the queue
-    with open(source, "rb") as old, open(draft, "xb", opener=lambda p, f: os.open(p, f, 0o600)) as new:
-        shutil.copyfileobj(old, new, BIG_BLOCK)
-        new.flush()
-        os.fsync(new.fileno())
-    os.rename(draft, target)
-
-
 class Message:
     """A message in a mailbox, as the library hands it out."""
 
@@ -2858,6 +2873,12 @@ def account_key(name: str) -> str:
         return ""
 
 
+def account_name(key: str) -> str:
+    """Return an account's name as the users file has it, where # begins a comment."""
+    name = str(parse_key(key))
+    return '"%s"@%s' % tuple(name.split("@")) if name.startswith("#") else name
+
+
 class Accounts:
     """The users file: who may log in, by full address."""
 
@@ -2926,8 +2947,8 @@ class Accounts:
                 if key not in before or line.lstrip().startswith("#"):
                     kept.append(line)
                 elif key in after:
-                    kept.append("%s:%s" % (parse_key(key), after.pop(key)))
-            kept += ["%s:%s" % (parse_key(key), record) for key, record in after.items() if key not in before]
+                    kept.append("%s:%s" % (account_name(key), after.pop(key)))
+            kept += ["%s:%s" % (account_name(key), record) for key, record in after.items() if key not in before]
             text = "".join(line + "\n" for line in kept)
             storage.write(os.path.abspath(path), text.encode("utf-8", "surrogateescape"))
         finally:
@@ -3470,9 +3491,7 @@ class Stores(NamedTuple):
 
 def open_stores(config: Config, clock: Callable[[], float] = time.time, policy: Optional[Policy] = None) -> Stores:
     """Open the data directory, made where it is missing; OSError."""
-    hostname = config.hostname
-    if not hostname:
-        hostname = machine_name()
+    hostname = config.hostname or machine_name()
     refuse_shared(config.data)
     storage = Storage(config.data, not config.no_sync)
     storage.open()
@@ -3506,6 +3525,8 @@ def await_mail(storage: Storage, look: Callable[[], Any], until: float, sleep: C
             if woken:
                 break
 
+
+# What commands need before they look into the stores.
 
 EX_TEMPFAIL = 75                                    # sysexits(3): the caller may try again
 
@@ -4505,10 +4526,12 @@ class Queue:
     def busy_directories(self) -> List[str]:
         return [os.path.join(self.busy, name) for name in list_directory(self.busy)]
 
+    def _hint_directories(self) -> List[str]:
+        return [self.new] + [os.path.join(above, name) for above in (self.due, self.busy) for name in list_directory(above)]
+
     def hints(self) -> Iterator[str]:
         """Yield the path of every hint."""
-        for directory in [self.new] + [os.path.join(above, name) for above in (self.due, self.busy)
-                                       for name in list_directory(above)]:
+        for directory in self._hint_directories():
             for name in list_directory(directory):
                 if ENTRY_ID.fullmatch(name):
                     yield os.path.join(directory, name)
@@ -4529,18 +4552,21 @@ class Queue:
     def sweep(self, in_memory: Container[str] = (), age: float = 0.0, living: Container[str] = ()) -> None:
         """Remove what dead processes left half done, and hint at what nobody could find; OSError.
 
-        What a living process took less than `age` seconds ago is left to it: it is in its memory. Were it hinted at all
-        the same, it would still be sent once, by whoever locks it first.
+        Without an age, as at the start, what version 1.0 left is looked for, too. What a living process took less than
+        `age` seconds ago is left to it: it is in its memory. Were it hinted at all the same, it would still be sent once,
+        by whoever locks it first.
         """
-        self._adopt()
-        hinted = {os.path.basename(hint) for hint in self.hints()}
+        if not age:
+            self._adopt()
+        hinted = {name for directory in self._hint_directories() for name in list_directory(directory)}
         names = list_directory(self.root)
         envelopes = {name[:-4] for name in names if name.endswith(".env")}
         for name in names:
-            id, _, kind = name.partition(".")
-            with contextlib.suppress(OSError):
-                if ENTRY_ID.fullmatch(id) and (kind.endswith("tmp") or (kind == "msg" and id not in envelopes)):
-                    self._remove_if_dead(id, name)
+            if name.endswith("tmp") or (name.endswith(".msg") and name[:-4] not in envelopes):
+                id = name.partition(".")[0]
+                with contextlib.suppress(OSError):
+                    if ENTRY_ID.fullmatch(id):
+                        self._remove_if_dead(id, name)
         for id in envelopes - hinted:
             if ENTRY_ID.fullmatch(id) and id not in in_memory and (
                     int(id[:8], 16) <= self.clock() - age or token_of(id) not in living):
@@ -4722,6 +4748,7 @@ def status_fields(recipient: Dict[str, Any], utf8: bool, until: str) -> List[str
 # ======================================================================================================================
 
 REPLY_LINE = re.compile(rb"(\d\d\d)(?:([ -])(.*))?", re.DOTALL)
+ENHANCED_CODE = re.compile(r"([245]\.\d{1,3}\.\d{1,3})(?: |$)", re.ASCII)
 
 
 class PeerFailed(Exception):
@@ -4809,7 +4836,7 @@ class Peer:
         while True:
             end = self.wire.input.find(b"\n")
             taken = len(self.wire.input) if end < 0 else end + 1
-            line += bytes(self.wire.input[:min(taken, MAX_REPLY_LINE - len(line))])
+            line += self.wire.input[:min(taken, MAX_REPLY_LINE - len(line))]
             del self.wire.input[:taken]
             self._budget -= taken
             if end >= 0:
@@ -4823,7 +4850,7 @@ class Peer:
         shown = printable(text, MAX_REPLY_LINE)
         for secret in self.secrets:
             shown = shown.replace(secret, "***")
-        return printable(shown, 500)
+        return shown if len(shown) <= 500 else printable(shown, 500)
 
     def said(self, reply: Reply) -> Reply:
         """Return the reply with the name of who gave it, on one line."""
@@ -5109,7 +5136,7 @@ class Peer:
 
 def with_enhanced_code(code: int, lines: List[str]) -> Reply:
     """Return the Reply of these lines; the enhanced code stands in its own place when it fits (RFC 2034 section 4)."""
-    match = re.match(r"([245]\.\d{1,3}\.\d{1,3})(?: |$)", lines[-1], re.ASCII)
+    match = ENHANCED_CODE.match(lines[-1])
     enhanced = match.group(1) if match and match.group(1)[0] == str(code)[0] else ""
     if enhanced:
         prefix = enhanced + " "
@@ -5571,7 +5598,7 @@ class Relay:
         self._more = False                          # there was no room for all that is due
         self._next = 0.0                            # when to look into the queue again
         self._ticked = self._swept = self._looked = 0.0
-        self._living: Set[str] = set()      # tokens of the processes that have entries in memory
+        self._living: Set[str] = set()              # tokens of the processes that have entries in memory
         self._stamps: Tuple[Any, ...] = ()
         self._running = self._stopping = False
 
@@ -6380,7 +6407,7 @@ def mx_command(config: Config, arguments: List[str]) -> int:
             ascii_domain(parse_domain(address.domain))
     except (Refused, ValueError) as error:
         raise UsageError("mx %s: %s" % (printable(where), error)) from None
-    hostname = config.hostname or socket.gethostname().lower()
+    hostname = config.hostname or machine_name()
     book = AddressBook(config.domain, Accounts(config.file("users")), config.file("aliases"), config.catch_all, hostname)
     if config.domain and book.is_local(address):
         return explain_local(book, address, "@" in where)
@@ -6428,7 +6455,6 @@ def explain_local(book: AddressBook, address: Address, whole: bool) -> int:
 EX_DATAERR, EX_NOUSER, EX_NOHOST, EX_UNAVAILABLE, EX_NOPERM = 65, 67, 68, 69, 77
 FLAGS_WITH_VALUE = "ABCDFLMNORVXbefhopr"            # in the same word or the next; others may have one attached
 MBOX_LINE = re.compile(rb">?From ")
-FIELD_NAME = re.compile(rb"[!-9;-~]{1,200}[ \t]{0,20}:")
 ODD_LINE_END = re.compile(rb"(?<!\r)\r+\n|\r")      # CRLF, CR CR LF, or CR alone; the look-behind keeps long runs cheap
 DROPPED_FIELDS = ("bcc", "resent-bcc", "return-path", "content-length")
 ORIGINATORS = ("from", "sender", "reply-to", "to", "cc")
@@ -6593,7 +6619,7 @@ class Submission:
         while line.strip(b"\n"):
             if pieces and line[:1] in (b" ", b"\t"):
                 pieces[-1].append(line)
-            elif FIELD_NAME.match(line):
+            elif FIELD_START.match(line):
                 pieces.append([line])
             else:
                 break
@@ -6653,8 +6679,8 @@ def submit(stores: Stores, flags: List[Tuple[str, str]], words: Sequence[str]) -
 def ask_for_notices(envelope: Envelope, given: Dict[str, str]) -> None:
     """Note what -N, -R and -V ask for; UsageError."""
     try:
-        envelope.ret, envelope.envid = parse_dsn_of_mail(
-            {"RET": given.get("R", ""), "ENVID": xtext_encode(given.get("V", ""))})
+        said = {"RET": given.get("R", ""), "ENVID": xtext_encode(given.get("V", ""))}
+        envelope.ret, envelope.envid = parse_dsn_of_mail(said)
         if given.get("N"):
             wish = parse_dsn_of_rcpt({"NOTIFY": given["N"]})
             envelope.wishes = {address.key: wish for address in envelope.recipients}
@@ -7332,24 +7358,12 @@ def sign_content(blocks: Iterable[bytes], choose: Callable[[Fields], Sequence[Tu
 
 def author_domains(fields: Fields) -> List[str]:
     """Return the domains of the addresses in From, lower case as A-labels; of what is no address, none."""
-    value = b" ".join(field.partition(b":")[2] for name, field in fields if name == "from")[:MAX_COMMAND]
-    kept: List[str] = []
-    depth, quoted, escaped = 0, False, False
-    for c in value.decode("utf-8", "replace"):      # without comments and quoted names
-        if escaped or (c == "\\" and (depth or quoted)):
-            escaped = not escaped
-        elif c == '"' and not depth:
-            quoted = not quoted
-        elif c in "()" and not quoted:
-            depth = max(0, depth + (1 if c == "(" else -1))
-        elif not depth and not quoted:
-            kept.append(c)
-    text = "".join(kept)
-    found = re.findall(r"<[^<>@]*@([^<>@]*)>", text) or re.findall(r"@([^<>@,;:\s]*)", text)
-    domains = []
-    for domain in map(str.strip, found):
+    value = b",".join(field.partition(b":")[2] for name, field in fields if name == "from")[:MAX_COMMAND]
+    found = (address.rpartition("@")[2].partition("(") for _, address in read_addresses(unfold(value)) if "@" in address)
+    domains: List[str] = []
+    for domain, _, _ in found:
         with contextlib.suppress(ValueError):
-            domains.append(ascii_domain(domain))
+            domains += filter(is_domain, [ascii_domain(domain.strip())])
     return domains
 
 
@@ -7606,9 +7620,11 @@ class SRS:
         self.storage.make_directory(self.storage.root)
         draft = self.path + "." + secrets.token_hex(4)
         self.storage.write(draft, secrets.token_urlsafe(24).encode() + b"\n")
-        with contextlib.suppress(FileExistsError):
-            os.link(draft, self.path)
-        os.unlink(draft)
+        try:
+            with contextlib.suppress(FileExistsError):
+                self.storage.link(draft, self.path)
+        finally:
+            os.unlink(draft)
         self.storage.sync_directory(self.storage.root)
 
     def forward(self, sender: str) -> str:
@@ -8389,7 +8405,7 @@ def check_command(config: Config, arguments: List[str]) -> int:
         raise UsageError("check: which domain? Name it, or give --domain or --data of the node")
     if given.domain and domains[0] not in config.domain:
         config = dataclasses.replace(config, domain=config.domain + (domains[0],))
-    hostname = config.hostname or socket.gethostname().lower()
+    hostname = config.hostname or machine_name()
     doctor = Doctor(config, hostname, Resolver(config.dns), given.connect)
     findings = []
     for finding in doctor.examine(domains):
@@ -8476,7 +8492,10 @@ class StandingExtension(Extension):
 
     def equip(self, node: Any) -> None:
         if not node.config.capture:
-            node.stores.door.origin = SRS(node.config, node.stores.storage).reverse
+            srs = SRS(node.config, node.stores.storage)
+            with contextlib.suppress(OSError):      # now, for later the loop would wait for it; then it is tried again
+                srs.secrets()
+            node.stores.door.origin = srs.reverse
 
 
 EXTENSIONS.append(StandingExtension())
@@ -8756,7 +8775,7 @@ class Session(socketserver.BaseRequestHandler, Task):
             except Refused as refused:
                 event("refused", protocol=self.protocol, client=self.client, reason=printable(str(refused.reply)))
                 self.over = True
-                return self.wire.send(self.server.refusal(refused.reply.text))  # type: ignore[attr-defined]
+                return self.wire.send(self.refusal(refused.reply.text))
         greeting = self.greeting()
         if self.pause:
             await self.keep_back()
@@ -8894,6 +8913,11 @@ class Session(socketserver.BaseRequestHandler, Task):
 
     # What the protocol adds.
 
+    @staticmethod
+    def refusal(reason: str) -> bytes:
+        """Return the words for a connection that is not wanted."""
+        raise NotImplementedError
+
     def greeting(self) -> Any:
         raise NotImplementedError
 
@@ -9030,17 +9054,11 @@ class Listener(socketserver.TCPServer, Task):
             with contextlib.suppress(OSError):
                 if not self.tls:
                     request.setblocking(False)
-                    request.send(self.refusal(refusal))
+                    request.send(self.session.refusal(refusal))
             return self.shutdown_request(request)
         if log.isEnabledFor(logging.INFO):
             event("connect", protocol=self.name, client=show_endpoint(client_address[:2]))
         self.site.loop.spawn(self.session(request, client_address, self))
-
-    def refusal(self, reason: str) -> bytes:
-        """Return the words for a connection that is not wanted."""
-        if self.name.startswith("pop3"):
-            return b"-ERR [SYS/TEMP] %s\r\n" % reason.encode()
-        return Reply(421, "4.3.2", reason).encode()
 
 
 # ======================================================================================================================
@@ -9072,7 +9090,8 @@ class SMTPSession(Session):
     refusals = 0
     transaction: Optional[Transaction] = None
     busy = False                                    # a message is coming in, or on its way to disk
-    from_trust = False                              # the client's address is one of --trust
+    trusted = False                                 # may have mail passed on, and ...
+    lenient = False                                 # ... say things as other servers take them; strangers speak RFC 5321
     started = 0.0
     ASKS_BOOK = ("MAIL", "RCPT", "AUTH")
     SYNCHRONOUS = ("EHLO", "HELO", "DATA", "STARTTLS", "AUTH", "VRFY", "QUIT", "NOOP")  # end a pipeline (RFC 2920)
@@ -9080,8 +9099,12 @@ class SMTPSession(Session):
 
     # What every conversation has.
 
+    @staticmethod
+    def refusal(reason: str) -> bytes:
+        return Reply(421, "4.3.2", reason).encode()
+
     def greeting(self) -> Reply:
-        self.from_trust = self.site.trusts(self.client)
+        self.become(None)
         if self.site.recorder:
             self.tape = self.site.recorder.tape(self)
         return self.faulty("connect", self.client) or Reply(220, "", self.site.hostname + " ESMTP minimail")
@@ -9177,15 +9200,11 @@ class SMTPSession(Session):
 
     # Who are you?
 
-    @property
-    def trusted(self) -> bool:
-        """True for who may have mail passed on."""
-        return self.user is not None or self.from_trust
-
-    @property
-    def lenient(self) -> bool:
-        """True for who may say things as other servers take them; strangers speak as RFC 5321 has it."""
-        return self.site.config.capture or self.trusted
+    def become(self, user: Optional[str]) -> None:
+        """Note who logged in, None for nobody, and what follows from that."""
+        self.user = user
+        self.trusted = user is not None or self.site.trusts(self.client)
+        self.lenient = self.trusted or self.site.config.capture
 
     def do_HELO(self, argument: str) -> Reply:
         self.introduce(argument, esmtp=False)
@@ -9222,7 +9241,8 @@ class SMTPSession(Session):
         self.wire.send(Reply(220, "2.0.0", "go ahead").encode())
         await self.start_tls()
         self.drop_transaction()
-        self.helo, self.esmtp, self.user = "", False, None      # section 4.2: forget everything
+        self.helo, self.esmtp = "", False           # section 4.2: forget everything
+        self.become(None)
         if self.tape:
             self.tape.restart()
 
@@ -9252,7 +9272,7 @@ class SMTPSession(Session):
         except ValueError:                          # binascii.Error is one; its text could show what was sent
             raise Refused(501, "5.5.2", "bad AUTH response: not base64 of what %s takes" % printable(mechanism, 20)) from None
         self.raise_fault("auth", name)
-        self.user = await self.log_in(name, password)
+        self.become(await self.log_in(name, password))
         if self.user is None:
             raise Refused(535, "5.7.8", "name and password do not fit")
         event("login", protocol="smtp", client=self.client, user=printable(self.user))
@@ -9555,6 +9575,10 @@ class POP3Session(Session):
     LEADING_ON = ("RETR", "TOP", "DELE")            # the others have an end some time, ...
     ABOUT_ONE = ("LIST", "UIDL")                    # ... but for what clients ask about each message
 
+    @staticmethod
+    def refusal(reason: str) -> bytes:
+        return b"-ERR [SYS/TEMP] %s\r\n" % printable(reason).encode("utf-8", "replace")
+
     def greeting(self) -> bytes:
         self.items: List[Item] = []
         self.deleted: Set[int] = set()
@@ -9729,10 +9753,10 @@ class POP3Session(Session):
         fd = self.open(item)
         try:
             content = pread(fd, item.size + 1, 0) if item.size <= BLOCK else b""
-            if len(content) == item.size:
+            if len(content) == item.size and content.endswith(b"\r\n"):
                 answer = b"+OK %d octets\r\n%s.\r\n" % (item.size, stuff_dots(content, True))
             else:
-                native = os.fstat(fd).st_size == item.size
+                native = os.fstat(fd).st_size == item.size and pread(fd, 2, max(0, item.size - 2)) == b"\r\n"
                 self.wire.send(b"+OK %d octets\r\n" % item.size)
                 await (self.send_blocks(fd, item.size) if native else self.send_converted(fd, None))
                 answer = b".\r\n"
@@ -10047,9 +10071,11 @@ class Node:
         """Remove what has become older than --max-age where nothing new comes, until the node stops."""
         age = self.config.max_age or 0.0
         while not site.stopping:
-            for mailbox in site.mailboxes.names():
-                with contextlib.suppress(OSError):
+            try:
+                for mailbox in site.mailboxes.names():
                     site.mailboxes.prune(mailbox, None, age)
+            except OSError as error:
+                log.warning("mailboxes keep too much: %s", error)
             due = time.monotonic() + min(max(age / 10, 0.5), 60.0)
             while time.monotonic() < due and not site.stopping:
                 time.sleep(site.mailboxes.storage.LOOK)
@@ -10714,9 +10740,6 @@ class Part:
                 "Children": [child.tree() for child in self.children]}
 
 
-FIELD_START = re.compile(rb"[!-9;-~]+[ \t]*:")
-
-
 def read_header(raw: bytes, start: int, stop: int, cut: List[str]) -> Tuple[List[Tuple[str, bytes]], int]:
     """Return (fields, where the body begins) of a header that begins at start and ends at stop or at the first empty line.
 
@@ -11236,12 +11259,11 @@ class Cache:
 
     def put(self, key: str, value: Any, cost: int) -> None:
         """Keep a value that takes `cost` bytes, unless it would push out half of the others."""
-        self.forget(key)
-        if cost > self.limit // 2:
-            return
-        with self._lock:
-            self._kept[key] = value, cost
-            self.size += cost
+        with self._lock:                            # two may have computed the same
+            self.size -= self._kept.pop(key, (None, 0))[1]
+            if cost <= self.limit // 2:
+                self._kept[key] = value, cost
+                self.size += cost
             while self.size > self.limit:
                 self.size -= self._kept.popitem(last=False)[1][1]
 
@@ -11370,7 +11392,7 @@ class Recorder:
         return Tape(self, session)
 
     def path(self, id: str) -> str:
-        return os.path.join(self.root, re.sub(r"[^0-9a-z-]", "_", id) + ".json")
+        return os.path.join(self.root, encode_name(id) + ".json")
 
     def save(self, envelope: Envelope, lines: Sequence[Tuple[str, str]], rules: Sequence[str], tls: bool) -> None:
         record = {"id": envelope.id, "sender": envelope.sender, "recipients": [str(r) for r in envelope.recipients],
@@ -11400,11 +11422,11 @@ class Recorder:
 
     def sweep(self) -> None:
         """Remove the records of messages that other programs removed."""
-        known = {message_id(item) for name in self.mailboxes.names() for item in self.mailboxes.listing(name)}
+        known = {self.path(message_id(item)) for name in self.mailboxes.names() for item in self.mailboxes.listing(name)}
         for name in list_directory(self.root):
             path = os.path.join(self.root, name)
             with contextlib.suppress(OSError):
-                if name[:-5] not in known and time.time() - os.stat(path).st_mtime > 3600:      # not one just coming in
+                if path not in known and time.time() - os.stat(path).st_mtime > 3600:      # not one just coming in
                     os.unlink(path)
 
 
@@ -12952,6 +12974,7 @@ class WebHook:
 
     def __init__(self, inbox: Inbox, url: str) -> None:
         self.inbox, self.url = inbox, url
+        self.threads = Threads()                    # its own: those of the inbox are counted as connections
         self._ids: Deque[str] = collections.deque()
 
     def add(self, id: str) -> None:
@@ -13036,15 +13059,18 @@ class WebExtension(Extension):
     def start(self, node: Any) -> None:
         if node.config.webhook:
             node.site.inbox.hook = hook = WebHook(node.site.inbox, node.config.webhook)
-            node.site.inbox.threads.start(hook.run)
+            hook.threads.start(hook.run)
 
     def stop(self, node: Any) -> None:
         if node.site.inbox:
             node.site.inbox.stop()
 
     def join(self, node: Any, seconds: float) -> None:
-        if node.site.inbox:
-            node.site.inbox.threads.join(seconds)
+        inbox, until = node.site.inbox, time.monotonic() + seconds
+        if inbox:
+            inbox.threads.join(seconds)
+        if inbox and inbox.hook:
+            inbox.hook.threads.join(until - time.monotonic())
 
     def matcher(self, node: Any, search: str) -> Callable[[Message], bool]:
         inbox, wanted = node.site.inbox or Inbox(node.site, node), Query(search)
@@ -14395,7 +14421,11 @@ class Workers:
                 continue
             for when, number in [entry for entry in due if entry[0] <= time.monotonic()]:
                 due.remove((when, number))
-                self.fork(number)
+                try:
+                    self.fork(number)
+                except OSError as error:            # no memory, no process left: the others go on
+                    log.warning("cannot start a worker: %s", error)
+                    due.append((time.monotonic() + 2.0, number))
             stop.wait(0.1 if due else 0.5)
 
     def tell(self, signum: int) -> None:

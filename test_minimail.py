@@ -1119,6 +1119,36 @@ class Job(minimail.Task):
 
 
 class Loops(Case):
+    def test_a_socket_that_cannot_be_watched(self):
+        """Its task is told, and nobody else: not the listener that took the connection."""
+        for error in (OSError(errno.ENOSPC, "no more"), ValueError("closed")):
+            seen, over = [], threading.Event()
+            ours, theirs = self.pair()
+
+            class Full(selectors.DefaultSelector):
+                def register(self, fileobj, events, data=None, error=error, ours=ours):
+                    if fileobj is ours:
+                        raise error
+                    return super().register(fileobj, events, data)
+
+            async def talk(seen=seen, over=over):
+                try:
+                    await minimail.wait(minimail.READ)
+                except (OSError, ValueError) as error:
+                    seen.append(error)
+                over.set()
+
+            async def take(ours=ours, seen=seen):
+                loop.spawn(Job(talk(), sock=ours))
+                await minimail.wait(minimail.TURN)
+                seen.append("went on")
+            loop = self.loop(selector=Full)
+            loop.spawn(Job(take(), sock=theirs))
+            loop.start()
+            self.told(over)
+            self.eventually(lambda seen=seen: len(seen) == 2)
+            self.assertCountEqual(seen, [error, "went on"])
+
     def loop(self, commit=None, is_heavy=lambda parcel: False, **options):
         loop = minimail.Loop(commit or (lambda parcels: [None] * len(parcels)), is_heavy, **options)
         self.addCleanup(loop.stop, 0.0)
@@ -1730,7 +1760,6 @@ class DurableFiles(Case):
     def test_what_was_half_written_is_swept_at_the_next_start(self):
         """Files beside the mail (accounts, keys, policies): what was killed leaves nothing, who still writes is not disturbed."""
         storage = self.storage()
-        os.makedirs(storage.run)
         living = storage.create(os.path.join(storage.root, "users.0123456789.tmp"))
         kept = ["users.0123456789.tmp", "users.tmp", "aliases.new.tmp", "options.json", "0123456789.tmp"]
         for name in ("users.0123456788.tmp", "run/01234567.try", *kept[1:]):
@@ -2052,7 +2081,7 @@ class UserAccounts(Case):
     def test_accounts_whose_names_are_quoted(self):
         path, storage = self.file("users", ""), minimail.Storage(self.directory(), sync=False)
         accounts, old, new = minimail.Accounts(path), cheap_hash("old"), cheap_hash("new")
-        for name in ('"a b"@example.org', '"a:b"@example.org', r'"a\"b"@example.org', "d\xfc@example.org"):
+        for name in ("#a@example.org", '"a b"@example.org', '"a:b"@example.org', r'"a\"b"@example.org', "d\xfc@example.org"):
             key = minimail.parse_address(name).key
             for edit, expected in ((lambda users: users.update({key: old}), {key: old}),
                                    (lambda users: users.update({key: new}), {key: new}), (lambda users: users.pop(key), {})):
@@ -5331,6 +5360,19 @@ class RunningRelayTest(ScriptedCase):
         self.eventually(lambda: not world.files())
         self.assertLessEqual(max(most), 2)
 
+    def test_what_another_process_had_in_memory_when_it_died_is_sent(self):
+        """The envelope is on disk without a hint; a process that goes on living finds it, not only one that starts."""
+        peer = ScriptedPeer()
+        living, dead = (self.running(FAR, {"192.0.2.25": peer}) for _ in range(2))
+        with mock.patch.object(minimail, "SWEEP", 0.1):
+            living.relay.start()
+            self.eventually(lambda: living.queue.submitted == living.relay.submitted)    # its sweep at the start is over
+            dead.queue.submitted = lambda dispatch: True
+            dead.submit("bob@far.test")
+            self.eventually(lambda: peer.messages)
+            self.eventually(lambda: not living.files())
+        self.assertEqual(len(peer.messages), 1)
+
     def test_without_threads_it_is_sent_later(self):
         peer = ScriptedPeer()
         world = self.running(FAR, {"192.0.2.25": peer})
@@ -6652,7 +6694,9 @@ class DKIMSignatures(Case):
                                (b'"x@evil.test" <a@here.test>', ["here.test"]), (b"(x@evil.test) a@here.test", ["here.test"]),
                                (b"x@evil.test <a@here.test>", ["here.test"]), (b"a@here.test, b@far.test", ["here.test", "far.test"]),
                                (b'"a@here.test"', []), (b"", []), (b"undisclosed:;", []), (b'"\\"<x@y>" <a@here.test>', ["here.test"]),
-                               (b"((nested) x@evil.test) <a@here.test>", ["here.test"]), (b"@", [""]),
+                               (b"((nested) x@evil.test) <a@here.test>", ["here.test"]), (b"@", []),
+                               (b"Eve <eve@evil.test>, bob@here.test", ["evil.test", "here.test"]), (b"a @ here.test", ["here.test"]),
+                               (b"<a@here.test(comment)>", ["here.test"]), (b"<@relay.test:a@here.test>", ["here.test"]),
                                ("a@b\u00fccher.test".encode(), ["xn--bcher-kva.test"]), (b"a@here.test\r\n (x)", ["here.test"])):
             self.assertEqual(minimail.author_domains([("from", b"From: " + field), ("to", b"To: x@y.test")]), domains, field)
         for hostile in b"(" * 100_000, b"<@" * 50_000, b'"' * 100_001, b"\\" * 100_000, b"@" * 100_000:
@@ -6714,6 +6758,14 @@ class DKIMSignatures(Case):
 
 
 class SRSRewriting(Case):
+    def test_a_file_system_without_links(self):
+        directory = self.directory()
+        srs = minimail.SRS(Config(data=directory, domain=("here.test",)), minimail.Storage(directory, False), lambda: self.NOW)
+        with mock.patch.object(os, "link", side_effect=PermissionError(errno.EPERM, "no links")):
+            sender = srs.forward("ann@far.test")
+        self.assertEqual(srs.reverse(minimail.parse_address(sender)), Address("ann", "far.test"))
+        self.assertEqual(os.listdir(directory), ["srs"])
+
     NOW = 1_700_000_000.0
 
     def srs(self, **options):
@@ -8570,6 +8622,21 @@ class POP3(Case):
         self.dialog(talk, "C: QUIT\nS: +OK")
         self.session("C: QUIT\nS: +OK")
 
+    def test_a_size_in_a_name_that_lies(self):
+        """The end is found all the same."""
+        new = os.path.join(self.node_.stores.mailboxes.path("eve@x"), "new")
+        os.makedirs(new)
+        os.makedirs(new[:-3] + "cur")
+        for number, content in enumerate((b"a\r\nb", b"", b"x" * 70_000)):
+            with open(os.path.join(new, "%d.M1.host,S=%d,W=%d" % (number, len(content), len(content))), "wb") as file:
+                file.write(content)
+        talk = self.session("", user="eve@x")
+        for number in 1, 2, 3:
+            self.assertTrue(talk.ask("RETR %d" % number).startswith("+OK"))
+            while talk.reply() != ".":
+                pass
+        self.dialog(talk, "C: NOOP\nS: +OK")
+
     def test_no_locks_on_this_file_system(self):
         mailboxes, before = self.node_.stores.mailboxes, open_files()
         with mock.patch.object(minimail, "lock_file", side_effect=OSError(errno.ENOLCK, "no locks")):
@@ -8837,6 +8904,22 @@ class Nodes(Case):
                 """)
         self.assertIn("keeps too much", logs.output[0])
         self.assertEqual(len(node.messages()), 1)
+
+    def test_no_thread_for_the_loop(self):
+        temporary, before = self.directory(), open_files()
+        real = threading.Thread.start
+
+        def start(thread):
+            if thread.name == "minimail-loop":
+                raise RuntimeError("can't start new thread")
+            real(thread)
+        node = minimail.Node(**self.OPTIONS)
+        with mock.patch.object(threading.Thread, "start", start), mock.patch.object(tempfile, "tempdir", temporary), \
+                self.assertRaisesRegex(RuntimeError, "can't start new thread"):
+            node.start()
+        self.assertEqual((node.endpoints(), os.listdir(temporary)), ([], []))
+        del node
+        self.assertEqual(open_files(), before)
 
     def test_what_the_api_takes_is_followed_up_too(self):
         seen = []
@@ -9507,6 +9590,21 @@ class SearchTerms(Case):
         self.assertEqual([cache.get(key) for key in "bcde"], ["B", None, "D", "E"])
         cache.put("huge", "H", 60)
         self.assertEqual((cache.get("huge"), cache.get("b"), cache.get("d"), cache.size), (None, "B", "D", 90))
+        real, entered = cache._lock, []
+
+        class Lock:                                 # whenever it is let go, another thread comes in with the same key
+            def __enter__(self):
+                entered.append(real)
+                if len(entered) == 2:
+                    cache.put("b", "theirs", 30)
+                real.acquire()
+
+            def __exit__(self, *_):
+                real.release()
+        cache._lock = Lock()
+        cache.put("b", "ours", 30)
+        cache._lock = real
+        self.assertEqual((cache.get("b"), cache.size), ("ours", 90))
         for key in "bde":
             cache.forget(key)
         self.assertEqual(cache.size, 0)
@@ -10622,8 +10720,29 @@ class WebViewers(WebCase):
         self.eventually(lambda: not node.site.inbox.visitors)
 
 
+def glob_json(node):
+    return [os.path.join(node.site.recorder.root, name) for name in os.listdir(node.site.recorder.root)]
+
+
 class WebChanges(WebCase):
     """What deletes or changes does what its words say, or nothing."""
+
+    def test_tags_of_what_other_programs_delivered(self):
+        """Each message has its own, also when names differ in what a file name would not show; the sweep leaves them."""
+        node = self.web_node()
+        self.deliver(node, b"Subject: ours\r\n\r\n", "b@x.example")
+        new = os.path.join(node.stores.mailboxes.path("b@x.example"), "new")
+        names = ["1700000000.M1P1_V.host", "1700000000.M1P1_W.host"]
+        for name in names:
+            with open(os.path.join(new, name), "wb") as file:
+                file.write(b"Subject: theirs\r\n\r\n")
+        for name in names:
+            self.ask(node, "/api/v1/tags", "PUT", {"IDs": [name], "Tags": [name[-6]]})
+        for path in glob_json(node):
+            os.utime(path, (0, 0))
+        node.site.recorder.sweep()
+        again = self.web_node(data=node.data)
+        self.assertEqual([self.ask(again, "/api/v1/message/" + name).json["Tags"] for name in names], [["V"], ["W"]])
 
     def test_words_that_we_do_not_know(self):
         node = self.web_node()
@@ -10743,6 +10862,10 @@ class WebReleases(WebCase):
 
 
 class WebHooks(WebCase):
+    def test_it_is_no_connection(self):
+        node = self.web_node(webhook="http://127.0.0.1:9/x", max_connections=2)
+        self.ask(node, "/api/v1/info")
+
     def setUp(self):
         self.came, self.answers = [], []
         test = self
@@ -11852,6 +11975,18 @@ class TheFile(Case):
 
     def test_sections_are_numbered(self):
         self.assertEqual([number for _, number in self.banners], list(range(2, len(self.banners) + 2)))
+
+    def test_drawings_name_the_sections_as_they_are_numbered(self):
+        titles = {"session": "SMTP.", "delivery": "Delivery.", "mailbox": "Mailboxes", "POP3": "POP3.", "reading": "Reading", "web": "Web",
+                  "queue": "Queue.", "relay": "Relay.", "DNS": "DNS.", "client": "SMTP client.", "bounce": "Bounces"}
+        numbers = {word: re.search(r"(?m)^# (\d+)  " + re.escape(title), self.text).group(1) for word, title in titles.items()}
+        with open(os.path.join(HERE, "README.md"), encoding="utf-8") as file:
+            readme = file.read()
+        for text in ast.get_docstring(self.tree), readme:
+            drawing = text[text.index("How mail travels"):][:1500]
+            found = re.findall(r"(?:^|[>\u25ba] | )(\d+) (%s)\b" % "|".join(titles), drawing, re.M)
+            self.assertEqual({word for _, word in found}, set(titles))
+            self.assertEqual([number for number, _ in found], [numbers[word] for _, word in found])
 
     def test_reading_order(self):
         """A section uses only names printed above it, or its own."""
