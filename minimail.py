@@ -198,7 +198,8 @@ MAX_REWRITTEN = 1 << 18             # bytes of headers in which --rewrite looks 
 MAX_PATH = 1024                     # bytes in an address it looks at
 TICK = 0.1                          # seconds between two looks at what other processes did
 AGAIN = 5.0                         # seconds until what the disk refused is done again
-SWEEP = 10.0                        # seconds between two looks for what was in the memory of a process that died
+LOOK_AROUND = 1.0                   # seconds between two looks for processes that died
+SWEEP = 60.0                        # seconds between two looks for entries that nobody knows of, whoever lives
 
 # Standing.
 MAX_SIGNED_HEADER = 1 << 20         # bytes of header held to sign it; a longer one goes out unsigned, and ...
@@ -2003,6 +2004,9 @@ def list_directory(path: str) -> List[str]:
         return []
 
 
+LEFT_BEHIND = re.compile(r"[0-9a-f]{8}\.try|.+\.[0-9a-f]{9,24}\.tmp", re.ASCII)     # as open() and write() name things
+
+
 class Storage:
     """The data directory: durable writes, drafts whose writer is known to live, and how processes tell each other.
 
@@ -2031,9 +2035,14 @@ class Storage:
         finally:
             with contextlib.suppress(OSError):
                 os.unlink(path)
-        for name in list_directory(self.run):       # of one that was killed just here
-            if name.endswith(".try"):
-                self.remove_abandoned(os.path.join(self.run, name))
+        self.sweep(self.run)
+        self.sweep(self.root)
+
+    def sweep(self, directory: str) -> None:
+        """Remove from a directory what those have left who were killed just when they wrote there."""
+        for name in list_directory(directory):
+            if LEFT_BEHIND.fullmatch(name):
+                self.remove_abandoned(os.path.join(directory, name))
 
     def new_id(self, now: float) -> str:
         """Return a new message id: time, token of this process, serial number."""
@@ -2063,7 +2072,31 @@ class Storage:
             finally:
                 os.close(fd)
 
-    # Who waits for what.
+    # Who lives, and who waits for what.
+
+    def appear(self) -> int:
+        """Let others know that this process has things in its memory; return what vanish() needs, -1 when it cannot."""
+        try:
+            return self.create(os.path.join(self.run, self.token + ".here"))
+        except OSError as error:
+            self.complain("here", "others will not see at once that this process has died: %s" % error)
+            return -1
+
+    def vanish(self, fd: int) -> None:
+        """Let others know that it has nothing any more; a process that dies needs not say so."""
+        with contextlib.suppress(OSError):
+            os.unlink(os.path.join(self.run, self.token + ".here"))
+        close_quietly(fd)
+
+    def living(self) -> Set[str]:
+        """Return the tokens of the processes that appeared and live."""
+        for name in self._appeared():
+            if name != self.token + ".here":
+                self.remove_abandoned(os.path.join(self.run, name))
+        return {name[:-len(".here")] for name in self._appeared()}
+
+    def _appeared(self) -> List[str]:
+        return [name for name in list_directory(self.run) if name.endswith(".here")]
 
     def wake(self, kind: str) -> None:
         """Tell all processes on this directory that wait for `kind`: a hint, after the fact, that never fails."""
@@ -4163,7 +4196,7 @@ class Zone:
 #    files under queue/            state                       a crash leaves it so, and then
 #    ----------------------------  --------------------------  -------------------------------------------------------
 #    ID.msg                        being accepted (no 250 yet)  sweep() removes it once its lock is gone
-#    ID.msg ID.env                 waits in a process's memory  sweep(), every now and then, gives it the hint new/ID
+#    ID.msg ID.env                 waits in a process's memory  sweep() by who lives, or who starts: hint new/ID
 #    ID.msg ID.env new/ID          due, for whoever comes      any process takes it up
 #    ID.msg ID.env due/SECONDS/ID  waits until SECONDS         is due then
 #    ID.msg ID.env busy/DEST/ID    due; DEST has enough to do,  looked at when DEST has less to do, or at the next start
@@ -4532,11 +4565,12 @@ class Queue:
                 if entry:
                     yield entry
 
-    def sweep(self, in_memory: Container[str] = (), age: float = 0.0) -> None:
-        """Remove what dead processes left half done, and hint at what nobody could find, if so many seconds old; OSError.
+    def sweep(self, in_memory: Container[str] = (), age: float = 0.0, living: Container[str] = ()) -> None:
+        """Remove what dead processes left half done, and hint at what nobody could find; OSError.
 
-        Without an age, as at the start, what version 1.0 left is looked for, too.
-        What another process has in its memory may be hinted at: it is sent once, by whoever locks it first.
+        Without an age, as at the start, what version 1.0 left is looked for, too. What a living process took less than
+        `age` seconds ago is left to it: it is in its memory. Were it hinted at all the same, it would still be sent once,
+        by whoever locks it first.
         """
         if not age:
             self._adopt()
@@ -4550,7 +4584,8 @@ class Queue:
                     if ENTRY_ID.fullmatch(id):
                         self._remove_if_dead(id, name)
         for id in envelopes - hinted:
-            if ENTRY_ID.fullmatch(id) and id not in in_memory and int(id[:8], 16) <= self.clock() - age:
+            if ENTRY_ID.fullmatch(id) and id not in in_memory and (
+                    int(id[:8], 16) <= self.clock() - age or token_of(id) not in living):
                 self.place_hint(Dispatch(Entry(id, "", 0, 0, 0.0, 0.0, [])), self.new)
 
     def _remove_if_dead(self, id: str, name: str) -> None:
@@ -4574,6 +4609,11 @@ class Queue:
             if os.path.getsize(hint) and os.path.exists(self.path(id)) and not self.exists(id):
                 os.rename(hint, self.path(id, "env"))
                 self.storage.sync_directory(self.root)
+
+
+def token_of(id: str) -> str:
+    """Return the token of the process that took a message."""
+    return id.split("-")[2][:8]
 
 
 def boot_id() -> str:
@@ -5585,7 +5625,8 @@ class Relay:
         self._rescan = True
         self._more = False                          # there was no room for all that is due
         self._next = 0.0                            # when to look into the queue again
-        self._ticked = self._swept = 0.0
+        self._ticked = self._swept = self._looked = 0.0
+        self._living: Set[str] = set()              # tokens of the processes that have entries in memory
         self._stamps: Tuple[Any, ...] = ()
         self._running = self._stopping = False
 
@@ -5640,17 +5681,26 @@ class Relay:
         self._inbox.put((function, arguments))
 
     def _run(self) -> None:
+        here = self.storage.appear()
         self._guarded(self._sweep)
         self.queue.submitted = self.submitted       # not before: what has no hint is in nobody's memory then
         while not self._stopping:
             self._guarded(self._turn)
         for dispatch in list(self._active.values()):    # for other processes, and the next start
-            if not dispatch.hint:
+            if not dispatch.hint and self.queue.exists(dispatch.entry.id):
                 self._guarded(self.queue.place_hint, dispatch, self.queue.new)
+        self.storage.vanish(here)
 
     def _sweep(self) -> None:
-        self.queue.sweep(self._active, SWEEP if self._swept else 0.0)
-        self._swept = self.queue.steady()
+        self.queue.sweep(self._active, SWEEP if self._swept else 0.0, self._living)
+        self._swept, self._rescan = self.queue.steady(), True
+
+    def _look_around(self) -> None:
+        """Sweep when a process has died that had entries in its memory, and now and then; OSError."""
+        before, self._living = self._living, self.storage.living()
+        self._looked = self.queue.steady()
+        if before - self._living or self._looked >= self._swept + SWEEP:
+            self._guarded(self._sweep)
 
     def _guarded(self, function: Callable[..., None], *arguments: Any) -> None:
         """Call a function; whatever happens in it stops nothing else. What the disk refused is done again later."""
@@ -5681,8 +5731,8 @@ class Relay:
     def _tick(self) -> None:
         """See to what happens without anybody telling."""
         now, self._ticked = self.clock(), time.monotonic()
-        if self._running and self.queue.steady() >= self._swept + SWEEP:
-            self._guarded(self._sweep)              # for what a process had in its memory that died since
+        if self._running and self.queue.steady() >= self._looked + LOOK_AROUND:
+            self._guarded(self._look_around)
         stamps = tuple(self.storage.stamp(kind) for kind in ("queue", "flush"))
         if stamps != self._stamps:
             if self._stamps and stamps[1] != self._stamps[1]:
@@ -5735,7 +5785,7 @@ class Relay:
                     if not self._opens(busy, now):
                         return
                     try:
-                        if ENTRY_ID.fullmatch(file.name) and file.name not in self._active:
+                        if ENTRY_ID.fullmatch(file.name):
                             self._take_up(file.path, now)
                     except Exception as error:
                         failed = error
@@ -5757,7 +5807,12 @@ class Relay:
 
     def _take_up(self, hint: str, now: float) -> None:
         """Take up the entry that is hinted at; OSError. A hint at nothing is removed."""
-        entry = self.queue.read(os.path.basename(hint))
+        id = os.path.basename(hint)
+        if id in self._active:
+            if self._active[id].hint != hint:       # made by a sweep that did not know yet that it is here: look again
+                self._look_at(now + 1.0)
+            return
+        entry = self.queue.read(id)
         if entry is None:
             with contextlib.suppress(OSError):
                 os.unlink(hint)
@@ -6074,6 +6129,7 @@ class Relay:
             raise PeerFailed(Reply(451, "4.4.1", "cannot connect to %s: %s" % (name, reason))) from None
         with contextlib.suppress(OSError):          # only faster: what is short must not wait for an acknowledgement
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        end_when_gone(sock, self.timeout)
         peer = Peer(sock, name, self.hostname, self.timeout)
         peer.host = host
         return peer
@@ -6159,9 +6215,12 @@ class Relay:
         try:
             counts = self._settled(dispatch)
         except OSError as error:
-            log.error("queue entry %s cannot be recorded, later once more: %s", dispatch.entry.id, error)
-            self._tell(self._again, self._settle, dispatch)
-            return
+            if not isinstance(error, FileNotFoundError) or self.queue.exists(dispatch.entry.id):
+                log.error("queue entry %s cannot be recorded, later once more: %s", dispatch.entry.id, error)
+                self._tell(self._again, self._settle, dispatch)
+                return
+            log.warning("queue entry %s was removed meanwhile", dispatch.entry.id)
+            counts = 0, 0, 0
         self.queue.release(dispatch)
         self._tell(self._done, dispatch, *counts)
 
@@ -6265,6 +6324,19 @@ class Relay:
 
 
 NO_REPLY = Reply(451, "4.4.1", "not tried")
+
+
+def end_when_gone(sock: socket.socket, seconds: float) -> None:
+    """End a connection whose other end has been gone for so many seconds, where the system knows how.
+
+    Who only thinks is waited for: a host acknowledges what it was sent, and that it is still there.
+    """
+    whole = max(4, int(seconds))
+    for level, name, value in ((socket.SOL_SOCKET, "SO_KEEPALIVE", 1), (socket.IPPROTO_TCP, "TCP_KEEPIDLE", whole // 2),
+                               (socket.IPPROTO_TCP, "TCP_KEEPINTVL", whole // 4), (socket.IPPROTO_TCP, "TCP_KEEPCNT", 2),
+                               (socket.IPPROTO_TCP, "TCP_USER_TIMEOUT", 1000 * whole)):
+        with contextlib.suppress(OSError, AttributeError, OverflowError):
+            sock.setsockopt(level, getattr(socket, name), value)
 
 
 def wish_of(recipient: Dict[str, Any]) -> Wish:
@@ -8422,6 +8494,7 @@ class Standing(Outbound):
         self.keyring = Keyring(config, hostname)
         self.srs = SRS(config, storage)
         self.sts = STS(storage.root, resolver, storage.write)
+        storage.sweep(self.sts.root)
 
     def dress(self, entry: Entry, message: Outgoing) -> Outgoing:
         """Return a message with a reverse-path that SPF holds for, and signed; the signature is kept with the entry."""

@@ -1763,6 +1763,18 @@ class DurableFiles(Case):
             os.unlink(path)
 
     @unittest.skipUnless(minimail.fcntl, "other locks here")
+    def test_what_was_half_written_is_swept_at_the_next_start(self):
+        """Files beside the mail (accounts, keys, policies): what was killed leaves nothing, who still writes is not disturbed."""
+        storage = self.storage()
+        living = storage.create(os.path.join(storage.root, "users.0123456789.tmp"))
+        kept = ["users.0123456789.tmp", "users.tmp", "aliases.new.tmp", "options.json", "0123456789.tmp"]
+        for name in ("users.0123456788.tmp", "run/01234567.try", *kept[1:]):
+            open(os.path.join(storage.root, name), "w").close()
+        storage.open()
+        self.assertEqual((sorted(os.listdir(storage.root)), os.listdir(storage.run)), (sorted(kept + ["run"]), []))
+        os.close(living)
+
+    @unittest.skipUnless(minimail.fcntl, "other locks here")
     def test_without_locks_mail_is_taken_and_nothing_swept(self):
         storage = self.storage()
         paths = [os.path.join(storage.root, name) for name in "ab"]
@@ -3679,6 +3691,26 @@ class QueueTest(ScriptedCase):
         self.world().queue.sweep()
         self.assertEqual(list(world.queue.hints()), [os.path.join(world.queue.new, id)])
 
+    def test_what_a_living_process_took_is_left_to_it(self):
+        """Until it dies, which its lock tells; and what nobody knows of is found after a while, whoever lives."""
+        world, other = self.world(), self.world()
+        storage = world.stores.storage
+        here = other.stores.storage.appear()
+        self.addCleanup(storage.vanish, storage.appear())
+        other.queue.submitted = lambda dispatch: True       # it is in its memory
+        hint = os.path.join(world.queue.new, other.submit("bob@far.test"))
+
+        def swept(age):
+            world.queue.sweep((), age, storage.living())
+            return os.path.exists(hint)
+        self.assertEqual(storage.living(), {storage.token, other.stores.storage.token})
+        self.assertFalse(swept(60.0))
+        self.assertTrue(swept(-60.0))
+        os.unlink(hint)
+        os.close(here)                              # as its end does
+        self.assertTrue(swept(60.0))
+        self.assertEqual(storage.living(), {storage.token})
+
     def test_hints_at_nothing_are_removed(self):
         world = self.world()
         for directory in "new", "due/000000000100", "busy/far.test":
@@ -5388,6 +5420,63 @@ class RunningRelayTest(ScriptedCase):
         self.addCleanup(world.relay.join, PATIENCE)
         self.addCleanup(world.relay.stop)
         return world
+
+    def test_what_a_process_had_in_memory_is_sent_when_it_has_died(self):
+        peer = ScriptedPeer()
+        world = self.running(FAR, {"192.0.2.25": peer})
+        other = ScriptedWorld(self, FAR, clock=time.time)
+        here = other.stores.storage.appear()
+        other.queue.submitted = lambda dispatch: True       # it is in its memory
+        world.relay.start()
+        self.eventually(lambda: other.stores.storage.token in world.relay._living)
+        other.submit("bob@far.test")
+        os.close(here)
+        self.eventually(lambda: peer.messages and not world.files())
+
+    def test_what_somebody_removed_while_it_was_tried_is_forgotten(self):
+        """`rm -r queue` under a running node: it must not come back as an envelope without a message, or a hint at nothing."""
+        reached, release = threading.Event(), threading.Event()
+        peer = ScriptedPeer({"RCPT": lambda: reached.set() or release.wait(PATIENCE) and "451 4.2.0 later"})
+        world = self.running(FAR, {"192.0.2.25": peer})
+        world.relay.start()
+        world.submit("bob@far.test")
+        self.assertTrue(reached.wait(PATIENCE))
+        shutil.rmtree(world.queue.root)
+        release.set()
+        self.eventually(lambda: not world.relay._active)
+        world.relay.stop()
+        world.relay.join(PATIENCE)
+        self.assertEqual((world.files(), [line for line in self.logged if "removed meanwhile" in line][1:]), ([], []))
+
+    def test_a_hint_at_what_is_in_memory_does_not_outlive_it(self):
+        """A sweep may come between the moment a message is taken and the moment the relay has it."""
+        reached, release = threading.Event(), threading.Event()
+        peer = ScriptedPeer({"RCPT": lambda: reached.set() or release.wait(PATIENCE) and "250 ok"})
+        world = self.running(FAR, {"192.0.2.25": peer})
+        world.relay.start()
+        self.eventually(lambda: world.queue.submitted == world.relay.submitted)
+        id = world.submit("bob@far.test")
+        self.assertTrue(reached.wait(PATIENCE))
+        world.queue.place_hint(minimail.Dispatch(mock.Mock(id=id)), world.queue.new)
+        world.relay.wake()
+        self.eventually(lambda: world.relay._next < time.time() + 5)
+        release.set()
+        self.eventually(lambda: not world.files())
+        self.assertEqual(len(peer.messages), 1)
+
+    @unittest.skipUnless(hasattr(socket, "TCP_USER_TIMEOUT"), "not on this system")
+    def test_a_host_that_is_gone_is_not_waited_for_like_one_that_thinks(self):
+        """Ten minutes for the reply to the final dot, but not to a cable that was pulled: that ends by --timeout."""
+        world = self.running(FAR, {}, timeout="20")
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            world.relay.connect = lambda address, timeout: socket.create_connection(listener.getsockname(), timeout)
+            sock = world.relay._connect("mx.far.test", "192.0.2.25", None).wire.sock
+        with sock:
+            self.assertEqual(sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT), 20_000)
+            self.assertTrue(sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE))
+            times = [sock.getsockopt(socket.IPPROTO_TCP, option) for option in (
+                socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT)]
+            self.assertLessEqual(times[0] + times[1] * times[2], 20)
 
     def test_a_dead_destination_does_not_hold_back_another(self):
         slow, fast, release = ScriptedPeer(), ScriptedPeer(), threading.Event()

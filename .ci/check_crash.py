@@ -9,8 +9,10 @@ import collections
 import concurrent.futures
 import contextlib
 import functools
+import http.client
 import imaplib
 import itertools
+import json
 import os
 import poplib
 import random
@@ -24,6 +26,7 @@ import sys
 import threading
 import time
 import unittest
+import urllib.request
 from pathlib import Path
 
 import check_clients
@@ -41,7 +44,7 @@ NAME = re.compile(rb"^ledger: (\S+)\r?$", re.MULTILINE)
 
 # Letters and the ledger
 
-STAMPS = {"mail", "queue"}              # files in run/ by which processes tell each other that something came
+STAMPS = {"mail", "queue", "flush"}     # files in run/ by which processes tell each other that something came
 
 
 class Letter:
@@ -352,6 +355,11 @@ def stored(node, addresses=LOCAL):
     return found
 
 
+def said(node):
+    """Return what processes have left in run/ beside the stamps: the locks by which others see that they live, and trials."""
+    return sorted(set(os.listdir(str(node.data / "run"))) - STAMPS)
+
+
 def cpu_seconds(pid):
     """Return the processor time a process has used."""
     fields = Path("/proc/%d/stat" % pid).read_text().rpartition(")")[2].split()
@@ -427,9 +435,9 @@ class Case(unittest.TestCase):
         """Soon after a start nothing is left of those who were killed; after a stop nothing at all."""
         lab.until(lambda: not node.queue(), 60, "an empty queue, not %s" % node.queue()[:5])
         lab.until(lambda: not node.drafts(), 10, "empty tmp/, not %s" % node.drafts()[:5])
-        lab.until(lambda: set(os.listdir(str(node.data / "run"))) <= STAMPS, 10,
-                  "only stamps in run/, not %s" % os.listdir(str(node.data / "run")))
+        lab.until(lambda: len(said(node)) <= 1, 10, "one process's lock in run/, not %s" % said(node))
         node.stop()
+        self.assertEqual(said(node), [])
         self.assertEqual(node.queue() + node.drafts(), [])
         node.start()
 
@@ -439,7 +447,7 @@ class Case(unittest.TestCase):
 class KilledUnderLoad(Case):
     """Clients send local and relayed mail, and the node dies again and again."""
 
-    KILLS = 36
+    KILLS = 24
 
     def test_what_has_its_250_survives(self):
         chance = random.Random(SEED)
@@ -486,7 +494,7 @@ class KilledUnderLoad(Case):
         with Load(node.smtp, clients=4) as load:
             lab.until(lambda: len(load.answered) > 30, 20, "30 letters")
             by_hand = 0
-            for call, most in (("rename", 6), ("link", 4), ("unlink", 6), ("fsync", 8), ("write", 6)):
+            for call, most in (("rename", 4), ("link", 3), ("unlink", 4), ("fsync", 5), ("write", 4)):
                 for number in range(1, most + 1):
                     node.kill()
                     node.wrapper = ["strace", "-D", "-f", "-qq", "-o", "/dev/null", "-e", "trace=" + call,
@@ -496,7 +504,7 @@ class KilledUnderLoad(Case):
                     except AssertionError as problem:   # it may as well die while it cleans up at its start
                         self.assertIn("ended with status -9", str(problem))
                         continue
-                    enough = len(load.letters) + 150    # some threads make few such calls
+                    enough = len(load.letters) + 60    # some threads make few such calls
                     lab.until(lambda: node.process.poll() is not None or len(load.letters) > enough, 20,  # noqa: B023
                               "its death, or many letters")
                     by_hand += node.process.poll() is None
@@ -508,8 +516,8 @@ class KilledUnderLoad(Case):
         node.restart()
         self.check_clean(node)
         self.check_ledger(node, load.letters, sinks)
-        self.assertLess(by_hand, 12, "strace did not do what it should")
-        print("killed within %d system calls: %d letters, %d with 250" % (30 - by_hand, len(load.letters), len(load.answered)))
+        self.assertLess(by_hand, 8, "strace did not do what it should")
+        print("killed within %d system calls: %d letters, %d with 250" % (20 - by_hand, len(load.letters), len(load.answered)))
 
     def test_dele_needs_quit(self):
         """A message is gone only if QUIT was answered, or on its way."""
@@ -517,7 +525,7 @@ class KilledUnderLoad(Case):
         node = self.node("--quiet", "--transcripts", "off")
         box = LOCAL[0]
         names = itertools.count()
-        for number in range(16):
+        for number in range(12):
             letters = [Letter("P%d" % next(names), [box]) for _ in range(60 - len(node.stored(box)))]
             self.send_all(node.smtp, letters)
             before = stored(node, [box])
@@ -545,6 +553,139 @@ class KilledUnderLoad(Case):
                 self.assertEqual(len(gone), 30, "QUIT was answered, and some are still there")
             self.assertEqual(sum(before.values()) - len(gone), sum(stored(node, [box]).values()))
             node.fetch(box).quit()                  # the lock died with the process
+
+
+class OwnLetter(Letter):
+    """A letter that the node signs: it comes from one of its domain."""
+
+    def content(self):
+        return super().content().replace(b"From: load@sender.test", b"From: " + LOCAL[0].encode(), 1)
+
+
+class KilledInBetween(Case):
+    """kill -9 where something beside the message has to outlive the process, and where mail comes in by other doors."""
+
+    def test_signature_and_srs_address_are_kept(self):
+        """What was refused for now goes out, after kill -9, with the signature and the reverse-path that it had."""
+        sink = self.enter(Sink())
+        place, later = self.enter(lab.folder()), threading.Event()
+        lab.run(["openssl", "genpkey", "-algorithm", "ed25519", "-out", place / "key.pem"])
+        signatures, senders = collections.defaultdict(set), set()
+
+        def script(verb, line, helo):
+            if verb == "MAIL":
+                senders.add(line.partition(b"<")[2].partition(b">")[0])
+            elif verb == ".":
+                name = NAME.search(line).group(1).decode()
+                signatures[name].update(re.findall(rb"^DKIM-Signature:.*?(?=\r\n[^ \t])", line, re.DOTALL | re.MULTILINE))
+                return None if later.is_set() else b"451 4.2.0 later"
+        sink.script = script
+        node = self.node(*node_mode(sink), "--dkim", "example.com=mail:%s" % (place / "key.pem"))
+        letters = self.send_all(node.smtp, [OwnLetter("S%d" % n, [FAR]) for n in range(5)] + [Letter("forward", [TEAM])])
+        due = node.data / "queue" / "due"
+        for _ in range(3):
+            lab.until(lambda: len(list(due.glob("*/*"))) == len(letters), 10, "letters that wait for another attempt")
+            node.kill()
+            node.start()
+        later.set()
+        lab.until(lambda: len(sink.count()) == len(letters) and not node.queue(), 15, "all letters")
+        self.assertEqual(set(sink.count().values()), {1})
+        self.assertEqual({name: len(found) for name, found in signatures.items()}, {letter.name: 1 for letter in letters})
+        self.assertEqual(len(senders), 2, senders)
+        back = next(sender.decode() for sender in senders if sender.startswith(b"SRS0="))
+        client = connect(node.smtp)
+        client.mail("")
+        self.assertEqual(client.rcpt(back)[0], 250, "the node knows its own address again")
+        client.close()
+
+    def test_reports_are_sent(self):
+        """NOTIFY=SUCCESS: whoever got the 250 hears of it; once, but where the letter itself was under way at a kill."""
+        sink = self.enter(Sink())
+        node = self.node(*node_mode(sink))
+        chance, kills, names = random.Random(SEED + 3), 6, []
+        for number in range(kills):
+            client = connect(node.smtp)
+            try:
+                for n in range(5):
+                    client.mail(LOCAL[2])
+                    client.rcpt(FAR, ["NOTIFY=SUCCESS"])
+                    letter = OwnLetter("N%d-%d" % (number, n), [FAR])
+                    names += [letter.name] * (client.data(letter.content())[0] == 250)
+            finally:
+                client.close()
+            time.sleep(chance.uniform(0, 0.02))     # the moment itself
+            node.kill()
+            node.start()
+        node.restart()
+        lab.until(lambda: not node.queue(), 30, "an empty queue")
+        reports = [path.read_bytes() for path in node.stored(LOCAL[2])]
+        about = collections.Counter(b"".join(re.findall(rb"Subject: (N\d-\d)\r", report)).decode() for report in reports)
+        self.assertEqual(set(about), set(names))
+        for name in names:
+            self.assertLessEqual(about[name], sink.count()[name, FAR], "a report for each time it was sent, at most")
+        self.assertEqual(sink.unexcused(), [])
+
+    def test_sendmail(self):
+        """Killed at any step while it takes a message: status 0 means sent, once; else it is not, or whole, and once."""
+        sink = self.enter(Sink())
+        node = self.node(*node_mode(sink))
+        letters = []
+        for call, numbers in (("write", (1, 5, 50)), ("flock", (1, 2)), ("link", (1, 2)), ("fsync", (1, 2, 3, 4)),
+                              ("rename", (1, 2)), ("utimensat", (1,)), ("none", (1,))):
+            for number in numbers:
+                letter = Letter("M%s%d" % (call, number), [FAR, LOCAL[0]], size=500_000)
+                words = [sys.executable, lab.MINIMAIL, *node_mode(sink), "--data", node.data, "sendmail", "-i", "-f",
+                         "load@sender.test", *letter.recipients]
+                inject = ["strace", "-D", "-f", "-qq", "-o", "/dev/null", "-e", "trace=" + call,
+                          "-e", "inject=%s:signal=KILL:when=%d" % (call, number)] if call != "none" else []
+                ended = subprocess.run([*inject, *map(str, words)], input=letter.content(), capture_output=True, timeout=30)
+                self.assertIn(ended.returncode, (0, -signal.SIGKILL), ended.stderr)
+                letter.answered = ended.returncode == 0
+                letters.append(letter)
+        killed = sum(not letter.answered for letter in letters)
+        print("sendmail killed at %d of %d steps" % (killed, len(letters)))
+        self.assertGreater(killed, 6, "strace did not do what it should")
+        node.restart()
+        self.check_clean(node)
+        self.check_ledger(node, letters, [sink])
+        self.assertEqual(set(sink.count().values()), {1})
+
+    def test_release(self):
+        """A captured message that is released: "ok" means that it is sent, and once, whatever happens to the node."""
+        sink = self.enter(Sink())
+        node = self.node("--quiet", "--release", "smtp://127.0.0.1:%d" % sink.port, "--retry", "1",
+                         "--web", "127.0.0.1:%d" % lab.free_port())
+        letters = self.send_all(node.smtp, [Letter("R%d" % n, [LOCAL[0]]) for n in range(12)])
+        chance = random.Random(SEED + 4)
+        with urllib.request.urlopen(self.api(node) + "messages") as answer:
+            ids = {found["Subject"]: found["ID"] for found in json.load(answer)["messages"]}
+        for number, letter in enumerate(letters):
+            letter.recipients, letter.answered = [FAR], False
+            request = urllib.request.Request("%smessage/%s/release" % (self.api(node), ids[letter.name]),
+                                             json.dumps({"To": [FAR]}).encode())
+            killer = threading.Timer(chance.uniform(0, 0.05), node.kill)
+            if number % 4:                          # else it dies as soon as it has answered
+                killer.start()
+            with contextlib.suppress(OSError, http.client.HTTPException):
+                with urllib.request.urlopen(request, timeout=10) as answer:
+                    letter.answered = answer.status == 200
+            if number % 4:
+                killer.join()
+            else:
+                node.kill()
+            node.start()
+        lab.until(lambda: not node.queue(), 30, "an empty queue")
+        lab.until(lambda: not [letter for letter in letters if letter.answered and not sink.count()[letter.name, FAR]], 5,
+                  "what was released")
+        self.assertEqual(sink.unexcused(), [])
+        self.assertEqual(len(stored(node, LOCAL[:1])), len(letters), "they stay where they were captured")
+        answered = sum(letter.answered for letter in letters)
+        print("%d of %d releases answered" % (answered, len(letters)))
+        self.assertGreaterEqual(answered, len(letters) // 4)
+
+    @staticmethod
+    def api(node):
+        return "http://127.0.0.1:%d/api/v1/" % node.listening["web"][0][1]
 
 
 # The order of things
@@ -709,7 +850,7 @@ class Workers(Case):
         lab.until(lambda: not node.drafts(), 10, "empty tmp/")
         self.check_ledger(node, load.letters, sinks)
         node.stop()
-        self.assertLessEqual(set(os.listdir(str(node.data / "run"))), STAMPS)
+        self.assertEqual(said(node), [])
         self.assertEqual(node.queue() + node.drafts(), [])
         node.start()
 
@@ -796,7 +937,7 @@ class Workers(Case):
         self.assertEqual([pid for pid in workers if is_alive(pid)], [])
         self.assertIn(b"421 ", held[0].recv(200))
         client.close()
-        self.assertLessEqual(set(os.listdir(str(node.data / "run"))), STAMPS)
+        self.assertEqual(said(node), [])
         self.assertEqual(node.drafts(), [])
         node.start()
 
@@ -806,7 +947,7 @@ class Workers(Case):
         os.kill(node.process.pid, signal.SIGKILL)
         node.process.wait(5)
         lab.until(lambda: not any(map(is_alive, workers)), 12, "the end of all workers")
-        self.assertEqual(os.listdir(str(node.data / "run")), [], "the workers left in good order")
+        self.assertEqual(said(node), [], "the workers left in good order")
         node.start()
 
     def test_one_pop3_session_per_mailbox(self):
@@ -874,7 +1015,7 @@ class TwoNodes(Case):
         second.fetch(LOCAL[0]).quit()
 
     def test_take_over(self):
-        """One dies in the middle of sending: the other goes on within 2 seconds, and sends nothing again but that."""
+        """One dies in the middle of sending: the other sends what it had in its memory, and nothing again but what it sent."""
         sink = self.enter(Sink())
         stalled, release = threading.Event(), threading.Event()
         self.addCleanup(release.set)
@@ -888,19 +1029,17 @@ class TwoNodes(Case):
         first, second = self.pair(sink)
         letters = self.send_all(first.smtp, [Letter("T%02d" % n, [FAR]) for n in range(20)])
         self.assertTrue(stalled.wait(10))
-        lab.until(lambda: sum(sink.count().values()) >= 20 - len(self.held(sink)), 10, "the second node sends the others")
         used, looked = cpu_seconds(second.process.pid), time.monotonic()
-        stalled.clear()
-        stalled.wait(1.5)                           # in which nothing is to do for the second node
-        self.assertEqual(sum(sink.count().values()), 20 - len(self.held(sink)))
+        threading.Event().wait(1.5)                 # in which nothing is to do for the second node
+        self.assertEqual(sink.count(), {}, "the first node lives")
         share = (cpu_seconds(second.process.pid) - used) / (time.monotonic() - looked)
-        self.assertLess(share, 0.15, "the second node spins while the first one has an entry")
+        self.assertLess(share, 0.15, "the second node spins while the first one has entries")
         killed = time.monotonic()
         first.kill()
         lab.until(lambda: sum(sink.count().values()) == 20, 10, "the second node takes over")
         took = time.monotonic() - killed
         print("taken over after %.1f seconds; the waiting node used %.0f%% of a processor" % (took, share * 100))
-        self.assertLess(took, 2.5)
+        self.assertLess(took, 4)
         self.assertEqual(set(sink.count().values()), {1})
         again = {name for (name, _), count in sink.count(answered=False).items() if count > 1}
         self.assertEqual(again, self.held(sink), "only what was in flight was sent again")

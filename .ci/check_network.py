@@ -542,6 +542,7 @@ class OddNameServers(Case):
         self.enter(netlab.Peer(network, BEHIND))
         for host in ("a", "mx"):
             self.resolv_conf(host, "nameserver %s\nnameserver %s\noptions timeout:1\n" % (ODD_SERVER, GOOD_SERVER))
+        lab.until(lambda: not postfix.senders(), 30, "the end of what knows the old name servers")
         recipients = ["x@%s.odd.test" % label for label in rows]
         self.send(recipients, message("odd", b"Hello\r\n"), "carol@postfix.test", "127.0.0.1", "mx")
         for label, (_, ours, _) in rows.items():
@@ -779,6 +780,7 @@ class Queue(Case):
     """`queue` and `sendmail`, beside a running node and without one."""
 
     def test_list_flush_drop(self):
+        peer = self.enter(netlab.Peer(network, "192.0.2.41", lambda line: "450 4.2.0 later" if line[:4] == "RCPT" else None))
         node = self.node("--domain", "q.test", "--retry", "3600", before=accounts("quin@q.test"))
         contents = [message("queue-%d" % number, b"Hello\r\n") for number in range(3)]
         for number, content in enumerate(contents):
@@ -790,7 +792,7 @@ class Queue(Case):
             self.assertLessEqual({"id", "sender", "size", "queued_at", "next_attempt", "attempts", "recipients"}, set(entry))
             self.assertEqual((entry["sender"], entry["attempts"]), ("quin@q.test", 1))
             self.assertGreaterEqual(entry["size"], len(contents[0]))
-            self.assertRegex(entry["recipients"][0]["last_reply"], "^4|(?i:refused)")
+            self.assertRegex(entry["recipients"][0]["last_reply"], "450 4.2.0 later")
         listed = node.run("queue").decode()
         for address, entry in entries.items():
             self.assertIn(address, listed)
@@ -803,13 +805,13 @@ class Queue(Case):
             node.run("queue", command, entries["x0@later.test"]["id"], expect=1)
             node.run("queue", command, "no-such-id", expect=1)
 
-        with netlab.Peer(network, "192.0.2.41") as peer:
-            node.run("queue", "retry", entries["x1@later.test"]["id"])
-            lab.until(lambda: peer.messages, 20, "the one retried")
-            node.run("queue", "flush")
-            lab.until(lambda: len(peer.messages) == 2, 20, "the others")
-            self.assert_queue_empty(node)
-            self.assertEqual([given[1] for given in peer.messages], [["x1@later.test"], ["x2@later.test"]])
+        peer.answer = lambda line: None
+        node.run("queue", "retry", entries["x1@later.test"]["id"])
+        lab.until(lambda: peer.messages, 20, "the one retried")
+        node.run("queue", "flush")
+        lab.until(lambda: len(peer.messages) == 2, 20, "the others")
+        self.assert_queue_empty(node)
+        self.assertEqual([given[1] for given in peer.messages], [["x1@later.test"], ["x2@later.test"]])
         self.assertEqual(list((node.data / "queue").rglob("*.msg")), [])
         self.assertEqual(node.stored("quin@q.test"), [], "dropped means without a bounce")
 
