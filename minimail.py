@@ -315,6 +315,11 @@ def event(_name: str, **fields: Any) -> None:
         log.info(_name, extra={"fields": fields})
 
 
+def reason_of(error: BaseException) -> str:
+    """Return what went wrong in words, without the system's number for it."""
+    return str(getattr(error, "strerror", None) or error)
+
+
 def printable(text: Union[str, bytes], limit: int = 500) -> str:
     """Return text from outside with control characters, separators and lone surrogates escaped, for logs and replies."""
     if isinstance(text, bytes):
@@ -362,7 +367,8 @@ ADDRESS_WORD = re.compile(r"=\?[^?\s]{1,60}\?[bq]\?[^?\s]*\?=|@\[[^\[\]\s]{1,60}
                           r"[^\s\"(<>,;:@=\[]+(?:@[^\s\"(<>,;:@=\[]+)?|[@=>\[]|\s+", re.IGNORECASE)
 ADDRESS_QUOTED = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
 ADDRESS_ANGLE = re.compile(r'<+("[^"\\]{0,200}"[^<>]*|[^<>]*)>|<+([^<>,;\s]*)')
-ADDRESS_STRAY = re.compile(r'\(+|"+|.', re.DOTALL)
+ADDRESS_STRAY = re.compile(r'\([(\\]*|"["\\]*|.', re.DOTALL)
+ADDRESS_END = re.compile(r"[,;][,;\s]*|:+")
 PARENTHESIS = re.compile(r"\\.|[()]", re.DOTALL)
 BAD_SYNTAX = Reply(501, "5.1.3", "bad address syntax")
 
@@ -759,10 +765,11 @@ def address_tokens(text: str) -> Iterator[Token]:
             match = ADDRESS_ANGLE.match(text, position)
             token = Token("angle", (match.group(1) or match.group(2) or "") if match else "")
         elif char in ",;:":
-            token = Token(char, char)
+            token = Token(char, ADDRESS_END.match(text, position).group())      # type: ignore[union-attr]
         else:
             match = ADDRESS_QUOTED.match(text, position) if char == '"' and char not in unclosed else None
-            token = Token("quoted", match.group()) if match else Token("word", ADDRESS_STRAY.match(text, position).group())   # type: ignore[union-attr]
+            stray = match or ADDRESS_STRAY.match(text, position)
+            token = Token("quoted" if match else "word", stray.group())         # type: ignore[union-attr]
             unclosed += "" if match else char
         yield token
         position = match.end() if match else position + max(len(token.text), 1)
@@ -833,7 +840,7 @@ def read_addresses(text: str) -> Iterator[Tuple[str, str]]:
         if token.kind in (",", ";"):
             if len(entry) == 1 and entry[0].kind == "word":
                 yield "", entry[0].text             # by far the most frequent one
-            else:
+            elif entry:
                 yield from entry_addresses(entry)
             entry, addressed = [], False
         elif token.kind == ":" and not addressed:
@@ -1882,7 +1889,7 @@ class Wire:
         try:
             self.sock = context.wrap_socket(self.sock, do_handshake_on_connect=False, **how)
         except (OSError, ValueError) as error:
-            raise Disconnected("TLS: %s" % error) from error
+            raise Disconnected("TLS: " + reason_of(error)) from error
         self.tls = True
         while True:
             try:
@@ -1891,7 +1898,7 @@ class Wire:
                 try:
                     event = blocked_on(error)
                 except Disconnected:
-                    raise Disconnected("TLS: %s" % error) from error
+                    raise Disconnected("TLS: " + reason_of(error)) from error
             await wait(event)
 
     def close(self) -> None:
@@ -1917,7 +1924,7 @@ def blocked_on(error: Exception, plain: int = READ) -> int:
         return READ
     if type(error).__name__ == "SSLWantWriteError":
         return WRITE
-    raise Disconnected(str(error)) from error
+    raise Disconnected(reason_of(error)) from error
 
 
 def is_timeout(error: OSError) -> bool:
@@ -2328,6 +2335,10 @@ class Watched:
         self._complaint = ""                        # the last one: said once
         self._lock = threading.Lock()
 
+    def files(self) -> Sequence[str]:
+        """Return the paths of the files."""
+        return self.paths
+
     def is_stale(self) -> bool:
         """Return whether get() would have to load; cheap enough for the loop."""
         now = time.monotonic()
@@ -2340,7 +2351,7 @@ class Watched:
 
     def _look(self) -> Any:
         stamps = []
-        for path in self.paths:
+        for path in self.files():
             try:
                 found = os.stat(path)
                 stamps.append((found.st_mtime_ns, found.st_size, found.st_ino))
@@ -2373,7 +2384,7 @@ class Watched:
     def _complain(self, error: Exception) -> None:
         if self._complaint != str(error):
             self._complaint = str(error)
-            log.warning("cannot use %s, going on with what was there: %s", " and ".join(self.paths), error)
+            log.warning("cannot use %s, going on with what was there: %s", " and ".join(self.files()), error)
 
 
 class Reloaded(Watched):
@@ -2427,13 +2438,18 @@ class OptionFile(Reloaded):
 
 
 def refuse_shared(path: str) -> None:
-    """Raise CannotRun when others can write to the data directory: what they put there we would open and follow."""
+    """Raise CannotRun when others can write to the data directory: what they put there we would open and follow.
+
+    A group of ours may: that is how a volume is given to a container's user (Kubernetes: fsGroup, mode 2775).
+    """
     try:
-        mode = os.stat(path).st_mode
+        found = os.stat(path)
     except FileNotFoundError:
         return
-    if os.name != "nt" and mode & 0o022:            # also by a group: it may be one that everybody is in
-        raise CannotRun("%s: others can write to it; say chmod go-w, or name another with --data" % path)
+    ours = os.name == "nt" or found.st_gid in (os.getegid(), *os.getgroups())
+    if os.name != "nt" and found.st_mode & (0o002 if ours else 0o022):
+        raise CannotRun("%s: others can write to it; say chmod %s, or name another with --data" % (
+            path, "o-w" if ours else "go-w"))
 
 
 def read_regular(path: str, limit: int = 1 << 20) -> bytes:
@@ -4043,7 +4059,7 @@ class Resolver:
                     server.down_until = 0.0
                 except (OSError, ValueError) as error:
                     server.down_until = self.clock() + SERVER_PAUSE
-                    failure = "%s: %s" % (where, error)
+                    failure = "%s: %s" % (where, reason_of(error))
                     continue
                 said = conclude(answer, name, type)
                 if said:
@@ -5301,13 +5317,15 @@ class Routes:
         digest = hashlib.sha256(repr((server.host, server.port, server.tls, server.user)).encode()).hexdigest()[:12]
         return Target("route %s %s" % (server.host, digest), "", server)
 
-    def renewed(self, server: Optional[Server]) -> Optional[Server]:
-        """Return a server as its URL is now: a token in the password's place may have been renewed."""
-        config = self.options()
-        for other in [route[1] for route in config.route] + ([config.smarthost] if config.smarthost else []):
+    def renewed(self, target: Target) -> Target:
+        """Return a target as its URL is now: the smarthost may be another, a token in the password's place a new one."""
+        config, server = self.options(), target.server
+        if target.key == "smarthost":
+            return target._replace(server=config.smarthost or server)
+        for _, other in config.route:
             if server and other[:3] + (other.user,) == server[:3] + (server.user,):
-                return other
-        return server
+                return target._replace(server=other)
+        return target
 
     def is_own(self, host: str, addresses: Sequence[str]) -> bool:
         """Return whether an exchanger is this node: by its name, or by an address and port that it listens on."""
@@ -5422,6 +5440,16 @@ def bare_address(text: str) -> Any:
     except ValueError:
         return None
     return getattr(address, "ipv4_mapped", None) or address
+
+
+def public_addresses() -> List[str]:
+    """Return the addresses of this machine that the Internet sees, if it has such; behind NAT there are none to be told."""
+    found = []
+    for family, elsewhere in ((socket.AF_INET, "192.0.2.1"), (socket.AF_INET6, "2001:db8::1")):
+        with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as sock:
+            sock.connect((elsewhere, 9))            # sends nothing: it only asks for the way, and so for our end of it
+            found.append(sock.getsockname()[0])
+    return [address for address in found if ipaddress.ip_address(address).is_global]
 
 
 def is_own_address(address: str) -> bool:
@@ -5790,7 +5818,7 @@ class Relay:
         if entry is None:
             with contextlib.suppress(OSError):
                 os.unlink(hint)
-        elif self.queue.is_later(entry.next_attempt, now + 1):      # a crash came before it was hinted at where it belongs
+        elif self.queue.is_later(entry.next_attempt, now):  # tried a moment ago, or a crash came before it was hinted at
             self.queue.place_hint(Dispatch(entry, hint), self.queue.due_directory(entry.next_attempt))
         else:
             self._admit(Dispatch(entry, hint))
@@ -5957,7 +5985,7 @@ class Relay:
             if dispatch.lock < 0 and not dispatch.lost:
                 try:
                     dispatch.lost = not self.queue.claim(dispatch)
-                    if not dispatch.lost and self.queue.is_later(dispatch.entry.next_attempt, self.clock() + 1):
+                    if not dispatch.lost and self.queue.is_later(dispatch.entry.next_attempt, self.clock()):
                         self.queue.release(dispatch)    # another process tried it a moment ago
                         dispatch.lost = True
                 except OSError as error:
@@ -5986,6 +6014,7 @@ class Relay:
         Undeliverable when nobody there could be talked to; OneTooMany.
         """
         at_once = destination.limit.recipients or 1
+        destination.target = self.routes.renewed(destination.target)
         replies: Dict[str, Reply] = {}
         tried, failure = None, NO_REPLY
         if peer:
@@ -6053,7 +6082,7 @@ class Relay:
 
     def open_peer(self, destination: Destination, host: str, address: str) -> Peer:
         """Return a connection ready for MAIL; PeerFailed."""
-        server = self.routes.renewed(destination.target.server)
+        server = destination.target.server
         demanded = self.security(destination.target, host, address, server)
         tries = [(demanded, False), (demanded, True)]
         if demanded.verify and not demanded.require and not server:
@@ -6333,6 +6362,17 @@ def tls_context(verify: bool) -> "ssl.SSLContext":
     return context
 
 
+def check_servers(config: Config) -> None:
+    """Raise CannotRun when mail is to go to a server with TLS, and this Python has none."""
+    routes = [("--route", server) for _, server in config.route]
+    for option, server in [("--smarthost", config.smarthost), ("--release", config.release), *routes]:
+        if server and server.tls:
+            try:
+                tls_context(False)
+            except CannotRun as error:
+                raise CannotRun("%s %s: %s; use another Python, or smtp://" % (option, server, error)) from None
+
+
 # The commands.
 
 def queue_command(config: Config, arguments: List[str]) -> int:
@@ -6353,17 +6393,17 @@ def queue_command(config: Config, arguments: List[str]) -> int:
         ids = [id for id in ids if id == given.id]
         if not ids:
             raise CannotRun("no message %s in the queue" % printable(given.id))
+    hints = {os.path.basename(hint): hint for hint in queue.hints()}
     for id in ids:
-        if not move_along(queue, id, given.action == "drop") and given.id is not None:
+        if not move_along(queue, id, hints.get(id, ""), given.action == "drop") and given.id is not None:
             raise CannotRun("%s is being sent right now, try again" % given.id)
     queue.storage.wake("flush")
     return 0
 
 
-def move_along(queue: Queue, id: str, drop: bool) -> bool:
+def move_along(queue: Queue, id: str, hint: str, drop: bool) -> bool:
     """Remove an entry, or make it due now; False when somebody works on it. OSError."""
     entry = queue.read(id)
-    hint = next((hint for hint in queue.hints() if os.path.basename(hint) == id), "") if drop else ""
     dispatch = Dispatch(entry, hint) if entry else None
     if dispatch is None or not queue.claim(dispatch):
         return False
@@ -6851,11 +6891,24 @@ def show_mailbox(name: str, address: str) -> str:
     return "%s <%s>" % (email.header.Header(name, "utf-8", maxlinelen=70).encode(linesep="\r\n"), address)
 
 
+def relay_config(config: Config) -> Config:
+    """Return a node's options as the relay has to see them now: a file that holds one may have changed."""
+    now = {name: config.current(name) for name in ("smarthost", "route", "rewrite", "release")}
+    if config.capture:                              # only what is released by hand gets there
+        now.update(smarthost=now["release"], route=())
+    return dataclasses.replace(config, **now) if config.capture or config.sources else config
+
+
 class RelayExtension(Extension):
     """The queue and the relay."""
 
     name = "relay"
     commands = {"queue": queue_command, "mx": mx_command, "sendmail": sendmail_command}
+
+    def listeners(self, config: Config) -> List[Any]:
+        """See that all servers can be spoken to; CannotRun."""
+        check_servers(config)
+        return []
 
     def queue(self, storage: Storage, config: Config, clock: Callable[[], float]) -> Queue:
         return Queue(storage, config, clock)
@@ -6865,10 +6918,8 @@ class RelayExtension(Extension):
         if node.stores.post.queue and node.relays:
             resolver = node.resolver if node.zone is None else Zone(node.zone).resolver()
             own = [endpoint for name, endpoint in node.endpoints() if name in ("smtp", "smtps")]
-            config = node.config
-            if config.capture:                      # only what is released by hand gets there
-                config = dataclasses.replace(config, smarthost=config.release, route=())
-            node.relay = Relay(config, node.stores, config.dns, own, node.clock, resolver)
+            node.relay = Relay(relay_config(node.config), node.stores, node.config.dns, own, node.clock, resolver,
+                               options=lambda: relay_config(node.config))
 
     def start(self, node: Any) -> None:
         if node.relay:
@@ -7631,7 +7682,7 @@ class SRS:
 
     def forward(self, sender: str) -> str:
         """Return the reverse-path for mail that an alias sends on: ours and the null one stay. OSError."""
-        if not sender:
+        if not sender or not self.domains:          # capture mode: what is released goes as it came
             return sender
         address = parse_address(sender)
         if lower(address.domain) in self.domains or not address.domain or domain_literal(address.domain):
@@ -7735,7 +7786,7 @@ class STS:
                 if len(self._failed) > 10000:
                     self._failed = {}
                 self._failed[domain] = now + STS_RETRY      # section 3.3: not for each message
-                event("sts-failed", domain=domain, reason=printable(str(error), 200))
+                event("sts-failed", domain=domain, reason=printable(reason_of(error), 200))
         return known if known and known.mode != "none" else None
 
     def kept(self, domain: str) -> Optional[STSPolicy]:
@@ -8031,6 +8082,9 @@ class Finding(NamedTuple):
     records: Tuple[str, ...] = ()
 
 
+NOBODY = "240.0.0.1"                                # an address that none has, not even in a laboratory (RFC 1112 section 4)
+
+
 class Doctor:
     """Looks at a node's standing from outside and inside. A method check_NAME() yields what it found out about NAME.
 
@@ -8104,8 +8158,9 @@ class Doctor:
             self.addresses = self.addresses_of(name)
         private = [address for address in self.addresses if not ipaddress.ip_address(address).is_global]
         if not self.addresses:
-            yield self.wrong("hostname", "%s has no address in DNS" % name, "publish one (with this machine's address)",
-                             "%s. IN A 192.0.2.1" % name)
+            records = ["%s. IN %s %s" % (name, "AAAA" if ":" in own else "A", own) for own in public_addresses()]
+            yield self.wrong("hostname", "%s has no address in DNS" % name, "publish the one that others reach it at", *(
+                records or ["; %s. IN A ADDRESS (this machine cannot tell which)" % name]))
         elif private:
             yield self.note("hostname", "%s has an address that nobody else reaches: %s" % (name, ", ".join(private)))
         else:
@@ -8145,8 +8200,8 @@ class Doctor:
 
     def check_spf(self) -> Iterator[Finding]:
         record, advice = zone_record(self.domain, "v=spf1 mx -all"), "publish"
-        first = SPF(self.lookup_of, "192.0.2.1", "postmaster@" + self.domain, self.hostname)
-        result = first.check(self.domain)           # of an address that nobody has: every term is looked at
+        first = SPF(self.lookup_of, NOBODY, "postmaster@" + self.domain, self.hostname)
+        result = first.check(self.domain)           # every term is looked at
         if result == "temperror":
             raise DNSFailure(first.reason)
         if result == "none":
@@ -8175,7 +8230,8 @@ class Doctor:
                 key = self.keyring.load(file)
                 unsafe = os.name != "nt" and os.stat(file).st_mode & 0o077
             except (OSError, ValueError) as error:
-                yield self.wrong("dkim", "%s: %s" % (file, error), "make another: minimail.py dkim %s NAME" % self.domain)
+                yield self.wrong("dkim", "%s: %s" % (file, reason_of(error)),
+                                 "make another: minimail.py dkim %s NAME" % self.domain)
                 continue
             texts: List[str] = []
             with contextlib.suppress(NoSuchDomain):
@@ -8232,7 +8288,7 @@ class Doctor:
         try:
             policy = STS(self.config.data, self.resolver, lambda path, data: None, self.clock).fetch(self.domain, "check")
         except (OSError, ValueError, DNSError, CannotRun) as error:
-            yield self.wrong("mta_sts", "the policy of %s cannot be fetched: %s" % (self.domain, error),
+            yield self.wrong("mta_sts", "the policy of %s cannot be fetched: %s" % (self.domain, reason_of(error)),
                              "let https://mta-sts.%s/.well-known/mta-sts.txt answer with it" % self.domain)
             return
         missing = [host for _, host, _ in self.resolver.mx(self.domain) if not policy.allows(host)]
@@ -8250,7 +8306,8 @@ class Doctor:
             with open(self.config.tls_cert, "rb") as file:
                 certificate = read_certificate(file.read(MAX_KEY_FILE + 1))
         except (OSError, ValueError) as error:
-            yield self.wrong("certificate", "%s: %s" % (self.config.tls_cert, error), "give a certificate in PEM form")
+            yield self.wrong("certificate", "%s: %s" % (self.config.tls_cert, reason_of(error)),
+                             "give a certificate in PEM form")
             return
         days = (certificate.not_after - self.clock()) / 86400
         fits = STSPolicy("", "", certificate.names, 0).allows(self.hostname)
@@ -8289,7 +8346,8 @@ class Doctor:
                 with socket.create_connection((address, self.config.mx_port), timeout=10.0) as sock:
                     greeting = sock.recv(MAX_REPLY_LINE)
             except OSError as error:
-                yield self.wrong("port", "%s does not answer on port %d: %s" % (address, self.config.mx_port, error),
+                yield self.wrong("port", "%s does not answer on port %d: %s" % (
+                    address, self.config.mx_port, reason_of(error)),
                                  "listen there (--smtp 0.0.0.0:25), and open the port in firewall and provider's panel")
                 continue
             if greeting.startswith(b"220") and self.hostname.encode() in greeting:
@@ -8617,17 +8675,21 @@ class Throttle:
         return min(0.25 * (1 + int(self._count("client", client_network(client)))), 3.0)
 
 
-class Certificates:
-    """The TLS context of our certificate, made anew when the files change."""
+class Certificates(Watched):
+    """The TLS context of our certificate, made anew when the files change, or others are named in a file of options."""
 
-    def __init__(self, cert: str, key: str) -> None:
-        self.cert, self.key = cert, key
-        self._file = Watched([cert, key], self._load)
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        super().__init__((), self._load)
         try:
-            self._file.get()
+            self.get()
         except (OSError, ValueError) as error:
+            cert, key = config.tls_cert, config.tls_key
             raise CannotRun("--tls-cert %s: cannot use it%s: %s" % (
-                cert, " with --tls-key " + key if key else "", error)) from None
+                cert, " with --tls-key " + key if key else "", reason_of(error))) from None
+
+    def files(self) -> List[str]:
+        return [path for path in (self.config.current("tls_cert"), self.config.current("tls_key")) if path]
 
     def _load(self) -> "ssl.SSLContext":
         try:
@@ -8636,12 +8698,13 @@ class Certificates:
             raise ValueError("this Python has no ssl module; leave the option out or use another Python") from None
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.minimum_version = ssl.TLSVersion.TLSv1_2
-        context.load_cert_chain(self.cert, self.key or None, password=lambda: b"")
+        cert, *key = self.files()
+        context.load_cert_chain(cert, key[0] if key else None, password=lambda: b"")
         return context
 
     def context(self) -> "ssl.SSLContext":
         """Return the server's context; the last good one when new files cannot be used."""
-        context: "ssl.SSLContext" = self._file.get(fresh=True)     # a handshake costs more than a look at two files
+        context: "ssl.SSLContext" = self.get(fresh=True)   # a handshake costs more than a look at two files
         return context
 
 
@@ -10007,7 +10070,7 @@ class Node:
         """Take the ports, and read what only root may read."""
         config = self.config
         if config.tls_cert:
-            self._certificates = Certificates(config.tls_cert, config.tls_key)
+            self._certificates = Certificates(config)
         elif config.smtps or config.pop3s or config.webs:
             raise CannotRun("--smtps, --pop3s and --webs need --tls-cert FILE")
         try:
@@ -10535,6 +10598,7 @@ HIDDEN = {name: re.compile("</" + name, re.IGNORECASE) for name in (
     "script", "style", "title", "template", "noembed", "noframes")}
 BREAKS = frozenset("br p div tr table ul ol li dl dt dd h1 h2 h3 h4 h5 h6 hr blockquote pre section article header footer "
                    "address center form fieldset main nav aside figure figcaption".split())
+MAX_ENTITY = 40                                     # characters, and more than ENTITY takes
 ENTITY = re.compile(r"&(?:#\d{1,7}|#[xX][0-9a-fA-F]{1,6}|[A-Za-z]\w{1,31});?", re.ASCII)
 ATTRIBUTE = re.compile(r"([^\s=>\"'/]{1,80})[ \t\r\n\f]*(?:=[ \t\r\n\f]*(\"[^\"]*\"|'[^']*'|[^\s\"'>]+))?")
 SENTENCE_MARKS = ".,;:!?'*_`}\u3001\u3002\uff0c\uff09\u300d\u201d\u2019"
@@ -10542,9 +10606,22 @@ URL = re.compile(r"(?<![A-Za-z0-9])https?://[^\s<>\"\x00-\x1f\x7f]+", re.IGNOREC
 
 
 def unescape(text: str) -> str:
-    """Return text with its character references resolved; those of endless length are none."""
+    """Return text with its character references resolved; those of endless length are none.
+
+    In pieces, as nobody else gets a turn while one call goes over all of it; none ends within a reference.
+    """
     import html
-    return ENTITY.sub(lambda match: html.unescape(match.group()), text) if "&" in text else text
+    if "&" not in text:
+        return text
+    found: List[str] = []
+    start = 0
+    while start < len(text):
+        stop = start + BLOCK
+        last = text.rfind("&", max(start + 1, stop - MAX_ENTITY), stop) if stop < len(text) else -1
+        stop = last if last > 0 else stop
+        found.append(ENTITY.sub(lambda match: html.unescape(match.group()), text[start:stop]))
+        start = stop
+    return "".join(found)
 
 
 def tag_end(html: str, position: int) -> int:
@@ -10592,7 +10669,7 @@ def html_text(html: str) -> str:
             found.append("\n")
         elif name in ("td", "th"):
             found.append(" ")
-    text = re.sub(r" ?\n ?", "\n", re.sub(" {2,}", " ", "".join(found)))
+    text = re.sub(" {2,}", " ", "".join(found)).replace(" \n", "\n").replace("\n ", "\n")
     return re.sub(r"\n{3,}", "\n\n", text).strip() + ("\n[cut here]" if len(html) > MAX_RENDERED else "")
 
 
@@ -10868,10 +10945,10 @@ class View:
 
     def addresses(self, name: str) -> List[Dict[str, str]]:
         """Return who stands in the headers of a name. Names are decoded last, so that they do not look like addresses."""
-        text = ",".join(unfold(raw.partition(b":")[2]) for field, raw in self.fields if field == name)[:MAX_FIELD]
-        people = ({"Name": shorten(decode_words(who)), "Address": shorten(address)}
-                  for who, address in read_addresses(text))
         if name not in self._people:
+            text = ",".join(unfold(raw.partition(b":")[2]) for field, raw in self.fields if field == name)[:MAX_FIELD]
+            people = ({"Name": shorten(decode_words(who)), "Address": shorten(address)}
+                      for who, address in read_addresses(text))
             self._people[name] = first_people(people, MAX_ADDRESSES)
         return self._people[name]
 
@@ -12555,11 +12632,13 @@ else:
     HTTPHandler = object                            # see web_handler()
 
 
+NO_ROOM = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
+
+
 class WebSession(HTTPHandler):
     """An HTTP connection, in a thread of its own."""
 
     protocol_version = "HTTP/1.1"
-    server_version, sys_version = "minimail", ""
     server: WebListener
     site: Site
     inbox: Inbox
@@ -12625,6 +12704,9 @@ class WebSession(HTTPHandler):
 
     def is_over(self) -> bool:
         return self.site.stopping or self.conversation.is_gone()
+
+    def version_string(self) -> str:
+        return "minimail"
 
     def log_message(self, format: str, *args: Any) -> None:
         log.debug("web %s %s", self.client, printable(format % args))
@@ -12713,16 +12795,29 @@ class WebSession(HTTPHandler):
         return Request(self.command, path, pairs, viewer, self.headers.get("Content-Type") or "", self.read_body, self.is_over)
 
     def read_body(self, limit: int) -> BinaryIO:
-        """Return the body in a file, which is one on disk when it is large; empty when none is wanted. Rejected."""
-        with contextlib.ExitStack() as on_error:
-            file: Any = on_error.enter_context(tempfile.SpooledTemporaryFile(LARGE))
+        """Return the body in a file, one in the data directory when it is large; empty when none is wanted. Rejected."""
+        file: Any = tempfile.SpooledTemporaryFile(LARGE, dir=self.site.mailboxes.storage.run)
+        try:
             if limit and self.unread:
                 for block in self.body_blocks(limit):
-                    file.write(block)
+                    self.keep(file.write, block)
                 self.unread = False
-                file.seek(0)
-            on_error.pop_all()
+                self.keep(file.seek, 0)
+        except BaseException:
+            with contextlib.suppress(OSError):      # closing writes what is left
+                file.close()
+            raise
         return file  # type: ignore[no-any-return]
+
+    @staticmethod
+    def keep(write: Callable[[Any], Any], what: Any) -> None:
+        """Write a piece of a body; Rejected when the disk does not take it."""
+        try:
+            write(what)
+        except OSError as error:
+            full = error.errno in NO_ROOM
+            log.warning("cannot keep the body of a request: %s", error.strerror or error)
+            raise Rejected(507 if full else 503, "no room for it" if full else "the data directory takes nothing") from None
 
     def body_blocks(self, limit: int) -> Iterator[bytes]:
         """Yield the body as it comes; Rejected when it has more than `limit` bytes, before any are read if it says so."""
@@ -13249,11 +13344,12 @@ class Selftest:
 
 
 def selftest_command(config: Config, arguments: List[str]) -> int:
-    """Try every guarantee on this machine, on free ports and beside the data directory; print a line for each."""
+    """Try every guarantee on this machine, on free ports and inside the data directory; print a line for each."""
     Parser(prog="minimail.py selftest", description=selftest_command.__doc__).parse_args(arguments)
     log.setLevel(logging.CRITICAL)
-    above = os.path.dirname(os.path.abspath(config.data))
-    directory = tempfile.mkdtemp(prefix="minimail-selftest-", dir=above)
+    storage, was_there = Storage(config.data), os.path.exists(config.data)
+    storage.make_directory(storage.run)
+    directory = tempfile.mkdtemp(prefix="selftest-", dir=storage.run)
     failed = 0
     try:
         test = Selftest(directory)
@@ -13269,6 +13365,9 @@ def selftest_command(config: Config, arguments: List[str]) -> int:
             test.stop()
     finally:
         shutil.rmtree(directory, ignore_errors=True)
+        for path in () if was_there else (storage.run, storage.root):
+            with contextlib.suppress(OSError):      # somebody else uses it by now
+                os.rmdir(path)
     print("%d of the guarantees do not hold here" % failed if failed else "all hold")
     return 1 if failed else 0
 
@@ -14081,13 +14180,15 @@ def read_config(given: Dict[str, Any], environ: Any, remember: bool = False) -> 
     """
     values = read_options(environment_options(environ), variable)
     values.update(read_options(given, option_name))
+    sources = {name: file.get for name, file in option_files(environ).items() if name not in given}
+    for read in sources.values():
+        read()                                      # while we may: who we become may not, and goes on with this
     if remember:
         data = Config(**values).data
         become_owner(data)
         refuse_shared(data)
         if "domain" not in values:
             values = dict(remembered_options(os.path.join(data, "options.json")), **values)
-    sources = {name: file.get for name, file in option_files(environ).items() if name not in given}
     config = Config(**values, sources=sources)
     check_together(config, option_name)
     return config
@@ -14106,7 +14207,18 @@ def remembered_options(path: str) -> Dict[str, Any]:
         raise CannotRun("%s: cannot be read: %s" % (path, error)) from None
 
 
-def set_up_logging(config: Config) -> None:
+class SystemLog(logging.Handler):
+    """Writes to the system's log (syslog(3), facility mail), if there is one."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        import syslog
+        levels = {logging.INFO: syslog.LOG_INFO, logging.WARNING: syslog.LOG_WARNING}
+        syslog.openlog("minimail", syslog.LOG_PID, syslog.LOG_MAIL)
+        syslog.syslog(levels.get(record.levelno, syslog.LOG_ERR), self.format(record).partition(" ")[2])
+
+
+def set_up_logging(config: Config, to_system: bool = False) -> None:
+    """Log to standard error, and with `to_system` what `sendmail` does to the system's log, too: its caller keeps nothing."""
     handler = logging.StreamHandler()
     handler.setFormatter(Lines(config.log))
     logging.raiseExceptions = False
@@ -14115,6 +14227,14 @@ def set_up_logging(config: Config) -> None:
     log.handlers = [handler]
     log.propagate = False
     log.setLevel(logging.WARNING if config.quiet else logging.DEBUG if config.verbose else logging.INFO)
+    if to_system:
+        handler.setLevel(log.level)
+        log.setLevel(min(log.level, logging.INFO))
+        with contextlib.suppress(ImportError):
+            import syslog                           # noqa: F401  not on Windows
+            system = SystemLog(logging.INFO)
+            system.setFormatter(Lines("text"))
+            log.addHandler(system)
 
 
 CALLED_AS = {"sendmail": ["sendmail"], "mailq": ["sendmail", "-bp"], "newaliases": ["sendmail", "-bi"]}
@@ -14159,7 +14279,7 @@ def run_command(words: Sequence[str]) -> int:
     config = read_config(given, os.environ, remember=command != "serve" and "--help" not in own)
     if command != "serve" and not config.verbose:
         config = dataclasses.replace(config, quiet=True)
-    set_up_logging(config)
+    set_up_logging(config, command == "sendmail")
     strange = strange_variables(os.environ) if command != "sendmail" else ""     # cron would mail it each time
     if strange:
         log.warning("%s", strange)
@@ -14306,6 +14426,25 @@ def wait_for_signal(node: Node) -> None:
         pass
 
 
+IMPORTED_LATE = ("argparse", "calendar", "ctypes", "datetime", "difflib", "email.generator", "email.header", "email.parser",
+                 "email.policy", "getpass", "html", "http.client", "http.server", "mmap", "poplib", "pwd", "resource",
+                 "signal", "smtplib", "ssl", "syslog", "unicodedata", "urllib.parse")
+
+
+def import_all() -> None:
+    """Import what is only needed later, and all codecs, where who we become cannot read Python any more (as in /root)."""
+    import pkgutil
+    from encodings import __path__ as codecs
+    above = os.path.realpath(os.__file__)
+    while os.path.dirname(above) != above:
+        above = os.path.dirname(above)
+        if not os.stat(above).st_mode & 0o001:
+            for name in [*IMPORTED_LATE, *("encodings." + module.name for module in pkgutil.iter_modules(codecs))]:
+                with contextlib.suppress(ImportError):
+                    __import__(name)
+            return
+
+
 def become_owner(data: str) -> None:
     """Let root's commands work as the owner of the data directory: what root wrote, the node could not read."""
     try:
@@ -14313,10 +14452,22 @@ def become_owner(data: str) -> None:
     except OSError:
         return
     if hasattr(os, "geteuid") and os.geteuid() == 0 and owner.st_uid != 0:
+        import_all()
         change_home(owner.st_uid)
-        os.setgroups([])
-        os.setgid(owner.st_gid)
+        groups = groups_of(owner.st_uid, owner.st_gid)
+        os.setgroups(groups)
+        os.setgid(groups[0])
         os.setuid(owner.st_uid)
+
+
+def groups_of(uid: int, gid: int) -> List[int]:
+    """Return a user's groups, as --run-as would have them, the main one first; `gid` where nobody knows the user."""
+    import pwd
+    try:
+        account = pwd.getpwuid(uid)
+    except KeyError:
+        return [gid]
+    return [account.pw_gid, *(group for group in os.getgrouplist(account.pw_name, account.pw_gid) if group != account.pw_gid)]
 
 
 def change_home(uid: int) -> None:
@@ -14349,8 +14500,7 @@ def drop_privileges(user: str, data: str) -> None:
         raise CannotRun("--run-as %s: no such user on this machine" % user) from None
     if os.getuid() == account.pw_uid != 0:
         return
-    import email.policy                             # noqa: F401  what is imported later may not be readable any more
-    import http.server                              # noqa: F401
+    import_all()
     try:
         if not os.path.exists(data):
             os.makedirs(data, mode=0o700)
@@ -14385,6 +14535,7 @@ class Workers:
         for signum in (signal.SIGINT, signal.SIGTERM):
             signal.signal(signum, lambda *_: stop.set())
         signal.signal(signal.SIGHUP, lambda *_: self.tell(signal.SIGHUP))
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, held_signals())      # whoever started us may have blocked them
         for number in range(self.count):
             self.fork(number)
         if not self.are_ready():
@@ -14392,6 +14543,7 @@ class Workers:
             return 1
         announce(self.node)
         self.keep_running(stop)
+        event("stopping")
         self.tell(signal.SIGTERM)
         deadline = time.monotonic() + 10
         while self.children and time.monotonic() < deadline:
