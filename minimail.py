@@ -2022,6 +2022,7 @@ class Storage:
         self.run = os.path.join(self.root, "run")
         self.sync = sync
         self.token = secrets.token_hex(4)           # of this process, in the ids of its messages
+        self.sweeping = threading.Lock()            # a draft may have two names: who sweeps one is not its writer
         self._sequence = itertools.count(1)
         self._complained: Set[str] = set()
 
@@ -2064,7 +2065,7 @@ class Storage:
 
     def remove_abandoned(self, path: str) -> None:
         """Remove a draft whose writer is dead, while nobody else can begin to write it."""
-        with contextlib.suppress(OSError):
+        with self.sweeping, contextlib.suppress(OSError):
             fd = open_regular(path, os.O_RDWR)
             try:
                 if lock_file(fd) and is_same_file(fd, path):
@@ -4591,16 +4592,17 @@ class Queue:
     def _remove_if_dead(self, id: str, name: str) -> None:
         """Remove a draft that nobody works on; OSError."""
         path = os.path.join(self.root, name)
-        try:
-            fd = os.open(self.path(id), os.O_RDWR | O_EXTRA)
-        except FileNotFoundError:
-            os.unlink(path)
-            return
-        try:
-            if self._lock(fd) and not (name.endswith(".msg") and self.exists(id)):
+        with self.storage.sweeping:
+            try:
+                fd = os.open(self.path(id), os.O_RDWR | O_EXTRA)
+            except FileNotFoundError:
                 os.unlink(path)
-        finally:
-            os.close(fd)
+                return
+            try:
+                if self._lock(fd) and not (name.endswith(".msg") and self.exists(id)):
+                    os.unlink(path)
+            finally:
+                os.close(fd)
 
     def _adopt(self) -> None:
         """Turn what version 1.0 left, whose hints were the envelopes, into what we have; OSError."""

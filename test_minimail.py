@@ -3691,6 +3691,29 @@ class QueueTest(ScriptedCase):
         self.world().queue.sweep()
         self.assertEqual(list(world.queue.hints()), [os.path.join(world.queue.new, id)])
 
+    def test_two_who_sweep_do_not_take_each_other_for_a_writer(self):
+        """A draft may lie in a mailbox and in the queue: one file, and one lock."""
+        world = self.world()
+        here = os.path.join(self.data, "draft")
+        path = world.queue.path("1-2-3")
+        os.makedirs(world.queue.root, exist_ok=True)
+        open(here, "w").close()
+        os.link(here, path)
+        locked, real = threading.Event(), minimail.lock_file
+
+        def lock(fd, wait=False):
+            got = real(fd, wait)
+            locked.set()
+            together.wait(0.1)                      # so that the other one comes meanwhile, if it can
+            return got
+        together = threading.Event()
+        with mock.patch.object(minimail, "lock_file", lock):
+            self.in_background(world.queue.sweep)
+            self.assertTrue(locked.wait(PATIENCE))
+            world.stores.storage.remove_abandoned(here)
+            self.eventually(lambda: not os.path.exists(path))
+        self.assertFalse(os.path.exists(here))
+
     def test_what_a_living_process_took_is_left_to_it(self):
         """Until it dies, which its lock tells; and what nobody knows of is found after a while, whoever lives."""
         world, other = self.world(), self.world()
