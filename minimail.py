@@ -2448,8 +2448,23 @@ def refuse_shared(path: str) -> None:
         return
     ours = os.name == "nt" or found.st_gid in (os.getegid(), *os.getgroups())
     if os.name != "nt" and found.st_mode & (0o002 if ours else 0o022):
+        if keeps_no_modes(path):                    # exFAT, CIFS, sdcardfs: all that can be done is to say so
+            log.warning("%s: this file system keeps no permissions: others may be able to read and change the mail", path)
+            return
         raise CannotRun("%s: others can write to it; say chmod %s, or name another with --data" % (
             path, "o-w" if ours else "go-w"))
+
+
+def keeps_no_modes(directory: str) -> bool:
+    """Return whether what is made private here can be written to by others all the same: so it is where modes are made up."""
+    try:
+        probe = tempfile.mkdtemp(dir=directory)
+    except OSError:
+        return False
+    try:
+        return bool(os.stat(probe).st_mode & 0o022)
+    finally:
+        os.rmdir(probe)
 
 
 def read_regular(path: str, limit: int = 1 << 20) -> bytes:

@@ -12206,6 +12206,10 @@ class CommandLine(Case):
             self.assertEqual(run_main("mail", "--data", data)[0], 1, "a group that is not ours")
             with self.assertRaises(OSError):
                 minimail.Node(data=data, smtp="127.0.0.1:0").start()
+        os.chmod(data, 0o777)
+        with mock.patch.object(minimail, "keeps_no_modes", return_value=True), self.assertLogs("minimail") as logs:
+            minimail.refuse_shared(data)            # a file system without modes is used, and says so
+        self.assertIn("keeps no permissions", logs.output[0])
         os.chmod(data, 0o755)
         self.assertEqual(run_main("mail", "--data", data)[0], 0)
         new = os.path.join(data, "new")
