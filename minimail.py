@@ -197,6 +197,7 @@ NARROW = 300.0                      # seconds one that refused a connection too 
 MAX_REWRITTEN = 1 << 18             # bytes of headers in which --rewrite looks for From
 MAX_PATH = 1024                     # bytes in an address it looks at
 TICK = 0.1                          # seconds between two looks at what other processes did
+LINGER = 0.2                        # seconds an outbound connection is kept for the next message
 AGAIN = 5.0                         # seconds until what the disk refused is done again
 LOOK_AROUND = 1.0                   # seconds between two looks for processes that died
 SWEEP = 60.0                        # seconds between two looks for entries that nobody knows of, whoever lives
@@ -5550,7 +5551,8 @@ class Destination:
     def __init__(self, target: Target, limit: Limit) -> None:
         self.target = target
         self.limit = limit
-        self.turn = threading.Lock()
+        self.turn = threading.Condition()           # notified when there is a job for one that lingers
+        self.lingering = 0                          # workers with a connection and nothing to do
         self.jobs: Deque[Job] = collections.deque()
         self.started: Deque[float] = collections.deque(maxlen=limit.rate[0] if limit.rate else 1)  # latest, as the rate wants
         self.peers: Set[Peer] = set()               # connections that were greeted
@@ -5579,9 +5581,13 @@ class Destination:
             return 0.0
         return max(0.0, min(self.started[0] + self.limit.rate[1] - now, self.limit.rate[1]))
 
-    def take(self, now: float) -> Optional[Job]:
-        """Return the next job, if there is one and its time has come."""
+    def take(self, now: float, patience: float = 0.0) -> Optional[Job]:
+        """Return the next job, if there is one and its time has come, or one comes within `patience` seconds."""
         with self.turn:
+            if patience and not self.jobs:
+                self.lingering += 1
+                self.turn.wait_for(lambda: self.jobs, patience)
+                self.lingering -= 1
             if not self.jobs or self.ready_in(now):
                 return None
             if self.limit.rate:
@@ -5877,6 +5883,9 @@ class Relay:
         if not (destination.jobs and destination.workers < destination.allowed and self._running) or self._stopping or \
                 destination.ready_in(self.clock()):
             return
+        with destination.turn:
+            if destination.lingering >= len(destination.jobs):
+                return destination.turn.notify(len(destination.jobs))
         if self._workers >= MAX_SENDERS:
             self._hungry[encode_name(destination.target.key)] = destination
             return
@@ -5931,7 +5940,8 @@ class Relay:
         peer: Optional[Peer] = None
         try:
             while True:
-                job = None if self._stopping else destination.take(self.clock())
+                patience = LINGER if peer and self._running else 0.0    # mail often comes in a stream
+                job = None if self._stopping else destination.take(self.clock(), patience)
                 if job:
                     peer = self.attempt(destination, peer, job)
                 elif peer:
