@@ -4816,6 +4816,7 @@ class Peer:
         self.wire = Wire(sock, timeout)
         self.name = name                            # for logs and bounces
         self.host: Optional[str] = None             # whose connection this is, as the MX record has it
+        self.server: Optional[Server] = None        # that an option names, if it is one
         self.hostname = hostname
         self.extensions: Dict[str, str] = {}
         self.secrets: List[str] = []                # what no text may show, should the peer say it
@@ -6040,6 +6041,10 @@ class Relay:
         """
         at_once = destination.limit.recipients or 1
         destination.target = self.routes.renewed(destination.target)
+        server = destination.target.server
+        if peer and peer.server and server and peer.server[:4] != server[:4]:   # another smarthost, or log-in, since
+            self._leave(destination, peer)
+            peer = None
         replies: Dict[str, Reply] = {}
         tried, failure = None, NO_REPLY
         if peer:
@@ -6114,6 +6119,7 @@ class Relay:
             tries.insert(1, (Security(False, False), False))    # better TLS that was not verified than none
         for demands, plain in tries:
             peer = self._connect(host, address, server)
+            peer.server = server
             try:
                 run_blocking(peer.wire, self._prepare(peer, host or address, address, server, demands, plain))
                 destination.peers.add(peer)
