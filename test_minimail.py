@@ -8677,7 +8677,7 @@ class POP3(Case):
         mailboxes, before = self.node_.stores.mailboxes, open_files()
         with mock.patch.object(minimail, "lock_file", side_effect=OSError(errno.ENOLCK, "no locks")):
             self.assertRaises(OSError, mailboxes.lock, "bob@x")
-        self.assertEqual(open_files(), before)
+        self.assertLessEqual(open_files(), before, "nothing is left open; what other tests' clients had may be closed meanwhile")
 
     def test_authorization(self):
         self.session("""\
