@@ -5956,8 +5956,8 @@ class Relay:
             self._tell(self._left, destination)
 
     def _leave(self, destination: Destination, peer: Peer) -> None:
-        destination.peers.discard(peer)
         run_blocking(peer.wire, peer.quit())
+        destination.peers.discard(peer)             # not before: until then the host counts it, and may refuse one more
 
     def _drop(self, destination: Destination, peer: Peer) -> None:
         destination.peers.discard(peer)
