@@ -5613,11 +5613,12 @@ class RunningRelayTest(ScriptedCase):
             settled.set()
         with mock.patch.object(world.queue, "save", slow_save), mock.patch.object(world.queue, "postpone", telling_postpone):
             world.relay.start()
+            self.eventually(lambda: world.queue.submitted == world.relay.submitted)     # its sweep is over, which leaves hints
             world.submit("bob@far.test", "eve@near.test")
             self.eventually(settled.is_set)
             world.relay.stop()
             world.relay.join(PATIENCE)
-        self.assertEqual(len(world.files()), 3)
+        self.assertEqual(len(world.files()), 3, world.files())
         self.assertEqual([r["address"] for r in world.entries()[0].recipients], ["eve@near.test"])
         self.assertEqual(len(peers["192.0.2.25"].messages), 1)
 
