@@ -12,24 +12,58 @@
 How mail travels, and the section that does each step:
 
     a mailer --SMTP--> 15 session --> 7 delivery --+--> 6 mailbox --> 16 POP3 --> the owner's mail client
-                                                   |        +------> 18 reading --> 19 web inbox --> your browser, your tests
+                                                   |        +------> 21 letters --> 22 web inbox --> your browser, your tests
                                                    |
                                                    +--> 9 queue --> 12 relay --> 8 DNS --> 11 client --SMTP--> elsewhere
                                                                         +------> 10 bounce --> back to 7
 
-Map: 1 head, 2 limits and replies, 3 addresses, headers, options, 4 wire, 5 durable files, 6 mailboxes and accounts,
-7 delivery, 8 DNS, 9 queue, 10 bounces, 11 SMTP client, 12 relay, 13 standing, 14 sessions and listeners, 15 SMTP, 16 POP3,
-17 node, 18 reading mail, 19 web inbox, 20 command line. A section uses only names printed above it. Sections 8 to 13
-(together), 13, 16 and 19 may be deleted: what is left runs without them. Protocol decisions (3, 10, 18, parts of 8 and 13)
-are pure functions.
+Map. A section uses only names printed above it. One with a name on the right is optional: the rest runs without it, except
+what needs it.
 
-Legend, used without exception: `address` an Address or its text local@domain; `key` the lower-case text by which
-addresses are compared; `mailbox` a key that has a Maildir; `sender` the envelope's reverse-path ("" for the null one);
-`envelope` sender and recipients of one message; `draft` a message file still being written; `parcel` a draft with where
-it goes, until it is on disk; `item` a message in a mailbox; `entry` one in the queue; `letter` one as the web shows it;
-`exchanger` a host named by an MX record; `stores` what the data directory holds; `site` what all sessions of a node
-share; `wire` one connection, `task` what the loop carries. Text on the wire and in stores is bytes; parsed addresses are
-str. Durations are seconds, sizes bytes. How it waits stands at the head of section 4.
+     1  head
+     2  limits, replies, registry
+     3  addresses, headers, options
+     4  how it waits, the wire
+     5  durable files
+     6  mailboxes and accounts
+     7  delivery
+     8  DNS                             [relay]
+     9  queue                           [relay]
+    10  bounces and other reports       [relay]
+    11  SMTP client                     [relay]
+    12  relay                           [relay]
+    13  standing                        [standing, needs relay]
+    14  sessions and listeners
+    15  SMTP
+    16  POP3                            [pop3]
+    17  node
+    18  reading mail                    [reading]
+    19  transcripts and lint            [transcripts]
+    20  faults                          [faults]
+    21  letters: searching, waiting     [wait, needs reading]
+    22  web inbox and API               [web, needs wait]
+    23  selftest                        [selftest, needs relay pop3 faults]
+    24  cutting this file               [cut]
+    25  command line
+
+Legend, used without exception. Text on the wire and in stores is bytes; parsed addresses are str. Durations are seconds,
+sizes bytes. How it waits stands at the head of section 4.
+
+    address    an Address, or its text local@domain
+    key        the lower-case text by which addresses are compared
+    mailbox    a key that has a Maildir
+    sender     the envelope's reverse-path, "" for the null one
+    envelope   sender and recipients of one message
+    draft      a message file still being written
+    parcel     a draft with where it goes, until it is on disk
+    item       a message in a mailbox
+    entry      one in the queue                                     [relay]
+    exchanger  a host named by an MX record                         [relay]
+    letter     a message as people see it, in however many mailboxes    [wait]
+    stores     what the data directory holds
+    site       what all sessions of a node share
+    wire       one connection
+    task       what the loop carries
 
 Copyright (C) 2026 the minimail founders.  Permission to use, copy, modify, and/or distribute this software for any
 purpose with or without fee is hereby granted.  THE SOFTWARE IS PROVIDED "AS IS" AND THE AUTHOR DISCLAIMS ALL WARRANTIES
@@ -284,6 +318,10 @@ class Extension:
 
     def join(self, node: "Node", seconds: float) -> None:
         """Return when what was begun has come to its end, or after so many seconds."""
+
+    def recorder(self, mailboxes: Any) -> Any:
+        """Return what keeps how messages came."""
+        raise NotImplementedError
 
     def matcher(self, node: "Node", search: str) -> Callable[["Message"], bool]:
         """Return a function that tells whether a message matches a search."""
@@ -1150,7 +1188,7 @@ def parse_text(text: Union[str, "os.PathLike[str]"]) -> str:
 
 
 def parse_rule(text: str) -> Any:
-    return extension("web").parse_fault(text)
+    return extension("faults").parse_fault(text)
 
 
 def option(parse: Callable[[Any], Any], default: Any, metavar: str, help: str, many: bool = False, secret: bool = False,
@@ -1305,9 +1343,24 @@ NEEDS = (                                           # option, what it needs, how
     ("tls_key", "tls_cert", "FILE"), ("smtps", "tls_cert", "FILE"), ("pop3s", "tls_cert", "FILE"),
     ("webs", "tls_cert", "FILE"), ("catch_all", "domain", "NAME"), ("web_admin", "domain", "NAME"))
 
+OPTIONS_OF = {                                      # optional section: what is nothing without it
+    "pop3": ("pop3", "pop3s"), "transcripts": ("transcripts",), "faults": ("fault",), "standing": ("dkim",),
+    "relay": ("route", "limit", "rewrite", "warn", "smarthost", "dns", "mx_port", "retry", "give_up", "relay_tls", "relay_to",
+              "release"), "web": ("web", "webs", "web_allow", "web_admin", "release", "webhook")}
+
+
+def sections_missing(option: str) -> List[str]:
+    """Return the sections that an option needs and this copy of the file lacks."""
+    return [section for section, options in OPTIONS_OF.items() if option in options and not has_extension(section)]
+
 
 def check_together(config: Config, name: Callable[[str], str]) -> None:
-    """Raise UsageError where one option lacks another; `name` as in read_options(). The library asks the same."""
+    """Raise UsageError where an option lacks another or its section; `name` as in read_options(). The library asks the same."""
+    for option in option_fields():
+        value = getattr(config, option)
+        if value and value != getattr(Config, option):
+            for section in sections_missing(option):
+                raise UsageError("%s: this copy of minimail has no %s section" % (name(option), section))
     for one, other, metavar in NEEDS:
         if getattr(config, one) and not getattr(config, other):
             raise UsageError("%s: needs %s %s" % (name(one), name(other), metavar))
@@ -3584,7 +3637,7 @@ def mailbox_named(command: str, text: str, config: Config) -> str:
 
 # ======================================================================================================================
 # 8  DNS.  Encoding, decoding and what an answer means are pure; a resolver that caches, over one function that sends a
-#    query and waits; a fixture name server for tests. Knows nothing of mail but the records. Optional, with 9 to 13.
+#    query and waits; a fixture name server for tests. Knows nothing of mail but the records.
 #
 #    resolver = Resolver()                            # asks whom /etc/resolv.conf names, as its options say
 #    resolver.mx(domain)                              # [(preference, host, ttl)], host "" in a null MX
@@ -5229,7 +5282,7 @@ def sasl_secrets(server: Server) -> List[str]:
 
 
 # ======================================================================================================================
-# 12  Relay.  Where mail for elsewhere goes (RFC 5321 section 5.1), when, and what comes of it. Optional, with 8 to 13.
+# 12  Relay.  Where mail for elsewhere goes (RFC 5321 section 5.1), when, and what comes of it.
 #
 #    One thread, the runner, owns what is in memory: which entries are taken up, which destinations there are, how many
 #    workers each has. It calls the functions that others put into its inbox, and does nothing that takes long but look
@@ -6972,7 +7025,6 @@ EXTENSIONS.append(RelayExtension())
 # 13  Standing: what makes others trust this node. DKIM signatures, SRS for forwards, the MTA-STS policies of others, SPF as
 #     others read it, and `check`, which looks at all of it. Keys, addresses, records and policies are read and written by
 #     pure functions; queue, client and sessions know nothing of them but the calls of an Extension and an Outbound.
-#     Optional, needs 8 to 12.
 # ======================================================================================================================
 
 # Keys: DER (ITU-T X.690) and PEM, just as much of both as keys and certificates need.
@@ -8758,8 +8810,8 @@ class Site:
     throttle: Throttle
     certificates: Optional[Certificates] = None
     recorder: Any = None                            # section 19: transcripts
-    faults: Any = None                              # section 19: misbehaviour on purpose
-    inbox: Any = None                               # section 19: web inbox and API
+    faults: Any = None                              # section 20: misbehaviour on purpose
+    inbox: Any = None                               # section 22: web inbox and API
     accepted: Callable[[Parcel], None] = lambda parcel: None    # called once the client has its 250
     follow_up: Optional[Callable[[Parcel], None]] = None        # what comes then and may take long: in a thread
     stopping: bool = False
@@ -9654,7 +9706,7 @@ def decode_argument(argument: bytes, lenient: bool = False) -> str:
 
 
 # ======================================================================================================================
-# 16  POP3.  RFC 1939 with TOP, UIDL, CAPA (RFC 2449), AUTH PLAIN (RFC 5034), STLS (RFC 2595), UTF8 (RFC 6856).  Optional.
+# 16  POP3.  RFC 1939 with TOP, UIDL, CAPA (RFC 2449), AUTH PLAIN (RFC 5034), STLS (RFC 2595), UTF8 (RFC 6856).
 # ======================================================================================================================
 
 class POP3Session(Session):
@@ -10109,8 +10161,6 @@ class Node:
                 self._listeners.append(Listener("smtp", endpoint, SMTPSession))
             for endpoint in config.smtps:
                 self._listeners.append(Listener("smtps", endpoint, SMTPSession, tls=True))
-            if config.web or config.webs:
-                extension("web")                    # CannotRun when this copy has none
             for section in EXTENSIONS:
                 self._listeners += section.listeners(config)
         except BaseException:
@@ -10314,7 +10364,7 @@ class Node:
         """
         if not self.stores or not self.site:
             raise RuntimeError("the node is not running")
-        fits = extension("web").matcher(self, match) if isinstance(match, str) else match
+        fits = extension("wait").matcher(self, match) if isinstance(match, str) else match
         verdicts: Dict[Tuple[str, str], bool] = {}
         matching: List[Message] = []
 
@@ -11383,8 +11433,7 @@ class Cache:
 
 
 # ======================================================================================================================
-# 19  Web inbox, JSON API, transcripts and lint, faults, wait, selftest: for looking at the mail your program sends.
-#     Optional. Mail is hostile: what comes out of a message is data, never markup. Knows sessions by their hooks only.
+# 19  Transcripts and lint.  What a session said on the way to a message, and what was wrong with it.
 # ======================================================================================================================
 
 class Tape:
@@ -11526,6 +11575,11 @@ class Recorder:
         except (OSError, ValueError):
             return None
 
+    @staticmethod
+    def explain(rules: Iterable[str]) -> List[Dict[str, str]]:
+        """Return what rules that a message broke say."""
+        return [{"rule": rule, "text": LINT[rule][0], "rfc": LINT[rule][1]} for rule in rules if rule in LINT]
+
     def forget(self, id: str) -> None:
         with contextlib.suppress(OSError):
             os.unlink(self.path(id))
@@ -11540,7 +11594,27 @@ class Recorder:
                     os.unlink(path)
 
 
-# Faults: misbehaviour on purpose.
+class TranscriptsExtension(Extension):
+    """--transcripts."""
+
+    name = "transcripts"
+
+    def recorder(self, mailboxes: Mailboxes) -> Any:
+        return Recorder(mailboxes)
+
+    def equip(self, node: Any) -> None:
+        site, config = node.site, node.config
+        if config.transcripts or (config.transcripts is None and config.capture):
+            site.recorder = self.recorder(site.mailboxes)
+            site.mailboxes.forget = site.recorder.forget
+
+
+EXTENSIONS.append(TranscriptsExtension())
+
+
+# ======================================================================================================================
+# 20  Faults.  Misbehaviour on purpose, by rules, so that a client's handling of it can be tried.
+# ======================================================================================================================
 
 class Fault:
     """One rule, `STAGE[=PATTERN] ACTION [xCOUNT]`; ValueError when it is none."""
@@ -11586,6 +11660,29 @@ class Faults:
                     return rule.action
         return None
 
+    def replace(self, rules: Iterable[str]) -> None:
+        """Put other rules in force; ValueError, with nothing changed."""
+        self.rules = [Fault(rule) for rule in rules]
+
+
+class FaultsExtension(Extension):
+    """--fault."""
+
+    name = "faults"
+
+    def equip(self, node: Any) -> None:
+        node.site.faults = Faults(Fault(rule.text) for rule in node.config.fault)
+
+    def parse_fault(self, text: str) -> Fault:
+        return Fault(text)
+
+
+EXTENSIONS.append(FaultsExtension())
+
+
+# ======================================================================================================================
+# 21  Letters.  Messages as people see and search them, each once however many mailboxes have it; waiting for one.
+# ======================================================================================================================
 
 Copies = Tuple[Tuple[str, Item], ...]               # (mailbox, item)
 
@@ -11593,8 +11690,8 @@ Copies = Tuple[Tuple[str, Item], ...]               # (mailbox, item)
 class Letter:
     """An accepted message, however many mailboxes have it; or only the copy in the viewer's own mailbox."""
 
-    def __init__(self, id: str, copies: Copies, inbox: "Inbox", own: str = "") -> None:
-        self.id, self.inbox, self.own = id, inbox, own
+    def __init__(self, id: str, copies: Copies, letters: "Letters", own: str = "") -> None:
+        self.id, self.letters, self.own = id, letters, own
         self.key = "%s %s" % (id, own) if own else id   # by which what is computed about it is remembered
         self.hold(copies)
 
@@ -11605,19 +11702,19 @@ class Letter:
 
     def message(self) -> Message:
         mailbox, item = self.copies[0]
-        return Message(self.inbox.mailboxes, mailbox, item)
+        return Message(self.letters.mailboxes, mailbox, item)
 
     def open(self) -> BinaryIO:
         """Return the message as a file; OSError."""
         mailbox, item = self.copies[0]
-        return os.fdopen(self.inbox.mailboxes.open(mailbox, item), "rb")
+        return os.fdopen(self.letters.mailboxes.open(mailbox, item), "rb")
 
     def view(self) -> View:
         return View(self.message().read())
 
     def record(self) -> Dict[str, Any]:
         """Return what was noted when the message came; the others' part of it is not for who sees one mailbox only."""
-        recorder = self.inbox.site.recorder
+        recorder = self.letters.recorder
         record = {"id": self.id, "sender": "", "recipients": [mailbox for mailbox, _ in self.copies], "helo": "",
                   "client": "", "protocol": "", "tls": False, "transcript": [], "lint": []}
         known = recorder.load(self.id) if recorder else None
@@ -11630,7 +11727,7 @@ class Letter:
     @property
     def tags(self) -> List[str]:
         """Those it was given; else those that it came with, in X-Tags or in the addresses (bob+shop@x: shop)."""
-        tags: Optional[List[str]] = self.inbox.tagged.get(self.key)
+        tags: Optional[List[str]] = self.letters.tagged.get(self.key)
         if tags is None:
             record = self.record()
             tags = record.get("tags")
@@ -11638,12 +11735,12 @@ class Letter:
                 named = View(self.message().head(BLOCK)).header("x-tags").split(",")
                 locals = (parse_key(recipient).local for recipient in record["recipients"])
                 tags = clean_tags(named + [word for local in locals for word in local.split("+")[1:]])[:MAX_TAGS]
-            self.inbox.tagged.put(self.key, tags, 200 + sum(map(len, tags)))
+            self.letters.tagged.put(self.key, tags, 200 + sum(map(len, tags)))
         return tags
 
     def set_tags(self, tags: List[str]) -> None:
         """Note the tags beside what else is known of the message; OSError."""
-        recorder = self.inbox.site.recorder
+        recorder = self.letters.recorder
         record = dict(recorder.load(self.id) or self.record(), tags=tags)
         recorder.storage.write(recorder.path(self.id), json.dumps(record).encode())
 
@@ -11651,13 +11748,13 @@ class Letter:
         """Return envelope, transcript and lint; what can be told from the message alone where none were kept."""
         record = self.record()
         record["bcc"] = [person["Address"] for person in self.summary()["Bcc"]]
-        record["lint"] = [{"rule": rule, "text": LINT[rule][0], "rfc": LINT[rule][1]} for rule in record["lint"]
-                          if rule in LINT]
+        recorder = self.letters.recorder
+        record["lint"] = recorder.explain(record["lint"]) if recorder else []
         return record
 
     def summary(self, view: Optional[View] = None) -> Dict[str, Any]:
         """Return the entry of a list; what is in the file is read once (not at all with its view) and remembered."""
-        known = self.inbox.summaries.get(self.key)
+        known = self.letters.summaries.get(self.key)
         if known is None:
             try:
                 known = self._summary(view or self.view())
@@ -11669,16 +11766,16 @@ class Letter:
                 known = {"ID": self.id, "MessageID": "", "From": nobody, "To": [], "Cc": [], "Bcc": [], "ReplyTo": [],
                          "Subject": "(cannot be shown)", "Created": iso_time(self.message().received_at.timestamp()),
                          "Username": "", "Tags": [], "Size": self.message().size, "Attachments": 0, "Snippet": ""}
-            self.inbox.summaries.put(self.key, known, summary_cost(known))
+            self.letters.summaries.put(self.key, known, summary_cost(known))
         return dict(known, Read=self.read, Tags=self.tags)
 
     def searched(self) -> Searched:
         """Return what the message is searched by; computed once."""
-        found: Optional[Searched] = self.inbox.searched.get(self.key)
+        found: Optional[Searched] = self.letters.searched.get(self.key)
         if found is None:
             view = self.view()
             found = searched(view, self.summary(view), self.message().received_at.timestamp())
-            self.inbox.searched.put(self.key, found, found.cost())
+            self.letters.searched.put(self.key, found, found.cost())
         return found
 
     def _summary(self, view: View) -> Dict[str, Any]:
@@ -11705,118 +11802,6 @@ class Letter:
         return dict(shown, **people, ReturnPath=self.message().sender, Date=view.date(summary["Created"]), Text=view.text,
                     HTML=view.html, Inline=inline, Attachments=attached, ListUnsubscribe=view.unsubscribe(),
                     Links=view.links(), Calendar=view.calendar(), Tree=view.tree(), RemoteImages=view.has_remote, Cut=view.cut)
-
-
-# Who asks, for what, and what comes back.
-
-class Viewer(NamedTuple):
-    """Who looks at the mail."""
-    user: Optional[str] = None                      # who logged in
-    own: str = ""                                   # the one mailbox that is shown; "" for all
-
-
-EVERYTHING = Viewer()                               # who needs no log-in
-
-
-class Answered(NamedTuple):
-    """An HTTP response."""
-    status: int
-    type: str
-    body: bytes = b""
-    headers: Dict[str, str] = {}
-    file: Optional[BinaryIO] = None                 # sent in blocks instead of the body
-    stream: Optional[Iterator[bytes]] = None        # sent as it comes, until the connection ends
-
-
-class Rejected(Exception):
-    """Raised where a request is refused; carries the answer that says so."""
-
-    def __init__(self, status: int, text: str, headers: Optional[Dict[str, str]] = None) -> None:
-        super().__init__(text)
-        self.answer = text_answer(status, text)._replace(headers=headers or {})
-
-
-class Route(NamedTuple):
-    """A row of ROUTES: what answers which requests, and on what terms."""
-    method: str
-    pattern: str                                    # of the whole path
-    name: str                                       # of the method of Inbox
-    body: int = 0                                   # bytes taken
-    everything: bool = False                        # only for who sees every mailbox
-    waits: bool = False                             # for mail
-
-
-@dataclasses.dataclass
-class Request:
-    """An HTTP request whose head has been read; its body comes when a route is found that wants one."""
-    method: str
-    path: str
-    query: Dict[str, str]
-    viewer: Viewer = EVERYTHING
-    type: str = ""                                  # of the body
-    read: Callable[[int], BinaryIO] = lambda limit: io.BytesIO()    # the body, of so many bytes at most; Rejected
-    is_over: Callable[[], bool] = lambda: False     # the client has gone, or the node stops
-    body: BinaryIO = dataclasses.field(default_factory=io.BytesIO)
-
-    def number(self, name: str, default: int) -> int:
-        text = self.query.get(name, "")
-        return int(text) if text.isascii() and text.isdecimal() and len(text) < 10 else default
-
-    def content(self) -> bytes:
-        """Return the body, once."""
-        with self.body:
-            return self.body.read()
-
-    def json(self) -> Any:
-        """Return what the body means; ValueError."""
-        return read_json(self.content())
-
-
-def read_json(body: bytes) -> Any:
-    """Return the value of a JSON text; ValueError also when it has more values or longer numbers than anybody needs."""
-    bare, values, at = body.replace(b"\\\\", b"").replace(b'\\"', b""), 0, 0
-    while 0 <= at < len(bare):                      # outside of strings, these stand between values
-        end = bare.find(b'"', at)
-        end = len(bare) if end < 0 else end
-        values += 1 + sum(bare.count(mark, at, end) for mark in (b",", b"[", b"{"))
-        if values > MAX_JSON_VALUES:
-            raise ValueError("more than %d values in the JSON" % MAX_JSON_VALUES)
-        at = bare.find(b'"', end + 1) + 1 or -1
-    del bare
-    return json.loads(body, parse_int=short_number(int), parse_float=short_number(float))
-
-
-def short_number(kind: Callable[[str], Any]) -> Callable[[str], Any]:
-    def parse(text: str) -> Any:
-        if len(text) > 30:                          # to turn digits into a number takes the square of their count
-            raise ValueError("a number of %d digits" % len(text))
-        return kind(text)
-    return parse
-
-
-def json_answer(value: Any, status: int = 200) -> Answered:
-    return Answered(status, "application/json", json.dumps(value).encode())
-
-
-def text_answer(status: int, text: str) -> Answered:
-    return Answered(status, "text/plain; charset=utf-8", text.encode("utf-8", "replace"))
-
-
-NOT_FOUND = text_answer(404, "404 page not found")
-OK_ANSWER = text_answer(200, "ok")
-SAFE_TYPES = ("image/png", "image/jpeg", "image/gif", "image/webp", "text/plain", "application/pdf", "audio/mpeg", "video/mp4")
-LINK = re.compile(r"<(a|area)(?=[ \t\n\r\f/>])", re.IGNORECASE | re.ASCII)
-FRAME = re.compile(r"<(?=(?:i?frame|frameset|object|embed)[ \t\n\r\f/>])", re.IGNORECASE | re.ASCII)
-SCREENS = "".join('<i id=minimail-%d style="position:absolute;top:%dvh"></i>' % (n, 90 * n) for n in range(60))
-
-
-def in_a_frame(html: str) -> str:
-    """Return HTML for a frame of the page: links open windows of their own and do not say where from, frames are none.
-
-    A tag's name goes up to a blank, "/" or ">", and of two equal attributes the first counts, so this needs no parser.
-    At the end stand marks by which the page can scroll what it may not look into.
-    """
-    return LINK.sub(r"<\1 target=_blank rel=noreferrer referrerpolicy=no-referrer ", FRAME.sub("<x-", html)) + SCREENS
 
 
 class Index:
@@ -11930,33 +11915,254 @@ def directory_stamp(recent: int, *paths: str) -> Any:
     return [(stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino) for stat in stats]
 
 
+class Letters:
+    """All letters there are, and what was computed about them: `recorder` knows how they came, if not None."""
+
+    def __init__(self, mailboxes: Mailboxes, recorder: Any) -> None:
+        self.mailboxes, self.recorder = mailboxes, recorder
+        self.summaries, self.searched, self.tagged = Cache(MAX_SUMMARIES), Cache(MAX_SEARCHED), Cache(MAX_TAGGED)
+        self.index = Index(mailboxes, lambda id, copies: Letter(id, copies, self), self.forget)
+
+    def forget(self, key: str) -> None:
+        """Forget what was computed about a message that is gone."""
+        for cache in (self.summaries, self.searched, self.tagged):
+            cache.forget(key)
+
+    def newest_first(self, own: str = "") -> List[Letter]:
+        """Return all letters; or what is in one mailbox, as whoever sees no other sees it."""
+        if not own:
+            return self.index.letters()
+        return [Letter(message_id(item), ((own, item),), self, own) for item in reversed(self.mailboxes.listing(own))]
+
+
 class Search:
     """A search that goes on while mail comes: each call judges only what the ones before have not."""
 
-    def __init__(self, inbox: "Inbox", viewer: Viewer, wanted: Query) -> None:
-        self.inbox, self.viewer, self.wanted = inbox, viewer, wanted
+    def __init__(self, letters: Letters, own: str, wanted: Query) -> None:
+        self.letters, self.own, self.wanted = letters, own, wanted
         self._judged: Dict[str, Copies] = {}        # the flags of a copy, and whether there are others, may count
 
     def __call__(self) -> Optional[Letter]:
-        """Return the oldest message that matches, None when none does."""
-        with self.inbox.at_desk():
-            for letter in reversed(self.inbox.letters(self.viewer)):
-                copies = letter.copies
-                if self._judged.get(letter.id) != copies:
-                    if self.wanted.matches(letter):
-                        return letter
-                    self._judged[letter.id] = copies
+        """Return the oldest letter that matches, None when none does."""
+        for letter in reversed(self.letters.newest_first(self.own)):
+            copies = letter.copies
+            if self._judged.get(letter.id) != copies:
+                if self.wanted.matches(letter):
+                    return letter
+                self._judged[letter.id] = copies
         return None
 
 
-class Inbox:
+def clean_tags(tags: Iterable[str]) -> List[str]:
+    """Return the tags that are some, sorted, each once."""
+    stripped = (tag.strip() for tag in tags)
+    return sorted({tag for tag in stripped if 0 < len(tag) <= 100 and all(c.isalnum() or c in " -_.@" for c in tag)})
+
+
+def wait_command(config: Config, arguments: List[str]) -> int:
+    """Wait until a message is there that matches; status 1 when time is up."""
+    parser = Parser(prog="minimail.py wait", description=wait_command.__doc__)
+    parser.add_argument("address", nargs="?", metavar="ADDRESS")
+    parser.add_argument("--from", dest="sender", default="", metavar="X", help="in the From header")
+    parser.add_argument("--subject", default="", metavar="X", help="in the subject")
+    parser.add_argument("--text", default="", metavar="X", help="in the text")
+    parser.add_argument("--timeout", default="30", metavar="SECONDS", help="how long to wait (default 30)")
+    parser.add_argument("--print", dest="show", choices=["raw", "text", "links", "json"], help="what to print of it")
+    given = parser.parse_args(arguments)
+    deadline = time.monotonic() + wait_seconds(given.timeout)
+    address = mailbox_named("wait", given.address, config) if given.address else ""
+    wanted = Query(**{"from": given.sender, "subject": given.subject, "text": given.text})
+    stores = open_stores(config)
+    recorder = extension("transcripts").recorder(stores.mailboxes) if has_extension("transcripts") else None
+    found = await_mail(stores.storage, Search(Letters(stores.mailboxes, recorder), address, wanted), deadline)
+    if found is None:
+        raise CannotRun("no such message within %s seconds" % given.timeout)
+    show_letter(found, given.show)
+    return 0
+
+
+def wait_seconds(text: str) -> float:
+    """Return how long to wait, which may be not at all; UsageError."""
+    try:
+        return 0.0 if text.strip() == "0" else parse_seconds(text)
+    except ValueError as error:
+        raise UsageError("wait --timeout %s: %s" % (printable(text, 100), error)) from None
+
+
+def show_letter(letter: Letter, kind: Optional[str]) -> None:
+    if kind == "raw":
+        sys.stdout.flush()
+        sys.stdout.buffer.write(letter.message().read())
+        sys.stdout.buffer.flush()
+    elif kind == "text":
+        print(letter.view().text)
+    elif kind == "links":
+        print("".join(link + "\n" for link in letter.view().links()), end="")
+    elif kind == "json":
+        print(json.dumps(letter.whole(), indent=1))
+
+
+def mail_command(config: Config, arguments: List[str]) -> int:
+    """List the mailboxes, or the messages in one."""
+    parser = Parser(prog="minimail.py mail", description=mail_command.__doc__)
+    parser.add_argument("address", nargs="?", metavar="ADDRESS")
+    given = parser.parse_args(arguments)
+    mailboxes = Mailboxes(Storage(config.data))
+    if given.address is None:
+        for name in mailboxes.names():
+            items = mailboxes.listing(name)
+            print("%6d %12d %s" % (len(items), sum(item.size for item in items), printable(name)))
+        return 0
+    key = mailbox_named("mail", given.address, config)
+    for item in mailboxes.listing(key):
+        message = Message(mailboxes, key, item)
+        subject = View(message.head(BLOCK)).header("subject")
+        when = message.received_at.astimezone().strftime("%Y-%m-%d %H:%M:%S")
+        print("%s %s %9d <%s> %s" % (item.uid, when, item.size, printable(message.sender), printable(subject)))
+    return 0
+
+
+class WaitExtension(Extension):
+    """Searches for who waits in a program or a shell script."""
+
+    name = "wait"
+    commands = {"wait": wait_command, "mail": mail_command}
+
+    def matcher(self, node: Any, search: str) -> Callable[[Message], bool]:
+        letters, wanted = node.site.inbox or Letters(node.site.mailboxes, node.site.recorder), Query(search)
+
+        def matches(message: Message) -> bool:
+            letter = letters.index.letter_of(message)
+            return letter is not None and wanted.matches(letter)
+        return matches
+
+
+EXTENSIONS.append(WaitExtension())
+
+
+# ======================================================================================================================
+# 22  Web.  Inbox and JSON API over HTTP, webhook, page. Mail is hostile: what comes out of a message is data, never
+#     markup.
+# ======================================================================================================================
+
+# Who asks, for what, and what comes back.
+
+class Viewer(NamedTuple):
+    """Who looks at the mail."""
+    user: Optional[str] = None                      # who logged in
+    own: str = ""                                   # the one mailbox that is shown; "" for all
+
+
+EVERYTHING = Viewer()                               # who needs no log-in
+
+
+class Answered(NamedTuple):
+    """An HTTP response."""
+    status: int
+    type: str
+    body: bytes = b""
+    headers: Dict[str, str] = {}
+    file: Optional[BinaryIO] = None                 # sent in blocks instead of the body
+    stream: Optional[Iterator[bytes]] = None        # sent as it comes, until the connection ends
+
+
+class Rejected(Exception):
+    """Raised where a request is refused; carries the answer that says so."""
+
+    def __init__(self, status: int, text: str, headers: Optional[Dict[str, str]] = None) -> None:
+        super().__init__(text)
+        self.answer = text_answer(status, text)._replace(headers=headers or {})
+
+
+class Route(NamedTuple):
+    """A row of ROUTES: what answers which requests, and on what terms."""
+    method: str
+    pattern: str                                    # of the whole path
+    name: str                                       # of the method of Inbox
+    body: int = 0                                   # bytes taken
+    everything: bool = False                        # only for who sees every mailbox
+    waits: bool = False                             # for mail
+
+
+@dataclasses.dataclass
+class Request:
+    """An HTTP request whose head has been read; its body comes when a route is found that wants one."""
+    method: str
+    path: str
+    query: Dict[str, str]
+    viewer: Viewer = EVERYTHING
+    type: str = ""                                  # of the body
+    read: Callable[[int], BinaryIO] = lambda limit: io.BytesIO()    # the body, of so many bytes at most; Rejected
+    is_over: Callable[[], bool] = lambda: False     # the client has gone, or the node stops
+    body: BinaryIO = dataclasses.field(default_factory=io.BytesIO)
+
+    def number(self, name: str, default: int) -> int:
+        text = self.query.get(name, "")
+        return int(text) if text.isascii() and text.isdecimal() and len(text) < 10 else default
+
+    def content(self) -> bytes:
+        """Return the body, once."""
+        with self.body:
+            return self.body.read()
+
+    def json(self) -> Any:
+        """Return what the body means; ValueError."""
+        return read_json(self.content())
+
+
+def read_json(body: bytes) -> Any:
+    """Return the value of a JSON text; ValueError also when it has more values or longer numbers than anybody needs."""
+    bare, values, at = body.replace(b"\\\\", b"").replace(b'\\"', b""), 0, 0
+    while 0 <= at < len(bare):                      # outside of strings, these stand between values
+        end = bare.find(b'"', at)
+        end = len(bare) if end < 0 else end
+        values += 1 + sum(bare.count(mark, at, end) for mark in (b",", b"[", b"{"))
+        if values > MAX_JSON_VALUES:
+            raise ValueError("more than %d values in the JSON" % MAX_JSON_VALUES)
+        at = bare.find(b'"', end + 1) + 1 or -1
+    del bare
+    return json.loads(body, parse_int=short_number(int), parse_float=short_number(float))
+
+
+def short_number(kind: Callable[[str], Any]) -> Callable[[str], Any]:
+    def parse(text: str) -> Any:
+        if len(text) > 30:                          # to turn digits into a number takes the square of their count
+            raise ValueError("a number of %d digits" % len(text))
+        return kind(text)
+    return parse
+
+
+def json_answer(value: Any, status: int = 200) -> Answered:
+    return Answered(status, "application/json", json.dumps(value).encode())
+
+
+def text_answer(status: int, text: str) -> Answered:
+    return Answered(status, "text/plain; charset=utf-8", text.encode("utf-8", "replace"))
+
+
+NOT_FOUND = text_answer(404, "404 page not found")
+OK_ANSWER = text_answer(200, "ok")
+SAFE_TYPES = ("image/png", "image/jpeg", "image/gif", "image/webp", "text/plain", "application/pdf", "audio/mpeg", "video/mp4")
+LINK = re.compile(r"<(a|area)(?=[ \t\n\r\f/>])", re.IGNORECASE | re.ASCII)
+FRAME = re.compile(r"<(?=(?:i?frame|frameset|object|embed)[ \t\n\r\f/>])", re.IGNORECASE | re.ASCII)
+SCREENS = "".join('<i id=minimail-%d style="position:absolute;top:%dvh"></i>' % (n, 90 * n) for n in range(60))
+
+
+def in_a_frame(html: str) -> str:
+    """Return HTML for a frame of the page: links open windows of their own and do not say where from, frames are none.
+
+    A tag's name goes up to a blank, "/" or ">", and of two equal attributes the first counts, so this needs no parser.
+    At the end stand marks by which the page can scroll what it may not look into.
+    """
+    return LINK.sub(r"<\1 target=_blank rel=noreferrer referrerpolicy=no-referrer ", FRAME.sub("<x-", html)) + SCREENS
+
+
+class Inbox(Letters):
     """Turns HTTP requests into answers; knows no socket. Routes are the methods named in ROUTES."""
 
-    def __init__(self, site: Any, node: Any = None) -> None:
+    def __init__(self, site: Any, node: Any) -> None:
+        super().__init__(site.mailboxes, site.recorder)
         self.site, self.node = site, node
-        self.mailboxes: Mailboxes = site.mailboxes
-        self.summaries, self.searched, self.tagged = Cache(MAX_SUMMARIES), Cache(MAX_SEARCHED), Cache(MAX_TAGGED)
-        self.index = Index(self.mailboxes, lambda id, copies: Letter(id, copies, self), self.forget)
         self.desk = threading.BoundedSemaphore(MAX_DESKS)   # see at_desk()
         self.changed = threading.Condition()
         self.events: "collections.deque[Tuple[int, str]]" = collections.deque(maxlen=1000)
@@ -11964,11 +12170,6 @@ class Inbox:
         self.visitors: Set[WebSession] = set()      # connections of the web
         self.threads = Threads()                    # that carry them
         self.hook: Optional[WebHook] = None
-
-    def forget(self, key: str) -> None:
-        """Forget what was computed about a message that is gone."""
-        for cache in (self.summaries, self.searched, self.tagged):
-            cache.forget(key)
 
     def accepted(self, parcel: Parcel) -> None:
         """A message was taken over."""
@@ -12008,10 +12209,7 @@ class Inbox:
 
     def letters(self, viewer: Viewer = EVERYTHING) -> List[Letter]:
         """Return all messages that the viewer may see, newest first."""
-        if not viewer.own:
-            return self.index.letters()
-        return [Letter(message_id(item), ((viewer.own, item),), self, viewer.own)
-                for item in reversed(self.mailboxes.listing(viewer.own))]
+        return self.newest_first(viewer.own)
 
     def letter(self, request: Request, id: str) -> Letter:
         """Return the message with an id, or the latest; KeyError."""
@@ -12290,7 +12488,11 @@ class Inbox:
 
     def wait(self, request: Request) -> Answered:
         """Long poll: answer as soon as a message matches, also if it came before."""
-        look = Search(self, request.viewer, Query(request.query.get("query", "")))
+        search = Search(self, request.viewer.own, Query(request.query.get("query", "")))
+
+        def look() -> Optional[Letter]:
+            with self.at_desk():
+                return search()
         text = request.query.get("timeout", "30")
         timeout = 0.0 if text == "0" else min(parse_seconds(text), 3600.0)
         letter = await_mail(self.mailboxes.storage, look, time.monotonic() + timeout, self.sleeper(request.is_over))
@@ -12329,19 +12531,25 @@ class Inbox:
     # About the node.
 
     def get_faults(self, request: Request) -> Answered:
-        return json_answer([{"rule": rule.text, "left": rule.left} for rule in self.site.faults.rules])
+        return json_answer([{"rule": rule.text, "left": rule.left} for rule in self._faults().rules])
 
     def put_faults(self, request: Request) -> Answered:
         given = request.json()
         rules = given.get("rules") if isinstance(given, dict) else given
         if not isinstance(rules, list):
             raise ValueError("expected a list of rules")
-        self.site.faults.rules = [Fault(str(rule.get("rule", "") if isinstance(rule, dict) else rule)) for rule in rules]
+        self._faults().replace(str(rule.get("rule", "") if isinstance(rule, dict) else rule) for rule in rules)
         return self.get_faults(request)
 
     def delete_faults(self, request: Request) -> Answered:
-        self.site.faults.rules = []
+        self._faults().replace(())
         return OK_ANSWER
+
+    def _faults(self) -> Any:
+        """Return the rules in force; Rejected when this copy of the file lacks them."""
+        if self.site.faults is None:
+            raise Rejected(404, "this copy of minimail has no faults section")
+        return self.site.faults
 
     def metrics(self, request: Request) -> Answered:
         node, site = self.node, self.site
@@ -12407,12 +12615,6 @@ def read_form(body: bytes) -> Dict[str, Any]:
     if not given["IDs"]:
         raise ValueError("no IDs")
     return dict(given, Read=form["Read"][0]) if "Read" in form else given
-
-
-def clean_tags(tags: Iterable[str]) -> List[str]:
-    """Return the tags that are some, sorted, each once."""
-    stripped = (tag.strip() for tag in tags)
-    return sorted({tag for tag in stripped if 0 < len(tag) <= 100 and all(c.isalnum() or c in " -_.@" for c in tag)})
 
 
 def original(file: BinaryIO, id: str) -> Iterator[bytes]:
@@ -13167,7 +13369,7 @@ def post_json(url: str, data: bytes, timeout: float) -> int:
 
 
 class WebExtension(Extension):
-    """Transcripts, faults, the web inbox, the webhook."""
+    """The web inbox, its API, the webhook."""
 
     name = "web"
 
@@ -13177,10 +13379,6 @@ class WebExtension(Extension):
 
     def equip(self, node: Any) -> None:
         site, config = node.site, node.config
-        if config.transcripts or (config.transcripts is None and config.capture):
-            site.recorder = Recorder(site.mailboxes)
-            site.mailboxes.forget = site.recorder.forget
-        site.faults = Faults(Fault(rule.text) for rule in config.fault)
         if config.web or config.webs or config.webhook:
             site.inbox = Inbox(site, node)
 
@@ -13199,208 +13397,6 @@ class WebExtension(Extension):
             inbox.threads.join(seconds)
         if inbox and inbox.hook:
             inbox.hook.threads.join(until - time.monotonic())
-
-    def matcher(self, node: Any, search: str) -> Callable[[Message], bool]:
-        inbox, wanted = node.site.inbox or Inbox(node.site, node), Query(search)
-
-        def matches(message: Message) -> bool:
-            letter = inbox.index.letter_of(message)
-            return letter is not None and wanted.matches(letter)
-        return matches
-
-    def parse_fault(self, text: str) -> "Fault":
-        return Fault(text)
-
-
-def wait_command(config: Config, arguments: List[str]) -> int:
-    """Wait until a message is there that matches; status 1 when time is up."""
-    parser = Parser(prog="minimail.py wait", description=wait_command.__doc__)
-    parser.add_argument("address", nargs="?", metavar="ADDRESS")
-    parser.add_argument("--from", dest="sender", default="", metavar="X", help="in the From header")
-    parser.add_argument("--subject", default="", metavar="X", help="in the subject")
-    parser.add_argument("--text", default="", metavar="X", help="in the text")
-    parser.add_argument("--timeout", default="30", metavar="SECONDS", help="how long to wait (default 30)")
-    parser.add_argument("--print", dest="show", choices=["raw", "text", "links", "json"], help="what to print of it")
-    given = parser.parse_args(arguments)
-    deadline = time.monotonic() + wait_seconds(given.timeout)
-    address = mailbox_named("wait", given.address, config) if given.address else ""
-    wanted = Query(**{"from": given.sender, "subject": given.subject, "text": given.text})
-    stores = open_stores(config)
-    inbox = Inbox(types.SimpleNamespace(recorder=Recorder(stores.mailboxes), mailboxes=stores.mailboxes))
-    found = await_mail(stores.storage, Search(inbox, Viewer(own=address), wanted), deadline)
-    if found is None:
-        raise CannotRun("no such message within %s seconds" % given.timeout)
-    show_letter(found, given.show)
-    return 0
-
-
-def wait_seconds(text: str) -> float:
-    """Return how long to wait, which may be not at all; UsageError."""
-    try:
-        return 0.0 if text.strip() == "0" else parse_seconds(text)
-    except ValueError as error:
-        raise UsageError("wait --timeout %s: %s" % (printable(text, 100), error)) from None
-
-
-def show_letter(letter: Letter, kind: Optional[str]) -> None:
-    if kind == "raw":
-        sys.stdout.flush()
-        sys.stdout.buffer.write(letter.message().read())
-        sys.stdout.buffer.flush()
-    elif kind == "text":
-        print(letter.view().text)
-    elif kind == "links":
-        print("".join(link + "\n" for link in letter.view().links()), end="")
-    elif kind == "json":
-        print(json.dumps(letter.whole(), indent=1))
-
-
-class Selftest:
-    """Tries on this machine, in a directory beside the data, what minimail promises; each check_NAME says what holds."""
-
-    def __init__(self, directory: str) -> None:
-        self.directory = directory
-        self.text = "Subject: selftest\r\n\r\n.a line with a dot\r\n"
-        zone = {"far.test": ["MX 10 mx.far.test"], "mx.far.test": ["A 127.0.0.1"], "null.test": ["MX 0 ."]}
-        self.far = Node(smtp="127.0.0.1:0", pop3="127.0.0.1:0", data=os.path.join(directory, "far"), faults=["rcpt 451 x1"])
-        self.far.start()
-        relay: Dict[str, Any] = {"domain": "near.test", "catch_all": "all@near.test", "dns": zone, "retry": "0.2",
-                                 "mx_port": self.far.smtp_address[1]} if has_extension("relay") else {}
-        self.near = Node(smtp="127.0.0.1:0", pop3="127.0.0.1:0", data=os.path.join(directory, "near"), **relay)
-        self.near.start()
-
-    def stop(self) -> None:
-        self.near.stop()
-        self.far.stop()
-
-    def send(self, node: Node, recipient: str) -> None:
-        import smtplib
-        with smtplib.SMTP(node.smtp_address[0], node.smtp_address[1], timeout=5) as client:
-            client.sendmail("me@near.test", recipient, self.text)
-
-    def check_1_queue_dns_retry(self) -> str:
-        if not has_extension("relay"):
-            return "skipped: no relay section"
-        self.send(self.near, "bob@far.test")        # refused once, for a while, by the fault rule
-        message = self.far.wait_for("bob@far.test", timeout=10)
-        assert message.read().endswith(self.text.encode())
-        return "queued, found by MX record, refused once, sent again"
-
-    def check_2_bounce(self) -> str:
-        if not has_extension("relay"):
-            return "skipped: no relay section"
-        self.send(self.near, "nobody@null.test")
-        report = self.near.wait_for("all@near.test", timeout=10).email()
-        assert report.get_content_type() == "multipart/report" and "5.1.10" in report.as_string()
-        return "a null MX comes back as a report with 5.1.10"
-
-    def check_3_accept_store(self) -> str:
-        try:
-            self.send(self.far, "keep@here.test")
-        except OSError:
-            self.send(self.far, "keep@here.test")   # the fault rule was still there
-        message = self.far.wait_for("keep@here.test", timeout=5)
-        assert os.stat(message.path).st_mode & 0o077 == 0 or os.name == "nt"
-        return "250 given, the message in its Maildir, readable by its owner only"
-
-    def check_4_fetch(self) -> str:
-        import poplib
-        client = poplib.POP3(self.far.pop3_address[0], self.far.pop3_address[1], timeout=5)
-        client.user("keep@here.test")
-        client.pass_("any")
-        content = b"\r\n".join(client.retr(1)[1]) + b"\r\n"
-        assert content == self.far.messages("keep@here.test")[0].read()
-        other = poplib.POP3(self.far.pop3_address[0], self.far.pop3_address[1], timeout=5)
-        other.user("keep@here.test")
-        try:
-            other.pass_("any")
-            raise AssertionError("a second session got the mailbox")
-        except poplib.error_proto as error:
-            assert "[IN-USE]" in str(error)
-        client.dele(1)
-        client.quit()
-        other.quit()
-        assert not self.far.messages("keep@here.test")
-        return "fetched byte for byte, one session at a time, removed at QUIT"
-
-    def check_5_fsync(self) -> str:
-        storage = Storage(os.path.join(self.directory, "storage"))
-        storage.open()
-        storage.write(os.path.join(storage.root, "file"), b"x")
-        errors = storage.flush([storage.root])
-        assert not errors, errors
-        return "files and directories can be flushed to disk" + ("" if os.name != "nt" else " (files only)")
-
-    def check_6_locks(self) -> str:
-        path = os.path.join(self.directory, "lock")
-        fds = [os.open(path, os.O_CREAT | os.O_RDWR | O_EXTRA, 0o600) for _ in range(2)]
-        first, second = lock_file(fds[0]), lock_file(fds[1])
-        for fd in fds:
-            os.close(fd)
-        assert first and not second
-        return "a lock keeps others out until it is closed"
-
-    def check_7_file_names(self) -> str:
-        keys = ["../../etc@x.test", ".hidden@x.test", "a%b@x.test", "con@x.test", "\u00fc@x.test", "a b@x.test", "A@x.test"]
-        seen = set()
-        assert self.far.stores
-        for key in keys:
-            path = self.far.stores.mailboxes.path(lower(key))
-            os.makedirs(path)
-            seen.add(os.path.realpath(path).lower())
-        root = os.path.realpath(self.far.stores.mailboxes.root).lower()
-        assert len(seen) == len(keys) and all(path.startswith(root) for path in seen)
-        source = os.path.join(self.directory, "lock")
-        os.link(source, source + "2")
-        return "odd addresses get a place of their own, hard links work"
-
-    def check_8_dns_packets(self) -> str:
-        if not has_extension("relay"):
-            return "skipped: no relay section"
-        query = encode_query(7, "far.test", MX)
-        packet = encode_answer(query, [Record("far.test", MX, 60, (10, "mx.far.test"))])
-        assert decode_answer(packet).records[0].data == (10, "mx.far.test")
-        for size in range(len(packet)):
-            with contextlib.suppress(ValueError):
-                decode_answer(packet[:size])
-        return "answers are decoded, broken ones refused"
-
-    def check_9_tls(self) -> str:
-        try:
-            import ssl
-        except ImportError:
-            return "skipped: this Python has no ssl module"
-        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).minimum_version = ssl.TLSVersion.TLSv1_2
-        return "%s, TLS 1.2 and later" % ssl.OPENSSL_VERSION
-
-
-def selftest_command(config: Config, arguments: List[str]) -> int:
-    """Try every guarantee on this machine, on free ports and inside the data directory; print a line for each."""
-    Parser(prog="minimail.py selftest", description=selftest_command.__doc__).parse_args(arguments)
-    log.setLevel(logging.CRITICAL)
-    storage, was_there = Storage(config.data), os.path.exists(config.data)
-    storage.make_directory(storage.run)
-    directory = tempfile.mkdtemp(prefix="selftest-", dir=storage.run)
-    failed = 0
-    try:
-        test = Selftest(directory)
-        try:
-            for name in sorted(name for name in dir(test) if name.startswith("check_")):
-                try:
-                    verdict = getattr(test, name)()
-                    print("%-4s %s: %s" % ("skip" if verdict.startswith("skipped") else "ok", name[8:], verdict), flush=True)
-                except Exception as error:
-                    failed += 1
-                    print("FAIL %s: %s: %s" % (name[8:], type(error).__name__, printable(str(error))), flush=True)
-        finally:
-            test.stop()
-    finally:
-        shutil.rmtree(directory, ignore_errors=True)
-        for path in () if was_there else (storage.run, storage.root):
-            with contextlib.suppress(OSError):      # somebody else uses it by now
-                os.rmdir(path)
-    print("%d of the guarantees do not hold here" % failed if failed else "all hold")
-    return 1 if failed else 0
 
 
 PAGE = r"""<!doctype html>
@@ -14027,12 +14023,388 @@ get("api/v1/info").then(({smtp: [address], capture, release}) => {
 </script>
 """
 
-WebExtension.commands = {"wait": wait_command, "selftest": selftest_command}
 EXTENSIONS.append(WebExtension())
 
 
 # ======================================================================================================================
-# 20  Command line.  Options and environment to a Config, log lines, signals, processes, exit statuses.
+# 23  Selftest.  Tries on this machine what minimail promises.
+# ======================================================================================================================
+
+class Selftest:
+    """Tries on this machine, in a directory beside the data, what minimail promises; each check_NAME says what holds."""
+
+    def __init__(self, directory: str) -> None:
+        self.directory = directory
+        self.text = "Subject: selftest\r\n\r\n.a line with a dot\r\n"
+        zone = {"far.test": ["MX 10 mx.far.test"], "mx.far.test": ["A 127.0.0.1"], "null.test": ["MX 0 ."]}
+        self.far = Node(smtp="127.0.0.1:0", pop3="127.0.0.1:0", data=os.path.join(directory, "far"), faults=["rcpt 451 x1"])
+        self.far.start()
+        relay: Dict[str, Any] = {"domain": "near.test", "catch_all": "all@near.test", "dns": zone, "retry": "0.2",
+                                 "mx_port": self.far.smtp_address[1]}
+        self.near = Node(smtp="127.0.0.1:0", pop3="127.0.0.1:0", data=os.path.join(directory, "near"), **relay)
+        self.near.start()
+
+    def stop(self) -> None:
+        self.near.stop()
+        self.far.stop()
+
+    def send(self, node: Node, recipient: str) -> None:
+        import smtplib
+        with smtplib.SMTP(node.smtp_address[0], node.smtp_address[1], timeout=5) as client:
+            client.sendmail("me@near.test", recipient, self.text)
+
+    def check_1_queue_dns_retry(self) -> str:
+        self.send(self.near, "bob@far.test")        # refused once, for a while, by the fault rule
+        message = self.far.wait_for("bob@far.test", timeout=10)
+        assert message.read().endswith(self.text.encode())
+        return "queued, found by MX record, refused once, sent again"
+
+    def check_2_bounce(self) -> str:
+        self.send(self.near, "nobody@null.test")
+        report = self.near.wait_for("all@near.test", timeout=10).email()
+        assert report.get_content_type() == "multipart/report" and "5.1.10" in report.as_string()
+        return "a null MX comes back as a report with 5.1.10"
+
+    def check_3_accept_store(self) -> str:
+        try:
+            self.send(self.far, "keep@here.test")
+        except OSError:
+            self.send(self.far, "keep@here.test")   # the fault rule was still there
+        message = self.far.wait_for("keep@here.test", timeout=5)
+        assert os.stat(message.path).st_mode & 0o077 == 0 or os.name == "nt"
+        return "250 given, the message in its Maildir, readable by its owner only"
+
+    def check_4_fetch(self) -> str:
+        import poplib
+        client = poplib.POP3(self.far.pop3_address[0], self.far.pop3_address[1], timeout=5)
+        client.user("keep@here.test")
+        client.pass_("any")
+        content = b"\r\n".join(client.retr(1)[1]) + b"\r\n"
+        assert content == self.far.messages("keep@here.test")[0].read()
+        other = poplib.POP3(self.far.pop3_address[0], self.far.pop3_address[1], timeout=5)
+        other.user("keep@here.test")
+        try:
+            other.pass_("any")
+            raise AssertionError("a second session got the mailbox")
+        except poplib.error_proto as error:
+            assert "[IN-USE]" in str(error)
+        client.dele(1)
+        client.quit()
+        other.quit()
+        assert not self.far.messages("keep@here.test")
+        return "fetched byte for byte, one session at a time, removed at QUIT"
+
+    def check_5_fsync(self) -> str:
+        storage = Storage(os.path.join(self.directory, "storage"))
+        storage.open()
+        storage.write(os.path.join(storage.root, "file"), b"x")
+        errors = storage.flush([storage.root])
+        assert not errors, errors
+        return "files and directories can be flushed to disk" + ("" if os.name != "nt" else " (files only)")
+
+    def check_6_locks(self) -> str:
+        path = os.path.join(self.directory, "lock")
+        fds = [os.open(path, os.O_CREAT | os.O_RDWR | O_EXTRA, 0o600) for _ in range(2)]
+        first, second = lock_file(fds[0]), lock_file(fds[1])
+        for fd in fds:
+            os.close(fd)
+        assert first and not second
+        return "a lock keeps others out until it is closed"
+
+    def check_7_file_names(self) -> str:
+        keys = ["../../etc@x.test", ".hidden@x.test", "a%b@x.test", "con@x.test", "\u00fc@x.test", "a b@x.test", "A@x.test"]
+        seen = set()
+        assert self.far.stores
+        for key in keys:
+            path = self.far.stores.mailboxes.path(lower(key))
+            os.makedirs(path)
+            seen.add(os.path.realpath(path).lower())
+        root = os.path.realpath(self.far.stores.mailboxes.root).lower()
+        assert len(seen) == len(keys) and all(path.startswith(root) for path in seen)
+        source = os.path.join(self.directory, "lock")
+        os.link(source, source + "2")
+        return "odd addresses get a place of their own, hard links work"
+
+    def check_8_dns_packets(self) -> str:
+        query = encode_query(7, "far.test", MX)
+        packet = encode_answer(query, [Record("far.test", MX, 60, (10, "mx.far.test"))])
+        assert decode_answer(packet).records[0].data == (10, "mx.far.test")
+        for size in range(len(packet)):
+            with contextlib.suppress(ValueError):
+                decode_answer(packet[:size])
+        return "answers are decoded, broken ones refused"
+
+    def check_9_tls(self) -> str:
+        try:
+            import ssl
+        except ImportError:
+            return "skipped: this Python has no ssl module"
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).minimum_version = ssl.TLSVersion.TLSv1_2
+        return "%s, TLS 1.2 and later" % ssl.OPENSSL_VERSION
+
+
+def selftest_command(config: Config, arguments: List[str]) -> int:
+    """Try every guarantee on this machine, on free ports and inside the data directory; print a line for each."""
+    Parser(prog="minimail.py selftest", description=selftest_command.__doc__).parse_args(arguments)
+    log.setLevel(logging.CRITICAL)
+    storage, was_there = Storage(config.data), os.path.exists(config.data)
+    storage.make_directory(storage.run)
+    directory = tempfile.mkdtemp(prefix="selftest-", dir=storage.run)
+    failed = 0
+    try:
+        test = Selftest(directory)
+        try:
+            for name in sorted(name for name in dir(test) if name.startswith("check_")):
+                try:
+                    verdict = getattr(test, name)()
+                    print("%-4s %s: %s" % ("skip" if verdict.startswith("skipped") else "ok", name[8:], verdict), flush=True)
+                except Exception as error:
+                    failed += 1
+                    print("FAIL %s: %s: %s" % (name[8:], type(error).__name__, printable(str(error))), flush=True)
+        finally:
+            test.stop()
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+        for path in () if was_there else (storage.run, storage.root):
+            with contextlib.suppress(OSError):      # somebody else uses it by now
+                os.rmdir(path)
+    print("%d of the guarantees do not hold here" % failed if failed else "all hold")
+    return 1 if failed else 0
+
+
+class SelftestExtension(Extension):
+    """One command."""
+
+    name = "selftest"
+    commands = {"selftest": selftest_command}
+
+
+EXTENSIONS.append(SelftestExtension())
+
+
+
+# ======================================================================================================================
+# 24  Cutting this file: a copy without the sections that somebody does not need, and without this one. Pure: text in, text
+#     out, but for the command at its end. What there is to cut is read from the map in the head.
+# ======================================================================================================================
+
+class Section(NamedTuple):
+    """A section as the map names it: `name` is "" where it must stay, `needs` what it does not run without."""
+    number: int
+    name: str
+    needs: Tuple[str, ...]
+    text: str
+
+
+BANNER = re.compile(r"^# ={100,}\n# (\d+)  ", re.MULTILINE)
+LINE = 120                                          # columns of an import
+TAGGED = re.compile(r"^ {4,}(.*?) +\[(\w+)(?:, needs ([\w ]+))?\]$", re.MULTILINE)     # a line of the map, or of the legend
+
+
+def read_sections(source: str) -> List[Section]:
+    """Return the sections of this file's text in their order."""
+    named = {int(match.group(1).split()[0]): (match.group(2), tuple((match.group(3) or "").split()))
+             for match in TAGGED.finditer(source) if match.group(1)[:1].isdigit()}
+    starts = [0] + [match.start() for match in BANNER.finditer(source)] + [len(source)]
+    return [Section(number, *named.get(number, ("", ())), source[start:end])
+            for number, (start, end) in enumerate(zip(starts, starts[1:]), 1)]
+
+
+def needed_by(sections: Sequence[Section]) -> Dict[str, Set[str]]:
+    """Return {name: names of all that it does not run without} of the optional sections."""
+    needs: Dict[str, Set[str]] = {}
+    for part in sections:                           # what a section needs stands above it
+        if part.name:
+            needs.setdefault(part.name, set()).update(*({name} | needs[name] for name in part.needs))
+    return needs
+
+
+def chosen(needs: Dict[str, Set[str]], wanted: Optional[Iterable[str]], unwanted: Iterable[str]) -> Set[str]:
+    """Return the names to keep: what is wanted (None: all) with what that needs, less what is unwanted or needs that."""
+    known = [name for name in needs if name != "cut"]
+    for name in itertools.chain(wanted or (), unwanted):
+        if name not in known:
+            raise UsageError("cut: there is no section %s (one of: %s)" % (printable(name, 60), " ".join(known)))
+    keep = set(needs) if wanted is None else set(wanted).union(*(needs[name] for name in wanted))
+    gone = set(unwanted) | {"cut"}
+    return {name for name in keep if name not in gone and not needs[name] & gone}
+
+
+def cut(source: str, keep: Container[str]) -> str:
+    """Return this file's text with only these of its optional sections, and nothing that only the others used."""
+    sections = read_sections(source)
+    left = [part for part in sections if not part.name or part.name in keep]
+    numbers = {part.number for part in left}
+    rows = TAGGED.sub(lambda row: row.group() if row.group(2) in keep else "\0", left[0].text)
+    lines = []
+    for line in rows.replace("\0\n", "").split("\n"):
+        arrows = re.finditer(r" *[-+]+> (\d+) ", line)     # of the drawing: what an arrow to nowhere leads to goes, too
+        end = next((arrow.start() for arrow in arrows if int(arrow.group(1)) not in numbers), None)
+        lines.append(line[:end])
+    head = re.sub(r"^ +\|\n(?= *\|?\n)", "", "\n".join(lines), flags=re.MULTILINE)
+    head = re.sub(r"\n{2,}(?=\nMap)", "\n", head)
+    return without_unused(head + "".join(part.text for part in left[1:]))
+
+
+def without_unused(source: str) -> str:
+    """Return a module's text without the imports and definitions that nothing in it comes to use."""
+    import ast
+    tree = ast.parse(source)
+    statements = list(tree.body)
+    for statement in tree.body:                     # if TYPE_CHECKING: imports for annotations only
+        if isinstance(statement, ast.If) and not statement.orelse:
+            statements += statement.body
+    uses: Dict[str, Set[str]] = {}                  # by a name's definition
+    found: List[str] = []                           # names that are used, and whose definition is still to be looked at
+    for statement in statements:
+        names = bound_names(statement)
+        for name in names:
+            uses.setdefault(name, set()).update(used_names(statement))
+        if not names or any(name.startswith("__") for name in names):
+            found += used_names(statement)
+    used = {"annotations"}                          # of __future__
+    while found:
+        name = found.pop()
+        if name not in used:
+            used.add(name)
+            found += uses.get(name, ())
+    lines: List[Optional[str]] = list(source.split("\n"))
+    for statement in statements:
+        names = bound_names(statement)
+        if names and not any(name in used or name.startswith("__") for name in names):
+            first = min([statement.lineno] + [line.lineno for line in getattr(statement, "decorator_list", ())])
+            lines[first - 1:statement.end_lineno] = [None] * ((statement.end_lineno or 0) - first + 1)
+        elif isinstance(statement, ast.ImportFrom) and not used.issuperset(names):
+            kept = import_lines(statement.module or "", [name for name in names if name in used])
+            lines[statement.lineno - 1] = kept
+            lines[statement.lineno:statement.end_lineno] = [None] * ((statement.end_lineno or 0) - statement.lineno)
+    return "\n".join(without_holes(lines))
+
+
+def import_lines(module: str, names: Sequence[str]) -> str:
+    """Return an import as it is written in this file."""
+    import textwrap
+    line = "from %s import " % module
+    if len(line + ", ".join(names)) <= LINE:
+        return line + ", ".join(names)
+    return textwrap.fill(", ".join(names), LINE - 1, initial_indent=line + "(", subsequent_indent=" " * (len(line) + 1)) + ")"
+
+
+def bound_names(statement: Any) -> List[str]:
+    """Return the names that a statement (ast) of a module defines; none where it does something else, too."""
+    import ast
+    if isinstance(statement, (ast.Import, ast.ImportFrom)):
+        return [alias.asname or alias.name.partition(".")[0] for alias in statement.names]
+    if isinstance(statement, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+        return [statement.name]
+    if isinstance(statement, (ast.Assign, ast.AnnAssign)):
+        targets = statement.targets if isinstance(statement, ast.Assign) else [statement.target]
+        named = [name for target in targets for name in (target.elts if isinstance(target, ast.Tuple) else [target])]
+        return [name.id for name in named if isinstance(name, ast.Name)]
+    return []
+
+
+def used_names(statement: Any) -> Set[str]:
+    """Return the names that occur in a statement (ast), also in annotations that are strings."""
+    import ast
+    found = set()
+    for node in ast.walk(statement):
+        if isinstance(node, ast.Name):
+            found.add(node.id)
+        for quoted in (getattr(node, field, None) for field in ("annotation", "returns", "slice", "elts")):
+            for text in quoted if isinstance(quoted, list) else [quoted]:
+                text = getattr(text, "value", text)         # Python 3.8 has it in an ast.Index
+                text = getattr(text, "value", text)
+                if isinstance(text, str):
+                    found.update(re.findall(r"\w+", text))
+    return found
+
+
+def without_holes(lines: Iterable[Optional[str]]) -> Iterator[str]:
+    """Yield the lines but those that are None, what only commented on them, and one of the gaps around them."""
+    gap: List[str] = []
+    hole = False
+    for is_gap, group in itertools.groupby(lines, lambda line: line == ""):
+        before = list(group)
+        if is_gap:
+            gap = max(gap, ["" for _ in before], key=len) if hole else ["" for _ in before]
+            continue
+        after = [line for line in before if line is not None]
+        hole = len(after) < len(before) and all(line.startswith("#") for line in after)
+        if not hole:
+            yield from gap
+            yield from after
+            gap = []
+    yield from gap
+
+
+def cut_command(config: Config, arguments: List[str]) -> int:
+    """Write this file without sections that you do not need; without a name, list what may be left out."""
+    parser = Parser(prog="minimail.py cut", description=cut_command.__doc__)
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument("--with", dest="wanted", metavar="NAME,...", help="keep these, and what they need; the others go")
+    group.add_argument("--without", dest="unwanted", metavar="NAME,...", help="leave these out, and what needs them")
+    parser.add_argument("file", nargs="?", metavar="FILE", help="where to write it (default: standard output)")
+    given = parser.parse_args(arguments)
+    with open(__file__, encoding="utf-8") as file:
+        source = file.read()
+    sections = read_sections(source)
+    needs = needed_by(sections)
+    if given.wanted is None and given.unwanted is None:
+        if given.file:
+            raise UsageError("cut: what to leave out? See `cut` alone, then --with or --without NAME,...")
+        print(list_sections(sections, needs), end="")
+        return 0
+    keep = chosen(needs, None if given.wanted is None else name_list(given.wanted), name_list(given.unwanted or ""))
+    result = cut(source, keep)
+    gone = [name for name in needs if name not in keep and name != "cut"]
+    said = "left out: %s; %d of %d lines" % (" ".join(gone) or "nothing", result.count("\n"), source.count("\n"))
+    if given.file:
+        write_copy(given.file, result)
+        print("%s: %s" % (printable(given.file), said))
+    else:
+        sys.stdout.write(result)
+        print("minimail: " + said, file=sys.stderr)
+    return 0
+
+
+def name_list(text: str) -> List[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def list_sections(sections: Sequence[Section], needs: Dict[str, Set[str]]) -> str:
+    """Return a table of the optional sections, what has to stay last."""
+    lines = {name: sum(part.text.count("\n") for part in sections if part.name == name) for name in [*needs, ""]}
+    rows = [(name, lines[name], " ".join(other for other in needs if other in needs[name] - {name}))
+            for name in needs if name != "cut"] + [("(the rest)", lines[""], "")]
+    return "section       lines  needs\n" + "".join(("%-12s %6d  %s" % row).rstrip() + "\n" for row in rows)
+
+
+def write_copy(path: str, text: str) -> None:
+    """Write a copy of this file in the place of nothing, or of another copy; CannotRun, OSError."""
+    if os.path.lexists(path):
+        with open(path, encoding="utf-8", errors="replace") as file:
+            if os.path.samefile(path, __file__) or not file.read(1000).startswith(text[:text.index("\n\n")]):
+                raise CannotRun("%s: is there, and is no other copy of minimail" % printable(path))
+    draft = path + ".new"
+    with open(draft, "w", encoding="utf-8", newline="\n") as file:
+        file.write(text)
+    os.chmod(draft, os.stat(__file__).st_mode & 0o777)
+    os.replace(draft, path)
+
+
+class CutExtension(Extension):
+    """One command."""
+
+    name = "cut"
+    commands = {"cut": cut_command}
+
+
+EXTENSIONS.append(CutExtension())
+
+
+# ======================================================================================================================
+# 25  Command line.  Options and environment to a Config, log lines, signals, processes, exit statuses.
 # ======================================================================================================================
 
 COMMANDS = {name: function for section in EXTENSIONS for name, function in section.commands.items()}
@@ -14072,7 +14444,7 @@ PLAIN = re.compile(r"[!#-~]+")
 
 def option_parser() -> Any:
     """Return a parser with all Config options, each text kept as it is: read_options() turns them into values."""
-    from argparse import RawDescriptionHelpFormatter
+    from argparse import SUPPRESS, RawDescriptionHelpFormatter
     parser = Parser(prog="minimail.py", add_help=False,
                     formatter_class=functools.partial(RawDescriptionHelpFormatter, width=HELP_WIDTH),
                     usage="minimail.py [serve] [options]\n       minimail.py %s ..." % "|".join(sorted(COMMANDS)),
@@ -14085,8 +14457,9 @@ def option_parser() -> Any:
             parser.add_argument(option_name(name), action="store_const", const="on", help=meta["help"])
             continue
         optional = {"nargs": "?", "const": "on"} if meta["metavar"] == "on|off" else {}
+        help = SUPPRESS if sections_missing(name) else meta["help"] + shown_default(name, meta["help"])
         parser.add_argument(option_name(name), metavar=meta["metavar"], action="append" if meta["many"] else None,
-                            help=(meta["help"] + shown_default(name, meta["help"])).replace("%", "%%"), **optional)
+                            help=help.replace("%", "%%"), **optional)
     parser.add_argument("--version", action="store_true", help="print the version and exit")
     parser.add_argument("--help", "-h", action="store_true", help="print this help and exit")
     return parser
@@ -14691,15 +15064,6 @@ def copy_input(sock: socket.socket) -> None:
         sock.shutdown(socket.SHUT_WR)
 
 
-def command(name: str) -> Callable[[Callable[[Config, List[str]], int]], Callable[[Config, List[str]], int]]:
-    """Enter a function into the table of commands."""
-    def enter(function: Callable[[Config, List[str]], int]) -> Callable[[Config, List[str]], int]:
-        COMMANDS[name] = function
-        return function
-    return enter
-
-
-@command("user")
 def user_command(config: Config, arguments: List[str]) -> int:
     """Add, change, remove or list accounts."""
     parser = Parser(prog="minimail.py user", description=user_command.__doc__)
@@ -14764,25 +15128,7 @@ def first_line() -> str:
     return str(line).rstrip("\r\n")
 
 
-@command("mail")
-def mail_command(config: Config, arguments: List[str]) -> int:
-    """List the mailboxes, or the messages in one."""
-    parser = Parser(prog="minimail.py mail", description=mail_command.__doc__)
-    parser.add_argument("address", nargs="?", metavar="ADDRESS")
-    given = parser.parse_args(arguments)
-    mailboxes = Mailboxes(Storage(config.data))
-    if given.address is None:
-        for name in mailboxes.names():
-            items = mailboxes.listing(name)
-            print("%6d %12d %s" % (len(items), sum(item.size for item in items), printable(name)))
-        return 0
-    key = mailbox_named("mail", given.address, config)
-    for item in mailboxes.listing(key):
-        message = Message(mailboxes, key, item)
-        subject = View(message.head(BLOCK)).header("subject")
-        when = message.received_at.astimezone().strftime("%Y-%m-%d %H:%M:%S")
-        print("%s %s %9d <%s> %s" % (item.uid, when, item.size, printable(message.sender), printable(subject)))
-    return 0
+COMMANDS["user"] = user_command
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 #!/usr/bin/env python3
 """Tests of minimail.py, section by section under the same banners: python3 test_minimail.py [-v] [CLASS[.test]].
 
+With `--module FILE` before that, of another minimail.py: one that `minimail.py cut` wrote has some sections only.
+
 Plain unittest: no network but loopback, no fixed ports, no root, no sleeping instead of waiting. Our own client, Talk,
 sends and compares bytes; smtplib, poplib, mailbox and email stand by as witnesses that were not written here.
 """
@@ -57,6 +59,27 @@ import warnings
 from unittest import mock
 from urllib.parse import quote
 
+HERE = os.path.dirname(os.path.abspath(__file__))
+BANNER = re.compile(r"^# ={100,}\n# (\d+)  ", re.M)
+
+
+def try_module(path, arguments):
+    """Run the tests of the sections that another minimail.py has, as `cut` leaves it; return the status to exit with."""
+    with tempfile.TemporaryDirectory(prefix="test-minimail-") as place:
+        shutil.copy(path, os.path.join(place, "minimail.py"))
+        with open(path, encoding="utf-8") as module, open(__file__, encoding="utf-8") as tests:
+            there, text = set(BANNER.findall(module.read())), tests.read()
+        starts = [match.start() for match in BANNER.finditer(text)] + [len(text)]
+        parts = [text[:starts[0]]] + [text[i:j] for i, j in zip(starts, starts[1:]) if BANNER.match(text, i).group(1) in there]
+        program = os.path.join(place, os.path.basename(__file__))
+        with open(program, "w", encoding="utf-8") as file:
+            file.write("".join(parts))
+        return subprocess.call([sys.executable, *("-W" + option for option in sys.warnoptions), program, *arguments])
+
+
+if __name__ == "__main__" and sys.argv[1:2] == ["--module"]:
+    sys.exit(try_module(sys.argv[2], sys.argv[3:]))
+
 import minimail
 from minimail import Address, Config, Content, Refused, main
 
@@ -65,7 +88,6 @@ try:
 except ImportError:
     ssl = None
 
-HERE = os.path.dirname(os.path.abspath(__file__))
 SOURCE = os.path.join(HERE, "minimail.py")
 PATIENCE = 30.0                                     # seconds until something that does not come is missed
 RAM_DISK = "/dev/shm" if os.access("/dev/shm", os.W_OK) and "TMPDIR" not in os.environ else None
@@ -100,6 +122,35 @@ aWw6zwIgG/36pt/NarlZrk4FUJItBZr1X5jIYExhGaAHGl7Y08Y=
 # ======================================================================================================================
 # Harness: a client that speaks in dialogs, nodes and directories that are gone after the test.
 # ======================================================================================================================
+
+SECTIONS = re.findall(r"\[(\w+)(?:, needs [\w ]+)?\]$", minimail.__doc__, re.M)      # the optional ones that are there
+
+
+def needs(*names):
+    """Skip a test, or a class, where the module was cut and lacks one of these sections."""
+    missing = [name for name in names if name not in SECTIONS]
+    return unittest.skipIf(missing, "this minimail.py has no section " + " ".join(missing))
+
+
+def missing(name):
+    """Stand for a name that a cut minimail.py lacks: what is about it is not tried."""
+    if name.startswith("__"):
+        raise AttributeError(name)
+    raise unittest.SkipTest("this minimail.py has no " + name)
+
+
+if "cut" not in SECTIONS:
+    minimail.__getattr__ = missing
+GONE = {"check", "cut", "dkim", "mail", "mx", "queue", "selftest", "sendmail", "wait"} - set(minimail.COMMANDS)
+
+
+def skip_if_gone(argv, errors=""):
+    """Skip a test that calls a command which a cut minimail.py lacks, or gives an option that is nothing there."""
+    for word in GONE.intersection(argv):
+        raise unittest.SkipTest("this minimail.py has no command " + word)
+    if "this copy of minimail has no" in errors:
+        raise unittest.SkipTest(errors)
+
 
 class Talk:
     """A client's end of a connection."""
@@ -181,7 +232,7 @@ class Case(unittest.TestCase):
             file.write(content if isinstance(content, bytes) else content.encode())
         return path
 
-    OPTIONS = dict(smtp="127.0.0.1:0", pop3="127.0.0.1:0", hostname="mail.test", no_sync=True)
+    OPTIONS = dict(smtp="127.0.0.1:0", pop3="127.0.0.1:0" if "pop3" in SECTIONS else "off", hostname="mail.test", no_sync=True)
 
     def node(self, accounts=None, aliases="", **options):
         """Return a running node, in capture mode unless told otherwise; `accounts` are {address: password}."""
@@ -193,7 +244,11 @@ class Case(unittest.TestCase):
                     file.write("%s:%s\n" % (name, cheap_hash(password)))
             with open(os.path.join(options["data"], "aliases"), "w") as file:
                 file.write(aliases)
-        node = minimail.Node(**options)
+        try:
+            node = minimail.Node(**options)
+        except minimail.UsageError as error:
+            skip_if_gone((), str(error))
+            raise
         node.start()
         self.addCleanup(node.stop)
         return node
@@ -243,6 +298,8 @@ class Case(unittest.TestCase):
 
     def fetch(self, node, address, password="secret"):
         """Return all messages in a mailbox, by POP3."""
+        if "pop3" not in SECTIONS:
+            self.skipTest("this minimail.py has no section pop3")
         with contextlib.closing(poplib.POP3(*node.pop3_address, timeout=PATIENCE)) as pop:
             pop.user(address)
             pop.pass_(password)
@@ -377,6 +434,7 @@ def open_files():
 
 def run_main(*argv, environ=None, stdin=""):
     """Return (status, standard output, standard error) of main() in this process."""
+    skip_if_gone(argv)
     log, out, err = minimail.log, io.StringIO(), io.StringIO()
     before = log.handlers, log.propagate, log.level, minimail.logging.raiseExceptions
     signals = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -391,11 +449,13 @@ def run_main(*argv, environ=None, stdin=""):
         for number, handler in signals.items():
             signal.signal(number, handler)
         signal.pthread_sigmask(signal.SIG_SETMASK, held)    # or programs that tests start would inherit it
+    skip_if_gone((), err.getvalue())
     return status, out.getvalue(), err.getvalue()
 
 
 def run_main_forked(*argv):
     """Return (status, standard output, standard error) of the program in a process of its own."""
+    skip_if_gone(argv)
     ran = subprocess.run([sys.executable, PROGRAM, *argv], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                          timeout=PATIENCE)
     return ran.returncode, ran.stdout.decode(), ran.stderr.decode()
@@ -419,6 +479,9 @@ class Program:
             self.lines.append(line.decode().rstrip("\n"))
             if self.lines[-1] == "ready":
                 break
+        else:
+            self.errors.seek(0)
+            skip_if_gone((), self.errors.read().decode())
 
     def address(self, name):
         """Return (host, port) of a listener."""
@@ -466,6 +529,54 @@ def tearDownModule():
     os.chdir(HERE)
     ELSEWHERE.cleanup()
     assert not UNRAISABLE and not left, (UNRAISABLE, left)
+
+
+CLEAN = (b"From: Alice <alice@example.net>\r\nTo: bob@x\r\nDate: Mon, 01 Jan 2024 10:00:00 +0000\r\n"
+         b"Message-ID: <1@example.net>\r\nSubject: hi\r\n\r\nhello\r\n")
+
+
+class WebAnswer:
+    def __init__(self, response):
+        self.status, self.headers, self.body = response.status, response.headers, response.read()
+
+    @property
+    def json(self):
+        return json.loads(self.body)
+
+    @property
+    def text(self):
+        return self.body.decode("utf-8")
+
+
+@needs("web")
+class WebCase(Case):
+    """A test that speaks HTTP with a node."""
+
+    def web_node(self, **options):
+        return self.node(**dict(dict(pop3="off", web="127.0.0.1:0"), **options))
+
+    def ask(self, node, target, method="GET", body=None, status=200, headers=None):
+        """Return the answer to a request on a connection of its own; what is no bytes goes as JSON."""
+        if body is not None and not isinstance(body, bytes):
+            body = json.dumps(body).encode()
+        with contextlib.closing(http.client.HTTPConnection(*node.web_address, timeout=PATIENCE)) as connection:
+            connection.request(method, target, body, headers or {})
+            answer = WebAnswer(connection.getresponse())
+        if status is not None:
+            self.assertEqual(answer.status, status, "%s %s: %r" % (method, target, answer.body[:300]))
+        return answer
+
+    def found(self, node, query=""):
+        """Return the subjects in the list or of a search, newest first."""
+        target = "/api/v1/search?query=" + quote(query) if query else "/api/v1/messages"
+        return [message["Subject"] for message in self.ask(node, target).json["messages"]]
+
+    def assertSoon(self, function, seconds):
+        """Call a function that takes at most so many seconds of CPU, twice that on slow machines."""
+        started = time.process_time()
+        result = function()
+        self.assertLess(time.process_time() - started, 2 * seconds)
+        return result
 
 
 # ======================================================================================================================
@@ -2564,7 +2675,7 @@ LETTER = b"From: me@here.test\r\nSubject: hi\r\n\r\nbody\r\n"
 
 
 # ======================================================================================================================
-# Harness of sections 8 to 12: a clock, names, peers, a world around a relay, a disk; all of them keep to a script.
+# 8  Harness of sections 8 to 12: a clock, names, peers, a world around a relay, a disk; all of them keep to a script.
 # ======================================================================================================================
 
 class ScriptedCase(Case):
@@ -6438,6 +6549,22 @@ class CrashTest(ScriptedCase):
                 self.assertIn(os.path.dirname(path), later, path)
 
 
+class TriedOnce(ScriptedCase):
+    def test_a_second_hint_is_no_second_attempt(self):
+        """Not even where the next attempt is less than a second off."""
+        world = ScriptedWorld(self, {}, {}, smarthost="smtp://192.0.2.25", retry="0.9")
+        id = world.submit("bob@far.test")
+        world.step()
+        world.queue.place_hint(minimail.Dispatch(world.queue.read(id)), world.queue.new)
+        for _ in range(3):
+            world.stores.storage.wake("flush")
+            world.step()
+        self.assertEqual(len(world.connected), 1)
+        world.clock.now += 3
+        world.step()
+        self.assertEqual(len(world.connected), 2)
+
+
 # ======================================================================================================================
 # 13  Standing: DKIM, SRS, MTA-STS, SPF, the doctor.  A second verifier, slow and simple; the examples of the RFCs.
 # ======================================================================================================================
@@ -7517,6 +7644,38 @@ def minimail_dns(names):
             with contextlib.closing(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) as last:
                 last.sendto(b"", sock.getsockname())
             thread.join()
+
+
+class SeenFromHere(Case):
+    """What `check` says of the machine itself."""
+
+    def test_own_addresses(self):
+        doctor = minimail.Doctor(Config(domain=("here.test",)), "mx.here.test", minimail.Zone({"here.test": ["TXT x"]}).resolver())
+        for own, records in ([], ["; mx.here.test. IN A ADDRESS (this machine cannot tell which)"]), (
+                ["8.8.4.4", "2a00::1"], ["mx.here.test. IN A 8.8.4.4", "mx.here.test. IN AAAA 2a00::1"]):
+            with mock.patch.object(minimail, "public_addresses", return_value=own):
+                self.assertEqual([list(finding.records) for finding in doctor.check_hostname()], [records])
+
+    def test_only_what_the_internet_sees(self):
+        for host, shown in ("10.1.2.3", []), ("192.168.0.1", []), ("127.0.0.1", []), ("8.8.4.4", ["8.8.4.4"] * 2):
+            with mock.patch.object(socket.socket, "connect"), mock.patch.object(socket.socket, "getsockname", return_value=(host, 9)):
+                self.assertEqual(minimail.public_addresses(), shown)
+
+    def test_a_laboratory_is_not_anybody(self):
+        zone = minimail.Zone({"here.test": ["MX 1 mx.here.test", "TXT v=spf1 ip4:192.0.2.1 -all"], "mx.here.test": ["A 192.0.2.1"]})
+        doctor = minimail.Doctor(Config(domain=("here.test",)), "mx.here.test", zone.resolver())
+        spf = [finding for finding in doctor.examine(["here.test"]) if finding.check == "spf"]
+        self.assertEqual([finding.status for finding in spf], ["ok"], spf)
+
+    def test_errors_have_no_numbers(self):
+        error = OSError(errno.ENETUNREACH, os.strerror(errno.ENETUNREACH))
+        self.assertEqual([minimail.reason_of(e) for e in (error, socket.timeout("timed out"), ValueError("odd"))],
+                         [os.strerror(errno.ENETUNREACH), "timed out", "odd"])
+        resolver = minimail.Resolver([("192.0.2.1", 53)])
+        with mock.patch.object(minimail.Resolver, "_ask", side_effect=error):
+            with self.assertRaises(minimail.DNSFailure) as caught:
+                resolver.lookup("far.test", minimail.TYPES["A"])
+        self.assertNotIn("Errno", str(caught.exception))
 
 
 # ======================================================================================================================
@@ -9661,59 +9820,591 @@ class ShownAnywhere(Case):
                 self.assertEqual(out.buffer.getvalue().decode(encoding).strip(), "\u65e5 \u00fc".encode(encoding, "backslashreplace").decode(encoding))
 
 
-# ======================================================================================================================
-# 19  Web inbox, JSON API, transcripts and lint, faults, wait, selftest
-# ======================================================================================================================
+class CheapToRead(Case):
+    """No shape of a field or a page costs much more than another."""
 
-CLEAN = (b"From: Alice <alice@example.net>\r\nTo: bob@x\r\nDate: Mon, 01 Jan 2024 10:00:00 +0000\r\n"
-         b"Message-ID: <1@example.net>\r\nSubject: hi\r\n\r\nhello\r\n")
+    def test_address_headers_of_marks(self):
+        for shape, tokens in (('"' + '\\"' * 50000, 2), ("," * 50000, 1), (", " * 50000, 1), ("(" + "\\(" * 50000, 3),
+                              (":" * 50000, 1), ('"' * 50001, 30000)):
+            with self.subTest(shape[:4]):
+                self.assertLess(sum(1 for _ in minimail.address_tokens(shape)), tokens + 1)
 
+    def test_they_are_read_as_before(self):
+        for text, people in (('a@x,, ;b@x', ["a@x", "b@x"]), ('"\\"a@x', ['"\\"a@x']), ("(\\(a@x", ["(\\(a@x"]), ("g:: a@x;", ["a@x"]),
+                             ("a@x , , b@x", ["a@x", "b@x"]), ("a: b@x, c@x; d@x", ["b@x", "c@x", "d@x"]), (",", [])):
+            self.assertEqual([address for _, address in minimail.read_addresses(text)], people, text)
 
-class WebAnswer:
-    def __init__(self, response):
-        self.status, self.headers, self.body = response.status, response.headers, response.read()
+    def test_references_at_the_edge_of_a_piece(self):
+        for size in range(minimail.BLOCK - 45, minimail.BLOCK + 3):
+            text = "&" * size + "&amp;x&#233;" * 20
+            self.assertEqual(minimail.unescape(text), "&" * size + "&x\xe9" * 20)
 
-    @property
-    def json(self):
-        return json.loads(self.body)
-
-    @property
-    def text(self):
-        return self.body.decode("utf-8")
-
-
-class WebCase(Case):
-    """A test that speaks HTTP with a node."""
-
-    def web_node(self, **options):
-        return self.node(**dict(dict(pop3="off", web="127.0.0.1:0"), **options))
-
-    def ask(self, node, target, method="GET", body=None, status=200, headers=None):
-        """Return the answer to a request on a connection of its own; what is no bytes goes as JSON."""
-        if body is not None and not isinstance(body, bytes):
-            body = json.dumps(body).encode()
-        with contextlib.closing(http.client.HTTPConnection(*node.web_address, timeout=PATIENCE)) as connection:
-            connection.request(method, target, body, headers or {})
-            answer = WebAnswer(connection.getresponse())
-        if status is not None:
-            self.assertEqual(answer.status, status, "%s %s: %r" % (method, target, answer.body[:300]))
-        return answer
-
-    def found(self, node, query=""):
-        """Return the subjects in the list or of a search, newest first."""
-        target = "/api/v1/search?query=" + quote(query) if query else "/api/v1/messages"
-        return [message["Subject"] for message in self.ask(node, target).json["messages"]]
-
-    def assertSoon(self, function, seconds):
-        """Call a function that takes at most so many seconds of CPU, twice that on slow machines."""
-        started = time.process_time()
-        result = function()
-        self.assertLess(time.process_time() - started, 2 * seconds)
-        return result
+    def test_blanks_around_line_ends(self):
+        for marks in itertools.product((" ", "<br>", "a"), repeat=6):
+            text = "x" + "".join(marks) + "x"
+            plain = re.sub(r" ?\n ?", "\n", re.sub(" {2,}", " ", text.replace("<br>", "\n")))
+            self.assertEqual(minimail.html_text(text), re.sub("\n{3,}", "\n\n", plain))
 
 
 # ======================================================================================================================
-# The API
+# 19  Transcripts and lint
+# ======================================================================================================================
+
+class WebTranscripts(WebCase):
+    def sessions(self, node):
+        return sorted(os.listdir(os.path.join(node.data, "sessions")))
+
+    def test_secrets_are_blanked(self):
+        node = self.web_node()
+        name, password = (base64.b64encode(text).decode() for text in (b"ann@x", b"pass word"))
+        plain = base64.b64encode(b"\0ann@x\0pass word").decode()
+        for log_in in ("C: AUTH PLAIN %s\nS: 235" % plain, "C: auth plain\nS: 334\nC: %s\nS: 235" % plain,
+                       "C: AUTH LOGIN %s\nS: 334\nC: %s\nS: 235" % (name, password),
+                       "C: Auth Login\nS: 334\nC: %s\nS: 334\nC: %s\nS: 235" % (name, password),
+                       "C: AUTH PLAIN %s=\nS: 501\nC: AUTH CRAM-MD5 %s\nS: 504" % (plain, password)):
+            node.clear()
+            self.dialog(node.smtp_address, "S: 220\nC: EHLO c\nS: 250\n" + log_in + "\nC: MAIL FROM:<a@x>\nC: RCPT TO:<b@x>\nC: DATA\n"
+                        "S: 250\nS: 250\nS: 354\nC: secret text\nC: .\nS: 250")
+            record = self.ask(node, "/api/v1/message/latest/session").json
+            self.assertIn(["C", "AUTH ***"], record["transcript"])
+            stored, = self.sessions(node)
+            with open(os.path.join(node.data, "sessions", stored)) as file:
+                text = file.read()
+            for secret in (plain, password, name, "pass word", "secret text"):
+                self.assertNotIn(secret, text)
+
+    def test_each_message_has_its_own(self):
+        node = self.web_node()
+        talk = self.dialog(node.smtp_address, "S: 220\nC: EHLO client.test\nS: 250")
+        for number in (1, 2):
+            self.dialog(talk, "C: MAIL FROM:<a%d@x>\nS: 250\nC: RCPT TO:<b%d@x>\nS: 250\nC: RCPT TO:<nonsense\nS: 5\nC: DATA\nS: 354\nC: x\nC: .\nS: 250"
+                        % (number, number))
+        messages = self.ask(node, "/api/v1/messages").json["messages"]
+        for number, message in zip((2, 1), messages):
+            record = self.ask(node, "/api/v1/message/%s/session" % message["ID"]).json
+            lines = ["%s: %s" % tuple(line) for line in record["transcript"]]
+            self.assertEqual([line for line in lines if line.startswith("C")],
+                             ["C: EHLO client.test", "C: MAIL FROM:<a%d@x>" % number, "C: RCPT TO:<b%d@x>" % number, "C: RCPT TO:<nonsense", "C: DATA"])
+            self.assertTrue(lines[0].startswith("S: 220 ") and lines[-1].startswith("S: 250 2.0.0 ") and message["ID"] in lines[-1], lines)
+            self.assertEqual([record[key] for key in ("id", "sender", "recipients", "helo", "client", "protocol", "tls", "bcc")],
+                             [message["ID"], "a%d@x" % number, ["b%d@x" % number], "client.test", "127.0.0.1", "ESMTP", False, ["b%d@x" % number]])
+
+    def test_a_long_conversation_is_cut(self):
+        """What was said before and between messages costs each of them a bounded part of it."""
+        node = self.web_node(max_size="1M")
+        with mock.patch.object(minimail, "MAX_TRANSCRIPT", 4000):
+            talk = self.dialog(node.smtp_address, "S: 220\nC: EHLO client.test\nS: 250")
+            for _ in range(2):
+                for _ in range(50):
+                    self.dialog(talk, "C: NOOP %s\nS: 250" % ("x" * 500))
+                self.dialog(talk, "C: MAIL FROM:<a@x>\nS: 250\nC: RCPT TO:<b@x>\nS: 250\nC: DATA\nS: 354\nC: x\nC: .\nS: 250")
+        for message in self.ask(node, "/api/v1/messages").json["messages"]:
+            record = self.ask(node, "/api/v1/message/%s/session" % message["ID"])
+            self.assertLess(len(record.text), 8000 + 20 * 600)
+
+    def test_they_go_with_the_message(self):
+        node = self.web_node(pop3="127.0.0.1:0", data=self.directory())
+        for case in ("api", "library", "pop3"):
+            id = self.deliver(node, b"x\r\n", "a@x", "b@x")
+            self.assertEqual(self.sessions(node), [id + ".json"])
+            self.assertEqual(os.stat(os.path.join(node.data, "sessions", id + ".json")).st_mode & 0o177, 0)
+            if case == "api":
+                self.ask(node, "/api/v1/messages", "DELETE", {"IDs": [id]})
+            elif case == "library":
+                node.messages("a@x")[0].delete()
+                self.assertEqual(self.sessions(node), [id + ".json"], "there is another copy")
+                self.assertEqual(node.messages("b@x")[0].recipients, ["a@x", "b@x"])
+                node.clear()
+            else:
+                for name in ("a@x", "b@x"):
+                    self.dialog(node.pop3_address, "S: +OK\nC: USER %s\nS: +OK\nC: PASS x\nS: +OK\nC: DELE 1\nS: +OK\nC: QUIT\nS: +OK\nS: closed" % name)
+            self.assertEqual(self.sessions(node), [], case)
+
+    def test_refused_messages_leave_none(self):
+        node = self.web_node(max_size=1000, faults=["end=f@x 552"])
+        for recipient, content, answer in (("f@x", "x", "552"), ("b@x", "x" * 2000, "552")):
+            self.dialog(node.smtp_address, "S: 220\nC: EHLO c\nS: 250\nC: MAIL FROM:<a@x>\nC: RCPT TO:<%s>\nC: DATA\nS: 250\nS: 250\nS: 354\nC: %s\nC: .\nS: %s"
+                        % (recipient, content, answer))
+        self.assertEqual((self.sessions(node), node.messages()), ([], []))
+
+    def test_what_was_removed_elsewhere_is_swept(self):
+        node = self.web_node(data=self.directory())
+        id, kept = self.deliver(node, b"x\r\n", "b@x"), self.deliver(node, b"x\r\n", "b@x")
+        os.unlink(node.messages()[0].path)
+        for name in self.sessions(node):
+            os.utime(os.path.join(node.data, "sessions", name), (1, 1))
+        node.stop()
+        node.start()
+        self.eventually(lambda: self.sessions(node) == [kept + ".json"])
+        self.assertNotEqual(id, kept)
+
+    def test_on_and_off(self):
+        for options, kept in (({}, True), ({"transcripts": "off"}, False), ({"transcripts": False}, False), ({"domain": "x"}, False),
+                              ({"domain": "x", "transcripts": "on"}, True)):
+            node = self.web_node(catch_all="all@x" if "domain" in options else None, **options)
+            id = self.deliver(node, b"Subject: x\r\n\r\nx\r\n", "b@x")
+            self.assertEqual(os.path.isdir(os.path.join(node.data, "sessions")), kept, options)
+            record = self.ask(node, "/api/v1/message/%s/session" % id).json
+            self.assertEqual((bool(record["transcript"]), record["sender"]), (kept, "alice@example.net"))
+
+    def test_keep(self):
+        node = self.web_node(keep=2)
+        with self.assertLogs("minimail", "INFO") as logs:
+            for number in range(5):
+                self.deliver(node, b"Subject: %d\r\n\r\nx\r\n" % number, "b@x")
+            self.eventually(lambda: len(node.messages()) == 2)
+            self.eventually(lambda: sum(record.getMessage() == "pruned" for record in logs.records) == 3)
+        self.assertEqual(self.found(node), ["4", "3"])
+        self.assertEqual(len(self.sessions(node)), 2)
+
+
+class LintRules(WebCase):
+    def lint(self, node, content=CLEAN, mail="", before="EHLO c\r\n", pipeline=False, bdat=False):
+        """Send a message, byte for byte; return the rules it breaks."""
+        with Talk(node.smtp_address) as talk:
+            if before:
+                talk.reply()
+                talk.send(before)
+            talk.reply() if before else (talk.reply(), talk.reply())
+            size = b"BDAT %d LAST\r\n" % len(content) if bdat else b"DATA\r\n"
+            head = b"MAIL FROM:<a@x>%s\r\nRCPT TO:<bob@x>\r\n%s" % (mail.encode(), size)
+            data = content if bdat else content + b".\r\n"
+            if pipeline or bdat:
+                talk.send(head + data)
+            else:
+                talk.send(head)
+            replies = [talk.reply(), talk.reply()] + ([] if bdat else [talk.reply()])
+            if not (pipeline or bdat):
+                talk.send(data)
+            replies.append(talk.reply())
+            self.assertTrue(replies[-1].startswith("250 2.0.0"), replies)
+        found = self.ask(node, "/api/v1/message/latest/session").json["lint"]
+        for rule in found:
+            self.assertRegex(rule["text"], r"^[A-Z].*\.$")
+            self.assertRegex(rule["rfc"], r"^RFC \d+")
+        return [rule["rule"] for rule in found]
+
+    def test_each_rule_alone(self):
+        node = self.web_node()
+        eight = CLEAN.replace(b"hello", b"h\xc3\xa9llo")
+        raw = CLEAN.replace(b"Subject: hi", "Subject: hé".encode())
+
+        def subject(text):
+            return CLEAN.replace(b"hi\r", text + b"\r")
+        for rule, content, more in (
+                ("", CLEAN, {}), ("", CLEAN, {"bdat": True}), ("bare-newline", CLEAN + b"a\nb\r\n", {}), ("bare-newline", CLEAN + b"a\rb\r\n", {}),
+                ("bare-newline", CLEAN + b"a\nb\r\n", {"bdat": True}),
+                ("8bit", eight, {}), ("8bit", eight, {"mail": " BODY=7BIT"}), ("", eight, {"mail": " BODY=8BITMIME"}),
+                ("no-date", CLEAN.replace(b"Date:", b"X-Date:"), {}), ("no-message-id", CLEAN.replace(b"Message-ID:", b"X-ID:"), {}),
+                ("no-from", CLEAN.replace(b"From:", b"X-From:"), {}),
+                ("long-line", CLEAN + b"x" * 999 + b"\r\n", {}), ("", CLEAN + b"x" * 998 + b"\r\n", {}),
+                ("long-line", CLEAN + b"y\r\n" * 30000 + b"x" * 999 + b"\r\n" + b"y\r\n" * 30000, {}),
+                ("", CLEAN + (b"x" * 998 + b"\r\n") * 300, {}),
+                ("", CLEAN, {"mail": " SIZE=%d" % len(CLEAN)}), ("size", CLEAN, {"mail": " SIZE=1000"}), ("size", CLEAN * 9, {"mail": " SIZE=10"}),
+                ("header-encoding", raw, {"mail": " BODY=8BITMIME"}), ("", raw, {"mail": " BODY=8BITMIME SMTPUTF8"}),
+                ("", subject(b"=?utf-8?q?h=C3=A9?= =?ISO-8859-1*de?B?6Q==?= a=b?c"), {}), ("header-encoding", subject(b"=?utf-8?q?h =C3=A9?="), {}),
+                ("header-encoding", subject(b"=?utf-8?x?abc?="), {}), ("header-encoding", subject(b"=?utf-8?b?a*c?="), {}),
+                ("dot-stuffing", CLEAN + b".x\r\n", {}), ("", CLEAN + b"..\r\n..x\r\n", {}), ("", CLEAN + b".x\r\n", {"bdat": True}),
+                ("pipelining", CLEAN, {"pipeline": True}), ("", CLEAN, {"before": "HELO c\r\n"})):
+            with self.subTest(rule=rule, content=content[-40:], **more):
+                self.assertEqual(self.lint(node, content, **more), [rule] if rule else [])
+
+    def test_before_its_turn(self):
+        node = self.web_node()
+        for text, rules in (("EHLO c\r\nMAIL FROM:<a@x>\r\nRCPT TO:<bob@x>\r\nDATA\r\n", ["pipelining"]),
+                            ("EHLO c\r\nNOOP\r\nMAIL FROM:<a@x>\r\nRCPT TO:<bob@x>\r\nDATA\r\n", ["pipelining"])):
+            with Talk(node.smtp_address) as talk:
+                talk.reply()
+                talk.send(text)
+                for _ in range(text.count("\n")):
+                    talk.reply()
+                self.assertTrue(talk.send(CLEAN + b".\r\n").reply().startswith("250"))
+            found = self.ask(node, "/api/v1/message/latest/session").json["lint"]
+            self.assertEqual([rule["rule"] for rule in found], rules)
+
+    def test_early_talkers(self):
+        node = self.web_node()
+        sent = threading.Event()
+        take = minimail.Listener.get_request
+
+        def late(listener):
+            if listener.name == "smtp":
+                sent.wait(PATIENCE)
+            return take(listener)
+        with mock.patch.object(minimail.Listener, "get_request", late):
+            with Talk(node.smtp_address) as talk:
+                talk.send("EHLO c\r\n")
+                sent.set()
+                self.dialog(talk, "S: 220\nS: 250\nC: MAIL FROM:<a@x>\nC: RCPT TO:<bob@x>\nC: DATA\nS: 250\nS: 250\nS: 354")
+                self.assertTrue(talk.send(CLEAN + b".\r\n").reply().startswith("250"))
+        found = self.ask(node, "/api/v1/message/latest/session").json["lint"]
+        self.assertEqual([rule["rule"] for rule in found], ["early-talker"])
+
+    def test_a_message_is_judged_by_itself(self):
+        """What a refused or abandoned message did wrong is not held against the next one."""
+        bad = "C: Subject: =?bad?=\nC:\nC: " + "x" * 1500 + "\nC: .\n"
+        start = "C: MAIL FROM:<a@x>\nC: RCPT TO:<bob@x>\nC: DATA\nS: 250\nS: 250\nS: 354\n"
+        for faults, first in ((["end 451 x1"], start + bad + "S: 451"), ([], start + bad + "S: 250"),
+                              ([], "C: MAIL FROM:<a@x>\nC: RCPT TO:<bob@x>\nC: BDAT 12\nC: Subject: x\nS: 250\nS: 250\nS: 250\nC: RSET\nS: 250")):
+            node = self.web_node(faults=faults)
+            with Talk(node.smtp_address) as talk:
+                self.dialog(talk, "S: 220\nC: EHLO c\nS: 250\n" + first + "\n" + start)
+                self.assertTrue(talk.send(CLEAN + b".\r\n").reply().startswith("250"))
+            found = self.ask(node, "/api/v1/message/latest/session").json["lint"]
+            self.assertEqual([rule["rule"] for rule in found], [], (faults, first))
+
+    def test_pythons_own_client_does_nothing_wrong(self):
+        node = self.web_node()
+        message = email.message.EmailMessage()
+        message["From"], message["To"], message["Subject"] = "a@x", "b@x", "Grüße " * 30
+        message["Date"], message["Message-ID"] = email.utils.formatdate(), "<1@x>"
+        message.set_content("hällo\n.dot\n" + "x" * 2000)
+        with smtplib.SMTP(*node.smtp_address, timeout=PATIENCE) as client:
+            client.login("a", "b")
+            client.send_message(message)
+        self.assertEqual(self.ask(node, "/api/v1/message/latest/session").json["lint"], [])
+
+
+# ======================================================================================================================
+# 20  Faults
+# ======================================================================================================================
+
+class FaultRules(WebCase):
+    SMTP = (("connect", "", "220"), ("helo", "EHLO client.test", "250"),
+            ("auth", "AUTH PLAIN " + base64.b64encode(b"\0ann@x\0pw").decode(), "235"), ("mail", "MAIL FROM:<ann@x.test>", "250"),
+            ("rcpt", "RCPT TO:<bob@x.test>", "250"), ("data", "DATA", "354"), ("end", "hello\r\n.", "250"))
+    POP3 = (("connect", "", "+OK"), ("pop3-login", "USER bob@x.test\r\nPASS x", "+OK"), ("pop3-retr", "RETR 1", "+OK"),
+            ("pop3-quit", "QUIT", "+OK"))
+    SUBJECTS = {"connect": "127.0.*", "helo": "CLIENT.*", "auth": "ann@?", "mail": "ann@x.*", "rcpt": "BOB@*", "data": "*", "end": "bob@x.test",
+                "pop3-login": "bob@x.test", "pop3-retr": "bob@*", "pop3-quit": "*"}
+
+    def reach(self, node, stage):
+        """Lead a session to the command of a stage; return (connection, that command, the right answer)."""
+        steps = self.POP3 if stage.startswith("pop3") else self.SMTP
+        if stage.startswith("pop3") and not node.messages("bob@x.test"):
+            self.deliver(node, b"hello\r\n", "bob@x.test")
+        talk = Talk(node.pop3_address if stage.startswith("pop3") else node.smtp_address)
+        self.addCleanup(talk.close)
+        for name, command, answer in steps:
+            if "\r\nPASS" in command:
+                self.assertTrue(talk.ask(command.split("\r\n")[0]).startswith("+OK"))
+                command = command.split("\r\n")[1]
+            if name == stage:
+                return talk, command, answer
+            if command:
+                talk.send(command + "\r\n")
+            self.assertTrue(talk.reply().startswith(answer), command)
+            if name == "pop3-retr":
+                talk.listing()
+
+    def answer(self, node, stage):
+        talk, command, right = self.reach(node, stage)
+        if command:
+            talk.send(command + "\r\n")
+        reply = talk.reply()
+        talk.close()
+        return reply, right
+
+    STAGES = [stage for stage, _, _ in SMTP + POP3[1:]]
+
+    def test_every_stage_with_every_action(self):
+        for stage in self.STAGES:
+            pattern = stage + "=" + self.SUBJECTS[stage]
+            pop3 = stage.startswith("pop3")
+            for rule, expected in ((pattern + " 451 4.7.1 not now", "-ERR" if pop3 else "451 4.7.1 not now"),
+                                   (stage + " 552", "-ERR" if pop3 else "552"), (stage + " drop", "closed"), (pattern + " delay 0.05", None),
+                                   (stage + "=nobody* drop", None), (stage + " drop x0", None)):
+                with self.subTest(rule=rule):
+                    node = self.web_node(faults=[rule], pop3="127.0.0.1:0", web="off", data=self.directory())
+                    started = time.monotonic()
+                    answer, right = self.answer(node, stage)
+                    elapsed = time.monotonic() - started
+                    if stage in ("connect", "helo") and expected and expected.startswith("451"):
+                        expected = "451 not now"        # RFC 2034 section 4: no enhanced codes there
+                    self.assertTrue(answer.startswith(right if expected is None else expected), answer)
+                    if "delay" in rule:
+                        self.assertGreaterEqual(elapsed, 0.045)
+                    elif expected and stage == "end":
+                        self.assertEqual(self.eventually(lambda: node.messages() == [] and not [
+                            name for place, _, names in os.walk(os.path.join(node.data, "mail")) for name in names if "tmp" in place]), True)
+                    elif expected and pop3:
+                        self.assertEqual(len(node.messages("bob@x.test")), 1)
+                    node.stop()
+
+    def test_stall(self):
+        """Nothing more is said, others are served, and neither holds up the end of the node."""
+        for stage in self.STAGES:
+            with self.subTest(stage=stage):
+                node = self.web_node(faults=[stage + " stall x1"], pop3="127.0.0.1:0", web="off")
+                talk, command, _ = self.reach(node, stage)
+                if command:
+                    talk.send(command + "\r\nNOOP\r\n")
+                self.eventually(lambda: node.site.faults.rules[0].left == 0)
+                if stage.startswith("pop3"):
+                    self.dialog(node.pop3_address, "S: +OK\nC: USER other@x\nS: +OK\nC: PASS x\nS: +OK")
+                else:
+                    self.assertTrue(self.answer(node, stage)[0].startswith(("2", "3")))
+                self.assertFalse(select.select([talk.sock], [], [], 0.01)[0])
+                self.assertSoon(node.stop, 3)
+
+    def test_stall_until_the_deadline(self):
+        node = self.web_node(faults=["mail stall"], timeout=0.2)
+        talk = self.talk(node.smtp_address)
+        self.assertEqual(talk.ask("MAIL FROM:<a@x>"), "closed", "nothing is said, not even goodbye")
+
+    def test_many_stall_and_others_go_on(self):
+        node = self.web_node(faults=["mail=stalled@* stall"], web="off")
+        for _ in range(40):
+            self.talk(node.smtp_address).send("MAIL FROM:<stalled@x>\r\n")
+        self.assertSoon(lambda: self.deliver(node, b"x\r\n", "b@x"), 3)
+        self.assertSoon(node.stop, 5)
+
+    def test_counts_and_order(self):
+        node = self.web_node(faults=["rcpt=a* 451 greylisted x2", "rcpt=a@* 550 5.7.1 never x1", "rcpt=*@full.test 452 4.2.2 mailbox full"])
+        for recipient, answer in (("b@x", "250"), ("a@x", "451 4.0.0 greylisted"), ("b@full.test", "452 4.2.2 mailbox full"), ("A@x", "451"),
+                                  ("a@x", "550 5.7.1 never"), ("a@x", "250"), ("a@full.test", "452 4.2.2")):
+            talk = self.talk(node.smtp_address)
+            talk.ask("MAIL FROM:<m@x>")
+            self.assertTrue(talk.ask("RCPT TO:<%s>" % recipient).startswith(answer), (recipient, answer))
+            talk.close()
+
+    def test_421_ends_the_session(self):
+        for stage in ("connect", "mail", "end", "pop3-login"):
+            node = self.web_node(faults=[stage + " 421 4.3.2 bye"], pop3="127.0.0.1:0", web="off")
+            talk, command, _ = self.reach(node, stage)
+            if command:
+                talk.send(command + "\r\n")
+            self.assertTrue(talk.reply().startswith(("421", "-ERR")))
+            self.assertEqual(talk.reply(), "closed", stage)
+
+    def test_patterns_see_every_recipient(self):
+        for rule, answers in (("data=bob@* 451", "451"), ("end=bob@* 451", "354 451")):
+            node = self.web_node(faults=[rule], web="off")
+            talk = self.talk(node.smtp_address)
+            for command in ("MAIL FROM:<a@x>", "RCPT TO:<first@x>", "RCPT TO:<bob@x>"):
+                self.assertTrue(talk.ask(command).startswith("250"))
+            with self.subTest(rule=rule):
+                for command, answer in zip(("DATA", "x\r\n."), answers.split()):
+                    self.assertTrue(talk.ask(command).startswith(answer))
+
+    def test_greylisting_is_overcome(self):
+        node = self.web_node(faults=["rcpt 451 4.7.1 greylisted x1"], web="off")
+        with smtplib.SMTP(*node.smtp_address, timeout=PATIENCE) as client:
+            with self.assertRaises(smtplib.SMTPRecipientsRefused):
+                client.sendmail("a@x", ["b@x"], "x")
+            client.sendmail("a@x", ["b@x"], "x")
+        self.assertEqual(len(node.messages()), 1)
+
+    def test_hide(self):
+        node = self.web_node(faults=["hide SIZE", "hide auth", "hide UIDL"], pop3="127.0.0.1:0")
+        greeting = self.talk(node.smtp_address).ask("EHLO x")
+        self.assertNotRegex(greeting, "SIZE|AUTH")
+        self.assertRegex(greeting, "PIPELINING")
+        talk = self.talk(node.pop3_address, hello=False)
+        talk.reply()
+        capabilities = talk.listing("CAPA")
+        self.assertNotIn(b"UIDL", capabilities)
+        self.assertIn(b"TOP", capabilities)
+
+    BAD = ("", "rcpt", "nonsense 451", "rcpt 250 ok", "rcpt 354", "rcpt 999", "rcpt 45", "rcpt delay", "rcpt delay x", "rcpt delay -1", "rcpt explode",
+           "hide", "hide a b", "RCPT=a 451", "rcpt x2", "rcpt= ", "drop")
+
+    def test_rules_that_are_none(self):
+        for rule in self.BAD:
+            with self.assertRaises(ValueError, msg=rule) as caught:
+                minimail.Node(faults=[rule])
+            self.assertRegex(str(caught.exception), "fault")
+        self.assertRaises(minimail.UsageError, minimail.Node, faults=[7])
+        for argv, environ in ((["--fault", "rcpt explode"], {}), ([], {"MINIMAIL_FAULT": "rcpt explode"})):
+            status, out, err = run_main(*argv, environ=environ)
+            self.assertEqual((status, out, len(err.splitlines())), (2, "", 1))
+            self.assertIn("rcpt explode", err)
+            self.assertRegex(err, "--fault|MINIMAIL_FAULT")
+
+    def test_as_an_option(self):
+        program = Program("--data", os.path.join(self.directory(), "d"), "--smtp", "127.0.0.1:0", "--pop3", "off", "--web", "off", "--no-sync",
+                          "--fault", "mail=a@x 451 one x1", "--fault", "mail 452 two")
+        self.addCleanup(program.end)
+        talk = self.talk(program.address("smtp"))
+        for answer in ("451", "452", "452"):
+            self.assertTrue(talk.ask("MAIL FROM:<a@x>").startswith(answer))
+        self.assertEqual(program.end()[0], 0)
+        self.assertIn("fault", program.log)
+
+    def test_by_api(self):
+        node = self.web_node()
+        self.assertEqual(self.ask(node, "/api/v1/faults").json, [])
+        rules = ["rcpt 451 x1", "hide SIZE"]
+        for body in (rules, {"rules": rules}, [{"rule": rule} for rule in rules]):
+            answer = self.ask(node, "/api/v1/faults", "PUT", body).json
+            self.assertEqual(answer, [{"rule": "rcpt 451 x1", "left": 1}, {"rule": "hide SIZE", "left": None}])
+        self.assertTrue(self.answer(node, "rcpt")[0].startswith("451"))
+        self.assertEqual(self.ask(node, "/api/v1/faults").json[0]["left"], 0)
+        self.assertTrue(self.answer(node, "rcpt")[0].startswith("250"))
+        for wrong in [[rule] for rule in self.BAD] + ["x", 7, {}, {"rules": "rcpt 451"}, [[]], None, [None], [{"x": "rcpt 451"}]]:
+            with self.subTest(wrong=wrong):
+                self.ask(node, "/api/v1/faults", "PUT", wrong, status=400)
+        self.ask(node, "/api/v1/faults", "PUT", b"{", status=400)
+        self.assertEqual(len(self.ask(node, "/api/v1/faults").json), 2, "the rules before are still in force")
+        self.ask(node, "/api/v1/faults", "DELETE")
+        self.assertEqual(self.ask(node, "/api/v1/faults").json, [])
+        self.assertIn("SIZE", self.talk(node.smtp_address).ask("EHLO x"))
+
+
+# ======================================================================================================================
+# 21  Letters: searching and waiting for them
+# ======================================================================================================================
+
+class WaitForMail(WebCase):
+    def asleep(self, node):
+        """Return how many wait for mail in this node, in Python or over HTTP."""
+        inbox = node.site.inbox
+        return len(node._arrived._waiters) + (len(inbox.changed._waiters) if inbox else 0)
+
+    def test_by_http(self):
+        node = self.web_node()
+        self.deliver(node, b"Subject: early\r\n\r\nx\r\n", "b@x")
+        self.assertEqual(self.ask(node, "/api/v1/wait?query=subject:early&timeout=9").json["Subject"], "early", "also if it came before")
+        self.assertEqual(self.ask(node, "/api/v1/wait").json["Subject"], "early")
+        results = [self.in_background(self.ask, node, "/api/v1/wait?query=to:c@x%20subject:late&timeout=30") for _ in range(3)]
+        self.eventually(lambda: self.asleep(node) == 3)
+        self.deliver(node, b"Subject: late\r\nTo: b@x\r\n\r\nx\r\n", "b@x")
+        self.deliver(node, b"Subject: other\r\nTo: c@x\r\n\r\nx\r\n", "c@x")
+        id = self.deliver(node, b"Subject: late\r\nTo: c@x\r\n\r\nx\r\n", "c@x")
+        self.assertEqual([result().json["ID"] for result in results], [id] * 3)
+        started = time.monotonic()
+        self.ask(node, "/api/v1/wait?query=subject:never&timeout=0.1", status=404)
+        self.assertLess(time.monotonic() - started, 5)
+        for wrong in ("soon", "-1", "nan"):
+            self.ask(node, "/api/v1/wait?query=x&timeout=" + wrong, status=400)
+        self.ask(node, "/api/v1/wait?query=subject:never&timeout=0", status=404)
+
+    def test_who_waits_does_not_hold_up_the_end(self):
+        node = self.web_node()
+        with Talk(node.web_address) as talk:
+            talk.send("GET /api/v1/wait?query=subject:never&timeout=30 HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            self.eventually(lambda: self.asleep(node) == 1)
+            with self.assertLogs("minimail", "WARNING") as logs:
+                minimail.log.warning("nothing else")
+                self.assertSoon(node.stop, 4)
+        self.assertEqual(len(logs.records), 1, logs.output)
+
+    def test_days_of_retries_pass_with_a_clock_of_ones_own(self):
+        clock = Clock()
+        clock.now = time.time()
+        far = self.node(faults=["rcpt 451 x2"])
+        near = self.node(domain=["near.test"], trust=["127.0.0.0/8"], smarthost="smtp://127.0.0.1:%d" % far.smtp_address[1],
+                         retry=[86400, 86400], give_up=7 * 86400, clock=clock)
+        self.deliver(near, b"Subject: late\r\n\r\nx\r\n", "bob@far.test")
+
+        queue = near.stores.post.queue
+
+        def attempts():
+            return sum(entry.attempts for entry in queue.entries())
+        for number in (1, 2):
+            self.eventually(lambda number=number: attempts() == number, "it was tried, and waits")
+            clock.now += 2 * 86400
+            near.send_due()
+        self.assertEqual(far.wait_for("bob@far.test", timeout=PATIENCE).email()["Subject"], "late")
+
+    def test_in_python(self):
+        node = self.node(web="off")
+        result = self.in_background(node.wait_for, match="from:ann subject:\"the order\" -draft", timeout=PATIENCE)
+        for subject, sender in ((b"the order", b"bob@x"), (b"an order", b"ann@x"), (b"the order, draft", b"ann@x")):
+            self.deliver(node, b"From: %s\r\nSubject: %s\r\n\r\nx\r\n" % (sender, subject), "c@x")
+        id = self.deliver(node, b"From: Ann <ann@x>\r\nSubject: The Order\r\n\r\nx\r\n", "c@x", "d@x")
+        self.assertEqual(result().id, id)
+        self.assertEqual(node.wait_for("d@x", match="from:ann").id, id)
+        self.assertEqual(len(node.wait_for("c@x", match="subject:order", count=4)), 4)
+        with self.assertRaises(TimeoutError):
+            node.wait_for("d@x", match="from:bob", timeout=0)
+
+    def wait(self, data, *arguments):
+        process = subprocess.Popen([sys.executable, PROGRAM, "wait", "--data", data, *arguments], stdin=subprocess.DEVNULL,
+                                   stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        self.addCleanup(process.communicate)
+        self.addCleanup(lambda: process.poll() is None and process.kill())
+        return process
+
+    def test_on_the_command_line(self):
+        node = self.web_node(data=self.directory())
+        html = (b"From: Shop <shop@x>\r\nSubject: Sign up\r\nContent-Type: multipart/alternative; boundary=b\r\n\r\n--b\r\n"
+                b"Content-Type: text/plain; charset=utf-8\r\n\r\nh\xc3\xa4llo http://a.test/1\r\n--b\r\nContent-Type: text/html\r\n\r\n"
+                b"<a href='http://a.test/2?a=1&amp;b=2'>x</a>\r\n--b--\r\n")
+        processes = [self.wait(node.data, "--subject", "sign", "--print", "raw", "--timeout", "30"),
+                     self.wait(node.data, "B@x", "--from", "shop", "--text", "hällo", "--print", "links", "--timeout", "30"),
+                     self.wait(node.data, "c@x", "--timeout", "30")]
+        self.deliver(node, b"Subject: other\r\n\r\nx\r\n", "b@x")
+        self.assertTrue(all(process.poll() is None for process in processes))
+        self.deliver(node, html, "b@x")
+        outputs = [process.communicate(timeout=PATIENCE)[0] for process in processes[:2]]
+        self.assertEqual([process.returncode for process in processes[:2]], [0, 0])
+        self.assertEqual(outputs, [node.messages()[1].read(), b"http://a.test/2?a=1&b=2\nhttp://a.test/1\n".replace(b"\n", os.linesep.encode())])
+        self.deliver(node, b"x\r\n", "c@x")
+        self.assertEqual((processes[2].communicate(timeout=PATIENCE)[0], processes[2].returncode), (b"", 0))
+        for arguments, status, printed in (
+                (["b@x", "--subject", "sign", "--print", "text"], 0, "hällo http://a.test/1"),
+                (["--text", "HÄLLO", "--print", "links"], 0, "http://a.test/2?a=1&b=2\nhttp://a.test/1"), (["--subject", "sign"], 0, ""),
+                (["--subject", "never", "--timeout", "0.01"], 1, ""), (["nobody@x", "--timeout", "0"], 1, ""), (["c@x", "--from", "shop", "--timeout", "0"], 1, "")):
+            found, out, err = run_main("wait", "--data", node.data, *arguments)
+            self.assertEqual((found, out, len(err.splitlines())), (status, printed + "\n" * bool(printed), status), arguments)
+        status, out, _ = run_main("wait", "--data", node.data, "--subject", "sign", "--print", "json")
+        self.assertEqual((status, json.loads(out)["Subject"], json.loads(out)["From"]["Address"]), (0, "Sign up", "shop@x"))
+        self.assertNotIn("nobody", os.listdir(os.path.join(node.data, "mail", "x")))
+        for wrong in (["--timeout", "soon"], ["--print", "nonsense"], ["b@@"], ["--nonsense"], ["b@x", "c@x"]):
+            status, out, err = run_main("wait", "--data", node.data, *wrong)
+            self.assertEqual((status, out, len(err.splitlines())), (2, "", 1), wrong)
+
+    def test_woken_by_another_process(self):
+        node = self.node(data=self.directory())
+        result = self.in_background(node.wait_for, match="subject:x", timeout=PATIENCE)
+        self.eventually(lambda: self.asleep(node) == 1)
+        process = subprocess.run([sys.executable, PROGRAM, "sendmail", "--data", node.data, "b@x"], input=b"Subject: x\n\nx\n", timeout=PATIENCE,
+                                 stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        self.assertEqual((process.returncode, process.stdout), (0, b""))
+        self.assertEqual(result().recipient, "b@x")
+
+    def send_many(self, node, recipients):
+        with smtplib.SMTP(*node.smtp_address, timeout=PATIENCE) as client:
+            for recipient, subject in recipients:
+                client.sendmail("a@x", [recipient], "Subject: %s\r\n\r\nx\r\n" % subject)
+
+    def test_no_lost_wake_up(self):
+        """Each message is sent when the one before was waited for: a wake-up lost would end this one in a timeout."""
+        node = self.node(web="off")
+        turn = threading.Semaphore(0)
+
+        def wait():
+            for number in range(200):
+                turn.release()
+                if node.wait_for("b@x", timeout=PATIENCE, count=number + 1)[-1].recipient != "b@x":
+                    return False
+            return True
+        done = self.in_background(wait)
+        with smtplib.SMTP(*node.smtp_address, timeout=PATIENCE) as client:
+            for _ in range(200):
+                turn.acquire(timeout=PATIENCE)
+                client.sendmail("a@x", ["b@x"], "x")
+        self.assertTrue(done())
+
+    def test_many_wait_while_much_comes(self):
+        node = self.web_node()
+        other = self.node(data=node.data)
+        waiting = [self.in_background(node.wait_for, "box%d@x" % box, timeout=PATIENCE, count=10, match=lambda message: message.size > 1) for box in range(20)]
+        waiting += [self.in_background(node.wait_for, "box%d@x" % box, timeout=PATIENCE, match="subject:last") for box in range(0, 20, 4)]
+        asking = [self.in_background(self.ask, node, "/api/v1/wait?query=to:box%d@x%%20subject:last&timeout=30" % box) for box in range(0, 20, 5)]
+        letters = [("box%d@x" % box, "last" if number == 9 else "x%d" % number) for number in range(10) for box in range(20)]
+        sending = [self.in_background(self.send_many, (node, other)[half], letters[half::2]) for half in (0, 1)]
+        self.assertEqual([len(result()) for result in waiting[:20]], [10] * 20)
+        self.assertEqual([result().email()["Subject"] for result in waiting[20:]], ["last"] * 5)
+        self.assertEqual([result().json["Subject"] for result in asking], ["last"] * 4)
+        for result in sending:
+            result()
+        self.assertEqual(self.ask(node, "/api/v1/messages").json["total"], 200)
+
+
+# ======================================================================================================================
+# 22  Web.  The API
 # ======================================================================================================================
 
 class WebAPI(WebCase):
@@ -11067,606 +11758,6 @@ class WebEvents(WebCase):
             self.assertIn(last, ("stop", "closed"))
 
 
-# ======================================================================================================================
-# Transcripts and lint
-# ======================================================================================================================
-
-class WebTranscripts(WebCase):
-    def sessions(self, node):
-        return sorted(os.listdir(os.path.join(node.data, "sessions")))
-
-    def test_secrets_are_blanked(self):
-        node = self.web_node()
-        name, password = (base64.b64encode(text).decode() for text in (b"ann@x", b"pass word"))
-        plain = base64.b64encode(b"\0ann@x\0pass word").decode()
-        for log_in in ("C: AUTH PLAIN %s\nS: 235" % plain, "C: auth plain\nS: 334\nC: %s\nS: 235" % plain,
-                       "C: AUTH LOGIN %s\nS: 334\nC: %s\nS: 235" % (name, password),
-                       "C: Auth Login\nS: 334\nC: %s\nS: 334\nC: %s\nS: 235" % (name, password),
-                       "C: AUTH PLAIN %s=\nS: 501\nC: AUTH CRAM-MD5 %s\nS: 504" % (plain, password)):
-            node.clear()
-            self.dialog(node.smtp_address, "S: 220\nC: EHLO c\nS: 250\n" + log_in + "\nC: MAIL FROM:<a@x>\nC: RCPT TO:<b@x>\nC: DATA\n"
-                        "S: 250\nS: 250\nS: 354\nC: secret text\nC: .\nS: 250")
-            record = self.ask(node, "/api/v1/message/latest/session").json
-            self.assertIn(["C", "AUTH ***"], record["transcript"])
-            stored, = self.sessions(node)
-            with open(os.path.join(node.data, "sessions", stored)) as file:
-                text = file.read()
-            for secret in (plain, password, name, "pass word", "secret text"):
-                self.assertNotIn(secret, text)
-
-    def test_each_message_has_its_own(self):
-        node = self.web_node()
-        talk = self.dialog(node.smtp_address, "S: 220\nC: EHLO client.test\nS: 250")
-        for number in (1, 2):
-            self.dialog(talk, "C: MAIL FROM:<a%d@x>\nS: 250\nC: RCPT TO:<b%d@x>\nS: 250\nC: RCPT TO:<nonsense\nS: 5\nC: DATA\nS: 354\nC: x\nC: .\nS: 250"
-                        % (number, number))
-        messages = self.ask(node, "/api/v1/messages").json["messages"]
-        for number, message in zip((2, 1), messages):
-            record = self.ask(node, "/api/v1/message/%s/session" % message["ID"]).json
-            lines = ["%s: %s" % tuple(line) for line in record["transcript"]]
-            self.assertEqual([line for line in lines if line.startswith("C")],
-                             ["C: EHLO client.test", "C: MAIL FROM:<a%d@x>" % number, "C: RCPT TO:<b%d@x>" % number, "C: RCPT TO:<nonsense", "C: DATA"])
-            self.assertTrue(lines[0].startswith("S: 220 ") and lines[-1].startswith("S: 250 2.0.0 ") and message["ID"] in lines[-1], lines)
-            self.assertEqual([record[key] for key in ("id", "sender", "recipients", "helo", "client", "protocol", "tls", "bcc")],
-                             [message["ID"], "a%d@x" % number, ["b%d@x" % number], "client.test", "127.0.0.1", "ESMTP", False, ["b%d@x" % number]])
-
-    def test_a_long_conversation_is_cut(self):
-        """What was said before and between messages costs each of them a bounded part of it."""
-        node = self.web_node(max_size="1M")
-        with mock.patch.object(minimail, "MAX_TRANSCRIPT", 4000):
-            talk = self.dialog(node.smtp_address, "S: 220\nC: EHLO client.test\nS: 250")
-            for _ in range(2):
-                for _ in range(50):
-                    self.dialog(talk, "C: NOOP %s\nS: 250" % ("x" * 500))
-                self.dialog(talk, "C: MAIL FROM:<a@x>\nS: 250\nC: RCPT TO:<b@x>\nS: 250\nC: DATA\nS: 354\nC: x\nC: .\nS: 250")
-        for message in self.ask(node, "/api/v1/messages").json["messages"]:
-            record = self.ask(node, "/api/v1/message/%s/session" % message["ID"])
-            self.assertLess(len(record.text), 8000 + 20 * 600)
-
-    def test_they_go_with_the_message(self):
-        node = self.web_node(pop3="127.0.0.1:0", data=self.directory())
-        for case in ("api", "library", "pop3"):
-            id = self.deliver(node, b"x\r\n", "a@x", "b@x")
-            self.assertEqual(self.sessions(node), [id + ".json"])
-            self.assertEqual(os.stat(os.path.join(node.data, "sessions", id + ".json")).st_mode & 0o177, 0)
-            if case == "api":
-                self.ask(node, "/api/v1/messages", "DELETE", {"IDs": [id]})
-            elif case == "library":
-                node.messages("a@x")[0].delete()
-                self.assertEqual(self.sessions(node), [id + ".json"], "there is another copy")
-                self.assertEqual(node.messages("b@x")[0].recipients, ["a@x", "b@x"])
-                node.clear()
-            else:
-                for name in ("a@x", "b@x"):
-                    self.dialog(node.pop3_address, "S: +OK\nC: USER %s\nS: +OK\nC: PASS x\nS: +OK\nC: DELE 1\nS: +OK\nC: QUIT\nS: +OK\nS: closed" % name)
-            self.assertEqual(self.sessions(node), [], case)
-
-    def test_refused_messages_leave_none(self):
-        node = self.web_node(max_size=1000, faults=["end=f@x 552"])
-        for recipient, content, answer in (("f@x", "x", "552"), ("b@x", "x" * 2000, "552")):
-            self.dialog(node.smtp_address, "S: 220\nC: EHLO c\nS: 250\nC: MAIL FROM:<a@x>\nC: RCPT TO:<%s>\nC: DATA\nS: 250\nS: 250\nS: 354\nC: %s\nC: .\nS: %s"
-                        % (recipient, content, answer))
-        self.assertEqual((self.sessions(node), node.messages()), ([], []))
-
-    def test_what_was_removed_elsewhere_is_swept(self):
-        node = self.web_node(data=self.directory())
-        id, kept = self.deliver(node, b"x\r\n", "b@x"), self.deliver(node, b"x\r\n", "b@x")
-        os.unlink(node.messages()[0].path)
-        for name in self.sessions(node):
-            os.utime(os.path.join(node.data, "sessions", name), (1, 1))
-        node.stop()
-        node.start()
-        self.eventually(lambda: self.sessions(node) == [kept + ".json"])
-        self.assertNotEqual(id, kept)
-
-    def test_on_and_off(self):
-        for options, kept in (({}, True), ({"transcripts": "off"}, False), ({"transcripts": False}, False), ({"domain": "x"}, False),
-                              ({"domain": "x", "transcripts": "on"}, True)):
-            node = self.web_node(catch_all="all@x" if "domain" in options else None, **options)
-            id = self.deliver(node, b"Subject: x\r\n\r\nx\r\n", "b@x")
-            self.assertEqual(os.path.isdir(os.path.join(node.data, "sessions")), kept, options)
-            record = self.ask(node, "/api/v1/message/%s/session" % id).json
-            self.assertEqual((bool(record["transcript"]), record["sender"]), (kept, "alice@example.net"))
-
-    def test_keep(self):
-        node = self.web_node(keep=2)
-        with self.assertLogs("minimail", "INFO") as logs:
-            for number in range(5):
-                self.deliver(node, b"Subject: %d\r\n\r\nx\r\n" % number, "b@x")
-            self.eventually(lambda: len(node.messages()) == 2)
-            self.eventually(lambda: sum(record.getMessage() == "pruned" for record in logs.records) == 3)
-        self.assertEqual(self.found(node), ["4", "3"])
-        self.assertEqual(len(self.sessions(node)), 2)
-
-
-class LintRules(WebCase):
-    def lint(self, node, content=CLEAN, mail="", before="EHLO c\r\n", pipeline=False, bdat=False):
-        """Send a message, byte for byte; return the rules it breaks."""
-        with Talk(node.smtp_address) as talk:
-            if before:
-                talk.reply()
-                talk.send(before)
-            talk.reply() if before else (talk.reply(), talk.reply())
-            size = b"BDAT %d LAST\r\n" % len(content) if bdat else b"DATA\r\n"
-            head = b"MAIL FROM:<a@x>%s\r\nRCPT TO:<bob@x>\r\n%s" % (mail.encode(), size)
-            data = content if bdat else content + b".\r\n"
-            if pipeline or bdat:
-                talk.send(head + data)
-            else:
-                talk.send(head)
-            replies = [talk.reply(), talk.reply()] + ([] if bdat else [talk.reply()])
-            if not (pipeline or bdat):
-                talk.send(data)
-            replies.append(talk.reply())
-            self.assertTrue(replies[-1].startswith("250 2.0.0"), replies)
-        found = self.ask(node, "/api/v1/message/latest/session").json["lint"]
-        for rule in found:
-            self.assertRegex(rule["text"], r"^[A-Z].*\.$")
-            self.assertRegex(rule["rfc"], r"^RFC \d+")
-        return [rule["rule"] for rule in found]
-
-    def test_each_rule_alone(self):
-        node = self.web_node()
-        eight = CLEAN.replace(b"hello", b"h\xc3\xa9llo")
-        raw = CLEAN.replace(b"Subject: hi", "Subject: hé".encode())
-
-        def subject(text):
-            return CLEAN.replace(b"hi\r", text + b"\r")
-        for rule, content, more in (
-                ("", CLEAN, {}), ("", CLEAN, {"bdat": True}), ("bare-newline", CLEAN + b"a\nb\r\n", {}), ("bare-newline", CLEAN + b"a\rb\r\n", {}),
-                ("bare-newline", CLEAN + b"a\nb\r\n", {"bdat": True}),
-                ("8bit", eight, {}), ("8bit", eight, {"mail": " BODY=7BIT"}), ("", eight, {"mail": " BODY=8BITMIME"}),
-                ("no-date", CLEAN.replace(b"Date:", b"X-Date:"), {}), ("no-message-id", CLEAN.replace(b"Message-ID:", b"X-ID:"), {}),
-                ("no-from", CLEAN.replace(b"From:", b"X-From:"), {}),
-                ("long-line", CLEAN + b"x" * 999 + b"\r\n", {}), ("", CLEAN + b"x" * 998 + b"\r\n", {}),
-                ("long-line", CLEAN + b"y\r\n" * 30000 + b"x" * 999 + b"\r\n" + b"y\r\n" * 30000, {}),
-                ("", CLEAN + (b"x" * 998 + b"\r\n") * 300, {}),
-                ("", CLEAN, {"mail": " SIZE=%d" % len(CLEAN)}), ("size", CLEAN, {"mail": " SIZE=1000"}), ("size", CLEAN * 9, {"mail": " SIZE=10"}),
-                ("header-encoding", raw, {"mail": " BODY=8BITMIME"}), ("", raw, {"mail": " BODY=8BITMIME SMTPUTF8"}),
-                ("", subject(b"=?utf-8?q?h=C3=A9?= =?ISO-8859-1*de?B?6Q==?= a=b?c"), {}), ("header-encoding", subject(b"=?utf-8?q?h =C3=A9?="), {}),
-                ("header-encoding", subject(b"=?utf-8?x?abc?="), {}), ("header-encoding", subject(b"=?utf-8?b?a*c?="), {}),
-                ("dot-stuffing", CLEAN + b".x\r\n", {}), ("", CLEAN + b"..\r\n..x\r\n", {}), ("", CLEAN + b".x\r\n", {"bdat": True}),
-                ("pipelining", CLEAN, {"pipeline": True}), ("", CLEAN, {"before": "HELO c\r\n"})):
-            with self.subTest(rule=rule, content=content[-40:], **more):
-                self.assertEqual(self.lint(node, content, **more), [rule] if rule else [])
-
-    def test_before_its_turn(self):
-        node = self.web_node()
-        for text, rules in (("EHLO c\r\nMAIL FROM:<a@x>\r\nRCPT TO:<bob@x>\r\nDATA\r\n", ["pipelining"]),
-                            ("EHLO c\r\nNOOP\r\nMAIL FROM:<a@x>\r\nRCPT TO:<bob@x>\r\nDATA\r\n", ["pipelining"])):
-            with Talk(node.smtp_address) as talk:
-                talk.reply()
-                talk.send(text)
-                for _ in range(text.count("\n")):
-                    talk.reply()
-                self.assertTrue(talk.send(CLEAN + b".\r\n").reply().startswith("250"))
-            found = self.ask(node, "/api/v1/message/latest/session").json["lint"]
-            self.assertEqual([rule["rule"] for rule in found], rules)
-
-    def test_early_talkers(self):
-        node = self.web_node()
-        sent = threading.Event()
-        take = minimail.Listener.get_request
-
-        def late(listener):
-            if listener.name == "smtp":
-                sent.wait(PATIENCE)
-            return take(listener)
-        with mock.patch.object(minimail.Listener, "get_request", late):
-            with Talk(node.smtp_address) as talk:
-                talk.send("EHLO c\r\n")
-                sent.set()
-                self.dialog(talk, "S: 220\nS: 250\nC: MAIL FROM:<a@x>\nC: RCPT TO:<bob@x>\nC: DATA\nS: 250\nS: 250\nS: 354")
-                self.assertTrue(talk.send(CLEAN + b".\r\n").reply().startswith("250"))
-        found = self.ask(node, "/api/v1/message/latest/session").json["lint"]
-        self.assertEqual([rule["rule"] for rule in found], ["early-talker"])
-
-    def test_a_message_is_judged_by_itself(self):
-        """What a refused or abandoned message did wrong is not held against the next one."""
-        bad = "C: Subject: =?bad?=\nC:\nC: " + "x" * 1500 + "\nC: .\n"
-        start = "C: MAIL FROM:<a@x>\nC: RCPT TO:<bob@x>\nC: DATA\nS: 250\nS: 250\nS: 354\n"
-        for faults, first in ((["end 451 x1"], start + bad + "S: 451"), ([], start + bad + "S: 250"),
-                              ([], "C: MAIL FROM:<a@x>\nC: RCPT TO:<bob@x>\nC: BDAT 12\nC: Subject: x\nS: 250\nS: 250\nS: 250\nC: RSET\nS: 250")):
-            node = self.web_node(faults=faults)
-            with Talk(node.smtp_address) as talk:
-                self.dialog(talk, "S: 220\nC: EHLO c\nS: 250\n" + first + "\n" + start)
-                self.assertTrue(talk.send(CLEAN + b".\r\n").reply().startswith("250"))
-            found = self.ask(node, "/api/v1/message/latest/session").json["lint"]
-            self.assertEqual([rule["rule"] for rule in found], [], (faults, first))
-
-    def test_pythons_own_client_does_nothing_wrong(self):
-        node = self.web_node()
-        message = email.message.EmailMessage()
-        message["From"], message["To"], message["Subject"] = "a@x", "b@x", "Grüße " * 30
-        message["Date"], message["Message-ID"] = email.utils.formatdate(), "<1@x>"
-        message.set_content("hällo\n.dot\n" + "x" * 2000)
-        with smtplib.SMTP(*node.smtp_address, timeout=PATIENCE) as client:
-            client.login("a", "b")
-            client.send_message(message)
-        self.assertEqual(self.ask(node, "/api/v1/message/latest/session").json["lint"], [])
-
-
-# ======================================================================================================================
-# Faults
-# ======================================================================================================================
-
-class FaultRules(WebCase):
-    SMTP = (("connect", "", "220"), ("helo", "EHLO client.test", "250"),
-            ("auth", "AUTH PLAIN " + base64.b64encode(b"\0ann@x\0pw").decode(), "235"), ("mail", "MAIL FROM:<ann@x.test>", "250"),
-            ("rcpt", "RCPT TO:<bob@x.test>", "250"), ("data", "DATA", "354"), ("end", "hello\r\n.", "250"))
-    POP3 = (("connect", "", "+OK"), ("pop3-login", "USER bob@x.test\r\nPASS x", "+OK"), ("pop3-retr", "RETR 1", "+OK"),
-            ("pop3-quit", "QUIT", "+OK"))
-    SUBJECTS = {"connect": "127.0.*", "helo": "CLIENT.*", "auth": "ann@?", "mail": "ann@x.*", "rcpt": "BOB@*", "data": "*", "end": "bob@x.test",
-                "pop3-login": "bob@x.test", "pop3-retr": "bob@*", "pop3-quit": "*"}
-
-    def reach(self, node, stage):
-        """Lead a session to the command of a stage; return (connection, that command, the right answer)."""
-        steps = self.POP3 if stage.startswith("pop3") else self.SMTP
-        if stage.startswith("pop3") and not node.messages("bob@x.test"):
-            self.deliver(node, b"hello\r\n", "bob@x.test")
-        talk = Talk(node.pop3_address if stage.startswith("pop3") else node.smtp_address)
-        self.addCleanup(talk.close)
-        for name, command, answer in steps:
-            if "\r\nPASS" in command:
-                self.assertTrue(talk.ask(command.split("\r\n")[0]).startswith("+OK"))
-                command = command.split("\r\n")[1]
-            if name == stage:
-                return talk, command, answer
-            if command:
-                talk.send(command + "\r\n")
-            self.assertTrue(talk.reply().startswith(answer), command)
-            if name == "pop3-retr":
-                talk.listing()
-
-    def answer(self, node, stage):
-        talk, command, right = self.reach(node, stage)
-        if command:
-            talk.send(command + "\r\n")
-        reply = talk.reply()
-        talk.close()
-        return reply, right
-
-    STAGES = [stage for stage, _, _ in SMTP + POP3[1:]]
-
-    def test_every_stage_with_every_action(self):
-        for stage in self.STAGES:
-            pattern = stage + "=" + self.SUBJECTS[stage]
-            pop3 = stage.startswith("pop3")
-            for rule, expected in ((pattern + " 451 4.7.1 not now", "-ERR" if pop3 else "451 4.7.1 not now"),
-                                   (stage + " 552", "-ERR" if pop3 else "552"), (stage + " drop", "closed"), (pattern + " delay 0.05", None),
-                                   (stage + "=nobody* drop", None), (stage + " drop x0", None)):
-                with self.subTest(rule=rule):
-                    node = self.web_node(faults=[rule], pop3="127.0.0.1:0", web="off", data=self.directory())
-                    started = time.monotonic()
-                    answer, right = self.answer(node, stage)
-                    elapsed = time.monotonic() - started
-                    if stage in ("connect", "helo") and expected and expected.startswith("451"):
-                        expected = "451 not now"        # RFC 2034 section 4: no enhanced codes there
-                    self.assertTrue(answer.startswith(right if expected is None else expected), answer)
-                    if "delay" in rule:
-                        self.assertGreaterEqual(elapsed, 0.045)
-                    elif expected and stage == "end":
-                        self.assertEqual(self.eventually(lambda: node.messages() == [] and not [
-                            name for place, _, names in os.walk(os.path.join(node.data, "mail")) for name in names if "tmp" in place]), True)
-                    elif expected and pop3:
-                        self.assertEqual(len(node.messages("bob@x.test")), 1)
-                    node.stop()
-
-    def test_stall(self):
-        """Nothing more is said, others are served, and neither holds up the end of the node."""
-        for stage in self.STAGES:
-            with self.subTest(stage=stage):
-                node = self.web_node(faults=[stage + " stall x1"], pop3="127.0.0.1:0", web="off")
-                talk, command, _ = self.reach(node, stage)
-                if command:
-                    talk.send(command + "\r\nNOOP\r\n")
-                self.eventually(lambda: node.site.faults.rules[0].left == 0)
-                if stage.startswith("pop3"):
-                    self.dialog(node.pop3_address, "S: +OK\nC: USER other@x\nS: +OK\nC: PASS x\nS: +OK")
-                else:
-                    self.assertTrue(self.answer(node, stage)[0].startswith(("2", "3")))
-                self.assertFalse(select.select([talk.sock], [], [], 0.01)[0])
-                self.assertSoon(node.stop, 3)
-
-    def test_stall_until_the_deadline(self):
-        node = self.web_node(faults=["mail stall"], timeout=0.2)
-        talk = self.talk(node.smtp_address)
-        self.assertEqual(talk.ask("MAIL FROM:<a@x>"), "closed", "nothing is said, not even goodbye")
-
-    def test_many_stall_and_others_go_on(self):
-        node = self.web_node(faults=["mail=stalled@* stall"], web="off")
-        for _ in range(40):
-            self.talk(node.smtp_address).send("MAIL FROM:<stalled@x>\r\n")
-        self.assertSoon(lambda: self.deliver(node, b"x\r\n", "b@x"), 3)
-        self.assertSoon(node.stop, 5)
-
-    def test_counts_and_order(self):
-        node = self.web_node(faults=["rcpt=a* 451 greylisted x2", "rcpt=a@* 550 5.7.1 never x1", "rcpt=*@full.test 452 4.2.2 mailbox full"])
-        for recipient, answer in (("b@x", "250"), ("a@x", "451 4.0.0 greylisted"), ("b@full.test", "452 4.2.2 mailbox full"), ("A@x", "451"),
-                                  ("a@x", "550 5.7.1 never"), ("a@x", "250"), ("a@full.test", "452 4.2.2")):
-            talk = self.talk(node.smtp_address)
-            talk.ask("MAIL FROM:<m@x>")
-            self.assertTrue(talk.ask("RCPT TO:<%s>" % recipient).startswith(answer), (recipient, answer))
-            talk.close()
-
-    def test_421_ends_the_session(self):
-        for stage in ("connect", "mail", "end", "pop3-login"):
-            node = self.web_node(faults=[stage + " 421 4.3.2 bye"], pop3="127.0.0.1:0", web="off")
-            talk, command, _ = self.reach(node, stage)
-            if command:
-                talk.send(command + "\r\n")
-            self.assertTrue(talk.reply().startswith(("421", "-ERR")))
-            self.assertEqual(talk.reply(), "closed", stage)
-
-    def test_patterns_see_every_recipient(self):
-        for rule, answers in (("data=bob@* 451", "451"), ("end=bob@* 451", "354 451")):
-            node = self.web_node(faults=[rule], web="off")
-            talk = self.talk(node.smtp_address)
-            for command in ("MAIL FROM:<a@x>", "RCPT TO:<first@x>", "RCPT TO:<bob@x>"):
-                self.assertTrue(talk.ask(command).startswith("250"))
-            with self.subTest(rule=rule):
-                for command, answer in zip(("DATA", "x\r\n."), answers.split()):
-                    self.assertTrue(talk.ask(command).startswith(answer))
-
-    def test_greylisting_is_overcome(self):
-        node = self.web_node(faults=["rcpt 451 4.7.1 greylisted x1"], web="off")
-        with smtplib.SMTP(*node.smtp_address, timeout=PATIENCE) as client:
-            with self.assertRaises(smtplib.SMTPRecipientsRefused):
-                client.sendmail("a@x", ["b@x"], "x")
-            client.sendmail("a@x", ["b@x"], "x")
-        self.assertEqual(len(node.messages()), 1)
-
-    def test_hide(self):
-        node = self.web_node(faults=["hide SIZE", "hide auth", "hide UIDL"], pop3="127.0.0.1:0")
-        greeting = self.talk(node.smtp_address).ask("EHLO x")
-        self.assertNotRegex(greeting, "SIZE|AUTH")
-        self.assertRegex(greeting, "PIPELINING")
-        talk = self.talk(node.pop3_address, hello=False)
-        talk.reply()
-        capabilities = talk.listing("CAPA")
-        self.assertNotIn(b"UIDL", capabilities)
-        self.assertIn(b"TOP", capabilities)
-
-    BAD = ("", "rcpt", "nonsense 451", "rcpt 250 ok", "rcpt 354", "rcpt 999", "rcpt 45", "rcpt delay", "rcpt delay x", "rcpt delay -1", "rcpt explode",
-           "hide", "hide a b", "RCPT=a 451", "rcpt x2", "rcpt= ", "drop")
-
-    def test_rules_that_are_none(self):
-        for rule in self.BAD:
-            with self.assertRaises(ValueError, msg=rule) as caught:
-                minimail.Node(faults=[rule])
-            self.assertRegex(str(caught.exception), "fault")
-        self.assertRaises(minimail.UsageError, minimail.Node, faults=[7])
-        for argv, environ in ((["--fault", "rcpt explode"], {}), ([], {"MINIMAIL_FAULT": "rcpt explode"})):
-            status, out, err = run_main(*argv, environ=environ)
-            self.assertEqual((status, out, len(err.splitlines())), (2, "", 1))
-            self.assertIn("rcpt explode", err)
-            self.assertRegex(err, "--fault|MINIMAIL_FAULT")
-
-    def test_as_an_option(self):
-        program = Program("--data", os.path.join(self.directory(), "d"), "--smtp", "127.0.0.1:0", "--pop3", "off", "--web", "off", "--no-sync",
-                          "--fault", "mail=a@x 451 one x1", "--fault", "mail 452 two")
-        self.addCleanup(program.end)
-        talk = self.talk(program.address("smtp"))
-        for answer in ("451", "452", "452"):
-            self.assertTrue(talk.ask("MAIL FROM:<a@x>").startswith(answer))
-        self.assertEqual(program.end()[0], 0)
-        self.assertIn("fault", program.log)
-
-    def test_by_api(self):
-        node = self.web_node()
-        self.assertEqual(self.ask(node, "/api/v1/faults").json, [])
-        rules = ["rcpt 451 x1", "hide SIZE"]
-        for body in (rules, {"rules": rules}, [{"rule": rule} for rule in rules]):
-            answer = self.ask(node, "/api/v1/faults", "PUT", body).json
-            self.assertEqual(answer, [{"rule": "rcpt 451 x1", "left": 1}, {"rule": "hide SIZE", "left": None}])
-        self.assertTrue(self.answer(node, "rcpt")[0].startswith("451"))
-        self.assertEqual(self.ask(node, "/api/v1/faults").json[0]["left"], 0)
-        self.assertTrue(self.answer(node, "rcpt")[0].startswith("250"))
-        for wrong in [[rule] for rule in self.BAD] + ["x", 7, {}, {"rules": "rcpt 451"}, [[]], None, [None], [{"x": "rcpt 451"}]]:
-            with self.subTest(wrong=wrong):
-                self.ask(node, "/api/v1/faults", "PUT", wrong, status=400)
-        self.ask(node, "/api/v1/faults", "PUT", b"{", status=400)
-        self.assertEqual(len(self.ask(node, "/api/v1/faults").json), 2, "the rules before are still in force")
-        self.ask(node, "/api/v1/faults", "DELETE")
-        self.assertEqual(self.ask(node, "/api/v1/faults").json, [])
-        self.assertIn("SIZE", self.talk(node.smtp_address).ask("EHLO x"))
-
-
-# ======================================================================================================================
-# Wait
-# ======================================================================================================================
-
-class WaitForMail(WebCase):
-    def asleep(self, node):
-        """Return how many wait for mail in this node, in Python or over HTTP."""
-        inbox = node.site.inbox
-        return len(node._arrived._waiters) + (len(inbox.changed._waiters) if inbox else 0)
-
-    def test_by_http(self):
-        node = self.web_node()
-        self.deliver(node, b"Subject: early\r\n\r\nx\r\n", "b@x")
-        self.assertEqual(self.ask(node, "/api/v1/wait?query=subject:early&timeout=9").json["Subject"], "early", "also if it came before")
-        self.assertEqual(self.ask(node, "/api/v1/wait").json["Subject"], "early")
-        results = [self.in_background(self.ask, node, "/api/v1/wait?query=to:c@x%20subject:late&timeout=30") for _ in range(3)]
-        self.eventually(lambda: self.asleep(node) == 3)
-        self.deliver(node, b"Subject: late\r\nTo: b@x\r\n\r\nx\r\n", "b@x")
-        self.deliver(node, b"Subject: other\r\nTo: c@x\r\n\r\nx\r\n", "c@x")
-        id = self.deliver(node, b"Subject: late\r\nTo: c@x\r\n\r\nx\r\n", "c@x")
-        self.assertEqual([result().json["ID"] for result in results], [id] * 3)
-        started = time.monotonic()
-        self.ask(node, "/api/v1/wait?query=subject:never&timeout=0.1", status=404)
-        self.assertLess(time.monotonic() - started, 5)
-        for wrong in ("soon", "-1", "nan"):
-            self.ask(node, "/api/v1/wait?query=x&timeout=" + wrong, status=400)
-        self.ask(node, "/api/v1/wait?query=subject:never&timeout=0", status=404)
-
-    def test_who_waits_does_not_hold_up_the_end(self):
-        node = self.web_node()
-        with Talk(node.web_address) as talk:
-            talk.send("GET /api/v1/wait?query=subject:never&timeout=30 HTTP/1.1\r\nHost: localhost\r\n\r\n")
-            self.eventually(lambda: self.asleep(node) == 1)
-            with self.assertLogs("minimail", "WARNING") as logs:
-                minimail.log.warning("nothing else")
-                self.assertSoon(node.stop, 4)
-        self.assertEqual(len(logs.records), 1, logs.output)
-
-    def test_days_of_retries_pass_with_a_clock_of_ones_own(self):
-        clock = Clock()
-        clock.now = time.time()
-        far = self.node(faults=["rcpt 451 x2"])
-        near = self.node(domain=["near.test"], trust=["127.0.0.0/8"], smarthost="smtp://127.0.0.1:%d" % far.smtp_address[1],
-                         retry=[86400, 86400], give_up=7 * 86400, clock=clock)
-        self.deliver(near, b"Subject: late\r\n\r\nx\r\n", "bob@far.test")
-
-        queue = near.stores.post.queue
-
-        def attempts():
-            return sum(entry.attempts for entry in queue.entries())
-        for number in (1, 2):
-            self.eventually(lambda number=number: attempts() == number, "it was tried, and waits")
-            clock.now += 2 * 86400
-            near.send_due()
-        self.assertEqual(far.wait_for("bob@far.test", timeout=PATIENCE).email()["Subject"], "late")
-
-    def test_in_python(self):
-        node = self.node(web="off")
-        result = self.in_background(node.wait_for, match="from:ann subject:\"the order\" -draft", timeout=PATIENCE)
-        for subject, sender in ((b"the order", b"bob@x"), (b"an order", b"ann@x"), (b"the order, draft", b"ann@x")):
-            self.deliver(node, b"From: %s\r\nSubject: %s\r\n\r\nx\r\n" % (sender, subject), "c@x")
-        id = self.deliver(node, b"From: Ann <ann@x>\r\nSubject: The Order\r\n\r\nx\r\n", "c@x", "d@x")
-        self.assertEqual(result().id, id)
-        self.assertEqual(node.wait_for("d@x", match="from:ann").id, id)
-        self.assertEqual(len(node.wait_for("c@x", match="subject:order", count=4)), 4)
-        with self.assertRaises(TimeoutError):
-            node.wait_for("d@x", match="from:bob", timeout=0)
-
-    def wait(self, data, *arguments):
-        process = subprocess.Popen([sys.executable, PROGRAM, "wait", "--data", data, *arguments], stdin=subprocess.DEVNULL,
-                                   stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-        self.addCleanup(process.communicate)
-        self.addCleanup(lambda: process.poll() is None and process.kill())
-        return process
-
-    def test_on_the_command_line(self):
-        node = self.web_node(data=self.directory())
-        html = (b"From: Shop <shop@x>\r\nSubject: Sign up\r\nContent-Type: multipart/alternative; boundary=b\r\n\r\n--b\r\n"
-                b"Content-Type: text/plain; charset=utf-8\r\n\r\nh\xc3\xa4llo http://a.test/1\r\n--b\r\nContent-Type: text/html\r\n\r\n"
-                b"<a href='http://a.test/2?a=1&amp;b=2'>x</a>\r\n--b--\r\n")
-        processes = [self.wait(node.data, "--subject", "sign", "--print", "raw", "--timeout", "30"),
-                     self.wait(node.data, "B@x", "--from", "shop", "--text", "hällo", "--print", "links", "--timeout", "30"),
-                     self.wait(node.data, "c@x", "--timeout", "30")]
-        self.deliver(node, b"Subject: other\r\n\r\nx\r\n", "b@x")
-        self.assertTrue(all(process.poll() is None for process in processes))
-        self.deliver(node, html, "b@x")
-        outputs = [process.communicate(timeout=PATIENCE)[0] for process in processes[:2]]
-        self.assertEqual([process.returncode for process in processes[:2]], [0, 0])
-        self.assertEqual(outputs, [node.messages()[1].read(), b"http://a.test/2?a=1&b=2\nhttp://a.test/1\n".replace(b"\n", os.linesep.encode())])
-        self.deliver(node, b"x\r\n", "c@x")
-        self.assertEqual((processes[2].communicate(timeout=PATIENCE)[0], processes[2].returncode), (b"", 0))
-        for arguments, status, printed in (
-                (["b@x", "--subject", "sign", "--print", "text"], 0, "hällo http://a.test/1"),
-                (["--text", "HÄLLO", "--print", "links"], 0, "http://a.test/2?a=1&b=2\nhttp://a.test/1"), (["--subject", "sign"], 0, ""),
-                (["--subject", "never", "--timeout", "0.01"], 1, ""), (["nobody@x", "--timeout", "0"], 1, ""), (["c@x", "--from", "shop", "--timeout", "0"], 1, "")):
-            found, out, err = run_main("wait", "--data", node.data, *arguments)
-            self.assertEqual((found, out, len(err.splitlines())), (status, printed + "\n" * bool(printed), status), arguments)
-        status, out, _ = run_main("wait", "--data", node.data, "--subject", "sign", "--print", "json")
-        self.assertEqual((status, json.loads(out)["Subject"], json.loads(out)["From"]["Address"]), (0, "Sign up", "shop@x"))
-        self.assertNotIn("nobody", os.listdir(os.path.join(node.data, "mail", "x")))
-        for wrong in (["--timeout", "soon"], ["--print", "nonsense"], ["b@@"], ["--nonsense"], ["b@x", "c@x"]):
-            status, out, err = run_main("wait", "--data", node.data, *wrong)
-            self.assertEqual((status, out, len(err.splitlines())), (2, "", 1), wrong)
-
-    def test_woken_by_another_process(self):
-        node = self.node(data=self.directory())
-        result = self.in_background(node.wait_for, match="subject:x", timeout=PATIENCE)
-        self.eventually(lambda: self.asleep(node) == 1)
-        process = subprocess.run([sys.executable, PROGRAM, "sendmail", "--data", node.data, "b@x"], input=b"Subject: x\n\nx\n", timeout=PATIENCE,
-                                 stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-        self.assertEqual((process.returncode, process.stdout), (0, b""))
-        self.assertEqual(result().recipient, "b@x")
-
-    def send_many(self, node, recipients):
-        with smtplib.SMTP(*node.smtp_address, timeout=PATIENCE) as client:
-            for recipient, subject in recipients:
-                client.sendmail("a@x", [recipient], "Subject: %s\r\n\r\nx\r\n" % subject)
-
-    def test_no_lost_wake_up(self):
-        """Each message is sent when the one before was waited for: a wake-up lost would end this one in a timeout."""
-        node = self.node(web="off")
-        turn = threading.Semaphore(0)
-
-        def wait():
-            for number in range(200):
-                turn.release()
-                if node.wait_for("b@x", timeout=PATIENCE, count=number + 1)[-1].recipient != "b@x":
-                    return False
-            return True
-        done = self.in_background(wait)
-        with smtplib.SMTP(*node.smtp_address, timeout=PATIENCE) as client:
-            for _ in range(200):
-                turn.acquire(timeout=PATIENCE)
-                client.sendmail("a@x", ["b@x"], "x")
-        self.assertTrue(done())
-
-    def test_many_wait_while_much_comes(self):
-        node = self.web_node()
-        other = self.node(data=node.data)
-        waiting = [self.in_background(node.wait_for, "box%d@x" % box, timeout=PATIENCE, count=10, match=lambda message: message.size > 1) for box in range(20)]
-        waiting += [self.in_background(node.wait_for, "box%d@x" % box, timeout=PATIENCE, match="subject:last") for box in range(0, 20, 4)]
-        asking = [self.in_background(self.ask, node, "/api/v1/wait?query=to:box%d@x%%20subject:last&timeout=30" % box) for box in range(0, 20, 5)]
-        letters = [("box%d@x" % box, "last" if number == 9 else "x%d" % number) for number in range(10) for box in range(20)]
-        sending = [self.in_background(self.send_many, (node, other)[half], letters[half::2]) for half in (0, 1)]
-        self.assertEqual([len(result()) for result in waiting[:20]], [10] * 20)
-        self.assertEqual([result().email()["Subject"] for result in waiting[20:]], ["last"] * 5)
-        self.assertEqual([result().json["Subject"] for result in asking], ["last"] * 4)
-        for result in sending:
-            result()
-        self.assertEqual(self.ask(node, "/api/v1/messages").json["total"], 200)
-
-
-# ======================================================================================================================
-# Selftest; what it costs; without the section
-# ======================================================================================================================
-
-class SelftestCommand(WebCase):
-    def test_all_holds_here(self):
-        directory = self.directory()
-        process = run_python(PROGRAM, "selftest", "--data", os.path.join(directory, "data"))
-        lines = process.stdout.decode().splitlines()
-        self.assertEqual((process.returncode, lines[-1]), (0, "all hold"), lines)
-        self.assertGreater(len(lines), 8)
-        for line in lines[:-1]:
-            self.assertRegex(line, r"^(ok|skip) +\w+: \w")
-        self.assertEqual(os.listdir(directory), [], "nothing is left behind")
-
-    def test_what_does_not_hold(self):
-        class Broken:
-            def __init__(self, directory):
-                self.directory = directory
-
-            def check_1_good(self):
-                return "fine"
-
-            def check_2_bad(self):
-                raise AssertionError("it\nbroke")
-
-            def check_3_missing(self):
-                return "skipped: no such thing"
-
-            def stop(self):
-                pass
-        directory = self.directory()
-        with mock.patch.object(minimail, "Selftest", Broken):
-            status, out, err = run_main("selftest", "--data", os.path.join(directory, "data"))
-        lines = out.splitlines()
-        self.assertEqual((status, err, len(lines)), (1, "", 4))
-        self.assertTrue(lines[0].startswith("ok ") and lines[1].startswith("FAIL") and lines[2].startswith("skip"), lines)
-        self.assertIn("broke", lines[1])
-        self.assertEqual(os.listdir(directory), [])
-        status, out, err = run_main("selftest", "--nonsense")
-        self.assertEqual((status, out, len(err.splitlines())), (2, "", 1))
-
-
 class WebWhenOff(WebCase):
     def test_it_costs_nothing(self):
         process = run_python("-c", """if True:
@@ -11709,284 +11800,50 @@ class WebWhenOff(WebCase):
 
 
 # ======================================================================================================================
-# What a new user meets: one writable directory, groups, root, files that name options
+# 23  Selftest
 # ======================================================================================================================
 
-class OnlyTheDataDirectory(WebCase):
-    """Nothing is written elsewhere, and what does not fit is refused in words."""
+class SelftestCommand(WebCase):
+    def test_all_holds_here(self):
+        directory = self.directory()
+        process = run_python(PROGRAM, "selftest", "--data", os.path.join(directory, "data"))
+        lines = process.stdout.decode().splitlines()
+        self.assertEqual((process.returncode, lines[-1]), (0, "all hold"), lines)
+        self.assertGreater(len(lines), 8)
+        for line in lines[:-1]:
+            self.assertRegex(line, r"^(ok|skip) +\w+: \w")
+        self.assertEqual(os.listdir(directory), [], "nothing is left behind")
 
-    def test_large_bodies(self):
-        node, body = self.web_node(), json.dumps({"From": {"Email": "a@x"}, "To": [{"Email": "b@x"}], "Subject": "big",
-                                                  "Text": "x" * (3 * minimail.LARGE)}).encode()
-        with mock.patch.object(tempfile, "tempdir", "/nonexistent"), mock.patch.dict(os.environ, TMPDIR="/nonexistent"):
-            self.ask(node, "/api/v1/send", "POST", body)
-        self.assertEqual(self.found(node), ["big"])
-        self.assertEqual([name for name in os.listdir(os.path.join(node.data, "run")) if name.startswith("tmp")], [])
-
-    def test_no_room_for_a_body(self):
-        node, body = self.web_node(), b'"' + b"x" * (2 * minimail.LARGE)
-        for number, status in (errno.ENOSPC, 507), (errno.EDQUOT, 507), (errno.EROFS, 503), (errno.EACCES, 503):
-            with self.subTest(status=status), self.logs() as logged, mock.patch.object(
-                    tempfile, "TemporaryFile", side_effect=OSError(number, os.strerror(number))):
-                self.ask(node, "/api/v1/send", "POST", body, status=status)
-            self.assertIn(os.strerror(number), " ".join(logged.output))
-        self.ask(node, "/api/v1/messages")
-
-    def logs(self):
-        return self.assertLogs(minimail.log, "WARNING")
-
-    def test_selftest_stays_inside(self):
-        data = os.path.join(self.directory(), "data")
-        os.mkdir(data, 0o700)
-        seen = []
-
-        class Spy:
+    def test_what_does_not_hold(self):
+        class Broken:
             def __init__(self, directory):
-                seen.append(directory)
+                self.directory = directory
 
-            def check_1(self):
+            def check_1_good(self):
                 return "fine"
+
+            def check_2_bad(self):
+                raise AssertionError("it\nbroke")
+
+            def check_3_missing(self):
+                return "skipped: no such thing"
 
             def stop(self):
                 pass
-        with mock.patch.object(minimail, "Selftest", Spy):
-            self.assertEqual(run_main("selftest", "--data", data)[0], 0)
-        self.assertEqual(os.path.dirname(seen[0]), os.path.join(data, "run"))
-        self.assertEqual(os.listdir(os.path.join(data, "run")), [])
-
-    @unittest.skipUnless(hasattr(os, "geteuid") and os.geteuid() == 0, "needs root")
-    def test_a_group_may_write_when_it_is_ours(self):
-        """As Kubernetes gives volumes to a container: root's, of the group fsGroup, mode 2775."""
-        for group, mode, groups, refused in ((4000, 0o2775, [4000], False), (4000, 0o2775, [4001], True), (4000, 0o775, [], True),
-                                             (4000, 0o755, [], False), (0, 0o775, [4001], False), (4000, 0o2777, [4000], True)):
-            with self.subTest(group=group, mode=oct(mode), groups=groups):
-                data = self.directory()
-                os.chown(data, -1, group)
-                os.chmod(data, mode)
-                with mock.patch.object(os, "getgroups", return_value=groups):
-                    if refused:
-                        self.assertRaisesRegex(minimail.CannotRun, "others can write", minimail.refuse_shared, data)
-                    else:
-                        self.node(data=data)
-
-
-class SeenFromHere(Case):
-    """What `check` says of the machine itself."""
-
-    def test_own_addresses(self):
-        doctor = minimail.Doctor(Config(domain=("here.test",)), "mx.here.test", minimail.Zone({"here.test": ["TXT x"]}).resolver())
-        for own, records in ([], ["; mx.here.test. IN A ADDRESS (this machine cannot tell which)"]), (
-                ["8.8.4.4", "2a00::1"], ["mx.here.test. IN A 8.8.4.4", "mx.here.test. IN AAAA 2a00::1"]):
-            with mock.patch.object(minimail, "public_addresses", return_value=own):
-                self.assertEqual([list(finding.records) for finding in doctor.check_hostname()], [records])
-
-    def test_only_what_the_internet_sees(self):
-        for host, shown in ("10.1.2.3", []), ("192.168.0.1", []), ("127.0.0.1", []), ("8.8.4.4", ["8.8.4.4"] * 2):
-            with mock.patch.object(socket.socket, "connect"), mock.patch.object(socket.socket, "getsockname", return_value=(host, 9)):
-                self.assertEqual(minimail.public_addresses(), shown)
-
-    def test_a_laboratory_is_not_anybody(self):
-        zone = minimail.Zone({"here.test": ["MX 1 mx.here.test", "TXT v=spf1 ip4:192.0.2.1 -all"], "mx.here.test": ["A 192.0.2.1"]})
-        doctor = minimail.Doctor(Config(domain=("here.test",)), "mx.here.test", zone.resolver())
-        spf = [finding for finding in doctor.examine(["here.test"]) if finding.check == "spf"]
-        self.assertEqual([finding.status for finding in spf], ["ok"], spf)
-
-    def test_errors_have_no_numbers(self):
-        error = OSError(errno.ENETUNREACH, os.strerror(errno.ENETUNREACH))
-        self.assertEqual([minimail.reason_of(e) for e in (error, socket.timeout("timed out"), ValueError("odd"))],
-                         [os.strerror(errno.ENETUNREACH), "timed out", "odd"])
-        resolver = minimail.Resolver([("192.0.2.1", 53)])
-        with mock.patch.object(minimail.Resolver, "_ask", side_effect=error):
-            with self.assertRaises(minimail.DNSFailure) as caught:
-                resolver.lookup("far.test", minimail.TYPES["A"])
-        self.assertNotIn("Errno", str(caught.exception))
-
-
-class RootGivenUp(Case):
-    def test_what_is_imported_late_is_in_the_list(self):
-        with open(SOURCE, encoding="utf-8") as file:
-            tree = ast.parse(file.read())
-        late = set()
-        for function in ast.walk(tree):
-            if isinstance(function, (ast.FunctionDef, ast.AsyncFunctionDef)):
-                for node in ast.walk(function):
-                    if isinstance(node, ast.Import):
-                        late.update(alias.name for alias in node.names)
-                    elif isinstance(node, ast.ImportFrom):
-                        late.add(node.module)
-        self.assertEqual(late - set(minimail.IMPORTED_LATE) - {"msvcrt", "pkgutil", "encodings"}, set())
-
-    @unittest.skipUnless(hasattr(os, "geteuid") and os.geteuid() == 0, "needs root")
-    def test_a_python_that_only_root_can_read(self):
-        code = ("import sys, os; sys.path.insert(0, %r); import minimail\n"
-                "real = os.stat\n"
-                "os.stat = lambda path, **more: os.stat_result([0o40700] + list(real(path, **more))[1:])\n"
-                "minimail.import_all()\n"
-                "sys.path[:] = []; sys.path_importer_cache.clear(); sys.meta_path[:] = sys.meta_path[:2]\n"
-                "for codec in 'ascii', 'idna', 'punycode', 'latin-1', 'utf-16', 'cp1252', 'koi8-r', 'iso-2022-jp', 'big5': ''.encode(codec)\n"
-                "import email.policy, http.server, getpass\n" % os.path.dirname(SOURCE))
-        ran = run_python("-c", code)
-        self.assertEqual((ran.returncode, ran.stdout), (0, b""))
-
-    def test_workers_whose_signals_were_blocked(self):
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
-        try:
-            program = Program("--data", os.path.join(self.directory(), "d"), "--smtp", "127.0.0.1:0", "--pop3", "off", "--web", "off",
-                              "--workers", "2")
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        program.process.send_signal(signal.SIGTERM)
-        try:
-            self.assertEqual(program.process.wait(PATIENCE), 0)
-        finally:
-            program.process.kill()
-            program.process.stdout.close()
-        program.errors.seek(0)
-        self.assertIn(b"stopping", program.errors.read())
-        program.errors.close()
-
-
-class OptionsInFiles(Case):
-    """What a file holds counts at the next connection."""
-
-    def setUp(self):
-        self.path = os.path.join(self.directory(), "option")
-        patch = mock.patch.object(minimail.Watched, "PAUSE", 0.0)       # seconds for which a look counts
-        patch.start()
-        self.addCleanup(patch.stop)
-
-    def put(self, text):
-        with open(self.path + ".new", "w", encoding="utf-8") as file:
-            file.write(text)
-        os.replace(self.path + ".new", self.path)
-
-    def config(self, variable, **options):
-        given = dict({"data": os.path.join(self.directory(), "d"), "no_sync": True, "smtp": "127.0.0.1:0", "pop3": "off"}, **options)
-        return minimail.read_config(given, {variable: self.path})
-
-    def test_another_smarthost(self):
-        first, second = self.node(), self.node()
-        self.put("smtp://%s:%d" % first.smtp_address)
-        config = self.config("MINIMAIL_SMARTHOST_FILE", domain=["here.test"])
-        with minimail.Node.from_config(config) as node:
-            for peer in first, second:
-                self.put("smtp://%s:%d" % peer.smtp_address)
-                node.stores.door.send(minimail.Envelope("me@here.test"), [minimail.parse_address("bob@far.test")], LETTER)
-                peer.wait_for("bob@far.test", timeout=PATIENCE)
-            self.assertEqual([len(peer.messages("bob@far.test")) for peer in (first, second)], [1, 1])
-
-    def test_a_file_that_only_root_can_read(self):
-        """It was read as root, and so counts on; that it cannot be read when it changes is said."""
-        self.put("smtp://a.test")
-        config = self.config("MINIMAIL_SMARTHOST_FILE", domain=["here.test"])
-        with mock.patch.object(builtins, "open", side_effect=PermissionError(errno.EACCES, "Permission denied")):
-            self.assertEqual(str(minimail.relay_config(config).smarthost), "smtp://a.test:25")
-            os.utime(self.path, (1, 1))
-            with self.assertLogs(minimail.log, "WARNING") as logged:
-                self.assertEqual(str(minimail.relay_config(config).smarthost), "smtp://a.test:25")
-        self.assertIn("Permission denied", logged.output[0])
-
-    def test_a_target_as_it_is_now(self):
-        routes = minimail.Routes(Config(), "mx.here.test", None)
-        old, new, token = (minimail.parse_url(url) for url in ("smtp://u:1@a.test", "smtp://v:2@b.test", "smtp://u:3@a.test"))
-        routes.options = lambda: Config(smarthost=new, route=(("far.test", token),))
-        for key, server, renewed in ("smarthost", old, new), ("route", old, token), ("route", new, new), ("far.test", None, None):
-            self.assertEqual(routes.renewed(minimail.Target(key, "", server)), minimail.Target(key, "", renewed))
-
-    def test_another_certificate(self):
-        first, second = self.file("one.pem", CERTIFICATE), self.file("two.pem", CERTIFICATE)
-        self.put(first)
-        certificates = minimail.Certificates(self.config("MINIMAIL_TLS_CERT_FILE"))
-        before = certificates.context()
-        self.assertIs(certificates.context(), before)
-        for text, another in ("/nonexistent.pem", False), (second, True):
-            self.put(text)
-            self.assertIs(certificates.context() is not before, another, text)
-
-    def test_tls_without_ssl(self):
-        with mock.patch.dict(sys.modules, {"ssl": None}):
-            for option in "--smarthost", "--route", "--release":
-                value = ("far.test=" if option == "--route" else "") + "smtps://u:secret@relay.test"
-                domain = [] if option == "--release" else ["--domain", "here.test"]
-                status, out, err = run_main("--data", os.path.join(self.directory(), "d"), "--smtp", "127.0.0.1:0", "--pop3", "off",
-                                            "--web", "off", *domain, option, value)
-                self.assertEqual((status, out, err.count("\n")), (1, "", 1), err)
-                self.assertIn(option + " smtps://relay.test:465: this Python has no ssl module", err)
-                self.assertNotIn("secret", err)
-
-
-class SentByPrograms(Case):
-    def test_sendmail_leaves_a_line_in_the_systems_log(self):
-        lines, data = [], os.path.join(self.directory(), "d")
-        system = mock.Mock(LOG_INFO=6, LOG_WARNING=4, LOG_ERR=3, syslog=lambda level, text: lines.append((level, text)))
-        self.node(data=data, domain=["here.test"], catch_all="all@here.test")
-        with mock.patch.dict(sys.modules, syslog=system):
-            status, out, err = run_main("sendmail", "-f", "me@here.test", "bob@here.test", "--data", data, "--catch-all", "all@here.test", "--domain", "here.test",
-                                        stdin="Subject: x\n\nhello\n")
-            self.assertEqual((status, out, err), (0, "", ""))
-            run_main("mail", "--data", data)
-        self.assertEqual([(level, text.split(" ")[0], "sender=me@here.test" in text) for level, text in lines], [(6, "message", True)])
-
-    def test_one_hint_for_an_entry(self):
-        """`queue flush` and `queue retry` move the hint: two of them made two attempts out of one wish."""
-        config = Config(data=self.directory(), domain=("here.test",), no_sync=True)
-        queue = minimail.open_stores(config).post.queue
-        stores = minimail.open_stores(config)
-        stores.door.send(minimail.Envelope("me@here.test"), [minimail.parse_address("bob@far.test")], LETTER)
-        id = queue.ids()[0]
-        dispatch = minimail.Dispatch(queue.read(id), next(queue.hints()))
-        self.assertTrue(queue.claim(dispatch))
-        queue.postpone(dispatch, time.time() + 600)
-        queue.release(dispatch)
-        for words in ("flush",), ("retry", id), ("flush",):
-            self.assertEqual(run_main("queue", *words, "--data", config.data)[0], 0)
-            self.assertEqual([os.path.relpath(hint, queue.root) for hint in queue.hints()], [os.path.join("new", id)])
-
-
-class TriedOnce(ScriptedCase):
-    def test_a_second_hint_is_no_second_attempt(self):
-        """Not even where the next attempt is less than a second off."""
-        world = ScriptedWorld(self, {}, {}, smarthost="smtp://192.0.2.25", retry="0.9")
-        id = world.submit("bob@far.test")
-        world.step()
-        world.queue.place_hint(minimail.Dispatch(world.queue.read(id)), world.queue.new)
-        for _ in range(3):
-            world.stores.storage.wake("flush")
-            world.step()
-        self.assertEqual(len(world.connected), 1)
-        world.clock.now += 3
-        world.step()
-        self.assertEqual(len(world.connected), 2)
-
-
-class CheapToRead(Case):
-    """No shape of a field or a page costs much more than another."""
-
-    def test_address_headers_of_marks(self):
-        for shape, tokens in (('"' + '\\"' * 50000, 2), ("," * 50000, 1), (", " * 50000, 1), ("(" + "\\(" * 50000, 3),
-                              (":" * 50000, 1), ('"' * 50001, 30000)):
-            with self.subTest(shape[:4]):
-                self.assertLess(sum(1 for _ in minimail.address_tokens(shape)), tokens + 1)
-
-    def test_they_are_read_as_before(self):
-        for text, people in (('a@x,, ;b@x', ["a@x", "b@x"]), ('"\\"a@x', ['"\\"a@x']), ("(\\(a@x", ["(\\(a@x"]), ("g:: a@x;", ["a@x"]),
-                             ("a@x , , b@x", ["a@x", "b@x"]), ("a: b@x, c@x; d@x", ["b@x", "c@x", "d@x"]), (",", [])):
-            self.assertEqual([address for _, address in minimail.read_addresses(text)], people, text)
-
-    def test_references_at_the_edge_of_a_piece(self):
-        for size in range(minimail.BLOCK - 45, minimail.BLOCK + 3):
-            text = "&" * size + "&amp;x&#233;" * 20
-            self.assertEqual(minimail.unescape(text), "&" * size + "&x\xe9" * 20)
-
-    def test_blanks_around_line_ends(self):
-        for marks in itertools.product((" ", "<br>", "a"), repeat=6):
-            text = "x" + "".join(marks) + "x"
-            plain = re.sub(r" ?\n ?", "\n", re.sub(" {2,}", " ", text.replace("<br>", "\n")))
-            self.assertEqual(minimail.html_text(text), re.sub("\n{3,}", "\n\n", plain))
+        directory = self.directory()
+        with mock.patch.object(minimail, "Selftest", Broken):
+            status, out, err = run_main("selftest", "--data", os.path.join(directory, "data"))
+        lines = out.splitlines()
+        self.assertEqual((status, err, len(lines)), (1, "", 4))
+        self.assertTrue(lines[0].startswith("ok ") and lines[1].startswith("FAIL") and lines[2].startswith("skip"), lines)
+        self.assertIn("broke", lines[1])
+        self.assertEqual(os.listdir(directory), [])
+        status, out, err = run_main("selftest", "--nonsense")
+        self.assertEqual((status, out, len(err.splitlines())), (2, "", 1))
 
 
 # ======================================================================================================================
-# 20  Command line
+# 25  Command line
 # ======================================================================================================================
 
 class Logs(Case):
@@ -12259,11 +12116,211 @@ class CommandLine(Case):
 
 
 # ======================================================================================================================
-# The file itself
+# What a new user meets: one writable directory, groups, root, files that name options
 # ======================================================================================================================
 
-BANNER = re.compile(r"^# ={100,}\n# (\d+)  ", re.M)
+class OnlyTheDataDirectory(WebCase):
+    """Nothing is written elsewhere, and what does not fit is refused in words."""
 
+    def test_large_bodies(self):
+        node, body = self.web_node(), json.dumps({"From": {"Email": "a@x"}, "To": [{"Email": "b@x"}], "Subject": "big",
+                                                  "Text": "x" * (3 * minimail.LARGE)}).encode()
+        with mock.patch.object(tempfile, "tempdir", "/nonexistent"), mock.patch.dict(os.environ, TMPDIR="/nonexistent"):
+            self.ask(node, "/api/v1/send", "POST", body)
+        self.assertEqual(self.found(node), ["big"])
+        self.assertEqual([name for name in os.listdir(os.path.join(node.data, "run")) if name.startswith("tmp")], [])
+
+    def test_no_room_for_a_body(self):
+        node, body = self.web_node(), b'"' + b"x" * (2 * minimail.LARGE)
+        for number, status in (errno.ENOSPC, 507), (errno.EDQUOT, 507), (errno.EROFS, 503), (errno.EACCES, 503):
+            with self.subTest(status=status), self.logs() as logged, mock.patch.object(
+                    tempfile, "TemporaryFile", side_effect=OSError(number, os.strerror(number))):
+                self.ask(node, "/api/v1/send", "POST", body, status=status)
+            self.assertIn(os.strerror(number), " ".join(logged.output))
+        self.ask(node, "/api/v1/messages")
+
+    def logs(self):
+        return self.assertLogs(minimail.log, "WARNING")
+
+    def test_selftest_stays_inside(self):
+        data = os.path.join(self.directory(), "data")
+        os.mkdir(data, 0o700)
+        seen = []
+
+        class Spy:
+            def __init__(self, directory):
+                seen.append(directory)
+
+            def check_1(self):
+                return "fine"
+
+            def stop(self):
+                pass
+        with mock.patch.object(minimail, "Selftest", Spy):
+            self.assertEqual(run_main("selftest", "--data", data)[0], 0)
+        self.assertEqual(os.path.dirname(seen[0]), os.path.join(data, "run"))
+        self.assertEqual(os.listdir(os.path.join(data, "run")), [])
+
+    @unittest.skipUnless(hasattr(os, "geteuid") and os.geteuid() == 0, "needs root")
+    def test_a_group_may_write_when_it_is_ours(self):
+        """As Kubernetes gives volumes to a container: root's, of the group fsGroup, mode 2775."""
+        for group, mode, groups, refused in ((4000, 0o2775, [4000], False), (4000, 0o2775, [4001], True), (4000, 0o775, [], True),
+                                             (4000, 0o755, [], False), (0, 0o775, [4001], False), (4000, 0o2777, [4000], True)):
+            with self.subTest(group=group, mode=oct(mode), groups=groups):
+                data = self.directory()
+                os.chown(data, -1, group)
+                os.chmod(data, mode)
+                with mock.patch.object(os, "getgroups", return_value=groups):
+                    if refused:
+                        self.assertRaisesRegex(minimail.CannotRun, "others can write", minimail.refuse_shared, data)
+                    else:
+                        self.node(data=data)
+
+
+class RootGivenUp(Case):
+    def test_what_is_imported_late_is_in_the_list(self):
+        with open(SOURCE, encoding="utf-8") as file:
+            tree = ast.parse(file.read())
+        late = set()
+        for function in ast.walk(tree):
+            if isinstance(function, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                for node in ast.walk(function):
+                    if isinstance(node, ast.Import):
+                        late.update(alias.name for alias in node.names)
+                    elif isinstance(node, ast.ImportFrom):
+                        late.add(node.module)
+        self.assertEqual(late - set(minimail.IMPORTED_LATE) - {"msvcrt", "pkgutil", "encodings"}, set())
+
+    @unittest.skipUnless(hasattr(os, "geteuid") and os.geteuid() == 0, "needs root")
+    def test_a_python_that_only_root_can_read(self):
+        code = ("import sys, os; sys.path.insert(0, %r); import minimail\n"
+                "real = os.stat\n"
+                "os.stat = lambda path, **more: os.stat_result([0o40700] + list(real(path, **more))[1:])\n"
+                "minimail.import_all()\n"
+                "sys.path[:] = []; sys.path_importer_cache.clear(); sys.meta_path[:] = sys.meta_path[:2]\n"
+                "for codec in 'ascii', 'idna', 'punycode', 'latin-1', 'utf-16', 'cp1252', 'koi8-r', 'iso-2022-jp', 'big5': ''.encode(codec)\n"
+                "import email.policy, http.server, getpass\n" % os.path.dirname(SOURCE))
+        ran = run_python("-c", code)
+        self.assertEqual((ran.returncode, ran.stdout), (0, b""))
+
+    def test_workers_whose_signals_were_blocked(self):
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
+        try:
+            program = Program("--data", os.path.join(self.directory(), "d"), "--smtp", "127.0.0.1:0", "--pop3", "off", "--web", "off",
+                              "--workers", "2")
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        program.process.send_signal(signal.SIGTERM)
+        try:
+            self.assertEqual(program.process.wait(PATIENCE), 0)
+        finally:
+            program.process.kill()
+            program.process.stdout.close()
+        program.errors.seek(0)
+        self.assertIn(b"stopping", program.errors.read())
+        program.errors.close()
+
+
+class OptionsInFiles(Case):
+    """What a file holds counts at the next connection."""
+
+    def setUp(self):
+        self.path = os.path.join(self.directory(), "option")
+        patch = mock.patch.object(minimail.Watched, "PAUSE", 0.0)       # seconds for which a look counts
+        patch.start()
+        self.addCleanup(patch.stop)
+
+    def put(self, text):
+        with open(self.path + ".new", "w", encoding="utf-8") as file:
+            file.write(text)
+        os.replace(self.path + ".new", self.path)
+
+    def config(self, variable, **options):
+        given = dict({"data": os.path.join(self.directory(), "d"), "no_sync": True, "smtp": "127.0.0.1:0", "pop3": "off"}, **options)
+        return minimail.read_config(given, {variable: self.path})
+
+    def test_another_smarthost(self):
+        first, second = self.node(), self.node()
+        self.put("smtp://%s:%d" % first.smtp_address)
+        config = self.config("MINIMAIL_SMARTHOST_FILE", domain=["here.test"])
+        with minimail.Node.from_config(config) as node:
+            for peer in first, second:
+                self.put("smtp://%s:%d" % peer.smtp_address)
+                node.stores.door.send(minimail.Envelope("me@here.test"), [minimail.parse_address("bob@far.test")], LETTER)
+                peer.wait_for("bob@far.test", timeout=PATIENCE)
+            self.assertEqual([len(peer.messages("bob@far.test")) for peer in (first, second)], [1, 1])
+
+    def test_a_file_that_only_root_can_read(self):
+        """It was read as root, and so counts on; that it cannot be read when it changes is said."""
+        self.put("smtp://a.test")
+        config = self.config("MINIMAIL_SMARTHOST_FILE", domain=["here.test"])
+        with mock.patch.object(builtins, "open", side_effect=PermissionError(errno.EACCES, "Permission denied")):
+            self.assertEqual(str(minimail.relay_config(config).smarthost), "smtp://a.test:25")
+            os.utime(self.path, (1, 1))
+            with self.assertLogs(minimail.log, "WARNING") as logged:
+                self.assertEqual(str(minimail.relay_config(config).smarthost), "smtp://a.test:25")
+        self.assertIn("Permission denied", logged.output[0])
+
+    def test_a_target_as_it_is_now(self):
+        routes = minimail.Routes(Config(), "mx.here.test", None)
+        old, new, token = (minimail.parse_url(url) for url in ("smtp://u:1@a.test", "smtp://v:2@b.test", "smtp://u:3@a.test"))
+        routes.options = lambda: Config(smarthost=new, route=(("far.test", token),))
+        for key, server, renewed in ("smarthost", old, new), ("route", old, token), ("route", new, new), ("far.test", None, None):
+            self.assertEqual(routes.renewed(minimail.Target(key, "", server)), minimail.Target(key, "", renewed))
+
+    def test_another_certificate(self):
+        first, second = self.file("one.pem", CERTIFICATE), self.file("two.pem", CERTIFICATE)
+        self.put(first)
+        certificates = minimail.Certificates(self.config("MINIMAIL_TLS_CERT_FILE"))
+        before = certificates.context()
+        self.assertIs(certificates.context(), before)
+        for text, another in ("/nonexistent.pem", False), (second, True):
+            self.put(text)
+            self.assertIs(certificates.context() is not before, another, text)
+
+    def test_tls_without_ssl(self):
+        with mock.patch.dict(sys.modules, {"ssl": None}):
+            for option in "--smarthost", "--route", "--release":
+                value = ("far.test=" if option == "--route" else "") + "smtps://u:secret@relay.test"
+                domain = [] if option == "--release" else ["--domain", "here.test"]
+                status, out, err = run_main("--data", os.path.join(self.directory(), "d"), "--smtp", "127.0.0.1:0", "--pop3", "off",
+                                            "--web", "off", *domain, option, value)
+                self.assertEqual((status, out, err.count("\n")), (1, "", 1), err)
+                self.assertIn(option + " smtps://relay.test:465: this Python has no ssl module", err)
+                self.assertNotIn("secret", err)
+
+
+class SentByPrograms(Case):
+    def test_sendmail_leaves_a_line_in_the_systems_log(self):
+        lines, data = [], os.path.join(self.directory(), "d")
+        system = mock.Mock(LOG_INFO=6, LOG_WARNING=4, LOG_ERR=3, syslog=lambda level, text: lines.append((level, text)))
+        self.node(data=data, domain=["here.test"], catch_all="all@here.test")
+        with mock.patch.dict(sys.modules, syslog=system):
+            status, out, err = run_main("sendmail", "-f", "me@here.test", "bob@here.test", "--data", data, "--catch-all", "all@here.test", "--domain", "here.test",
+                                        stdin="Subject: x\n\nhello\n")
+            self.assertEqual((status, out, err), (0, "", ""))
+            run_main("mail", "--data", data)
+        self.assertEqual([(level, text.split(" ")[0], "sender=me@here.test" in text) for level, text in lines], [(6, "message", True)])
+
+    def test_one_hint_for_an_entry(self):
+        """`queue flush` and `queue retry` move the hint: two of them made two attempts out of one wish."""
+        config = Config(data=self.directory(), domain=("here.test",), no_sync=True)
+        queue = minimail.open_stores(config).post.queue
+        stores = minimail.open_stores(config)
+        stores.door.send(minimail.Envelope("me@here.test"), [minimail.parse_address("bob@far.test")], LETTER)
+        id = queue.ids()[0]
+        dispatch = minimail.Dispatch(queue.read(id), next(queue.hints()))
+        self.assertTrue(queue.claim(dispatch))
+        queue.postpone(dispatch, time.time() + 600)
+        queue.release(dispatch)
+        for words in ("flush",), ("retry", id), ("flush",):
+            self.assertEqual(run_main("queue", *words, "--data", config.data)[0], 0)
+            self.assertEqual([os.path.relpath(hint, queue.root) for hint in queue.hints()], [os.path.join("new", id)])
+
+
+# ======================================================================================================================
+# The file itself
+# ======================================================================================================================
 
 def names_used(tree, bound=frozenset()):
     """Yield (name, line) of every name that code uses and does not bind itself; annotations do not count."""
