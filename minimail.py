@@ -1355,7 +1355,7 @@ def sections_missing(option: str) -> List[str]:
 
 
 def check_together(config: Config, name: Callable[[str], str]) -> None:
-    """Raise UsageError where an option lacks another or its section; `name` as in read_options(). The library asks the same."""
+    """Raise UsageError where an option lacks another or its section; `name` as in read_options(). The library asks it, too."""
     for option in option_fields():
         value = getattr(config, option)
         if value and value != getattr(Config, option):
