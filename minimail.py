@@ -74,8 +74,10 @@ CONNECTION WITH THE USE OR PERFORMANCE OF THIS SOFTWARE.  (SPDX: 0BSD)
 """
 from __future__ import annotations
 
+import array
 import base64
 import binascii
+import bisect
 import collections
 import contextlib
 import dataclasses
@@ -169,6 +171,7 @@ MAX_HELPERS = 32                    # threads for what conversations wait for an
 MAX_TRANSCRIPT = 1 << 16            # bytes of a conversation that are kept with a message, and ...
 MAX_INTRODUCTION = 20               # ... lines of what was said before the first one
 MAX_STEP = 1000                     # messages POP3 lists before others have their turn
+MAX_LISTED = 1_000_000              # messages in mailboxes whose lists stay in memory, some 85 bytes each
 MAX_REMOVED = 50                    # messages a POP3 QUIT removes without a thread of its own
 MAX_STRANGE = 3                     # wrong commands before any right one, then the end: that is no mail client
 MAX_IDLE_COMMANDS = 10_000          # commands since the last message that lead to none (NOOP, RSET, what is refused), then 421
@@ -2539,7 +2542,8 @@ def read_regular(path: str, limit: int = 1 << 20) -> bytes:
 SAFE = re.compile(r"[a-z0-9._+=-]*")
 DEVICE = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\.|$)")
 OWN_NAME = re.compile(r"\d+\.([0-9a-f]{8}-[0-9a-f]{5}-[0-9a-f]{9,})\.")
-SIZED_NAME = re.compile(r"([!-+\--9<-~]{1,70}),(?:[^:]*,)?W=(\d+)(?=$|[:;,])")
+UID = re.compile(r"[!-~]{1,70}")                    # RFC 1939 section 7
+SIZE = re.compile(r"[nc],(?:[^:]*,)?W=(\d+)(?=$|[:;,])")    # in what of a name follows the place and the UID
 FLAGS = ";2," if os.name == "nt" else ":2,"         # no colons in Windows file names
 
 
@@ -2579,6 +2583,70 @@ class Item(NamedTuple):
     name: str
 
 
+class Listing:
+    """The messages in a mailbox, oldest first. An Item is made when somebody asks for it: what is kept of each is its name.
+
+    A block is the UIDs of some messages, then their places and what of their names follows the UID; where that is not how
+    the name begins, the place is a capital and all of the name follows: "UID/UID/...//nREST/cREST/...".
+    """
+
+    BLOCK = 20                                      # messages
+    PLACES = {"n": "new", "c": "cur", "N": "new", "C": "cur"}
+
+    def __init__(self) -> None:
+        self.sizes = array.array("Q")
+        self.total = 0                              # bytes in them
+        self._blocks: List[str] = []
+        self._uids: List[str] = []                  # of the block that is being made
+        self._rests: List[str] = []
+
+    def add(self, base: str, rest: str, size: int) -> None:
+        """Take the next message, as its name says: what stands before the comma, place and rest."""
+        if not UID.fullmatch(base):
+            base, rest = hashlib.sha256(os.fsencode(base)).hexdigest(), rest[0].upper() + base + rest[1:]
+        self._uids.append(base)
+        self._rests.append(rest)
+        self.sizes.append(size)
+        self.total += size
+        if len(self._uids) == self.BLOCK:
+            self.finish()
+
+    def finish(self) -> None:
+        """Pack what was added; for the last time when there is no more."""
+        if self._uids:
+            self._blocks.append("%s//%s" % ("/".join(self._uids), "/".join(self._rests)))
+            self._uids, self._rests = [], []
+
+    def uids(self, start: int, end: int) -> List[str]:
+        """Return the UIDs of the messages from `start` on, to the one before `end`."""
+        first = start // self.BLOCK
+        found: List[str] = []
+        for block in self._blocks[first:-(-end // self.BLOCK)]:
+            found += block.partition("//")[0].split("/")
+        return found[start - first * self.BLOCK:end - first * self.BLOCK]
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def __getitem__(self, index: int) -> Item:
+        size = self.sizes[index]                    # IndexError
+        block, number = divmod(index % len(self.sizes), self.BLOCK)
+        uids, _, rests = self._blocks[block].partition("//")
+        return self._item(uids.split("/")[number], size, rests.split("/")[number])
+
+    def __iter__(self) -> Iterator[Item]:
+        sizes = iter(self.sizes)
+        for block in self._blocks:
+            uids, _, rests = block.partition("//")
+            yield from map(self._item, uids.split("/"), sizes, rests.split("/"))
+
+    def _item(self, uid: str, size: int, rest: str) -> Item:
+        return Item(uid, size, self.PLACES[rest[0]], uid + rest[1:] if rest[0].islower() else rest[1:])
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Listing) and self._blocks == other._blocks
+
+
 class Mailboxes:
     """All mailboxes of a data directory. Delivery and reading need no locks; one POP3 session at a time holds one."""
 
@@ -2588,8 +2656,8 @@ class Mailboxes:
         self.host = re.sub(r"[^a-z0-9.-]", "", hostname.lower())[:20] or "localhost"
         self.path = functools.lru_cache(maxsize=1000)(self._path)
         self.forget: Optional[Callable[[str], None]] = None     # told the id of a message whose last copy was deleted
-        self._listings: "collections.OrderedDict[str, Tuple[Any, List[Item]]]" = collections.OrderedDict()
-        self._listed = 0                            # items in them
+        self._listings: "collections.OrderedDict[str, Tuple[Any, Listing]]" = collections.OrderedDict()
+        self._listed = 0                            # messages in them
         self._listing_lock = threading.Lock()
 
     def _path(self, mailbox: str) -> str:
@@ -2646,35 +2714,56 @@ class Mailboxes:
             placed.append(target)
         draft.path = ""
 
-    def listing(self, mailbox: str) -> List[Item]:
+    def listing(self, mailbox: str) -> Listing:
         """Return a mailbox's messages, oldest first, from the file names alone; empty when there is no such mailbox."""
         try:
             path = self.path(mailbox)
             stamp = self._stamp(path)
         except (OSError, Refused):
-            return []
+            return Listing()
         cached = self._recall(path, stamp)
         if cached is not None:
             return cached
-        items: Dict[str, Item] = {}
-        for place in ("new", "cur"):                # in this order: what is moved meanwhile is seen twice, not never
-            for name in list_directory(os.path.join(path, place)):
-                match = SIZED_NAME.match(name)
-                if match:
-                    uid, size = match.groups()
-                    items[uid] = Item(uid, int(size), place, name)
-                elif not name.startswith("."):
-                    item = self._foreign_item(path, place, name)
-                    if item:
-                        items[item.uid] = item
-        listing = sorted_in_runs(list(items.values()))
+        listing = self._list(path)
         if time.time_ns() - max(stamp)[0] > 2_000_000_000:  # within a clock tick a change might not show in the stamp
             with self._listing_lock:
-                self._listed += len(listing) - len(self._listings.pop(path, (None, []))[1])
+                self._listed += len(listing) - len(self._listings.pop(path, (None, ()))[1])
                 self._listings[path] = (stamp, listing)
-                while len(self._listings) > 1 and self._listed > 250_000:
+                while len(self._listings) > 1 and self._listed > MAX_LISTED:
                     self._listed -= len(self._listings.popitem(last=False)[1][1])
         return listing
+
+    def _list(self, path: str) -> Listing:
+        """Return what is in the directory of a mailbox."""
+        listing, last = Listing(), "/"
+        for name in sorted_in_steps(self._names(path)):
+            base, _, rest = name.partition("/")
+            if base == last:
+                continue
+            match, place = SIZE.match(rest), Listing.PLACES[rest[0]]
+            size = int(match.group(1)) if match else size_on_wire(os.sep.join((path, place, base + rest[1:])))
+            if size >= 0:
+                listing.add(base, rest, size)
+                last = base
+        listing.finish()
+        return listing
+
+    @staticmethod
+    def _names(path: str) -> List[str]:
+        """Return the names in a mailbox's directory as BASE/PREST: what begins with BASE, in the place P(new or cur).
+
+        What another program moves meanwhile is there twice, not never: then the two stand together when sorted.
+        """
+        names: List[str] = []
+        for place in ("new", "cur"):
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(os.path.join(path, place)) as found:
+                for entry in found:
+                    base, comma, rest = entry.name.partition(",")
+                    if base.endswith(FLAGS[:-1]) and comma:
+                        base, comma = base[:-2], FLAGS
+                    if not base.startswith("."):
+                        names.append("%s/%s%s%s" % (base, place[0], comma, rest))
+        return names
 
     @staticmethod
     def _stamp(path: str) -> List[Tuple[int, int, int]]:
@@ -2682,7 +2771,7 @@ class Mailboxes:
         found = [os.stat(os.path.join(path, place)) for place in ("new", "cur")]
         return [(place.st_mtime_ns, place.st_ctime_ns, place.st_ino) for place in found]
 
-    def _recall(self, path: str, stamp: List[Tuple[int, int, int]]) -> Optional[List[Item]]:
+    def _recall(self, path: str, stamp: List[Tuple[int, int, int]]) -> Optional[Listing]:
         with self._listing_lock:
             cached = self._listings.get(path)
             if not cached or cached[0] != stamp:
@@ -2690,30 +2779,13 @@ class Mailboxes:
             self._listings.move_to_end(path)
             return cached[1]
 
-    def remembered(self, mailbox: str) -> Optional[List[Item]]:
+    def remembered(self, mailbox: str) -> Optional[Listing]:
         """Return what listing() would, if that takes no time; None when it does."""
         try:
             path = self.path(mailbox)
             return self._recall(path, self._stamp(path))
         except (OSError, Refused):
-            return []
-
-    def _foreign_item(self, path: str, place: str, name: str) -> Optional[Item]:
-        """Return the Item of a file that another program delivered: its size has to be counted."""
-        base = name.partition(FLAGS)[0].partition(",")[0]
-        if not re.fullmatch(r"[!-~]{1,70}", base):  # RFC 1939 section 7: what a UID may look like
-            base = hashlib.sha256(os.fsencode(base)).hexdigest()
-        size, last = 0, b""
-        try:
-            with open(open_regular(os.path.join(path, place, name)), "rb", buffering=0) as file:
-                for block in iter(lambda: file.read(BIG_BLOCK), b""):
-                    crlf = block.count(b"\r\n") + (last + block[:1] == b"\r\n")
-                    size += len(block) + block.count(b"\n") - crlf
-                    last = block[-1:]
-        except OSError:                             # a directory, a link, or gone
-            return None
-        lacks = {b"": 0, b"\n": 0, b"\r": 1}.get(last, 2)     # of the last line's end
-        return Item(base, size + lacks, place, name)
+            return Listing()
 
     def find(self, mailbox: str, item: Item) -> str:
         """Return where an item's file is now, if another program moved it or changed its flags; FileNotFoundError."""
@@ -2805,10 +2877,40 @@ class Mailboxes:
                         os.unlink(path)
 
 
-def sorted_in_runs(items: List[Item]) -> List[Item]:
-    """Return items sorted by name, with others' turn in between: one sort of 60,000 would hold the interpreter for 0.1 s."""
-    runs = [sorted(items[start:start + MAX_STEP], key=lambda item: item.name) for start in range(0, len(items), MAX_STEP)]
-    return runs[0] if len(runs) == 1 else list(heapq.merge(*runs, key=lambda item: item.name))
+def sorted_in_steps(texts: List[str]) -> Iterator[str]:
+    """Yield texts in order, with others' turn in between: one sort of a million would hold the interpreter for seconds."""
+    marks = sorted(texts[::MAX_STEP])
+    parts: List[List[str]] = [[] for _ in range(len(marks) + 1)]
+    for text in texts:
+        parts[bisect.bisect(marks, text)].append(text)
+    texts.clear()                                   # memory for what the caller makes of them
+    for number, part in enumerate(parts):
+        parts[number] = []
+        part.sort()
+        yield from part
+
+
+def size_on_wire(path: str) -> int:
+    """Return the size that another program's file has with CRLF line ends, the last one's included; -1 when it is no file."""
+    try:
+        fd = os.open(path, os.O_RDONLY | O_PLAIN)
+    except OSError:                                 # a link, or gone
+        return -1
+    try:
+        block = pread(fd, BLOCK, 0)                 # a directory and a pipe have none
+        if len(block) < BLOCK and block.endswith(b"\r\n") and not has_bare_newline(block):
+            return len(block)                       # as nearly always
+        offset, size, last = 0, 0, b""
+        while block:
+            crlf = block.count(b"\r\n") + (last + block[:1] == b"\r\n")
+            size += len(block) + block.count(b"\n") - crlf
+            offset, last = offset + len(block), block[-1:]
+            block = pread(fd, BIG_BLOCK, offset)
+    except OSError:
+        return -1
+    finally:
+        os.close(fd)
+    return size + {b"": 0, b"\n": 0, b"\r": 1}.get(last, 2)      # what the last line's end lacks
 
 
 def item_time(item: Item) -> float:
@@ -9739,7 +9841,7 @@ class POP3Session(Session):
         return b"-ERR [SYS/TEMP] %s\r\n" % printable(reason).encode("utf-8", "replace")
 
     def greeting(self) -> bytes:
-        self.items: List[Item] = []
+        self.items = Listing()
         self.deleted: Set[int] = set()
         self.total = 0                              # bytes in the messages that are not deleted
         self.fetched = self.bytes = self.removed = 0
@@ -9865,11 +9967,7 @@ class POP3Session(Session):
         except OSError:                             # nobody is logged in, so the lock is nobody's
             self.release()
             raise
-        for start in range(0, len(self.items), MAX_STEP):
-            self.total += sum([item.size for item in self.items[start:start + MAX_STEP]])
-            if start:
-                await wait(TURN)
-        self.user = user
+        self.user, self.total = user, self.items.total
         event("login", protocol="pop3", client=self.client, user=printable(user), messages=len(self.items))
         return b"+OK %d messages\r\n" % len(self.items)
 
@@ -9886,20 +9984,20 @@ class POP3Session(Session):
         return b"+OK %d %d\r\n" % (len(self.items) - len(self.deleted), self.total)
 
     async def do_LIST(self, argument: bytes) -> bytes:
-        return await self.list(argument, lambda item: item.size)
+        return await self.list(argument, lambda start, end: self.items.sizes[start:end])
 
     async def do_UIDL(self, argument: bytes) -> bytes:
-        return await self.list(argument, lambda item: item.uid)
+        return await self.list(argument, self.items.uids)
 
-    async def list(self, argument: bytes, about: Callable[[Item], Union[int, str]]) -> bytes:
+    async def list(self, argument: bytes, about: Callable[[int, int], Sequence[Any]]) -> bytes:
         """Say something about one message or, some at a time, about all."""
         if argument.strip():
-            index, item = self.item(argument)
-            return ("+OK %d %s\r\n" % (index + 1, about(item))).encode()
+            index = self.item(argument)[0]
+            return ("+OK %d %s\r\n" % (index + 1, about(index, index + 1)[0])).encode()
         self.wire.send(b"+OK\r\n")
         for start in range(0, len(self.items), MAX_STEP):
-            lines = ["%d %s\r\n" % (number, about(item)) for number, item in enumerate(
-                self.items[start:start + MAX_STEP], start + 1) if number - 1 not in self.deleted]
+            lines = ["%d %s\r\n" % (index + 1, word) for index, word in enumerate(about(start, start + MAX_STEP), start)
+                     if index not in self.deleted]
             self.wire.send("".join(lines).encode())
             if start:
                 await self.wire.drain()
@@ -9990,7 +10088,7 @@ class POP3Session(Session):
         return b"+OK gone at QUIT\r\n"
 
     def do_RSET(self, argument: bytes) -> bytes:
-        self.total += sum([self.items[index].size for index in self.deleted])
+        self.total += sum([self.items.sizes[index] for index in self.deleted])
         self.deleted.clear()
         return b"+OK\r\n"
 
@@ -11868,7 +11966,7 @@ class Index:
                     self._update(mailbox, stamp, self.mailboxes.listing(mailbox))
             if len(places) < len(self._boxes):
                 for mailbox in self._boxes.keys() - {mailbox for mailbox, _, _ in places}:
-                    self._update(mailbox, None, [])
+                    self._update(mailbox, None, ())
                     del self._boxes[mailbox]
 
     def _places(self, recent: int) -> List[Tuple[str, str, str]]:
@@ -11890,7 +11988,7 @@ class Index:
                 place = os.path.join(path, local)
                 yield decode_name(local) + "@" + decode_name(domain), os.path.join(place, "new"), os.path.join(place, "cur")
 
-    def _update(self, mailbox: str, stamp: Any, items: List[Item]) -> None:
+    def _update(self, mailbox: str, stamp: Any, items: Iterable[Item]) -> None:
         before = self._boxes[mailbox][1] if mailbox in self._boxes else {}
         after = {item.uid: item for item in items}
         self._boxes[mailbox] = stamp, after
@@ -12027,7 +12125,7 @@ def mail_command(config: Config, arguments: List[str]) -> int:
     if given.address is None:
         for name in mailboxes.names():
             items = mailboxes.listing(name)
-            print("%6d %12d %s" % (len(items), sum(item.size for item in items), printable(name)))
+            print("%6d %12d %s" % (len(items), items.total, printable(name)))
         return 0
     key = mailbox_named("mail", given.address, config)
     for item in mailboxes.listing(key):
@@ -12524,7 +12622,7 @@ class Inbox(Letters):
     def _events(self, request: Request) -> Iterator[bytes]:
         storage, seen, said = self.mailboxes.storage, self.serial, time.monotonic()
         stamp = storage.stamp("mail")
-        own = self.mailboxes.listing(request.viewer.own) if request.viewer.own else []
+        own = self.mailboxes.listing(request.viewer.own) if request.viewer.own else None
         yield b": hello\n\n"
         while not request.is_over():
             self.pause(seen, WAIT_STEP)

@@ -2060,7 +2060,7 @@ class Maildirs(Case):
 
     def test_order_and_uids(self):
         ids = [self.put(b"%d\r\n" % i) for i in range(20)]
-        listing = self.boxes.listing(self.box)
+        listing = list(self.boxes.listing(self.box))
         self.assertEqual([minimail.message_id(item) for item in listing], ids, "oldest first")
         uids = [item.uid for item in listing]
         self.assertEqual(len(set(uids)), 20)
@@ -2078,6 +2078,35 @@ class Maildirs(Case):
         self.boxes.delete(self.box, listing[5])
         self.boxes.delete(self.box, listing[5])     # gone already is no error
         self.assertEqual([item.uid for item in self.boxes.listing(self.box)], uids[:5] + uids[6:])
+
+    def test_a_listing_is_made_of_blocks(self):
+        """Many messages, with odd names and others' flags; some moved from new/ to cur/ while we looked are there twice."""
+        chance, names = random.Random(2), []
+        for number in range(2503):
+            base = "%d.M%dP7.%s" % (1e9 + number // 7, number, chance.choice(["host", "h" * 80, "caf\xe9", "a b"]))
+            names.append(base + chance.choice([",S=7,W=%d" % (number + 2), ",S=7,W=%d:2," % (number + 2), "", ":2,RS"]))
+        for name in names:
+            self.put_foreign(name, b"x\n", "cur" if ":" in name else "new")
+        for name in names[::50]:
+            self.put_foreign(name.partition(":")[0] + ":2,T", b"x\n", "cur")
+            self.put_foreign(name.partition(":")[0], b"x\n", "new")
+        listing = self.boxes.listing(self.box)
+        items = list(listing)
+        self.assertEqual((len(items), len({item.uid for item in items}), len(listing)), (2503,) * 3)
+        self.assertEqual([item.name.partition(":")[0] for item in items], sorted(name.partition(":")[0] for name in names))
+        for item in items:
+            self.assertTrue(os.path.exists(os.path.join(self.path, item.place, item.name)), item)
+            width = re.search(r"W=(\d+)", item.name)
+            self.assertEqual(item.size, int(width.group(1)) if width else 3)
+        self.assertEqual([listing[index] for index in range(-2503, 2503)], items * 2)
+        self.assertRaises(IndexError, lambda: listing[2503])
+        self.assertEqual(list(reversed(listing)), items[::-1])
+        self.assertEqual(listing.total, sum(item.size for item in items))
+        for start, end in [(0, 0), (0, 2503), (0, 3000), (7, 8), (19, 41), (20, 40), (2500, 2600), (2503, 2600)]:
+            self.assertEqual(listing.uids(start, end), [item.uid for item in items[start:end]])
+        self.assertEqual(listing, self.boxes.listing(self.box))
+        self.boxes.delete(self.box, items[1000])
+        self.assertNotEqual(listing, self.boxes.listing(self.box))
 
     def test_kept_listings_are_never_stale(self):
         self.put()
@@ -2128,9 +2157,10 @@ class Maildirs(Case):
         os.mkfifo(self.path + "/cur/4.pipe:2,S")
         opened = []
         for item in self.boxes.listing(self.box):
-            with contextlib.suppress(OSError):
-                opened.append(minimail.Message(self.boxes, self.box, item).read())
-        self.assertEqual([content[-6:] for content in opened], [b"body\r\n"])
+            for read in (minimail.Message(self.boxes, self.box, item).read, lambda: self.boxes.start_of(self.box, item)):
+                with contextlib.suppress(OSError):
+                    opened.append(read())
+        self.assertEqual([content[-6:] for content in opened], [b"body\r\n"] * 2)
         self.boxes.prune(self.box, 1)
 
     def test_tmp_is_swept(self):
@@ -9036,8 +9066,9 @@ class POP3(Case):
 
         def note(function):
             return lambda path, *a, **k: (opened.append(str(path)), function(path, *a, **k))[1]
-        real = os.listdir                           # the files are not even there: to look at one of them would fail
-        with mock.patch.object(os, "listdir", lambda path=".": names if path == new else real(path)), \
+        real = os.scandir                           # the files are not even there: to look at one of them would fail
+        entries = contextlib.nullcontext([types.SimpleNamespace(name=name) for name in names])
+        with mock.patch.object(os, "scandir", lambda path=".": entries if path == new else real(path)), \
                 mock.patch.object(os, "open", note(os.open)), mock.patch.object(builtins, "open", note(open)):
             talk = self.session("C: STAT\nS: +OK 10000 1030000", user="many@x")
             self.assertEqual(len(talk.listing("LIST").splitlines()), 10_000)
