@@ -413,10 +413,13 @@ max_idle = 1s
 """.format(self.folder, "all" if IPV6 else "ipv4", " ".join(self.domains), certificate, key)
 
     def services(self):
-        """Return master.cf: what a message passes through, nothing in a chroot."""
+        """Return master.cf: what a message passes through, nothing in a chroot.
+
+        postlogd stays: when one ends, what the others log meanwhile can fill its socket, and then they wait for ever.
+        """
         rows = ["smtp inet n - n - - smtpd", "pickup unix n - n 60 1 pickup", "qmgr unix n - n 300 1 qmgr",
                 "tlsmgr unix - - n 1000? 1 tlsmgr", "proxymap unix - - n - - proxymap",
-                "postlog unix-dgram n - n - 1 postlogd", "cleanup unix n - n - 0 cleanup",
+                "postlog unix-dgram n - n - 1 postlogd -o max_idle=1h", "cleanup unix n - n - 0 cleanup",
                 "rewrite unix - - n - - trivial-rewrite", "showq unix n - n - - showq", "anvil unix - - n - 1 anvil",
                 "virtual unix - n n - - virtual", "flush unix n - n 1000? 0 flush", "scache unix - - n - 1 scache",
                 "error unix - - n - - error", "retry unix - - n - - error", "smtp unix - - n - - smtp",
