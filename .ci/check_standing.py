@@ -4,18 +4,21 @@
 
 dkimpy and OpenDKIM verify what we sign, with keys that OpenSSL made; postsrsd undoes our addresses and we its; flufl.bounce
 (PyPI), baunsu and email-bounce-parser (npm) read our reports; pyspf reads the same records as we do; an HTTPS server with an
-authority of its own offers policies. What is missing is installed: Debian packages, a venv and npm packages in the cache.
+authority of its own offers policies. What goes through a node's queue and through Postfix does so in netlab's network. What is
+missing is installed: Debian packages, a venv and npm packages in the cache.
 """
-# time limit: 180
+# time limit: 360
 # ruff: noqa: E501  the tables are wide
 import base64
 import contextlib
+import functools
 import hashlib
 import http.server
 import json
 import os
 import random
 import re
+import smtplib
 import socket
 import ssl
 import subprocess
@@ -27,6 +30,8 @@ import unittest.mock
 from pathlib import Path
 
 import lab
+import netlab
+from check_crash import FAKETIME
 
 sys.path.insert(0, str(lab.REPO))
 import minimail  # noqa: E402
@@ -39,12 +44,51 @@ NPM = ["baunsu", "email-bounce-parser"]
 
 def setUpModule():
     """Install what is missing, and make the keys that all tests sign with."""
-    global folder, keys
+    global folder, keys, stack
     install()
     stack = contextlib.ExitStack()
     unittest.addModuleCleanup(stack.close)
     folder = stack.enter_context(lab.folder())
     keys = make_keys()
+
+
+class Postfix(netlab.Postfix):
+    """Keeps mail for good.test and bad.test, passes all other on to the peer SINK. Its certificate is for mx.good.test."""
+
+    def settings(self, certificate, key):
+        return super().settings(certificate, key) + """
+relayhost = [%s]
+smtpd_peername_lookup = no
+# else it breaks lines that are longer than what RFC 5321 section 4.5.3.1.6 allows, and with them any signature
+smtp_line_length_limit = 0
+""" % SINK
+
+
+SINK, POLICIES = netlab.HOSTS["peer"][:2]           # who keeps what Postfix and nodes send; the HTTPS server
+
+
+@functools.lru_cache(maxsize=None)
+def network():
+    """Return (network, Postfix, authority's certificate), made for the first who asks."""
+    made = stack.enter_context(netlab.Network())
+    for domain in "good.test", "bad.test":
+        netlab.ZONES[domain] = "@ MX 10 mx\nmx A %s\nmta-sts A %s\n_mta-sts TXT \"v=STSv1; id=1\"" % (netlab.POSTFIX, POLICIES)
+    netlab.NameServers(made)
+    authority = certify("network", None)
+    postfix = Postfix(made, ["good.test", "bad.test"], ["x@good.test", "x@bad.test"], certify("mx.good.test", authority))
+    return made, postfix, authority
+
+
+def certify(name, authority, file=None, days=30, more=()):
+    """Return (certificate file, key file) for names, signed by an authority, else by itself."""
+    base = str(folder / (file or name))
+    openssl("req", "-new", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-keyout", base + ".key", "-out", base + ".csr", "-subj", "/CN=" + name)
+    extensions = Path(base + ".ext")
+    names = ",".join("DNS:" + each for each in (name, *more))
+    extensions.write_text("subjectAltName=%s\nbasicConstraints=CA:%s\n" % (names, "TRUE" if authority is None else "FALSE"))
+    signer = ["-CA", authority[0], "-CAkey", authority[1], "-CAcreateserial"] if authority else ["-signkey", base + ".key"]
+    openssl("x509", "-req", "-in", base + ".csr", "-out", base + ".crt", "-days", days, "-extfile", extensions, *signer)
+    return base + ".crt", base + ".key"
 
 
 def install():
@@ -132,8 +176,8 @@ def sign(content, *selectors):
     return signatures + content + (b"" if content.endswith(b"\r\n") else b"\r\n")       # as it goes over the wire
 
 
-class Signatures(unittest.TestCase):
-    """Every message of the corpus with every key, in two sweeps; spoilt ones do not verify."""
+class Judges(unittest.TestCase):
+    """dkimpy and OpenDKIM, asked what they make of signed messages."""
 
     DKIMPY = """if True:
         import base64, dkim, json, sys
@@ -185,19 +229,25 @@ class Signatures(unittest.TestCase):
         return [re.findall(r"dkim=(\w+)[^;]*? header\.d=here\.test [^;]*?header\.s=(\w+)", answers.get(number, ""))
                 for number in range(len(messages))]
 
-    def both(self, selectors, names=None):
-        names = names or list(CORPUS)
-        messages = [sign(CORPUS[name], *selectors) for name in names]
-        for name, message, found in zip(names, messages, self.dkimpy(messages)):
+    def verify(self, messages, selectors):
+        """Both find in {name of the corpus: message} the signatures by these keys good, and no other of ours there."""
+        for (name, message), found in zip(messages.items(), self.dkimpy(messages.values())):
             with self.subTest("dkimpy", name=name):
                 if name == "header, blank before the colon":
                     continue                        # RFC 6376 section 3.4.2 has it deleted, dkimpy does not take it
                 self.assertEqual(found[:len(selectors)], [True] * len(selectors), message[-300:])
-        for name, found in zip(names, self.opendkim(messages)):
+        for name, found in zip(messages, self.opendkim(messages.values())):
             with self.subTest("OpenDKIM", name=name):
                 if name == "body, NUL":
                     continue                        # where OpenDKIM's reader of test files ends
                 self.assertEqual(found, [("pass", selector) for selector in selectors])
+
+
+class Signatures(Judges):
+    """Every message of the corpus with every key, in two sweeps; spoilt ones do not verify."""
+
+    def both(self, selectors, names=tuple(CORPUS)):
+        self.verify({name: sign(CORPUS[name], *selectors) for name in names}, selectors)
 
     def test_rsa_and_ed25519(self):
         """Two signatures on every message of the corpus."""
@@ -244,6 +294,64 @@ class Signatures(unittest.TestCase):
         small, large = [int(subprocess.run([sys.executable, "-c", program, count], stdout=subprocess.PIPE, check=True).stdout)
                         for count in ("1", "1024")]
         self.assertLess(large - small, 4096, "KiB more for 64 MiB")
+
+
+class Trips(Judges):
+    """The corpus as a node signs and sends it: every message with every key, at the end of its way."""
+
+    KEYS = ["rsa1024", "rsa2048", "rsa4096", "ed25519"]
+
+    @staticmethod
+    def signing(*selectors):
+        return [word for name in selectors for word in ("--dkim", "here.test=%s:%s" % (name, folder / (name + ".pem")))]
+
+    def node(self, host, *options):
+        """Return a node that keeps here.test, of which its clients are."""
+        node = netlab.Node(network()[0], host, "--domain", "here.test", "--hostname", "mx.here.test", "--retry", "1", "--quiet", *options)
+        self.addCleanup(node.__exit__, None, None, None)
+        return node.__enter__()
+
+    def peer(self, answer=lambda line: None):
+        """Return the peer who keeps what comes."""
+        peer = netlab.Peer(network()[0], SINK, answer)
+        self.addCleanup(peer.close)
+        return peer
+
+    def send(self, node, port):
+        """Send each message of the corpus to a recipient of its own."""
+        with network()[0].inside(node.host), smtplib.SMTP("127.0.0.1", port, "mailer.here.test", 30) as client:
+            for number, content in enumerate(CORPUS.values()):
+                client.sendmail("ann@here.test", ["c%d@far.test" % number], content, ["BODY=8BITMIME"])
+
+    def arrived(self, peer):
+        """Return {name: message} for the whole corpus, as the peer got it."""
+        lab.until(lambda: len(peer.messages) >= len(CORPUS), 90, "the whole corpus")
+        by_recipient = {recipients[0]: content for _, recipients, content in peer.messages}
+        self.assertEqual(len(peer.messages), len(by_recipient), "nothing comes twice")
+        return {name: by_recipient["c%d@far.test" % number] for number, name in enumerate(CORPUS)}
+
+    def test_through_the_queue(self):
+        """Put off at first, killed, and sent by a node that has another key now: with the signatures that are in the queue."""
+        later = threading.Event()
+        peer = self.peer(lambda line: "451 4.2.0 come back later" if line == "." and not later.is_set() else None)
+        node = self.node("a", "--route", "far.test=smtp://" + SINK, *self.signing(*self.KEYS))
+        self.send(node, 25)
+        lab.until(lambda: len(list((node.data / "queue" / "due").glob("*/*"))) == len(CORPUS), 60, "the first attempts")
+        node.cut()
+        node.options = [word for word in node.options if word not in self.signing(*self.KEYS)] + self.signing("ours")
+        node.start()
+        later.set()
+        self.verify(self.arrived(peer), self.KEYS)
+
+    def test_through_postfix(self):
+        """A Postfix on the same machine, which may rewrite headers of local mail, as smarthost."""
+        peer = self.peer()
+        node = self.node("mx", "--smtp", "127.0.0.1:2525", "--smarthost", "smtp://127.0.0.1", *self.signing(*self.KEYS))
+        self.send(node, 2525)
+        messages = self.arrived(peer)
+        for message in messages.values():
+            self.assertIn(b"by mx.postfix.test (Postfix)", message)
+        self.verify(messages, self.KEYS)
 
 
 class Keys(unittest.TestCase):
@@ -483,7 +591,7 @@ class Reports(unittest.TestCase):
 class PolicyServer:
     """An HTTPS server on the loopback device that answers every request with what `answer` says."""
 
-    def __init__(self, certificate, address="127.0.0.1"):
+    def __init__(self, certificate, address="127.0.0.1", port=0):
         self.answer = b""
         self.asked = []
         self.slow = False
@@ -505,7 +613,7 @@ class PolicyServer:
 
             def log_message(self, *_):
                 pass
-        self.server = http.server.ThreadingHTTPServer((address, 0), Handler)
+        self.server = http.server.ThreadingHTTPServer((address, port), Handler)
         self.server.daemon_threads = True
         self.server.handle_error = lambda *_: None  # clients that do not trust us hang up
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -527,25 +635,14 @@ class Policies(unittest.TestCase):
 
     @classmethod
     def setUpClass(cls):
-        cls.authority = cls.certify("authority", None)
-        cls.good = cls.certify("mta-sts.far.test", cls.authority)
-        cls.other = cls.certify("mta-sts.other.test", cls.authority)
-        cls.selfmade = cls.certify("mta-sts.far.test", None, "selfmade")
-        cls.late = cls.certify("mta-sts.far.test", cls.authority, "late", days=-1)
+        cls.authority = certify("authority", None)
+        cls.good = certify("mta-sts.far.test", cls.authority)
+        cls.other = certify("mta-sts.other.test", cls.authority)
+        cls.selfmade = certify("mta-sts.far.test", None, "selfmade")
+        cls.late = certify("mta-sts.far.test", cls.authority, "late", days=-1)
         before = os.environ.get("SSL_CERT_FILE")
         os.environ["SSL_CERT_FILE"] = cls.authority[0]
         cls.addClassCleanup(lambda: os.environ.update(SSL_CERT_FILE=before) if before else os.environ.pop("SSL_CERT_FILE"))
-
-    @staticmethod
-    def certify(name, authority, file=None, days=30):
-        """Return (certificate file, key file) for a name, signed by an authority, else by itself."""
-        base = str(folder / (file or name))
-        openssl("req", "-new", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-keyout", base + ".key", "-out", base + ".csr", "-subj", "/CN=" + name)
-        extensions = Path(base + ".ext")
-        extensions.write_text("subjectAltName=DNS:%s\nbasicConstraints=CA:%s\n" % (name, "TRUE" if authority is None else "FALSE"))
-        signer = ["-CA", authority[0], "-CAkey", authority[1], "-CAcreateserial"] if authority else ["-signkey", base + ".key"]
-        openssl("x509", "-req", "-in", base + ".csr", "-out", base + ".crt", "-days", days, "-extfile", extensions, *signer)
-        return base + ".crt", base + ".key"
 
     def fetch(self, answer, certificate=None, slow=False, polite=True):
         """Return (policy or the error, server) for what an HTTPS server answers."""
@@ -596,6 +693,163 @@ class Policies(unittest.TestCase):
             found, _ = self.fetch(self.OK + b"\r\n" + self.POLICY * 5, slow=True)
         self.assertIsInstance(found, OSError)
         self.assertLess(time.monotonic() - began, 8)
+
+
+class PoliciesOfANode(unittest.TestCase):
+    """What a node does with MTA-STS: good.test and bad.test have the same policy and, under two names, the same Postfix, whose
+    certificate is for the first name only."""
+
+    POLICY = b"version: STSv1\r\nmode: enforce\r\nmx: mx.good.test\r\nmx: mx.bad.test\r\nmax_age: 86400\r\n"
+    OLD = json.dumps({"id": "0", "mode": "testing", "mx": ["mx.bad.test"], "max_age": 604800, "fetched_at": time.time() - 3600}).encode()
+
+    @classmethod
+    def setUpClass(cls):
+        cls.network, cls.postfix, cls.authority = network()
+        cls.certificate = certify("mta-sts.good.test", cls.authority, more=["mta-sts.bad.test"])
+
+    def setUp(self):
+        self.before = self.postfix.stored("x@bad.test")
+
+    def server(self):
+        """Return the HTTPS server of both domains."""
+        with self.network.inside("peer"):
+            server = PolicyServer(self.certificate, POLICIES, 443)
+        self.addCleanup(server.close)
+        server.answer = Policies.OK + b"\r\n" + self.POLICY
+        return server
+
+    def node(self, **more):
+        """Return a node, not started yet, that has all the time in the world for its next attempt."""
+        return netlab.Node(self.network, "q", "--domain", "q.test", "--hostname", "mx.q.test", "--retry", "3600",
+                           SSL_CERT_FILE=self.authority[0], **more)
+
+    def send(self, subject, *recipients):
+        with self.network.inside("q"), smtplib.SMTP("127.0.0.1", 25, "mailer.q.test", 30) as client:
+            client.sendmail("ann@q.test", recipients, "From: ann@q.test\r\nSubject: %s\r\n\r\nx\r\n" % subject)
+
+    def has(self, recipient, subject):
+        """Return whether Postfix has a message."""
+        return any(b"Subject: %s\n" % subject.encode() in content for content in self.postfix.stored(recipient))
+
+    def refusals(self, node):
+        """Return what was noted of each recipient that still waits, once all have been tried."""
+        def replies():
+            queue = minimail.Queue(minimail.Storage(str(node.data)), minimail.Config())
+            found = [recipient["last_reply"] for entry in queue.entries() for recipient in entry.recipients]
+            return found if found and all(found) else None
+        return lab.until(replies, 30, "an attempt for all that waits")
+
+    def assert_refused(self, node, count):
+        found = self.refusals(node)
+        self.assertEqual(len(found), count)
+        for reply in found:
+            self.assertRegex(reply, "^451 4.7.5 .*the MTA-STS policy of bad.test asks for TLS that is verified")
+        self.assertEqual(self.postfix.stored("x@bad.test"), self.before)
+
+    def start_later(self, node, days):
+        """Start a node on a machine whose clock is so many days ahead."""
+        node.environment = dict(node.environment, LD_PRELOAD=str(FAKETIME), FAKETIME="+%dd" % days, NO_FAKE_STAT="1",
+                                FAKETIME_DONT_FAKE_MONOTONIC="1")
+        node.start()
+
+    @unittest.skipUnless(FAKETIME, "libfaketime is not installed: run .ci/install.sh first")
+    def test_kept_until_it_is_too_old(self):
+        """enforce with a wrong certificate: not sent; nor after a restart, when the HTTPS server is gone; until max_age."""
+        server = self.server()
+        with self.node() as node:
+            self.send("first", "x@good.test", "x@bad.test")
+            lab.until(lambda: self.has("x@good.test", "first"), 30, "what may be sent")
+            self.assert_refused(node, 1)
+            self.assertEqual(sorted(host for host, _ in server.asked), ["mta-sts.bad.test", "mta-sts.good.test"])
+            node.stop()
+            server.close()
+            node.start()
+            self.send("second", "x@good.test", "x@bad.test")
+            lab.until(lambda: self.has("x@good.test", "second"), 30, "what may be sent after a restart")
+            self.assert_refused(node, 2)
+            node.stop()
+            server = self.server()
+            self.start_later(node, 2)
+            self.send("third", "x@bad.test")
+            self.assert_refused(node, 3)
+            self.assertEqual(server.asked, [("mta-sts.bad.test", "/.well-known/mta-sts.txt")], "asked again, and just once")
+            node.stop()
+            server.close()
+            self.start_later(node, 4)
+            self.send("fourth", "x@bad.test")
+            lab.until(lambda: self.has("x@bad.test", "fourth"), 30, "what no policy holds for any more")
+
+    # A node that dies just before its n-th step of keeping a policy (0: never); what it writes takes more than one.
+    KILLER = """if True:
+        import os, signal, sys, threading
+        number, sys.argv = int(sys.argv[1]), sys.argv[3:]
+        sys.path.insert(0, os.path.dirname(sys.argv[0]))
+        import minimail
+        here, steps = threading.local(), []
+
+        def counted(name, function):
+            def call(*arguments, **more):
+                if getattr(here, "keeping", False):
+                    steps.append(name)
+                    if len(steps) == number:
+                        os.kill(os.getpid(), signal.SIGKILL)
+                    if name == "write" and len(arguments[1]) > 100:
+                        arguments = arguments[0], arguments[1][:len(arguments[1]) // 2]
+                return function(*arguments, **more)
+            return call
+        for name in "open", "write", "fsync", "fdatasync", "replace", "rename", "link", "unlink", "close", "mkdir":
+            setattr(os, name, counted(name, getattr(os, name)))
+        keep = minimail.STS.keep
+
+        def kept(*arguments):
+            here.keeping = True
+            keep(*arguments)
+            here.keeping = False
+            print("kept by", *steps, file=sys.stderr)
+        minimail.STS.keep = kept
+        sys.exit(minimail.main(sys.argv[1:]))
+        """
+
+    def killed_at(self, step, old):
+        """Let a node be killed at a step and start it again; return whether there is such a step."""
+        def before(data):
+            if old:
+                (data / "mta-sts").mkdir(0o700)
+                (data / "mta-sts" / "bad.test").write_bytes(old)
+        def wrapper(number):
+            return [sys.executable, "-X", "pycache_prefix=%s" % folder, "-c", self.KILLER, str(number)]
+        with self.node(before=before, wrapper=wrapper(step)) as node:
+            file = node.data / "mta-sts" / "bad.test"
+            self.send("killed", "x@bad.test")
+            lab.until(lambda: node.process.poll() is not None or "kept by" in node.log(), 30, "its death")
+            killed = node.process.poll() is not None
+            if killed:
+                content = file.read_bytes() if file.exists() else None
+                self.assertTrue(content == old or self.is_whole(content), content)
+                node.cut()
+                node.wrapper = wrapper(0)
+                node.start()
+            self.assert_refused(node, 1)
+            self.assertTrue(self.is_whole(file.read_bytes()))
+            self.assertEqual(os.listdir(str(file.parent)), ["bad.test"], "nothing half written is left")
+        return killed
+
+    @staticmethod
+    def is_whole(content):
+        """Return whether a file is what the HTTPS server told."""
+        found = json.loads(content)
+        return [found[name] for name in ("id", "mode", "mx", "max_age")] == ["1", "enforce", ["mx.good.test", "mx.bad.test"], 86400]
+
+    def test_killed_at_every_step(self):
+        """kill -9 while a policy is written, the first one or a newer one: the file is whole or as before, and soon obeyed."""
+        self.server()
+        for old in None, self.OLD:
+            steps = 0
+            while self.killed_at(steps + 1, old):
+                steps += 1
+            print("%d steps of keeping a policy" % steps, file=sys.stderr)
+            self.assertGreater(steps, 6, "fewer steps than a durable write has")
+
 
 
 if __name__ == "__main__":
