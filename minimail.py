@@ -75,19 +75,13 @@ CONNECTION WITH THE USE OR PERFORMANCE OF THIS SOFTWARE.  (SPDX: 0BSD)
 from __future__ import annotations
 
 import array
-import base64
 import binascii
 import bisect
 import collections
 import contextlib
-import dataclasses
-import email.utils
 import errno
-import fnmatch
 import functools
-import hashlib
 import heapq
-import hmac
 import io
 import ipaddress
 import itertools
@@ -95,36 +89,126 @@ import json
 import logging
 import os
 import re
-import secrets
 import selectors
-import shutil
 import socket
 import socketserver
 import stat
 import struct
 import sys
-import tempfile
 import threading
 import time
 import types
 from queue import Empty, SimpleQueue
-from typing import (TYPE_CHECKING, Any, BinaryIO, Callable, Container, Coroutine, Deque, Dict, Generator, Iterable,
-                    Iterator, List, NamedTuple, NoReturn, Optional, Sequence, Set, Tuple, Type, Union)
 
 try:
     import fcntl
 except ImportError:                                 # Windows
     fcntl = None  # type: ignore[assignment]
 
-if TYPE_CHECKING:
+TYPE_CHECKING = False
+if TYPE_CHECKING:                                   # what takes long to import stands in other words below
+    import base64
+    import dataclasses
+    import email.utils
+    import fnmatch
+    import hashlib
+    import hmac
+    import secrets
+    import shutil
     import ssl
+    import tempfile
     from email.message import EmailMessage
+    from typing import (Any, AnyStr, BinaryIO, Callable, Container, Coroutine, Deque, Dict, Generator, Iterable, Iterator,
+                        List, NamedTuple, NoReturn, Optional, Sequence, Set, Tuple, Type, TypeAlias, Union)
 
 __version__ = "1.0"
 __all__ = ["Node", "Message", "Policy", "Refused", "Reply", "main", "__version__"]
 
 log = logging.getLogger("minimail")
 log.addHandler(logging.NullHandler())               # the library prints nothing; main() adds a real handler
+
+
+# A start is short and small because what it does not need is made later, and because of `typing` and `dataclasses` it has
+# only what stands here: they take as long as half of the rest.
+
+class Later:
+    """A module, or a regular expression, that is made when it is first used."""
+
+    def __init__(self, make: Callable[..., Any], *given: Any) -> None:
+        self._make = functools.partial(make, *given)
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._make(), name)
+        setattr(self, name, value)                  # from now on it is found without coming here
+        return value
+
+
+def expression(text: AnyStr, flags: int = 0) -> re.Pattern[AnyStr]:
+    """Return what re.compile() does, a little later."""
+    return Later(re.compile, text, flags)  # type: ignore[return-value]
+
+
+LATER = ("base64", "email.utils", "fnmatch", "hashlib", "hmac", "secrets", "shutil", "tempfile")
+
+if not TYPE_CHECKING:
+    base64, email, fnmatch, hashlib, hmac, secrets, shutil, tempfile = (Later(__import__, name) for name in LATER)
+
+    class TupleMaker(type):
+        """Makes of a class with annotations a named tuple."""
+
+        def __new__(cls, name, bases, body):
+            if not bases:
+                return super().__new__(cls, name, bases, body)
+            fields = body["__annotations__"]
+            made = collections.namedtuple(name, fields, defaults=[body.pop(field) for field in fields if field in body])
+            for attribute, value in body.items():
+                setattr(made, attribute, value)
+            return made
+
+    class NamedTuple(metaclass=TupleMaker):
+        """As in typing."""
+
+    class dataclasses:
+        """As the module, as far as it is used here."""
+
+        class field:
+            def __init__(self, default=NotImplemented, default_factory=None, metadata=None, **_):
+                self.default, self.make, self.metadata = default, default_factory, metadata
+
+        @staticmethod
+        def dataclass(cls=None, frozen=False):
+            """Give a class the constructor that its annotations tell of; `frozen` is for who checks types."""
+            if cls is None:
+                return dataclasses.dataclass
+            fields = cls.__fields__ = []
+            for name in cls.__annotations__:
+                given = vars(cls).get(name, NotImplemented)
+                fields.append(given if isinstance(given, dataclasses.field) else dataclasses.field(given))
+                fields[-1].name = name
+                setattr(cls, name, fields[-1].default)
+            defaults = {field.name: field.default for field in fields}
+            made = [(field.name, field.make) for field in fields if field.make]
+            needed = len(made) < list(defaults.values()).count(NotImplemented)
+
+            def __init__(self, *given, **named):
+                values = vars(self)
+                values.update(defaults)
+                values.update(zip(defaults, given), **named)
+                for name, make in made:
+                    if values[name] is NotImplemented:
+                        values[name] = make()
+                if len(given) > len(defaults) or len(values) > len(defaults) or needed and NotImplemented in values.values():
+                    raise TypeError("%s() takes %s" % (cls.__name__, ", ".join(defaults)))
+            cls.__init__ = __init__
+            return cls
+
+        @staticmethod
+        def fields(cls):
+            return cls.__fields__
+
+        @staticmethod
+        def replace(one, **changes):
+            return type(one)(**dict(vars(one), **changes))
 
 
 # ======================================================================================================================
@@ -394,24 +478,24 @@ class Address(NamedTuple):
 
 ATEXT = r"A-Za-z0-9!#$%&'*+/=?^_`{|}~\-\u0080-\U0010ffff"
 ATOM = "[%s]+" % ATEXT
-DOT_STRING = re.compile(r"%s(?:\.%s)*" % (ATOM, ATOM))
-ANY_DOTS = re.compile("[%s.]+" % ATEXT)             # what some mobile networks gave away: a..b.@example.jp
-QUOTED = re.compile(r'"(?:[^"\\\x00-\x1f\x7f]|\\[\x20-\x7e])*"')
+DOT_STRING = expression(r"%s(?:\.%s)*" % (ATOM, ATOM))
+ANY_DOTS = expression("[%s.]+" % ATEXT)             # what some mobile networks gave away: a..b.@example.jp
+QUOTED = expression(r'"(?:[^"\\\x00-\x1f\x7f]|\\[\x20-\x7e])*"')
 LABEL = r"[A-Za-z0-9_\u0080-\U0010ffff](?:[A-Za-z0-9_\-\u0080-\U0010ffff]*[A-Za-z0-9_\u0080-\U0010ffff])?"
-DOMAIN = re.compile(r"%s(?:\.%s)*" % (LABEL, LABEL))
-SOURCE_ROUTE = re.compile(r"@[^,:@<>\s]+(?:,@[^,:@<>\s]+)*:")
-NO_CHARACTER = re.compile("[\ud800-\udfff\x80-\x9f]")     # lone surrogates and C1 controls
-BLANK_LINE = re.compile(rb"\n\r?\n")
-FOLD = re.compile(rb"\r?\n[ \t]+")
-FIELD = re.compile(rb"[^\n]*(?:\n[ \t][^\n]*)*\n?")
-FIELD_START = re.compile(rb"[!-9;-~]{1,200}[ \t]{0,20}:")
-ADDRESS_WORD = re.compile(r"=\?[^?\s]{1,60}\?[bq]\?[^?\s]*\?=|@\[[^\[\]\s]{1,60}\]|"
+DOMAIN = expression(r"%s(?:\.%s)*" % (LABEL, LABEL))
+SOURCE_ROUTE = expression(r"@[^,:@<>\s]+(?:,@[^,:@<>\s]+)*:")
+NO_CHARACTER = expression("[\ud800-\udfff\x80-\x9f]")     # lone surrogates and C1 controls
+BLANK_LINE = expression(rb"\n\r?\n")
+FOLD = expression(rb"\r?\n[ \t]+")
+FIELD = expression(rb"[^\n]*(?:\n[ \t][^\n]*)*\n?")
+FIELD_START = expression(rb"[!-9;-~]{1,200}[ \t]{0,20}:")
+ADDRESS_WORD = expression(r"=\?[^?\s]{1,60}\?[bq]\?[^?\s]*\?=|@\[[^\[\]\s]{1,60}\]|"
                           r"[^\s\"(<>,;:@=\[]+(?:@[^\s\"(<>,;:@=\[]+)?|[@=>\[]|\s+", re.IGNORECASE)
-ADDRESS_QUOTED = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
-ADDRESS_ANGLE = re.compile(r'<+("[^"\\]{0,200}"[^<>]*|[^<>]*)>|<+([^<>,;\s]*)')
-ADDRESS_STRAY = re.compile(r'\([(\\]*|"["\\]*|.', re.DOTALL)
-ADDRESS_END = re.compile(r"[,;][,;\s]*|:+")
-PARENTHESIS = re.compile(r"\\.|[()]", re.DOTALL)
+ADDRESS_QUOTED = expression(r'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
+ADDRESS_ANGLE = expression(r'<+("[^"\\]{0,200}"[^<>]*|[^<>]*)>|<+([^<>,;\s]*)')
+ADDRESS_STRAY = expression(r'\([(\\]*|"["\\]*|.', re.DOTALL)
+ADDRESS_END = expression(r"[,;][,;\s]*|:+")
+PARENTHESIS = expression(r"\\.|[()]", re.DOTALL)
 BAD_SYNTAX = Reply(501, "5.1.3", "bad address syntax")
 
 
@@ -503,7 +587,7 @@ def parse_address(text: str, lenient: bool = False) -> Address:
 
 
 # A path without its brackets: up to a blank outside quotes.
-BARE_PATH = re.compile(r'(?:"(?:[^"\\]|\\.)*"|[^"<>\s])+(?=\s|$)')
+BARE_PATH = expression(r'(?:"(?:[^"\\]|\\.)*"|[^"<>\s])+(?=\s|$)')
 
 
 @functools.lru_cache(maxsize=1000)
@@ -558,8 +642,8 @@ def parse_parameters(text: str) -> Dict[str, str]:
     return parameters
 
 
-XTEXT = re.compile(r"(?:[!-*,-<>-~]|\+[0-9A-F]{2})*")                               # RFC 3461 section 4
-UTF8_XTEXT = re.compile(r"(?:[!-*,-<>-\[\]-~\u0080-\U0010ffff]|\\x\{[0-9A-F]{1,6}\})*")    # RFC 6533 section 3
+XTEXT = expression(r"(?:[!-*,-<>-~]|\+[0-9A-F]{2})*")                               # RFC 3461 section 4
+UTF8_XTEXT = expression(r"(?:[!-*,-<>-\[\]-~\u0080-\U0010ffff]|\\x\{[0-9A-F]{1,6}\})*")    # RFC 6533 section 3
 NOTIFY = ("SUCCESS", "FAILURE", "DELAY")
 
 
@@ -715,9 +799,18 @@ def with_keyword(esmtp: bool, tls: bool, login: bool, utf8: bool) -> str:
     return ("UTF8SMTP" if utf8 else "ESMTP") + ("S" if tls else "") + ("A" if login else "")
 
 
+WEEKDAYS = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
+MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
+
+
 @functools.lru_cache(maxsize=4)
 def rfc5322_date(seconds: int) -> str:
-    return email.utils.formatdate(seconds, localtime=True)
+    """Return a time as the Date field has it, here and now (RFC 5322 section 3.3)."""
+    when = time.localtime(seconds)
+    minutes = (when.tm_gmtoff or 0) // 60
+    return "%s, %02d %s %04d %02d:%02d:%02d %s%02d%02d" % (
+        WEEKDAYS[when.tm_wday], when.tm_mday, MONTHS[when.tm_mon - 1], when.tm_year, *when[3:6],
+        "-" if minutes < 0 else "+", *divmod(abs(minutes), 60))
 
 
 def received_header(envelope: Envelope, hostname: str, now: float) -> str:
@@ -934,7 +1027,7 @@ def show_word(word: str) -> str:
     return "too many arguments"
 
 
-Endpoint = Tuple[str, int]
+Endpoint: TypeAlias = "Tuple[str, int]"
 
 
 def parse_endpoint(text: str) -> Endpoint:
@@ -1726,8 +1819,8 @@ def is_ready(sock: Union[socket.socket, int], events: int, seconds: float) -> bo
 
 END_OF_DATA = b"\r\n.\r\n"
 UNDECIDED = (b"\r\n.\r", b"\r\n.", b"\r\n", b"\r", b"\n.", b"\n")     # what a block may end with and say nothing yet
-LEADING_DOT = re.compile(rb"\n(?=\.)")                      # memchr finds the newlines: twice as fast as find(b"\n.")
-BARE_NEWLINE = re.compile(rb"\r\n|\r|\n")
+LEADING_DOT = expression(rb"\n(?=\.)")                      # memchr finds the newlines: twice as fast as find(b"\n.")
+BARE_NEWLINE = expression(rb"\r\n|\r|\n")
 
 
 def has_bare_newline(block: bytes) -> bool:
@@ -2061,7 +2154,7 @@ def list_directory(path: str) -> List[str]:
         return []
 
 
-LEFT_BEHIND = re.compile(r"[0-9a-f]{8}\.try|.+\.[0-9a-f]{9,24}\.tmp", re.ASCII)     # as open() and write() name things
+LEFT_BEHIND = expression(r"[0-9a-f]{8}\.try|.+\.[0-9a-f]{9,24}\.tmp", re.ASCII)     # as open() and write() name things
 
 
 class Storage:
@@ -2078,7 +2171,7 @@ class Storage:
         self.root = os.path.abspath(root)
         self.run = os.path.join(self.root, "run")
         self.sync = sync
-        self.token = secrets.token_hex(4)           # of this process, in the ids of its messages
+        self.token = os.urandom(4).hex()            # of this process, in the ids of its messages
         self.sweeping = threading.Lock()            # a draft may have two names: who sweeps one is not its writer
         self._sequence = itertools.count(1)
         self._complained: Set[str] = set()
@@ -2539,11 +2632,11 @@ def read_regular(path: str, limit: int = 1 << 20) -> bytes:
 #                        line ends (Maildir++), which is what POP3 counts; ours have no others, so S and W are the same.
 # ======================================================================================================================
 
-SAFE = re.compile(r"[a-z0-9._+=-]*")
-DEVICE = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\.|$)")
-OWN_NAME = re.compile(r"\d+\.([0-9a-f]{8}-[0-9a-f]{5}-[0-9a-f]{9,})\.")
-UID = re.compile(r"[!-~]{1,70}")                    # RFC 1939 section 7
-SIZE = re.compile(r"[nc],(?:[^:]*,)?W=(\d+)(?=$|[:;,])")    # in what of a name follows the place and the UID
+SAFE = expression(r"[a-z0-9._+=-]*")
+DEVICE = expression(r"(con|prn|aux|nul|com\d|lpt\d)(\.|$)")
+OWN_NAME = expression(r"\d+\.([0-9a-f]{8}-[0-9a-f]{5}-[0-9a-f]{9,})\.")
+UID = expression(r"[!-~]{1,70}")                    # RFC 1939 section 7
+SIZE = expression(r"[nc],(?:[^:]*,)?W=(\d+)(?=$|[:;,])")    # in what of a name follows the place and the UID
 FLAGS = ";2," if os.name == "nt" else ":2,"         # no colons in Windows file names
 
 
@@ -3088,7 +3181,7 @@ class Accounts:
         self._turn = threading.Semaphore(threads)
         self._dummy = ""
         self._known: Dict[bytes, str] = {}          # passwords that fitted, as keyed hashes, so that polling is cheap
-        self._secret = secrets.token_bytes(32)
+        self._secret = os.urandom(32)
 
     def names(self, fresh: bool = False) -> Dict[str, str]:
         users: Dict[str, str] = self.file.get(fresh)
@@ -3156,8 +3249,8 @@ class Accounts:
             os.close(fd)
 
 
-ALIAS = re.compile(r'((?:"(?:[^"\\]|\\.)*"|[^":])+):(.*)')
-ALIAS_TARGET = re.compile(r'(?:"(?:[^"\\]|\\.)*"|[^",]|")+')
+ALIAS = expression(r'((?:"(?:[^"\\]|\\.)*"|[^":])+):(.*)')
+ALIAS_TARGET = expression(r'(?:"(?:[^"\\]|\\.)*"|[^",]|")+')
 
 
 def parse_aliases(lines: List[Tuple[int, str]], complain: Callable[[int, str], None], home: str = "") \
@@ -4400,7 +4493,7 @@ class Zone:
 #    at the same hint cannot both send: one has the lock, the other finds what became of it.
 # ======================================================================================================================
 
-ENTRY_ID = re.compile(r"[0-9a-f]+-[0-9a-f]+-[0-9a-f]+", re.ASCII)
+ENTRY_ID = expression(r"[0-9a-f]+-[0-9a-f]+-[0-9a-f]+", re.ASCII)
 
 
 @dataclasses.dataclass
@@ -4947,8 +5040,8 @@ def status_fields(recipient: Dict[str, Any], utf8: bool, until: str) -> List[str
 # 11  SMTP client.  One connection to another server, on the same wire as our own server's. Knows no queue.
 # ======================================================================================================================
 
-REPLY_LINE = re.compile(rb"(\d\d\d)(?:([ -])(.*))?", re.DOTALL)
-ENHANCED_CODE = re.compile(r"([245]\.\d{1,3}\.\d{1,3})(?: |$)", re.ASCII)
+REPLY_LINE = expression(rb"(\d\d\d)(?:([ -])(.*))?", re.DOTALL)
+ENHANCED_CODE = expression(r"([245]\.\d{1,3}\.\d{1,3})(?: |$)", re.ASCII)
 
 
 class PeerFailed(Exception):
@@ -5648,9 +5741,9 @@ def is_own_address(address: str) -> bool:
 
 # As whom (--rewrite).
 
-FROM_TOKEN = re.compile(                            # what has no end ends with the field: so no byte is looked at twice
+FROM_TOKEN = expression(                            # what has no end ends with the field: so no byte is looked at twice
     rb'"[^"\\]*(?:\\.[^"\\]*)*"?|\([^()\\]*(?:\\.[^()\\]*)*\)?|[^\s<>(),;:"\\]+', re.DOTALL)
-FIELDS = re.compile(rb"(?<=\n)(?![ \t])")
+FIELDS = expression(rb"(?<=\n)(?![ \t])")
 
 
 def rewrite_address(address: str, rules: Sequence[Tuple[str, str]]) -> str:
@@ -6693,8 +6786,8 @@ def explain_local(book: AddressBook, address: Address, whole: bool) -> int:
 # What sendmail(8) takes. sysexits(3), as those who call it check them:
 EX_DATAERR, EX_NOUSER, EX_NOHOST, EX_UNAVAILABLE, EX_NOPERM = 65, 67, 68, 69, 77
 FLAGS_WITH_VALUE = "ABCDFLMNORVXbefhopr"            # in the same word or the next; others may have one attached
-MBOX_LINE = re.compile(rb">?From ")
-ODD_LINE_END = re.compile(rb"(?<!\r)\r+\n|\r")      # CRLF, CR CR LF, or CR alone; the look-behind keeps long runs cheap
+MBOX_LINE = expression(rb">?From ")
+ODD_LINE_END = expression(rb"(?<!\r)\r+\n|\r")      # CRLF, CR CR LF, or CR alone; the look-behind keeps long runs cheap
 DROPPED_FIELDS = ("bcc", "resent-bcc", "return-path", "content-length")
 ORIGINATORS = ("from", "sender", "reply-to", "to", "cc")
 
@@ -7030,7 +7123,7 @@ def submission_headers(message: Submission, sender: str, name: str, stores: Stor
     return head
 
 
-ADDRESS_TOKEN = re.compile(rb'"(?:[^"\\]|\\.)*"|\\.|\s+|[^\s()<>,;:"\\]+|.', re.DOTALL)
+ADDRESS_TOKEN = expression(rb'"(?:[^"\\]|\\.)*"|\\.|\s+|[^\s()<>,;:"\\]+|.', re.DOTALL)
 
 
 def qualify_field(field: bytes, home: str) -> bytes:
@@ -7144,7 +7237,7 @@ EXTENSIONS.append(RelayExtension())
 
 BOOLEAN, INTEGER, BIT_STRING, OCTET_STRING, NULL, OID, SEQUENCE = 1, 2, 3, 4, 5, 6, 0x30
 RSA_OID, ED25519_OID, SAN_OID = (bytes.fromhex(text) for text in ("2a864886f70d010101", "2b6570", "551d11"))
-PEM = re.compile(rb"-----BEGIN ([A-Z0-9 ]{1,40})-----([^-]+)-----END ")
+PEM = expression(rb"-----BEGIN ([A-Z0-9 ]{1,40})-----([^-]+)-----END ")
 
 
 class DER:
@@ -7317,7 +7410,7 @@ def is_prime(n: int, rounds: int = 20) -> bool:
     return True
 
 
-Point = Tuple[int, int, int, int]                   # X, Y, Z, T: x = X/Z, y = Y/Z, xy = T/Z (RFC 8032 section 5.1.4)
+Point: TypeAlias = "Tuple[int, int, int, int]"     # X, Y, Z, T: x = X/Z, y = Y/Z, xy = T/Z (RFC 8032 section 5.1.4)
 CURVE_FIELD = 2 ** 255 - 19
 CURVE_ORDER = 2 ** 252 + 27742317777372353535851937790883648493
 CURVE = -121665 * pow(121666, CURVE_FIELD - 2, CURVE_FIELD) % CURVE_FIELD
@@ -7410,7 +7503,7 @@ def ed25519_verifies(public: bytes, signature: bytes, digest: bytes) -> bool:
     return len(signature) == 64 and s < CURVE_ORDER and curve_encode(curve_multiply(s, BASE)) == curve_encode(right)
 
 
-SigningKey = Union[RSAKey, Ed25519Key]
+SigningKey: TypeAlias = "Union[RSAKey, Ed25519Key]"
 
 
 def read_key(text: bytes) -> SigningKey:
@@ -7482,13 +7575,13 @@ OVERSIGNED = ("from", "sender", "reply-to", "subject", "date", "message-id", "to
               "mime-version", "content-type", "content-transfer-encoding")
 SIGNED = ("resent-date", "resent-from", "resent-to", "resent-cc", "resent-message-id", "list-id", "list-help",
           "list-unsubscribe", "list-unsubscribe-post", "list-subscribe", "list-post", "list-owner", "list-archive")
-Fields = List[Tuple[str, bytes]]
+Fields: TypeAlias = "List[Tuple[str, bytes]]"
 
 
 class BodyHash:
     """The SHA-256 of a body in relaxed canonicalization (RFC 6376 section 3.4.4), block by block, whatever the blocks."""
 
-    BLANKS = re.compile(rb"[ \t]{2,}|\t")
+    BLANKS = expression(rb"[ \t]{2,}|\t")
 
     def __init__(self) -> None:
         self._hash = hashlib.sha256()
@@ -8049,8 +8142,8 @@ class STS:
 
 # SPF (RFC 7208), as others read ours: pure but for `lookup(name, type) -> texts`, which raises DNSError.
 
-SPF_TERM = re.compile(r"([+?~-]?)([A-Za-z][A-Za-z0-9_.-]*)(.*)", re.DOTALL)
-SPF_MACRO = re.compile(r"%(?:([%_-])|\{([slodiphvSLODIPHV])([0-9]{0,3})([rR]?)([.+,/_=-]*)\})")
+SPF_TERM = expression(r"([+?~-]?)([A-Za-z][A-Za-z0-9_.-]*)(.*)", re.DOTALL)
+SPF_MACRO = expression(r"%(?:([%_-])|\{([slodiphvSLODIPHV])([0-9]{0,3})([rR]?)([.+,/_=-]*)\})")
 SPF_RESULTS = {"+": "pass", "-": "fail", "~": "softfail", "?": "neutral"}
 
 
@@ -8775,7 +8868,7 @@ class Connections:
         self.served = 0                             # by this process, since the start
         self._totals = mmap.mmap(-1, 4 * processes)
         self._slots = mmap.mmap(-1, 16 * limit * processes)     # a digest of the client's address each, else zeros
-        self._key = secrets.token_bytes(16)
+        self._key = os.urandom(16)
         self._free = list(range(limit))             # slots of this process's part
         self._clients: Dict[str, List[int]] = {}    # who has which of them
         self._lock = threading.Lock()
@@ -8829,7 +8922,7 @@ class Throttle:
         import mmap
         self.clock = clock
         self._table = mmap.mmap(-1, 16 * self.BUCKETS)
-        self._key = secrets.token_bytes(16)
+        self._key = os.urandom(16)
         self._lock = threading.Lock()
 
     def _places(self, kind: str, name: str) -> List[int]:
@@ -9328,7 +9421,7 @@ class Listener(socketserver.TCPServer, Task):
 # ======================================================================================================================
 
 OK = Reply(250, "2.0.0", "ok")
-NO_HOST_NAME = re.compile(r"[^A-Za-z0-9.:_\[\]-]")
+NO_HOST_NAME = expression(r"[^A-Za-z0-9.:_\[\]-]")
 HTTP_VERBS = (b"GET ", b"POST ", b"HEAD ", b"PUT ", b"DELETE ", b"OPTIONS ", b"CONNECT ", b"PATCH ", b"TRACE ", b"PRI ")
 
 
@@ -9799,7 +9892,7 @@ class SMTPSession(Session):
         return Reply(221, "2.0.0", self.site.hostname + " says goodbye", close=True)
 
 
-CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+CONTROL = expression(r"[\x00-\x1f\x7f]")
 
 
 def decode_argument(argument: bytes, lenient: bool = False) -> str:
@@ -10546,7 +10639,7 @@ CHARSETS = {                                        # codecs of Python, tried in
 CODECS = {label: tuple(codecs.split()) for codecs, labels in CHARSETS.items() for label in labels.split()}
 CODE_PAGES = {"437", "720", "737", "775", "850", "852", "855", "857", "858", "860", "861", "862", "863", "864", "865", "866",
               "869", "874", "1125", "1250", "1251", "1252", "1253", "1254", "1255", "1256", "1257", "1258"}
-JIS_ESCAPE = re.compile(rb"(\x1b(?:\$[@B]|\$\(D|\([BJIH]))")
+JIS_ESCAPE = expression(rb"(\x1b(?:\$[@B]|\$\(D|\([BJIH]))")
 
 
 @functools.lru_cache(maxsize=200)
@@ -10622,12 +10715,12 @@ def whole_characters(text: str) -> str:
 
 # Header values: encoded words, parameters, dates.
 
-ENCODED_WORD = re.compile(r"=\?([^?\s*]{1,60})(?:\*[^?\s]{0,40})?\?([bq])\?((?:[^?]*(?<!=)\?(?!=)){0,8}[^?]*)\?=",
+ENCODED_WORD = expression(r"=\?([^?\s*]{1,60})(?:\*[^?\s]{0,40})?\?([bq])\?((?:[^?]*(?<!=)\?(?!=)){0,8}[^?]*)\?=",
                           re.IGNORECASE)
-PARAMETER = re.compile(r'([^\s=;"()]{1,80})\s{0,20}=\s{0,20}("[^"\\]*(?:\\.[^"\\]*)*"|[^;]*)', re.DOTALL)
-PARAMETER_BLANK = re.compile(r"[\s;]*")
-PARAMETER_VALUE = re.compile(r"\s(?=[\w*-]{1,40}=)")
-SECTION = re.compile(r"(.*?)(?:\*(\d{1,3}))?(\*?)", re.DOTALL | re.ASCII)
+PARAMETER = expression(r'([^\s=;"()]{1,80})\s{0,20}=\s{0,20}("[^"\\]*(?:\\.[^"\\]*)*"|[^;]*)', re.DOTALL)
+PARAMETER_BLANK = expression(r"[\s;]*")
+PARAMETER_VALUE = expression(r"\s(?=[\w*-]{1,40}=)")
+SECTION = expression(r"(.*?)(?:\*(\d{1,3}))?(\*?)", re.DOTALL | re.ASCII)
 DATE_LIMIT = 200                                    # characters
 
 
@@ -10785,19 +10878,19 @@ def decode_transfer(data: bytes, encoding: str) -> bytes:
 
 # HTML, as far as a glance needs it: one pass, no tree.
 
-MARKUP = re.compile(r"<(?=[a-zA-Z/!?])")
-TAG_NAME = re.compile(r"<(/?[a-zA-Z][^\s/>]{0,40})")
-TAG_MARK = re.compile(r"[>=]")
-ATTRIBUTE_BLANK = re.compile(r"[ \t\r\n\f]*")
-HIDDEN = {name: re.compile("</" + name, re.IGNORECASE) for name in (
+MARKUP = expression(r"<(?=[a-zA-Z/!?])")
+TAG_NAME = expression(r"<(/?[a-zA-Z][^\s/>]{0,40})")
+TAG_MARK = expression(r"[>=]")
+ATTRIBUTE_BLANK = expression(r"[ \t\r\n\f]*")
+HIDDEN = {name: expression("</" + name, re.IGNORECASE) for name in (
     "script", "style", "title", "template", "noembed", "noframes")}
 BREAKS = frozenset("br p div tr table ul ol li dl dt dd h1 h2 h3 h4 h5 h6 hr blockquote pre section article header footer "
                    "address center form fieldset main nav aside figure figcaption".split())
 MAX_ENTITY = 40                                     # characters, and more than ENTITY takes
-ENTITY = re.compile(r"&(?:#\d{1,7}|#[xX][0-9a-fA-F]{1,6}|[A-Za-z]\w{1,31});?", re.ASCII)
-ATTRIBUTE = re.compile(r"([^\s=>\"'/]{1,80})[ \t\r\n\f]*(?:=[ \t\r\n\f]*(\"[^\"]*\"|'[^']*'|[^\s\"'>]+))?")
+ENTITY = expression(r"&(?:#\d{1,7}|#[xX][0-9a-fA-F]{1,6}|[A-Za-z]\w{1,31});?", re.ASCII)
+ATTRIBUTE = expression(r"([^\s=>\"'/]{1,80})[ \t\r\n\f]*(?:=[ \t\r\n\f]*(\"[^\"]*\"|'[^']*'|[^\s\"'>]+))?")
 SENTENCE_MARKS = ".,;:!?'*_`}\u3001\u3002\uff0c\uff09\u300d\u201d\u2019"
-URL = re.compile(r"(?<![A-Za-z0-9])https?://[^\s<>\"\x00-\x1f\x7f]+", re.IGNORECASE)
+URL = expression(r"(?<![A-Za-z0-9])https?://[^\s<>\"\x00-\x1f\x7f]+", re.IGNORECASE)
 
 
 def unescape(text: str) -> str:
@@ -10907,13 +11000,13 @@ def squeeze(text: str) -> str:
 
 # A message and its parts.
 
-CID = re.compile(r"((?:[=(,]|url\()\s{0,20}(?:[\"']|&quot;|&apos;|&#0*3[49];|&#x0*2[27];)?\s{0,20})"
+CID = expression(r"((?:[=(,]|url\()\s{0,20}(?:[\"']|&quot;|&apos;|&#0*3[49];|&#x0*2[27];)?\s{0,20})"
                  r"cid(?::|&#0*58;|&#x0*3a;|&colon;)((?:[^\s\"'<>&]|&(?!quot|apos|#0*3[49]|#x0*2[27])){1,998})", re.IGNORECASE)
-ACTIVE = re.compile(r"<(?=/?(?:link|meta|base|i?frame|frameset|object|embed)[\s/>])(/?)", re.IGNORECASE)
-REMOTE = re.compile(r"(?:\b(?:src|srcset|background|poster)\s{0,20}=\s{0,20}(?:[\"']\s{0,20})?|"
+ACTIVE = expression(r"<(?=/?(?:link|meta|base|i?frame|frameset|object|embed)[\s/>])(/?)", re.IGNORECASE)
+REMOTE = expression(r"(?:\b(?:src|srcset|background|poster)\s{0,20}=\s{0,20}(?:[\"']\s{0,20})?|"
                     r"url\(\s{0,20}(?:[\"']|&quot;|&#3[49];)?)(?:https?:)?(?://|&#47;&#47;)", re.IGNORECASE)
-META_CHARSET = re.compile(rb"<meta\b[^>]{0,500}?charset\s{0,20}=\s{0,20}[\"']?\s{0,20}([\w.:-]{1,40})", re.IGNORECASE)
-DOCTYPE = re.compile(r"\s{0,100}<!doctype[^>]{0,500}>", re.IGNORECASE)
+META_CHARSET = expression(rb"<meta\b[^>]{0,500}?charset\s{0,20}=\s{0,20}[\"']?\s{0,20}([\w.:-]{1,40})", re.IGNORECASE)
+DOCTYPE = expression(r"\s{0,100}<!doctype[^>]{0,500}>", re.IGNORECASE)
 IMAGES = {                                          # those that browsers show: how they begin
     "image/png": b"\x89PNG", "image/jpeg": b"\xff\xd8\xff", "image/gif": b"GIF8", "image/bmp": b"BM", "image/webp": b"RIFF",
     "image/svg+xml": b"<svg", "image/avif": b"\0\0\0", "image/x-icon": b"\0\0\1\0"}
@@ -11293,7 +11386,7 @@ def download_name(name: str) -> str:
 
 # Invitations (RFC 5545).
 
-CALENDAR_LINE = re.compile(r'([A-Za-z-]{1,40})((?:;(?:[^":;]|"[^"]*"){0,400})*):(.*)', re.DOTALL)
+CALENDAR_LINE = expression(r'([A-Za-z-]{1,40})((?:;(?:[^":;]|"[^"]*"){0,400})*):(.*)', re.DOTALL)
 
 
 def calendar_time(value: str, parameters: Dict[str, str]) -> str:
@@ -11798,7 +11891,7 @@ EXTENSIONS.append(FaultsExtension())
 # 21  Letters.  Messages as people see and search them, each once however many mailboxes have it; waiting for one.
 # ======================================================================================================================
 
-Copies = Tuple[Tuple[str, Item], ...]               # (mailbox, item)
+Copies: TypeAlias = "Tuple[Tuple[str, Item], ...]"  # (mailbox, item)
 
 
 class Letter:
@@ -12257,8 +12350,8 @@ def text_answer(status: int, text: str) -> Answered:
 NOT_FOUND = text_answer(404, "404 page not found")
 OK_ANSWER = text_answer(200, "ok")
 SAFE_TYPES = ("image/png", "image/jpeg", "image/gif", "image/webp", "text/plain", "application/pdf", "audio/mpeg", "video/mp4")
-LINK = re.compile(r"<(a|area)(?=[ \t\n\r\f/>])", re.IGNORECASE | re.ASCII)
-FRAME = re.compile(r"<(?=(?:i?frame|frameset|object|embed)[ \t\n\r\f/>])", re.IGNORECASE | re.ASCII)
+LINK = expression(r"<(a|area)(?=[ \t\n\r\f/>])", re.IGNORECASE | re.ASCII)
+FRAME = expression(r"<(?=(?:i?frame|frameset|object|embed)[ \t\n\r\f/>])", re.IGNORECASE | re.ASCII)
 SCREENS = "".join('<i id=minimail-%d style="position:absolute;top:%dvh"></i>' % (n, 90 * n) for n in range(60))
 
 
@@ -12760,7 +12853,7 @@ def compose(given: Dict[str, Any]) -> Tuple[Envelope, Iterator[bytes]]:
     fields = [("From", address_field([sender]))]
     fields += [(name, address_field(people[field])) for field, name in (("To", "To"), ("Cc", "Cc"), ("ReplyTo", "Reply-To"))
                if people[field]]
-    fields += [("Subject", text_field(str(given.get("Subject") or ""))), ("Date", email.utils.formatdate(localtime=True)),
+    fields += [("Subject", text_field(str(given.get("Subject") or ""))), ("Date", rfc5322_date(int(time.time()))),
                ("Message-ID", "<%s@%s>" % (secrets.token_hex(12), sender[1].domain or "localhost"))]
     fields += extra_fields(given, {name.lower() for name, _ in fields})
     head = "".join("%s: %s\r\n" % field for field in fields) + "MIME-Version: 1.0\r\n"
@@ -12898,11 +12991,11 @@ def file_name_parameter(name: str) -> str:
 
 # HTTP. The standard library parses requests; we see to their form, size and time.
 
-HTTP_FIELD = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+:[\t\x20-\x7e\x80-\xff]*\r\n")
-REQUEST_LINE = re.compile(rb"[A-Z]+ [\x21-\x7e\x80-\xff]+ HTTP/1\.[01]\r\n")
-CHUNK = re.compile(rb"([0-9A-Fa-f]{1,8})[ \t]*(?:;[^\r\n]*)?\r\n")
-ABSOLUTE = re.compile(r"https?://([^/?#]*)(.*)", re.IGNORECASE | re.DOTALL)
-PAGES = re.compile(r"/|/view/[^/]+\.(html|txt)")
+HTTP_FIELD = expression(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+:[\t\x20-\x7e\x80-\xff]*\r\n")
+REQUEST_LINE = expression(rb"[A-Z]+ [\x21-\x7e\x80-\xff]+ HTTP/1\.[01]\r\n")
+CHUNK = expression(rb"([0-9A-Fa-f]{1,8})[ \t]*(?:;[^\r\n]*)?\r\n")
+ABSOLUTE = expression(r"https?://([^/?#]*)(.*)", re.IGNORECASE | re.DOTALL)
+PAGES = expression(r"/|/view/[^/]+\.(html|txt)")
 
 
 class Conversation(io.RawIOBase):
@@ -14553,7 +14646,7 @@ class Lines(logging.Formatter):
         return text if PLAIN.fullmatch(text) else json.dumps(text, ensure_ascii=not text.isprintable())
 
 
-PLAIN = re.compile(r"[!#-~]+")
+PLAIN = expression(r"[!#-~]+")
 
 
 def option_parser() -> Any:
@@ -14595,7 +14688,7 @@ def shown_default(name: str, help: str) -> str:
     return " (default %s)" % ("%g" % default if isinstance(default, float) else default or "none")
 
 
-OFFERED = re.compile(r"(?:tcp|udp|sctp)://\S*")     # what Kubernetes sets for a Service named minimail-...
+OFFERED = expression(r"(?:tcp|udp|sctp)://\S*")     # what Kubernetes sets for a Service named minimail-...
 
 
 def environment_options(environ: Any) -> Dict[str, Any]:
@@ -14957,7 +15050,7 @@ def import_all() -> None:
     while os.path.dirname(above) != above:
         above = os.path.dirname(above)
         if not os.stat(above).st_mode & 0o001:
-            for name in [*IMPORTED_LATE, *("encodings." + module.name for module in pkgutil.iter_modules(codecs))]:
+            for name in [*LATER, *IMPORTED_LATE, *("encodings." + module.name for module in pkgutil.iter_modules(codecs))]:
                 with contextlib.suppress(ImportError):
                     __import__(name)
             return

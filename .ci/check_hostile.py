@@ -441,8 +441,9 @@ class Patterns(unittest.TestCase):
         import minimail
         for node in ast.walk(ast.parse(lab.MINIMAIL.read_text())):
             function = getattr(node, "func", None)
-            if isinstance(node, ast.Call) and isinstance(function, ast.Attribute) and function.attr in self.METHODS \
-                    and getattr(function.value, "id", "") == "re":
+            later = getattr(function, "id", "") == "expression"
+            if isinstance(node, ast.Call) and (later or isinstance(function, ast.Attribute) and function.attr in self.METHODS
+                                               and getattr(function.value, "id", "") == "re"):
                 call = ast.unparse(node) if hasattr(ast, "unparse") else ""
                 flags = 0
                 for word in re.findall(r"re\.([A-Z]+)", call.rpartition(")")[0][-60:] if call else ""):
@@ -452,7 +453,7 @@ class Patterns(unittest.TestCase):
                 except (NameError, KeyError):       # made from what is known at run time only
                     continue
                 if isinstance(text, (str, bytes)):
-                    yield node.lineno, re.compile(text, flags), function.attr
+                    yield node.lineno, re.compile(text, flags), "compile" if later else function.attr
 
     def of_the_page(self):
         """Yield (what stands there, pattern, method) for the literals of the script; what re cannot read is left out."""
