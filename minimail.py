@@ -476,12 +476,13 @@ class Address(NamedTuple):
         return lower(self.local) + "@" + lower(self.domain) if self.domain else lower(self.local)
 
 
-ATEXT = r"A-Za-z0-9!#$%&'*+/=?^_`{|}~\-\u0080-\U0010ffff"
-ATOM = "[%s]+" % ATEXT
+NO_ATEXT = r'\x00-\x20"(),:;<>@\[\\\]\x7f'           # a set with all of Unicode would take long to compile
+ATOM = "[^.%s]+" % NO_ATEXT
 DOT_STRING = expression(r"%s(?:\.%s)*" % (ATOM, ATOM))
-ANY_DOTS = expression("[%s.]+" % ATEXT)             # what some mobile networks gave away: a..b.@example.jp
+ANY_DOTS = expression("[^%s]+" % NO_ATEXT)           # what some mobile networks gave away: a..b.@example.jp
 QUOTED = expression(r'"(?:[^"\\\x00-\x1f\x7f]|\\[\x20-\x7e])*"')
-LABEL = r"[A-Za-z0-9_\u0080-\U0010ffff](?:[A-Za-z0-9_\-\u0080-\U0010ffff]*[A-Za-z0-9_\u0080-\U0010ffff])?"
+NO_LETTER = r"\x00-,./:-@\[-\^`{-\x7f"             # letters, digits, hyphen and underscore apart
+LABEL = "[^-{0}](?:[^{0}]*[^-{0}])?".format(NO_LETTER)
 DOMAIN = expression(r"%s(?:\.%s)*" % (LABEL, LABEL))
 SOURCE_ROUTE = expression(r"@[^,:@<>\s]+(?:,@[^,:@<>\s]+)*:")
 NO_CHARACTER = expression("[\ud800-\udfff\x80-\x9f]")     # lone surrogates and C1 controls
@@ -564,7 +565,7 @@ def parse_address(text: str, lenient: bool = False) -> Address:
     else:
         match = (ANY_DOTS if lenient else DOT_STRING).match(text)
         local = match.group() if match else ""
-    if not match or NO_CHARACTER.search(text):
+    if not match or not text.isascii() and NO_CHARACTER.search(text):
         raise Refused(BAD_SYNTAX)
     rest = text[match.end():]
     if not rest:
@@ -643,7 +644,7 @@ def parse_parameters(text: str) -> Dict[str, str]:
 
 
 XTEXT = expression(r"(?:[!-*,-<>-~]|\+[0-9A-F]{2})*")                               # RFC 3461 section 4
-UTF8_XTEXT = expression(r"(?:[!-*,-<>-\[\]-~\u0080-\U0010ffff]|\\x\{[0-9A-F]{1,6}\})*")    # RFC 6533 section 3
+UTF8_XTEXT = expression(r"(?:[^\x00-\x20+=\\\x7f]|\\x\{[0-9A-F]{1,6}\})*")    # RFC 6533 section 3
 NOTIFY = ("SUCCESS", "FAILURE", "DELAY")
 
 
@@ -7086,9 +7087,10 @@ def verify(stores: Stores, words: Sequence[str]) -> int:
 
 
 def login_name() -> str:
-    import getpass
     try:
-        return getpass.getuser()
+        import pwd
+        named = filter(None, map(os.environ.get, ("LOGNAME", "USER", "LNAME", "USERNAME")))
+        return next(named, None) or pwd.getpwuid(os.getuid()).pw_name
     except (KeyError, OSError, ImportError):
         return "nobody"
 
@@ -7116,7 +7118,7 @@ def submission_headers(message: Submission, sender: str, name: str, stores: Stor
     head = b"".join(lines).replace(b"\n", b"\r\n")
     now = time.time()
     added = (("Date", rfc5322_date(int(now))), ("From", show_mailbox(name, sender)),
-             ("Message-ID", "<%x.%s@%s>" % (int(now), secrets.token_hex(6), stores.hostname)))
+             ("Message-ID", "<%x.%s@%s>" % (int(now), os.urandom(6).hex(), stores.hostname)))
     for field, value in added:
         if prefix + field.lower() not in present:
             head += ("%s%s: %s\r\n" % (prefix.title(), field, value)).encode("utf-8")
@@ -9351,7 +9353,8 @@ class Listener(socketserver.TCPServer, Task):
         self.name, self.session, self.tls = name, session, tls
         self.site: Any = None                       # listen() is told: after a fork, and as the user that runs
         try:
-            found = socket.getaddrinfo(*endpoint, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+            host = endpoint[0].encode() if endpoint[0].isascii() else endpoint[0]       # bytes need no tables for IDNA
+            found = socket.getaddrinfo(host, endpoint[1], type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
             self.address_family = found[0]
             super().__init__(found[4][:2], session)  # type: ignore[arg-type]
         except OSError as error:
@@ -14403,9 +14406,9 @@ class Section(NamedTuple):
     text: str
 
 
-BANNER = re.compile(r"^# ={100,}\n# (\d+)  ", re.MULTILINE)
+BANNER = expression(r"^# ={100,}\n# (\d+)  ", re.MULTILINE)
 LINE = 120                                          # columns of an import
-TAGGED = re.compile(r"^ {4,}(.*?) +\[(\w+)(?:, needs ([\w ]+))?\]$", re.MULTILINE)     # a line of the map, or of the legend
+TAGGED = expression(r"^ {4,}(.*?) +\[(\w+)(?:, needs ([\w ]+))?\]$", re.MULTILINE)     # a line of the map, or of the legend
 
 
 def read_sections(source: str) -> List[Section]:
@@ -14650,7 +14653,7 @@ PLAIN = expression(r"[!#-~]+")
 
 
 def option_parser() -> Any:
-    """Return a parser with all Config options, each text kept as it is: read_options() turns them into values."""
+    """Return a parser that knows how to show all Config options; given_options() reads them, in less time."""
     from argparse import SUPPRESS, RawDescriptionHelpFormatter
     parser = Parser(prog="minimail.py", add_help=False,
                     formatter_class=functools.partial(RawDescriptionHelpFormatter, width=HELP_WIDTH),
@@ -14761,16 +14764,36 @@ def split_words(argv: Sequence[str], command: str = "") -> Tuple[str, List[str],
     return first, ours, own
 
 
+def given_options(words: Sequence[str]) -> Dict[str, Any]:
+    """Return {field: text, or list of texts} of the words that are options of ours; UsageError."""
+    fields = dict(option_fields(), help={"metavar": "", "many": False}, version={"metavar": "", "many": False})
+    given: Dict[str, Any] = {}
+    left = collections.deque(words)
+    while left:
+        option, equals, text = left.popleft().partition("=")
+        name = option[2:].replace("-", "_")
+        kind = fields[name]["metavar"]
+        if equals and not kind:
+            raise UsageError("%s: takes no value" % option)
+        if kind and not equals and left and not left[0].startswith("-"):
+            text = left.popleft()
+        elif not equals and kind in ("", "on|off"):
+            text = "on"
+        elif not equals:
+            raise UsageError("%s: needs a value: %s" % (option, kind))
+        given[name] = given.get(name, []) + [text] if fields[name]["many"] else text
+    return given
+
+
 def parse_command_line(argv: Sequence[str]) -> Tuple[str, List[str], Dict[str, Any]]:
     """Return (command, its arguments, {field: text}); UsageError."""
     command, ours, own = split_words(argv)
     if command != "sendmail" and "-h" in own:
         own[own.index("-h")] = "--help"
-    known = option_parser().parse_args(ours)
-    given = {name: value for name, value in vars(known).items() if value is not None}
-    if given.pop("version"):
+    given = given_options(ours)
+    if given.pop("version", ""):
         return "version", [], {}
-    if given.pop("help") or command == "serve" and "--help" in own:
+    if given.pop("help", "") or command == "serve" and "--help" in own:
         if command == "serve":
             return "help", [], {}
         own.append("--help")
