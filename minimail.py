@@ -74,6 +74,21 @@ CONNECTION WITH THE USE OR PERFORMANCE OF THIS SOFTWARE.  (SPDX: 0BSD)
 """
 from __future__ import annotations
 
+import os
+import sys
+
+# A script is compiled at each start, and the 40 MiB that this takes stay as long as it runs. So a node goes on as a module,
+# whose bytecode is cached; a command has ended before that would pay.
+if __name__ == "__main__" and __spec__ is None and hasattr(sys, "orig_argv") and os.path.basename(__file__) == "minimail.py" \
+        and os.name == "posix" and all(word.startswith("-") for word in sys.argv[1:2]):
+    _folder = os.path.dirname(os.path.abspath(__file__))
+    _cached = os.path.join(_folder, "__pycache__", "minimail.%s.pyc" % sys.implementation.cache_tag)
+    if not os.path.exists(_cached) and os.access(_folder, os.W_OK):
+        globals()["__loader__"].get_code(__name__)  # writes it
+    if os.path.exists(_cached):
+        _code = "import sys; sys.path[0] = %r; import minimail; sys.exit(minimail.main())" % _folder
+        os.execv(sys.executable, [*sys.orig_argv[:-len(sys.argv)], "-c", _code, *sys.argv[1:]])
+
 import array
 import binascii
 import bisect
@@ -87,14 +102,12 @@ import ipaddress
 import itertools
 import json
 import logging
-import os
 import re
 import selectors
 import socket
 import socketserver
 import stat
 import struct
-import sys
 import threading
 import time
 import types

@@ -11916,6 +11916,30 @@ class Logs(Case):
 
 
 class CommandLine(Case):
+    @unittest.skipUnless(os.name == "posix" and hasattr(sys, "orig_argv"), "needs execv, and Python's own words")
+    def test_a_script_goes_on_as_a_module(self):
+        folder, elsewhere = self.directory(), self.directory()
+        script = shutil.copy(SOURCE, folder)
+        with open(os.path.join(elsewhere, "json.py"), "w") as file:
+            file.write("raise SystemExit('not mine')")
+        environ = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+
+        def run(*words):
+            ran = subprocess.run([sys.executable, "-X", "importtime", *words], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                                 stderr=subprocess.PIPE, timeout=120, cwd=elsewhere, env=environ)
+            self.assertEqual(ran.returncode, 0, ran.stderr)
+            return ran.stdout, bool(re.search(rb"\| +minimail$", ran.stderr, re.M))
+        version = b"minimail %s\n" % minimail.__version__.encode()
+        self.assertEqual(run(script, "--version"), (version, True))
+        self.assertTrue(os.listdir(os.path.join(folder, "__pycache__")))
+        self.assertEqual(run(script, "user", "--help")[1], False, "a command does not")
+        renamed = shutil.copy(SOURCE, os.path.join(folder, "sendmail"))
+        self.assertEqual(run(renamed, "--version")[1], False)
+        shutil.rmtree(os.path.join(folder, "__pycache__"))
+        with open(os.path.join(folder, "__pycache__"), "w"):
+            pass
+        self.assertEqual(run(script, "--version"), (version, False), "no bytecode can be kept")
+
     def start(self, *argv):
         self.data = self.directory()
         program = Program("--data", self.data, "--pop3", "127.0.0.1:0", "--web", "off", "--no-sync", *argv)
