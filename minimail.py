@@ -14649,7 +14649,11 @@ class Lines(logging.Formatter):
         if self.kind == "json":
             return json.dumps(dict({"time": stamp, "level": record.levelname.lower(), "event": message}, **fields))
         level = "" if record.levelno in (logging.INFO, logging.DEBUG) else record.levelname.lower() + ": "
-        words = "".join([" %s=%s" % (name, self.quote(str(value))) for name, value in fields.items()])
+        values = list(map(str, fields.values()))
+        if "" in values or not is_plain("".join(values)):       # mostly all are: one look at them together
+            values = [value if value and is_plain(value) else json.dumps(value, ensure_ascii=not value.isprintable())
+                      for value in values]
+        words = "".join([" %s=%s" % pair for pair in zip(fields, values)])
         return "%s %s%s%s" % (stamp, level, printable(message, 2000), words)
 
     @staticmethod
@@ -14657,12 +14661,10 @@ class Lines(logging.Formatter):
     def second(time_t: int) -> str:
         return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(time_t))
 
-    @staticmethod
-    def quote(text: str) -> str:
-        return text if PLAIN.fullmatch(text) else json.dumps(text, ensure_ascii=not text.isprintable())
 
-
-PLAIN = expression(r"[!#-~]+")
+def is_plain(text: str) -> bool:
+    """Return whether a text can stand in a log line as it is."""
+    return text.isascii() and text.isprintable() and " " not in text and '"' not in text
 
 
 def option_parser() -> Any:
