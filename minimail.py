@@ -237,7 +237,8 @@ MAX_RECEIVED = 50                   # trace headers, then the message is in a lo
 MAX_EXPANSION = 1000                # addresses one recipient may become through aliases
 MAX_ALIAS_STEPS = 10 * MAX_EXPANSION   # targets looked at for one recipient: lists may name each other many times over
 MAX_ALIAS_DEPTH = 50                # lists inside lists
-MAX_REMEMBERED = 100_000            # destinations of aliases kept in memory, so that naming one again costs nothing
+MAX_REMEMBERED = 100_000            # destinations of aliases kept in memory, so that naming one again costs nothing, and ...
+MAX_RECENT = 1000                   # ... addresses of any kind
 MAX_NAME = 255                      # bytes in a file name: what ext4, NTFS and APFS take
 MAX_HTTP_BODY = 1 << 26             # bytes in a request to the JSON API that brings a message, and ...
 MAX_SMALL_BODY = 1 << 22            # ... in any other: a hundred thousand IDs
@@ -359,6 +360,7 @@ class Reply(NamedTuple):
     text: str
     close: bool = False
 
+    @functools.lru_cache(maxsize=100)               # noqa: B019  a value that holds nothing else
     def encode(self) -> bytes:
         """Return the reply as it goes over the wire; a text of several lines becomes a reply of several lines."""
         prefix = self.enhanced + " " if self.enhanced else ""
@@ -2797,7 +2799,7 @@ class Mailboxes:
 
     def open_draft(self, mailbox: str, id: str, made: List[str]) -> Tuple[int, str]:
         """Make a file in the mailbox's tmp/ and return (fd, path); OSError. Directories to flush for it go into `made`."""
-        path = os.path.join(self.path(mailbox), "tmp", self.file_name(id))
+        path = os.sep.join((self.path(mailbox), "tmp", self.file_name(id)))
         try:
             return self.storage.create(path), path
         except FileNotFoundError:
@@ -2811,7 +2813,7 @@ class Mailboxes:
         """
         name = "%s,S=%d,W=%d" % (self.file_name(draft.id), draft.written, draft.written)
         for mailbox in reversed(mailboxes):
-            target = os.path.join(self.path(mailbox), "new", name)
+            target = os.sep.join((self.path(mailbox), "new", name))
             put: Callable[[str, str], None] = os.rename if mailbox == mailboxes[0] else self.storage.link
             try:
                 put(draft.path, target)
@@ -3345,6 +3347,7 @@ class Remembered:
         self.users = users
         self.found: Dict[str, Union[Destinations, Reply]] = {}
         self.size = 0
+        self.recent: Dict[Address, Destinations] = {}   # of any kind; few, as those that cost nothing may be many
 
     def keep(self, key: str, found: Union[Destinations, Reply]) -> None:
         self.size += 1 + (len(found.mailboxes) + len(found.remote) if isinstance(found, Destinations) else 0)
@@ -3415,11 +3418,21 @@ class AddressBook:
         """
         if self.capture:
             return Destinations([self._captured(address)], [])
-        aliases: Dict[str, List[Address]] = self.aliases.get()
-        users = self.accounts.names()
-        memory = self._remembered
+        if self.is_stale():
+            self.refresh()
+        aliases, users, memory = self.aliases.value, self.accounts.file.value, self._remembered
         if memory.aliases is not aliases or memory.users is not users or memory.size > MAX_REMEMBERED:
             self._remembered = memory = Remembered(aliases, users)
+        found = memory.recent.get(address)
+        if found is None:
+            found = self._look_up(address, memory)
+            if len(memory.recent) >= MAX_RECENT:
+                memory.recent.clear()
+            memory.recent[address] = found
+        return found
+
+    def _look_up(self, address: Address, memory: Remembered) -> Destinations:
+        """Do what resolve() does, with what is known of the files; Refused."""
         known = memory.found.get(address.key)
         if isinstance(known, Reply):
             raise Refused(known)
@@ -9152,18 +9165,19 @@ class Session(socketserver.BaseRequestHandler, Task):
 
     async def next_command(self) -> None:
         """Take a command and answer it."""
+        line: Optional[bytes] = None
         try:
             line = await self.wire.line(self.line_limit)
-            self.commands += 1
-            self.wire.renew()
-            if self.commands % MAX_TURN == 0:
-                await wait(TURN)
-            answer = await self.command(line)
         except LineTooLong:
-            self.commands += 1
-            self.wire.renew()
-            answer = self.refuse("", Refused(500, "5.5.2", "line longer than %d bytes" % self.line_limit,
-                                             close=self.commands == 1))
+            pass
+        self.commands += 1
+        self.wire.renew()
+        if self.commands % MAX_TURN == 0:
+            await wait(TURN)
+        answer = self.command(line) if line is not None else self.refuse("", Refused(
+            500, "5.5.2", "line longer than %d bytes" % self.line_limit, close=self.commands == 1))
+        if isinstance(answer, types.CoroutineType):
+            answer = await answer
         if self.pause:
             await self.keep_back()
         self.tell(answer)
@@ -9172,8 +9186,11 @@ class Session(socketserver.BaseRequestHandler, Task):
         if self.site.stopping and not self.over:
             raise TimedOut
 
-    async def command(self, line: bytes) -> Any:
-        """Return the answer to one command. Whatever goes wrong in it is answered, too, and the conversation goes on."""
+    def command(self, line: bytes) -> Any:
+        """Return the answer to one command, or a coroutine that gives it.
+
+        Whatever goes wrong in it is answered, too, and the conversation goes on.
+        """
         verb, _, argument = line.partition(b" ")
         name = verb.decode("ascii", "replace").upper()
         method = getattr(self, "do_" + name, None) if name.isalnum() else None
@@ -9183,22 +9200,41 @@ class Session(socketserver.BaseRequestHandler, Task):
             if method is None:
                 self.not_a_command(line, name)
             if name in self.ASKS_BOOK and self.site.book.is_stale():
-                await wait(self.site.book.refresh)
+                return self.promised(name, self.ask_later(method, name, argument))
             answer = self.ask(method, name, argument)
-            if isinstance(answer, types.CoroutineType):
-                answer = await answer
-            self.understood = True
-        except Refused as refused:
-            answer = self.refuse(name, refused)
-        except (Disconnected, TimedOut, Stalled):
-            raise
-        except OSError as error:
-            log.warning("%s from %s: %s", printable(name, 20), self.client, error)
-            answer = self.trouble(error)
         except Exception as error:
-            log.exception("%s from %s failed", printable(name, 20), self.client)
-            answer = self.trouble(error)
+            return self.failed(name, error)
+        if isinstance(answer, types.CoroutineType):
+            return self.promised(name, answer)
+        self.understood = True
         return answer
+
+    async def promised(self, name: str, promise: Coroutine[Any, Any, Any]) -> Any:
+        """Return the answer to a command that waits for something."""
+        try:
+            answer = await promise
+        except Exception as error:
+            return self.failed(name, error)
+        self.understood = True
+        return answer
+
+    async def ask_later(self, method: Any, name: str, argument: bytes) -> Any:
+        """Return the answer of a verb that looks into files which have to be read first; Refused."""
+        await wait(self.site.book.refresh)
+        answer = self.ask(method, name, argument)
+        return await answer if isinstance(answer, types.CoroutineType) else answer
+
+    def failed(self, name: str, error: Exception) -> Any:
+        """Return the answer to a command in which something went wrong; what ends the conversation is raised again."""
+        if isinstance(error, Refused):
+            return self.refuse(name, error)
+        if isinstance(error, (Disconnected, TimedOut, Stalled)):
+            raise error
+        if isinstance(error, OSError):
+            log.warning("%s from %s: %s", printable(name, 20), self.client, error)
+        else:
+            log.error("%s from %s failed", printable(name, 20), self.client, exc_info=error)
+        return self.trouble(error)
 
     async def start_tls(self) -> None:
         assert self.site.certificates
@@ -9437,6 +9473,9 @@ class Listener(socketserver.TCPServer, Task):
 # ======================================================================================================================
 
 OK = Reply(250, "2.0.0", "ok")
+SENDER_OK = Reply(250, "2.1.0", "sender ok")
+RECIPIENT_OK = Reply(250, "2.1.5", "recipient ok")
+GO_AHEAD = Reply(354, "", "go ahead, end with CRLF.CRLF")
 NO_HOST_NAME = expression(r"[^A-Za-z0-9.:_\[\]-]")
 HTTP_VERBS = (b"GET ", b"POST ", b"HEAD ", b"PUT ", b"DELETE ", b"OPTIONS ", b"CONNECT ", b"PATCH ", b"TRACE ", b"PRI ")
 
@@ -9675,11 +9714,11 @@ class SMTPSession(Session):
         sender, rest = parse_path(path, self.lenient)
         if sender and self.lenient:
             sender = self.site.book.qualified(sender)
-        envelope = Envelope(sender=str(sender) if sender else "", helo=self.helo, client=self.client, trusted=self.trusted)
+        envelope = Envelope(str(sender) if sender else "", helo=self.helo, client=self.client, trusted=self.trusted)
         parameters = parse_parameters(rest) if rest else {}
         envelope.ret, envelope.envid = parse_dsn_of_mail(parameters)
         self.take_parameters(envelope, parameters)
-        if sender and not str(sender).isascii() and not envelope.smtputf8:
+        if not envelope.sender.isascii() and not envelope.smtputf8:
             raise Refused(553, "5.6.7", "this address needs SMTPUTF8")
         self.site.door.check_sender(envelope, sender, self.user)
         self.raise_fault("mail", envelope.sender)
@@ -9687,7 +9726,7 @@ class SMTPSession(Session):
         envelope.protocol = with_keyword(self.esmtp, self.wire.tls, self.user is not None, envelope.smtputf8)
         self.transaction = Transaction(envelope)
         self.started = time.monotonic()
-        return Reply(250, "2.1.0", "sender ok")
+        return SENDER_OK
 
     def take_parameters(self, envelope: Envelope, parameters: Dict[str, str]) -> None:
         """Set what MAIL says about the message (RFC 1870, 6152, 6531, 4954); Refused."""
@@ -9730,13 +9769,14 @@ class SMTPSession(Session):
             raise Refused(553, "5.6.7", "this address needs SMTPUTF8")
         trusted = self.trusted
         destinations = door.destinations(envelope, self.of_ours(address), trusted)
-        self.raise_fault("rcpt", address.key)
+        if self.site.faults:
+            self.raise_fault("rcpt", address.key)
         door.ask("on_rcpt", envelope, str(address))
         envelope.recipients.append(address)
         if wish:
             envelope.wishes[address.key] = wish
         transaction.destinations.append(destinations)
-        return Reply(250, "2.1.5", "recipient ok")
+        return RECIPIENT_OK
 
     def of_ours(self, address: Address) -> Address:
         """Return the address, the first domain for the literal of the address that the client reached us at."""
@@ -9757,7 +9797,7 @@ class SMTPSession(Session):
         parcel = self.begin_parcel(transaction, dots=True)
         if self.pause:
             await self.keep_back()
-        self.say(Reply(354, "", "go ahead, end with CRLF.CRLF"))
+        self.say(GO_AHEAD)
         await self.receive(parcel, transaction.content, None)
         await self.deliver(transaction, parcel)
 
@@ -9871,9 +9911,10 @@ class SMTPSession(Session):
 
     def answer(self, parcel: Parcel) -> Reply:
         envelope = parcel.envelope
-        event("message", id=envelope.id, client=self.client, sender=printable(envelope.sender),
-              recipients=len(envelope.recipients), to=printable(" ".join(map(str, envelope.recipients[:10]))),
-              size=parcel.draft.size, seconds=round(time.monotonic() - self.started, 4))
+        if log.isEnabledFor(logging.INFO):
+            event("message", id=envelope.id, client=self.client, sender=printable(envelope.sender),
+                  recipients=len(envelope.recipients), to=printable(" ".join(map(str, envelope.recipients[:10]))),
+                  size=parcel.draft.size, seconds=round(time.monotonic() - self.started, 4))
         return Reply(250, "2.0.0", "accepted as " + envelope.id)
 
     # The rest.
@@ -9922,7 +9963,7 @@ def decode_argument(argument: bytes, lenient: bool = False) -> str:
         if not lenient:
             raise Refused(501, "5.5.2", "not UTF-8") from None
         text = argument.decode("latin-1").rstrip(" \t")
-    if CONTROL.search(text):
+    if not text.isprintable() and CONTROL.search(text):
         raise Refused(501, "5.5.2", "control characters")
     return text
 
