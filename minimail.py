@@ -2708,6 +2708,7 @@ class Listing:
         self._blocks: List[str] = []
         self._uids: List[str] = []                  # of the block that is being made
         self._rests: List[str] = []
+        self._unpacked: Tuple[int, List[Item]] = -1, []     # a block's number and items: who reads one goes on to the next
 
     def add(self, base: str, rest: str, size: int) -> None:
         """Take the next message, as its name says: what stands before the comma, place and rest."""
@@ -2738,19 +2739,23 @@ class Listing:
         return len(self.sizes)
 
     def __getitem__(self, index: int) -> Item:
-        size = self.sizes[index]                    # IndexError
-        block, number = divmod(index % len(self.sizes), self.BLOCK)
-        uids, _, rests = self._blocks[block].partition("//")
-        return self._item(uids.split("/")[number], size, rests.split("/")[number])
+        number, place = divmod(range(len(self.sizes))[index], self.BLOCK)
+        unpacked, items = self._unpacked
+        if unpacked != number:
+            items = self._items(number)
+            self._unpacked = number, items
+        return items[place]
 
     def __iter__(self) -> Iterator[Item]:
-        sizes = iter(self.sizes)
-        for block in self._blocks:
-            uids, _, rests = block.partition("//")
-            yield from map(self._item, uids.split("/"), sizes, rests.split("/"))
+        for number in range(len(self._blocks)):
+            yield from self._items(number)
 
-    def _item(self, uid: str, size: int, rest: str) -> Item:
-        return Item(uid, size, self.PLACES[rest[0]], uid + rest[1:] if rest[0].islower() else rest[1:])
+    def _items(self, number: int) -> List[Item]:
+        """Return the items of a block."""
+        uids, _, rests = self._blocks[number].partition("//")
+        sizes = self.sizes[number * self.BLOCK:(number + 1) * self.BLOCK]
+        return [Item(uid, size, self.PLACES[rest[0]], uid + rest[1:] if rest[0].islower() else rest[1:])
+                for uid, size, rest in zip(uids.split("/"), sizes, rests.split("/"))]
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Listing) and self._blocks == other._blocks
