@@ -14474,9 +14474,9 @@ def read_sections(source: str) -> List[Section]:
     """Return the sections of this file's text in their order."""
     named = {int(match.group(1).split()[0]): (match.group(2), tuple((match.group(3) or "").split()))
              for match in TAGGED.finditer(source) if match.group(1)[:1].isdigit()}
-    starts = [0] + [match.start() for match in BANNER.finditer(source)] + [len(source)]
-    return [Section(number, *named.get(number, ("", ())), source[start:end])
-            for number, (start, end) in enumerate(zip(starts, starts[1:]), 1)]
+    banners = [(1, 0)] + [(int(match.group(1)), match.start()) for match in BANNER.finditer(source)]
+    ends = [start for _, start in banners[1:]] + [len(source)]
+    return [Section(number, *named.get(number, ("", ())), source[start:end]) for (number, start), end in zip(banners, ends)]
 
 
 def needed_by(sections: Sequence[Section]) -> Dict[str, Set[str]]:
