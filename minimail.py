@@ -14472,10 +14472,10 @@ TAGGED = expression(r"^ {4,}(.*?) +\[(\w+)(?:, needs ([\w ]+))?\]$", re.MULTILIN
 
 def read_sections(source: str) -> List[Section]:
     """Return the sections of this file's text in their order."""
-    named = {int(match.group(1).split()[0]): (match.group(2), tuple((match.group(3) or "").split()))
-             for match in TAGGED.finditer(source) if match.group(1)[:1].isdigit()}
     banners = [(1, 0)] + [(int(match.group(1)), match.start()) for match in BANNER.finditer(source)]
     ends = [start for _, start in banners[1:]] + [len(source)]
+    named = {int(match.group(1).split()[0]): (match.group(2), tuple((match.group(3) or "").split()))
+             for match in TAGGED.finditer(source, 0, ends[0]) if match.group(1)[:1].isdigit()}
     return [Section(number, *named.get(number, ("", ())), source[start:end]) for (number, start), end in zip(banners, ends)]
 
 
@@ -14570,6 +14570,9 @@ def bound_names(statement: Any) -> List[str]:
         targets = statement.targets if isinstance(statement, ast.Assign) else [statement.target]
         named = [name for target in targets for name in (target.elts if isinstance(target, ast.Tuple) else [target])]
         return [name.id for name in named if isinstance(name, ast.Name)]
+    if isinstance(statement, ast.If) and not statement.orelse:
+        inside = [bound_names(each) for each in statement.body]
+        return sum(inside, []) if all(inside) else []
     return []
 
 
