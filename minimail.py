@@ -2178,7 +2178,7 @@ class Storage:
 
     Whoever writes a draft holds a lock on it from its first byte until it is in place, so that any other process (on a
     shared file system, too, if that has locks) can tell what a dead one left behind. Who did something that others wait
-    for puts the time on a file in run/; who waits looks at that, at most a tenth of a second apart.
+    for changes the time on a file in run/; who waits looks at that, at most a tenth of a second apart.
     """
 
     LOOK = 0.1                                      # seconds between looks at a stamp
@@ -2266,10 +2266,13 @@ class Storage:
         return [name for name in list_directory(self.run) if name.endswith(".here")]
 
     def wake(self, kind: str) -> None:
-        """Tell all processes on this directory that wait for `kind`: a hint, after the fact, that never fails."""
+        """Tell all processes on this directory that wait for `kind`: a hint, after the fact, that never fails.
+
+        The time is any of the last year: some file systems keep whole seconds, and two wakes must not look like one.
+        """
         path, now = os.path.join(self.run, kind), time.time_ns()
         try:
-            os.utime(path, ns=(now, now))
+            os.utime(path, ns=(now, now - 2 * 10**9 * secrets.randbelow(1 << 24)))
         except OSError:                             # the first one, or somebody removed the directory underneath us
             with contextlib.suppress(OSError):
                 self.make_directory(self.run)

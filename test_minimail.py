@@ -1915,6 +1915,19 @@ class DurableFiles(Case):
                 mock.patch.object(os, "open", side_effect=OSError(errno.EMFILE, "too many open files")):
             here.wake("mail")                       # a hint after the fact: what it follows is done all the same
 
+    def test_stamps_where_times_are_whole_seconds(self):
+        """Two wakes within one second differ, on FAT even within two."""
+        storage, now = self.storage(), 1_800_000_000_123_456_789
+        with mock.patch.object(minimail.time, "time_ns", lambda: now):
+            stamps = []
+            for _ in range(6):
+                storage.wake("mail")
+                stamps.append(storage.stamp("mail"))
+        stamps = stamps[1:]                         # the first one has made the file
+        self.assertEqual(len({stamp // (2 * 10**9) for stamp in stamps}), 5)
+        self.assertLessEqual(max(stamps), now)
+        self.assertGreater(min(stamps), now - 400 * 86400 * 10**9)
+
     @mock.patch.object(minimail.Reloaded, "PAUSE", 0.0)
     def test_reloaded(self):
         path = self.file("f", "# comment\none\n\ntwo\n  more of two\n")
