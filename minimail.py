@@ -5944,6 +5944,7 @@ class Relay:
         self._more = False                          # there was no room for all that is due
         self._next = 0.0                            # when to look into the queue again
         self._ticked = self._swept = self._looked = 0.0
+        self._here = -1                             # what says to others that this process has some
         self._living: Set[str] = set()              # tokens of the processes that have entries in memory
         self._stamps: Tuple[Any, ...] = ()
         self._running = self._stopping = False
@@ -5999,7 +6000,7 @@ class Relay:
         self._inbox.put((function, arguments))
 
     def _run(self) -> None:
-        here = self.storage.appear()
+        self._here = self.storage.appear()
         self._guarded(self._sweep)
         self.queue.submitted = self.submitted       # not before: what has no hint is in nobody's memory then
         while not self._stopping:
@@ -6007,7 +6008,7 @@ class Relay:
         for dispatch in list(self._active.values()):    # for other processes, and the next start
             if not dispatch.hint and self.queue.exists(dispatch.entry.id):
                 self._guarded(self.queue.place_hint, dispatch, self.queue.new)
-        self.storage.vanish(here)
+        self.storage.vanish(self._here)
 
     def _sweep(self) -> None:
         self.queue.sweep(self._active, SWEEP if self._swept else 0.0, self._living)
@@ -6017,6 +6018,9 @@ class Relay:
         """Sweep when a process has died that had entries in its memory, and now and then; OSError."""
         before, self._living = self._living, self.storage.living()
         self._looked = self.queue.steady()
+        if self.storage.token not in self._living:  # taken for dead: who is cut off from a network file system loses its locks
+            close_quietly(self._here)
+            self._here = self.storage.appear()
         if before - self._living or self._looked >= self._swept + SWEEP:
             self._guarded(self._sweep)
 

@@ -5556,6 +5556,16 @@ class RunningRelayTest(ScriptedCase):
             self.eventually(lambda: not living.files())
         self.assertEqual(len(peer.messages), 1)
 
+    def test_who_was_taken_for_dead_says_that_it_lives(self):
+        """A network file system lets go of a host's locks when it is cut off; others remove the file by which it is known."""
+        world = self.running(FAR, {"192.0.2.25": ScriptedPeer()})
+        with mock.patch.object(minimail, "LOOK_AROUND", 0.05):
+            world.relay.start()
+            path = os.path.join(world.stores.storage.run, world.stores.storage.token + ".here")
+            self.eventually(lambda: os.path.exists(path))
+            os.unlink(path)
+            self.eventually(lambda: os.path.exists(path))
+
     def test_without_threads_it_is_sent_later(self):
         peer = ScriptedPeer()
         world = self.running(FAR, {"192.0.2.25": peer})
