@@ -2170,6 +2170,16 @@ def list_directory(path: str) -> List[str]:
         return []
 
 
+def device_beneath(path: str) -> Optional[int]:
+    """Return the device on which the mount point of a directory's file system lies; None for the root's own. OSError."""
+    device = os.stat(path).st_dev
+    while path != os.path.dirname(path):
+        path = os.path.dirname(path)
+        if os.stat(path).st_dev != device:
+            return os.stat(path).st_dev
+    return None
+
+
 LEFT_BEHIND = expression(r"[0-9a-f]{8}\.try|.+\.[0-9a-f]{9,24}\.tmp", re.ASCII)     # as open() and write() name things
 
 
@@ -2179,9 +2189,13 @@ class Storage:
     Whoever writes a draft holds a lock on it from its first byte until it is in place, so that any other process (on a
     shared file system, too, if that has locks) can tell what a dead one left behind. Who did something that others wait
     for changes the time on a file in run/; who waits looks at that, at most a tenth of a second apart.
+
+    The directory may be out of reach for a while: on a network, or where a mount has gone. One line in the log says so and
+    one that it is back; what was refused meanwhile is done again by who wanted it.
     """
 
     LOOK = 0.1                                      # seconds between looks at a stamp
+    SILENCE = 5.0                                   # seconds without an answer, then the file system is out of reach
 
     def __init__(self, root: str, sync: bool = True) -> None:
         self.root = os.path.abspath(root)
@@ -2191,10 +2205,14 @@ class Storage:
         self.sweeping = threading.Lock()            # a draft may have two names: who sweeps one is not its writer
         self._sequence = itertools.count(1)
         self._complained: Set[str] = set()
+        self._beneath: Optional[int] = None         # the device that the mount point of the directory lies on
+        self._asked: Dict[int, float] = {}          # threads that wait for an answer about a stamp, and since when
+        self.away = 0.0                             # since when it is out of reach; 0: it is there
 
     def open(self) -> None:
         """Make the directory; OSError, also when nothing can be written there."""
         self.make_directory(self.run)
+        self._beneath = device_beneath(self.root)
         path = os.path.join(self.run, self.token + ".try")
         try:
             fd = self.create(path)
@@ -2280,10 +2298,61 @@ class Storage:
 
     def stamp(self, kind: str) -> int:
         """Return a number that changes when somebody calls wake(kind)."""
+        me = threading.get_ident()
+        self._asked[me] = time.monotonic()
         try:
-            return os.stat(os.path.join(self.run, kind)).st_mtime_ns
+            found = os.stat(os.path.join(self.run, kind)).st_mtime_ns
+        except FileNotFoundError:
+            found = 0
         except OSError:
+            self.is_away()
             return 0
+        finally:
+            self._asked.pop(me, None)
+        if self.away:
+            self.is_away()
+        return found
+
+    # Whether it is there.
+
+    def is_away(self) -> bool:
+        """Return whether the whole directory is out of reach, after a look at it."""
+        try:
+            self._refuse_beneath()
+        except OSError as error:
+            return self._note(error.strerror or str(error))
+        return self._note(None)
+
+    def complain(self, text: str, *arguments: Any) -> None:
+        """Log what went wrong on the disk; nothing while the whole directory is out of reach, which is said once."""
+        if not self.is_away():
+            log.warning(text, *arguments)
+
+    def watch(self) -> None:
+        """Note when the file system has not answered for a while; called every second or so, by who never waits for it."""
+        asked = list(self._asked.values())
+        if asked and time.monotonic() > min(asked) + self.SILENCE:
+            self._note("it does not answer")
+
+    def _note(self, problem: Optional[str]) -> bool:
+        """Log that the directory has gone out of reach, or come back; return whether it is out of reach."""
+        away, self.away = self.away, (self.away or time.monotonic()) if problem else 0.0
+        if problem and not away:
+            log.error("%s is out of reach: %s; mail is refused for now, or waits", self.root, problem)
+        elif away and not problem:
+            log.warning("%s is back after %.0f seconds", self.root, time.monotonic() - away)
+        return bool(problem)
+
+    def _refuse_beneath(self) -> None:
+        """OSError when the directory's mount is gone: what is written to the disk beneath is not seen when it comes back."""
+        path, device = self.root, None
+        while device is None:
+            try:
+                device = os.stat(path).st_dev
+            except FileNotFoundError:               # removed: it is made anew
+                path = os.path.dirname(path)
+        if device == self._beneath:
+            raise OSError(errno.ENODEV, "its file system is not mounted", self.root)
 
     # Durable writes.
 
@@ -2323,8 +2392,7 @@ class Storage:
         for above in self.make_directories([path]):
             self.sync_directory(above)
 
-    @staticmethod
-    def make_directories(paths: Sequence[str]) -> List[str]:
+    def make_directories(self, paths: Sequence[str]) -> List[str]:
         """Make directories (0700) and what is missing above them; return those that must be flushed for it. OSError."""
         changed: Dict[str, None] = {}
         for path in map(os.path.abspath, paths):
@@ -2332,6 +2400,8 @@ class Storage:
             while not os.path.isdir(path):
                 missing.append(path)
                 path = os.path.dirname(path)
+            if missing:
+                self._refuse_beneath()
             for path in reversed(missing):
                 with contextlib.suppress(FileExistsError):
                     os.mkdir(path, 0o700)
@@ -2957,6 +3027,8 @@ class Mailboxes:
         BlockingIOError when another session, in whatever process, has it; OSError.
         """
         if not self.exists(mailbox):
+            if self.storage.is_away():              # which is not the same as having no mail
+                raise OSError(errno.EIO, "out of reach", self.storage.root)
             return -1
         path = os.path.join(self.path(mailbox), "minimail.lock")
         try:
@@ -3694,10 +3766,9 @@ class Post:
         if refused:
             raise refused
 
-    @staticmethod
-    def disk_refusal(parcel: Parcel, error: OSError) -> Refused:
+    def disk_refusal(self, parcel: Parcel, error: OSError) -> Refused:
         """Return the refusal for an error of the disk (RFC 3463 sections 3.3 and 3.4)."""
-        log.warning("message %s not stored: %s", parcel.draft.id, error)
+        self.storage.complain("message %s not stored: %s", parcel.draft.id, error)
         if error.errno == errno.ENOSPC:
             return Refused(452, "4.3.1", "disk full, try again later")
         if error.errno == getattr(errno, "EDQUOT", -1):
@@ -4803,13 +4874,8 @@ class Queue:
             except FileNotFoundError:
                 if dispatch.hint and not os.path.exists(dispatch.hint):
                     dispatch.hint = ""
-                self._make_private(directory)
+                self.storage.make_directories([directory])
         dispatch.hint = hint
-
-    def _make_private(self, directory: str) -> None:
-        for path in (self.root, os.path.dirname(directory), directory):     # makedirs() would make them 0755 above
-            with contextlib.suppress(FileExistsError):
-                os.mkdir(path, 0o700)
 
     def _drop_hint(self, dispatch: Dispatch) -> None:
         if dispatch.hint:
@@ -6029,7 +6095,7 @@ class Relay:
         try:
             function(*arguments)
         except OSError as error:
-            log.warning("queue: %s, later once more", error)
+            self.storage.complain("queue: %s, later once more", error)
             self._again(function, *arguments)
         except Exception:
             log.exception("the relay stumbled")
@@ -6047,15 +6113,20 @@ class Relay:
                 self._guarded(function, *arguments)
         if time.monotonic() >= self._ticked + TICK:
             self._tick()
-        if self._wants_scan():
+        if self._wants_scan() and not self.storage.away:
             self._guarded(self.scan)
 
     def _tick(self) -> None:
         """See to what happens without anybody telling."""
-        now, self._ticked = self.clock(), time.monotonic()
-        if self._running and self.queue.steady() >= self._looked + LOOK_AROUND:
-            self._guarded(self._look_around)
+        now, away = self.clock(), self.storage.away
         stamps = tuple(self.storage.stamp(kind) for kind in ("queue", "flush"))
+        self._ticked = time.monotonic()
+        if self.storage.away:
+            return
+        if away:
+            self._swept = 0.0                       # some entries may be in nobody's memory now
+        if self._running and (self.queue.steady() >= self._looked + LOOK_AROUND or away) and not self.storage.is_away():
+            self._guarded(self._look_around)
         if stamps != self._stamps:
             if self._stamps and stamps[1] != self._stamps[1]:
                 for destination in self._destinations.values():
@@ -6114,7 +6185,7 @@ class Relay:
         except OSError as error:
             failed = None if isinstance(error, FileNotFoundError) else error
         if failed:
-            log.warning("queue: what %s hints at cannot be taken up, later once more: %s", directory, failed)
+            self.storage.complain("queue: what %s hints at cannot be taken up, later once more: %s", directory, failed)
             self._look_at(now + AGAIN)
         elif directory != self.queue.new:
             with contextlib.suppress(OSError):
@@ -6313,7 +6384,7 @@ class Relay:
                         self.queue.release(dispatch)    # another process tried it a moment ago
                         dispatch.lost = True
                 except OSError as error:
-                    log.warning("queue entry %s cannot be taken up: %s", dispatch.entry.id, error)
+                    self.storage.complain("queue entry %s cannot be taken up: %s", dispatch.entry.id, error)
                     dispatch.lost = True
             return not dispatch.lost
 
@@ -6531,7 +6602,7 @@ class Relay:
                     try:
                         self.queue.save(dispatch)       # never again to those who have it
                     except OSError as error:
-                        log.warning("queue entry %s not recorded, later once more: %s", dispatch.entry.id, error)
+                        self.storage.complain("queue entry %s not recorded, later once more: %s", dispatch.entry.id, error)
                 return
         if self._claim(dispatch):
             self._settle(dispatch)
@@ -6546,8 +6617,8 @@ class Relay:
         try:
             counts = self._settled(dispatch)
         except OSError as error:
-            if not isinstance(error, FileNotFoundError) or self.queue.exists(dispatch.entry.id):
-                log.error("queue entry %s cannot be recorded, later once more: %s", dispatch.entry.id, error)
+            if self.storage.is_away() or not isinstance(error, FileNotFoundError) or self.queue.exists(dispatch.entry.id):
+                self.storage.complain("queue entry %s cannot be recorded, later once more: %s", dispatch.entry.id, error)
                 self._tell(self._again, self._settle, dispatch)
                 return
             log.warning("queue entry %s was removed meanwhile", dispatch.entry.id)
@@ -9243,7 +9314,7 @@ class Session(socketserver.BaseRequestHandler, Task):
         if isinstance(error, (Disconnected, TimedOut, Stalled)):
             raise error
         if isinstance(error, OSError):
-            log.warning("%s from %s: %s", printable(name, 20), self.client, error)
+            self.site.mailboxes.storage.complain("%s from %s: %s", printable(name, 20), self.client, error)
         else:
             log.error("%s from %s failed", printable(name, 20), self.client, exc_info=error)
         return self.trouble(error)
@@ -15115,11 +15186,24 @@ def hold_signals() -> None:
         signal.pthread_sigmask(signal.SIG_BLOCK, held_signals())
 
 
+def next_signal(node: Node) -> int:
+    """Return the next signal; until then see whether the file system answers, where both can be done (not on macOS)."""
+    import signal
+    if not hasattr(signal, "sigtimedwait"):
+        return signal.sigwait(held_signals())
+    while True:
+        found = signal.sigtimedwait(held_signals(), 1.0)
+        if found:
+            return found.si_signo
+        if node.stores:
+            node.stores.storage.watch()
+
+
 def wait_for_signal(node: Node) -> None:
     """Return at SIGINT or SIGTERM; SIGHUP reads the files anew that have changed."""
     import signal
     if hasattr(signal, "sigwait"):
-        while signal.sigwait(held_signals()) == getattr(signal, "SIGHUP", None):
+        while next_signal(node) == getattr(signal, "SIGHUP", None):
             event("hangup")
             if node.stores:
                 node.stores.book.refresh()

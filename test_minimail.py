@@ -1928,6 +1928,64 @@ class DurableFiles(Case):
         self.assertLessEqual(max(stamps), now)
         self.assertGreater(min(stamps), now - 400 * 86400 * 10**9)
 
+    def test_a_mount_that_is_gone(self):
+        """Nothing is written to the disk beneath; it is said in one line that it is gone, and in one that it is back."""
+        for name in ("", "data"):                   # the mount point itself, or a directory in it
+            above = self.directory()
+            root = os.path.join(above, name).rstrip("/")
+            with self.assertLogs("minimail") as logs:
+                storage = self.storage(root)
+                os.rmdir(storage.run)
+                storage._beneath = os.stat(root).st_dev     # as it is where the disk beneath shows
+                if root != above:
+                    os.rmdir(root)
+                for _ in range(3):
+                    self.assertTrue(storage.is_away())
+                    with self.assertRaises(OSError) as caught:
+                        storage.make_directory(os.path.join(root, "mail", "example.com"))
+                    self.assertEqual(caught.exception.errno, errno.ENODEV)
+                    storage.wake("mail")
+                    self.assertEqual(storage.stamp("mail"), 0)
+                with self.assertRaises(OSError):
+                    minimail.Mailboxes(storage, "node.test").lock("bob@example.com")    # no empty mailbox
+                self.assertEqual(os.listdir(above), [])
+                storage._beneath = 0                # another device: it is mounted again
+                self.assertFalse(storage.is_away())
+                storage.make_directory(os.path.join(root, "mail", "example.com"))
+            lines = [record.getMessage() for record in logs.records]
+            self.assertEqual(len(lines), 2, lines)
+            self.assertIn("is out of reach: its file system is not mounted", lines[0])
+            self.assertIn("is back after", lines[1])
+
+    @unittest.skipUnless(os.path.ismount("/proc"), "needs a mount to look at")
+    def test_the_device_beneath_a_mount(self):
+        self.assertEqual(minimail.device_beneath("/proc/self"), os.stat("/").st_dev)
+        self.assertIsNone(minimail.device_beneath("/"))
+
+    def test_a_file_system_that_fails_or_does_not_answer(self):
+        storage = self.storage()
+        storage.wake("queue")
+        with self.assertLogs("minimail") as logs:
+            storage.watch()
+            storage.watch()
+            with mock.patch.object(os, "stat", side_effect=OSError(errno.ENOTCONN, "not connected")):
+                for _ in range(3):
+                    self.assertEqual(storage.stamp("queue"), 0)
+                    self.assertTrue(storage.away)
+            self.assertTrue(storage.stamp("queue"))
+            self.assertFalse(storage.away)
+            answer, real = threading.Event(), os.stat
+            with mock.patch.object(storage, "SILENCE", 0.01), \
+                    mock.patch.object(os, "stat", lambda path: answer.wait(10) and real(path)):
+                asking = self.in_background(lambda: storage.stamp("queue"))
+                self.eventually(lambda: storage.watch() or storage.away)
+                storage.watch()
+                answer.set()
+                self.eventually(lambda: not storage.away)
+                del asking
+        texts = [record.getMessage().partition(" is ")[2].partition(" after")[0].partition(";")[0] for record in logs.records]
+        self.assertEqual(texts, ["out of reach: not connected", "back", "out of reach: it does not answer", "back"])
+
     @mock.patch.object(minimail.Reloaded, "PAUSE", 0.0)
     def test_reloaded(self):
         path = self.file("f", "# comment\none\n\ntwo\n  more of two\n")
@@ -5565,6 +5623,27 @@ class RunningRelayTest(ScriptedCase):
             self.eventually(lambda: os.path.exists(path))
             os.unlink(path)
             self.eventually(lambda: os.path.exists(path))
+
+    def test_a_file_system_that_goes_and_comes_back(self):
+        """It is said once; what was in nobody's memory any more is sent when it is back."""
+        peer = ScriptedPeer()
+        world = self.running(FAR, {"192.0.2.25": peer})
+        storage = world.stores.storage
+        with mock.patch.object(minimail, "LOOK_AROUND", 0.05), mock.patch.object(minimail, "AGAIN", 0.05):
+            world.relay.start()
+            self.eventually(lambda: world.queue.submitted == world.relay.submitted)
+            before = len(self.logged)
+            world.queue.submitted = lambda dispatch: True       # taken up, and then forgotten
+            world.submit("bob@far.test")
+            beneath, storage._beneath = storage._beneath, os.stat(storage.root).st_dev
+            self.eventually(lambda: storage.away)
+            threading.Event().wait(0.5)             # in which nothing more is said
+            self.assertEqual(peer.messages, [])
+            storage._beneath = beneath
+            self.eventually(lambda: peer.messages and not world.files())
+        self.assertEqual(len(peer.messages), 1)
+        said = [line for line in self.logged[before:] if "out of reach" in line or " is back " in line or "later" in line]
+        self.assertEqual(len(said), 2, said)
 
     def test_without_threads_it_is_sent_later(self):
         peer = ScriptedPeer()
