@@ -2323,7 +2323,7 @@ class Storage:
             return self._note(error.strerror or str(error))
         return self._note(None)
 
-    def complain(self, text: str, *arguments: Any) -> None:
+    def report(self, text: str, *arguments: Any) -> None:
         """Log what went wrong on the disk; nothing while the whole directory is out of reach, which is said once."""
         if not self.is_away():
             log.warning(text, *arguments)
@@ -3768,7 +3768,7 @@ class Post:
 
     def disk_refusal(self, parcel: Parcel, error: OSError) -> Refused:
         """Return the refusal for an error of the disk (RFC 3463 sections 3.3 and 3.4)."""
-        self.storage.complain("message %s not stored: %s", parcel.draft.id, error)
+        self.storage.report("message %s not stored: %s", parcel.draft.id, error)
         if error.errno == errno.ENOSPC:
             return Refused(452, "4.3.1", "disk full, try again later")
         if error.errno == getattr(errno, "EDQUOT", -1):
@@ -6095,7 +6095,7 @@ class Relay:
         try:
             function(*arguments)
         except OSError as error:
-            self.storage.complain("queue: %s, later once more", error)
+            self.storage.report("queue: %s, later once more", error)
             self._again(function, *arguments)
         except Exception:
             log.exception("the relay stumbled")
@@ -6185,7 +6185,7 @@ class Relay:
         except OSError as error:
             failed = None if isinstance(error, FileNotFoundError) else error
         if failed:
-            self.storage.complain("queue: what %s hints at cannot be taken up, later once more: %s", directory, failed)
+            self.storage.report("queue: what %s hints at cannot be taken up, later once more: %s", directory, failed)
             self._look_at(now + AGAIN)
         elif directory != self.queue.new:
             with contextlib.suppress(OSError):
@@ -6384,7 +6384,7 @@ class Relay:
                         self.queue.release(dispatch)    # another process tried it a moment ago
                         dispatch.lost = True
                 except OSError as error:
-                    self.storage.complain("queue entry %s cannot be taken up: %s", dispatch.entry.id, error)
+                    self.storage.report("queue entry %s cannot be taken up: %s", dispatch.entry.id, error)
                     dispatch.lost = True
             return not dispatch.lost
 
@@ -6602,7 +6602,7 @@ class Relay:
                     try:
                         self.queue.save(dispatch)       # never again to those who have it
                     except OSError as error:
-                        self.storage.complain("queue entry %s not recorded, later once more: %s", dispatch.entry.id, error)
+                        self.storage.report("queue entry %s not recorded, later once more: %s", dispatch.entry.id, error)
                 return
         if self._claim(dispatch):
             self._settle(dispatch)
@@ -6618,7 +6618,7 @@ class Relay:
             counts = self._settled(dispatch)
         except OSError as error:
             if self.storage.is_away() or not isinstance(error, FileNotFoundError) or self.queue.exists(dispatch.entry.id):
-                self.storage.complain("queue entry %s cannot be recorded, later once more: %s", dispatch.entry.id, error)
+                self.storage.report("queue entry %s cannot be recorded, later once more: %s", dispatch.entry.id, error)
                 self._tell(self._again, self._settle, dispatch)
                 return
             log.warning("queue entry %s was removed meanwhile", dispatch.entry.id)
@@ -9314,7 +9314,7 @@ class Session(socketserver.BaseRequestHandler, Task):
         if isinstance(error, (Disconnected, TimedOut, Stalled)):
             raise error
         if isinstance(error, OSError):
-            self.site.mailboxes.storage.complain("%s from %s: %s", printable(name, 20), self.client, error)
+            self.site.mailboxes.storage.report("%s from %s: %s", printable(name, 20), self.client, error)
         else:
             log.error("%s from %s failed", printable(name, 20), self.client, exc_info=error)
         return self.trouble(error)
