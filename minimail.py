@@ -81,9 +81,9 @@ import sys
 # whose bytecode is cached; a command has ended before that would pay.
 if __name__ == "__main__" and __spec__ is None and hasattr(sys, "orig_argv") and os.path.basename(__file__) == "minimail.py" \
         and os.name == "posix" and all(word.startswith("-") for word in sys.argv[1:2]):
-    _folder = os.path.dirname(os.path.abspath(__file__))
-    _cached = os.path.join(_folder, "__pycache__", "minimail.%s.pyc" % sys.implementation.cache_tag)
-    if not os.path.exists(_cached) and os.access(_folder, os.W_OK):
+    from importlib.util import cache_from_source
+    _folder, _cached = os.path.dirname(os.path.abspath(__file__)), cache_from_source(os.path.abspath(__file__))
+    if not os.path.exists(_cached) and not sys.dont_write_bytecode and os.access(sys.pycache_prefix or _folder, os.W_OK):
         globals()["__loader__"].get_code(__name__)  # writes it
     if os.path.exists(_cached):
         _code = "import sys; sys.path[0] = %r; import minimail; sys.exit(minimail.main())" % _folder

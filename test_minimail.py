@@ -12032,6 +12032,7 @@ class CommandLine(Case):
             self.assertEqual(ran.returncode, 0, ran.stderr)
             return ran.stdout, bool(re.search(rb"\| +minimail$", ran.stderr, re.M))
         version = b"minimail %s\n" % minimail.__version__.encode()
+        self.assertEqual(run("-B", script, "--version"), (version, False), "no bytecode is to be kept")
         self.assertEqual(run(script, "--version"), (version, True))
         self.assertTrue(os.listdir(os.path.join(folder, "__pycache__")))
         self.assertEqual(run(script, "user", "--help")[1], False, "a command does not")
