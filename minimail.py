@@ -8071,8 +8071,8 @@ class SRS:
     def _make_secret(self) -> None:
         """Make the file, which another process may be doing, too: the first one counts. OSError."""
         self.storage.make_directory(self.storage.root)
-        draft = self.path + "." + secrets.token_hex(4)
-        self.storage.write(draft, secrets.token_urlsafe(24).encode() + b"\n")
+        draft = self.path + "." + os.urandom(4).hex()
+        self.storage.write(draft, os.urandom(24).hex().encode() + b"\n")
         try:
             with contextlib.suppress(FileExistsError):
                 self.storage.link(draft, self.path)

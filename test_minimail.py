@@ -12689,7 +12689,7 @@ class TheReadme(Case):
         seen = 0
         for line in lines:
             match = re.search(r"^(?:\$ |ExecStart=|.*command: |[A-Z_]+=\S+ )?"
-                              r"(?:python3 /?minimail\.py|(?:/opt/minimail/)?minimail)( .*)?$", line)
+                              r"(?:python3 (?:minimail\.py|-m minimail)|(?:/opt/minimail/)?minimail)( .*)?$", line)
             if match:
                 seen += 1
                 words = shlex.split(match.group(1) or "", comments=True)
