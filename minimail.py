@@ -1954,6 +1954,11 @@ class Wire:
 
     async def line(self, limit: int) -> bytes:
         """Return the next line without its end, CRLF or LF; LineTooLong (above `limit` bytes), Disconnected, TimedOut."""
+        if not self.input and not self.skipping:
+            data = await self.fill()
+            if data.find(b"\n") == len(data) - 1 <= limit:
+                return data[:-2] if data.endswith(b"\r\n") else data[:-1]     # one whole line, as nearly always
+            self.input += data
         start = 0
         while True:
             end = self.input.find(b"\n", start)
@@ -1968,10 +1973,7 @@ class Wire:
                 self.skipping = True
                 self.input.clear()
             start = len(self.input)
-            data = await self.fill()
-            if not start and not self.skipping and data.find(b"\n") == len(data) - 1 <= limit:
-                return data[:-2] if data.endswith(b"\r\n") else data[:-1]     # one whole line, as nearly always
-            self.input += data
+            self.input += await self.fill()
 
     async def take(self, size: int) -> bytes:
         """Return up to `size` bytes, of what has been read already or is read now; Disconnected, TimedOut."""
@@ -2726,6 +2728,7 @@ DEVICE = expression(r"(con|prn|aux|nul|com\d|lpt\d)(\.|$)")
 OWN_NAME = expression(r"\d+\.([0-9a-f]{8}-[0-9a-f]{5}-[0-9a-f]{9,})\.")
 UID = expression(r"[!-~]{1,70}")                    # RFC 1939 section 7
 SIZE = expression(r"[nc],(?:[^:]*,)?W=(\d+)(?=$|[:;,])")    # in what of a name follows the place and the UID
+NEW = os.sep + "new"
 FLAGS = ";2," if os.name == "nt" else ":2,"         # no colons in Windows file names
 
 
@@ -2887,11 +2890,13 @@ class Mailboxes:
     def place(self, draft: Draft, mailboxes: Sequence[str], placed: List[str], made: List[str]) -> None:
         """Put a completed draft into all mailboxes, the paths into `placed`; OSError, with some of it done.
 
+        Directories to flush for it go into `made`.
         The first mailbox's tmp/ has the draft; the others get a link to the same file.
         """
         name = "%s,S=%d,W=%d" % (self.file_name(draft.id), draft.written, draft.written)
         for mailbox in reversed(mailboxes):
-            target = os.sep.join((self.path(mailbox), "new", name))
+            directory = self.path(mailbox) + NEW
+            target = directory + os.sep + name
             put: Callable[[str, str], None] = os.rename if mailbox == mailboxes[0] else self.storage.link
             try:
                 put(draft.path, target)
@@ -2899,6 +2904,7 @@ class Mailboxes:
                 self._make(mailbox, made)
                 put(draft.path, target)
             placed.append(target)
+            made.append(directory)
         draft.path = ""
 
     def listing(self, mailbox: str) -> Listing:
@@ -3741,7 +3747,6 @@ class Post:
             directories += self.queue.publish(parcel.entry)
         if parcel.mailboxes:
             self.mailboxes.place(parcel.draft, parcel.mailboxes, parcel.placed, parcel.made)
-            directories += map(os.path.dirname, parcel.placed)
         parcel.draft.path = ""
         return directories + parcel.made
 
@@ -9798,9 +9803,10 @@ class SMTPSession(Session):
         if sender and self.lenient:
             sender = self.site.book.qualified(sender)
         envelope = Envelope(str(sender) if sender else "", helo=self.helo, client=self.client, trusted=self.trusted)
-        parameters = parse_parameters(rest) if rest else {}
-        envelope.ret, envelope.envid = parse_dsn_of_mail(parameters)
-        self.take_parameters(envelope, parameters)
+        if rest:
+            parameters = parse_parameters(rest)
+            envelope.ret, envelope.envid = parse_dsn_of_mail(parameters)
+            self.take_parameters(envelope, parameters)
         if not envelope.sender.isascii() and not envelope.smtputf8:
             raise Refused(553, "5.6.7", "this address needs SMTPUTF8")
         self.site.door.check_sender(envelope, sender, self.user)
@@ -9844,17 +9850,19 @@ class SMTPSession(Session):
         if address is None:
             raise Refused(501, "5.1.3", "the null path cannot receive mail")
         envelope = transaction.envelope
-        parameters = parse_parameters(rest) if rest else {}
-        wish = parse_dsn_of_rcpt(parameters, envelope.smtputf8) if parameters else None
-        for parameter in parameters:
-            raise Refused(555, "5.5.4", "unknown parameter " + printable(parameter, 60))
-        if not str(address).isascii() and not envelope.smtputf8:
+        wish = None
+        if rest:
+            parameters = parse_parameters(rest)
+            wish = parse_dsn_of_rcpt(parameters, envelope.smtputf8) if parameters else None
+            for parameter in parameters:
+                raise Refused(555, "5.5.4", "unknown parameter " + printable(parameter, 60))
+        if not envelope.smtputf8 and not str(address).isascii():
             raise Refused(553, "5.6.7", "this address needs SMTPUTF8")
-        trusted = self.trusted
-        destinations = door.destinations(envelope, self.of_ours(address), trusted)
+        destinations = door.destinations(envelope, self.of_ours(address), self.trusted)
         if self.site.faults:
             self.raise_fault("rcpt", address.key)
-        door.ask("on_rcpt", envelope, str(address))
+        if door.asks_policy:
+            door.ask("on_rcpt", envelope, str(address))
         envelope.recipients.append(address)
         if wish:
             envelope.wishes[address.key] = wish
@@ -14983,6 +14991,17 @@ def remembered_options(path: str) -> Dict[str, Any]:
         raise CannotRun("%s: cannot be read: %s" % (path, error)) from None
 
 
+class LineRecord(logging.LogRecord):
+    """Of a log record what Lines asks for; the rest, as its file and its thread, is most of what one costs."""
+
+    def __init__(self, name: str, level: int, _path: str, _line: int, msg: Any, args: Any, exc_info: Any,
+                 _function: Any = None, stack: Any = None, **_more: Any) -> None:
+        self.name, self.levelno, self.levelname = name, level, logging.getLevelName(level)
+        self.msg, self.args, self.exc_info, self.exc_text, self.stack_info = msg, args, exc_info, None, stack
+        self.created = time.time()
+        self.msecs = self.created % 1 * 1000
+
+
 class SystemLog(logging.Handler):
     """Writes to the system's log (syslog(3), facility mail), if there is one."""
 
@@ -15000,6 +15019,7 @@ def set_up_logging(config: Config, to_system: bool = False) -> None:
     logging.raiseExceptions = False
     logging.logProcesses = logging.logThreads = False
     logging._srcfile = None                         # nobody wants to know the line: half the cost of a record
+    logging.setLogRecordFactory(LineRecord)
     log.handlers = [handler]
     log.propagate = False
     log.setLevel(logging.WARNING if config.quiet else logging.DEBUG if config.verbose else logging.INFO)
