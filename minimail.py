@@ -14630,16 +14630,16 @@ def without_unused(source: str) -> str:
             first = min([statement.lineno] + [line.lineno for line in getattr(statement, "decorator_list", ())])
             lines[first - 1:statement.end_lineno] = [None] * ((statement.end_lineno or 0) - first + 1)
         elif isinstance(statement, ast.ImportFrom) and not used.issuperset(names):
-            begin = "%*sfrom %s import " % (statement.col_offset, "", statement.module)
-            kept = import_lines(begin, [name for name in names if name in used])
+            kept = import_lines(statement, [name for name in names if name in used])
             lines[statement.lineno - 1] = kept
             lines[statement.lineno:statement.end_lineno] = [None] * ((statement.end_lineno or 0) - statement.lineno)
     return "\n".join(without_holes(lines))
 
 
-def import_lines(line: str, names: Sequence[str]) -> str:
-    """Return an import, of which the line begins so, as it is written in this file."""
+def import_lines(statement: Any, names: Sequence[str]) -> str:
+    """Return an import (ast) of these names only, as it is written in this file."""
     import textwrap
+    line = "%sfrom %s import " % (" " * statement.col_offset, statement.module)
     if len(line + ", ".join(names)) <= LINE:
         return line + ", ".join(names)
     return textwrap.fill(", ".join(names), LINE - 1, initial_indent=line + "(", subsequent_indent=" " * (len(line) + 1)) + ")"
