@@ -161,6 +161,21 @@ def skip_if_gone(argv, errors=""):
         raise unittest.SkipTest(errors)
 
 
+def blocking(wire, coroutine):
+    """Return the result of a coroutine that talks over one wire, driven in this thread."""
+    if "run_blocking" in vars(minimail):
+        return minimail.run_blocking(wire, coroutine)
+    error = None                                    # in a copy in which nothing needs that: the same
+    while True:
+        try:
+            what = coroutine.throw(error) if error else coroutine.send(None)
+        except StopIteration as end:
+            return end.value
+        left = wire.deadline - wire.clock()
+        ways = [[wire.sock] * bool(what & way) for way in (selectors.EVENT_READ, selectors.EVENT_WRITE)]
+        error = None if left > 0 and any(select.select(*ways, [], left)) else minimail.TimedOut()
+
+
 class Talk:
     """A client's end of a connection."""
 
@@ -675,6 +690,8 @@ class Options(Case):
 
     def test_wrong_values_are_named(self):
         for name, (_, _, bad) in OPTIONS.items():
+            if lacks_section(name):
+                continue
             with self.subTest(name):
                 if name not in FLAGS:
                     status, out, err = run_main(flag(name), bad)
@@ -787,7 +804,7 @@ class Options(Case):
         self.assertEqual(minimail.strange_variables({"MINIMAIL_DATA": "x"}), "")
         self.assertLess(len(minimail.strange_variables({"MINIMAIL_X%d" % i: "x" for i in range(300)})), 1000)
         self.assertEqual(self.config([], {"MINIMAIL_MX_PORT": "tcp://10.0.0.1:25"}).mx_port, 25)
-        status, out, err = run_main("mail", "--data", self.directory(), environ={"MINIMAIL_SMARTHOTS": "x"})
+        status, out, err = run_main("user", "list", "--data", self.directory(), environ={"MINIMAIL_SMARTHOTS": "x"})
         self.assertEqual((status, out, err.count("\n")), (0, "", 1), err)
 
     def test_the_library_checks_what_the_command_line_checks(self):
@@ -1141,7 +1158,7 @@ class Wires(Case):
 
     @staticmethod
     def line(wire, limit):
-        return minimail.run_blocking(wire, wire.line(limit))
+        return blocking(wire, wire.line(limit))
 
     def test_lines(self):
         wire, peer = self.pair()
@@ -1225,9 +1242,9 @@ class Wires(Case):
         fd = os.open(path, os.O_RDONLY)
         self.addCleanup(os.close, fd)
         wire.send(b"head")
-        minimail.run_blocking(wire, wire.send_file(fd, 5, len(content) - 5))
+        blocking(wire, wire.send_file(fd, 5, len(content) - 5))
         wire.send(b"tail")
-        minimail.run_blocking(wire, wire.flush())
+        blocking(wire, wire.flush())
         wire.close()
         reader.join(PATIENCE)
         self.assertEqual(b"".join(received), b"head" + content[5:] + b"tail")
@@ -1241,7 +1258,7 @@ class Wires(Case):
         with self.assertRaises(minimail.Disconnected):
             for _ in range(3):
                 wire.send(b"x")
-                minimail.run_blocking(wire, wire.flush())
+                blocking(wire, wire.flush())
         wire.close()
 
 
@@ -1691,8 +1708,8 @@ class Readiness(Case):
             theirs.send(b"thanks\r\n")
             await theirs.flush()
             return theirs.sock.getpeercert()["subject"]
-        served = self.in_background(lambda: minimail.run_blocking(ours, serve()))
-        self.assertIn((("commonName", "mail.test"),), minimail.run_blocking(theirs, ask()))
+        served = self.in_background(lambda: blocking(ours, serve()))
+        self.assertIn((("commonName", "mail.test"),), blocking(theirs, ask()))
         self.assertEqual(served(), b"thanks")
 
     @unittest.skipUnless(ssl, "this Python has no ssl")
@@ -1703,7 +1720,7 @@ class Readiness(Case):
         self.addCleanup(wire.close)
         peer.sendall(b"this is not TLS at all\r\n" * 10)
         with self.assertRaisesRegex(minimail.Disconnected, "^TLS: ."):
-            minimail.run_blocking(wire, wire.start_tls(ssl.create_default_context(), server_hostname="x"))
+            blocking(wire, wire.start_tls(ssl.create_default_context(), server_hostname="x"))
 
     def test_who_does_not_read_is_waited_for(self):
         sock, peer = socket.socketpair()
@@ -2701,7 +2718,7 @@ class Doors(Case):
                 ("u@friend.example", False, "550 5.7.1"), ("u@friend.example", True, ""), ("u@x.friend.example", True, "550 5.7.1"),
                 ("u@x.below.example", True, ""), ("u@elsewhere.example", True, "550 5.7.1"),
                 ("sales@example.org", False, "")):  # an alias leads out for everybody: it is ours
-            if "relay" not in SECTIONS and trusted and not recipient.endswith("example.org"):
+            if "relay" not in SECTIONS and not answer and recipient != "bob@example.org":
                 answer = "550 5.7.1"                # nothing passes mail on
             door = self.door(relay_to=("friend.example", ".below.example"))
             envelope = minimail.Envelope("a@x")
@@ -3178,7 +3195,7 @@ NEAR = {"near.test": ["MX 10 mx.near.test"], "mx.near.test": ["A 192.0.2.26"]}
 
 def run_peer(client, coroutine):
     """Run a coroutine of a Peer to its end."""
-    return minimail.run_blocking(client.wire, coroutine)
+    return blocking(client.wire, coroutine)
 
 
 def scripted_dialog(address, *lines):
@@ -8758,6 +8775,7 @@ class NodeMode(Case):
             """)
         self.assertEqual([message.recipient for message in node.messages()], ["bob@example.org", "postmaster@example.org"])
 
+    @needs("relay")
     def test_log_in_to_relay(self):
         node = self.start(trust="off")
         self.dialog(self.talk(node.smtp_address), """\
@@ -8859,7 +8877,7 @@ class NodeMode(Case):
 class TLS(Case):
     def start(self, **options):
         self.pem = self.file("cert.pem", CERTIFICATE)
-        return self.node(tls_cert=self.pem, smtps="127.0.0.1:0", pop3s="127.0.0.1:0", **options)
+        return self.node(tls_cert=self.pem, smtps="127.0.0.1:0", pop3s=self.OPTIONS["pop3"], **options)
 
     def tls_talk(self, address):
         talk = Talk(address)
@@ -8888,6 +8906,8 @@ class TLS(Case):
         self.assertTrue(talk.reply().startswith("220"))
         talk.start_tls()
         self.dialog(talk, "C: NOOP\nS: 250 2.0.0 ok\nC: RCPT TO:<b@x>\nS: 503\nC: EHLO x\nS: 250\nC: RCPT TO:<b@x>\nS: 503")
+        if not HAS_POP3:
+            return
         pop = self.talk(node.pop3_address, hello=False)
         pop.reply()
         pop.send(b"STLS\r\nUSER evil@x\r\nPASS x\r\n")
@@ -8914,6 +8934,8 @@ class TLS(Case):
             client.starttls(context=context)
             client.sendmail("a@x", ["b@x"], b"Subject: z\r\n\r\n")
         self.assertIn(b" with ESMTPSA id ", node.wait_for("b@x").read())
+        if not HAS_POP3:
+            return
         for pop in (poplib.POP3_SSL(*node.pop3s_address, timeout=PATIENCE, context=context),
                     poplib.POP3(*node.pop3_address, timeout=PATIENCE)):
             with contextlib.closing(pop):
@@ -9236,7 +9258,7 @@ class Nodes(Case):
             self.assertEqual(message.email()["Subject"], "hi")
             self.assertEqual(message.email().get_content().strip(), "hello")
             self.assertEqual((message.recipient, message.sender), ("bob@example.com", "a@example.net"))
-            self.assertEqual(sorted(message.recipients), ["bob@example.com", "eve@example.com"])
+            self.assertEqual(sorted(message.recipients), ["bob@example.com", "eve@example.com"][:1 + ("transcripts" in SECTIONS)])
             self.assertEqual(message.read(), open_and_read(message.path))
             self.assertEqual(message.size, len(message.read()))
             self.assertLess(abs(datetime.datetime.now(datetime.timezone.utc) - message.received_at),
@@ -9308,7 +9330,9 @@ class Nodes(Case):
 
     def test_addresses(self):
         node = self.node(pop3="off")
-        self.assertEqual((HAS_POP3 and node.pop3_address or None, node.smtps_address, node.pop3s_address, node.web_address), (None,) * 4)
+        self.assertEqual(node.smtps_address, None)
+        self.assertEqual([getattr(node, name + "_address") for name in ("pop3", "pop3s") * HAS_POP3 + ("web",) * HAS_WEB if name],
+                         [None] * (2 * HAS_POP3 + HAS_WEB))
         self.assertGreater(node.smtp_address[1], 0)
         node = self.node(smtp=["127.0.0.1:0", "127.0.0.1:0"])
         self.assertEqual([name for name, _ in node.endpoints()], ["smtp", "smtp", "pop3"][:2 + HAS_POP3])
@@ -10070,8 +10094,9 @@ class WebTranscripts(WebCase):
             self.assertEqual([line for line in lines if line.startswith("C")],
                              ["C: EHLO client.test", "C: MAIL FROM:<a%d@x>" % number, "C: RCPT TO:<b%d@x>" % number, "C: RCPT TO:<nonsense", "C: DATA"])
             self.assertTrue(lines[0].startswith("S: 220 ") and lines[-1].startswith("S: 250 2.0.0 ") and message.id in lines[-1], lines)
-            self.assertEqual([record[key] for key in ("id", "sender", "recipients", "helo", "client", "protocol", "tls", "bcc")],
-                             [message.id, "a%d@x" % number, ["b%d@x" % number], "client.test", "127.0.0.1", "ESMTP", False, ["b%d@x" % number]])
+            self.assertEqual([record[key] for key in ("id", "sender", "recipients", "helo", "client", "protocol", "tls")],
+                             [message.id, "a%d@x" % number, ["b%d@x" % number], "client.test", "127.0.0.1", "ESMTP", False])
+            self.assertEqual(record.get("bcc"), ["b%d@x" % number] if HAS_WEB else None, "it takes reading mail to tell")
 
     def test_a_long_conversation_is_cut(self):
         """What was said before and between messages costs each of them a bounded part of it."""
@@ -12418,11 +12443,13 @@ class CommandLine(Case):
         with smtplib.SMTP(*program.address("smtp"), timeout=PATIENCE) as client:
             client.sendmail("a@x", ["bob@x"], "Subject: =?utf-8?q?gr=C3=BC=C3=9Fe?=\n\nhi")
         idle = self.talk(program.address("smtp"))
-        self.assertEqual(run_main("--data", self.data, "mail")[:2], (0, "%6d %12d bob@x\n" % (1, os.stat(os.path.join(
-            self.data, "mail/x/bob/new", os.listdir(os.path.join(self.data, "mail/x/bob/new"))[0])).st_size)))
-        status, out, err = run_main("mail", "BOB@x", "--data", self.data)
-        self.assertEqual((status, err, out.count("\n")), (0, "", 1))
-        self.assertIn("gr\xfc\xdfe", out)
+        stored, = os.listdir(os.path.join(self.data, "mail/x/bob/new"))
+        if "mail" in minimail.COMMANDS:
+            size = os.stat(os.path.join(self.data, "mail/x/bob/new", stored)).st_size
+            self.assertEqual(run_main("--data", self.data, "mail")[:2], (0, "%6d %12d bob@x\n" % (1, size)))
+            status, out, err = run_main("mail", "BOB@x", "--data", self.data)
+            self.assertEqual((status, err, out.count("\n")), (0, "", 1))
+            self.assertIn("gr\xfc\xdfe", out)
         started = time.monotonic()
         status, errors = program.end()
         self.assertEqual(status, 0, errors)
@@ -12467,7 +12494,7 @@ class CommandLine(Case):
         for _ in range(4):
             with smtplib.SMTP(*program.address("smtp"), timeout=PATIENCE) as client:
                 client.sendmail("a@x", ["bob@x"], "hi")
-        self.assertEqual(run_main("--data", self.data, "mail")[1].split()[0], "4")
+        self.assertEqual(len(os.listdir(os.path.join(self.data, "mail/x/bob/new"))), 4)
         self.assertEqual(program.end()[0], 0)
         program = self.start("--smtp", "127.0.0.1:0", "--workers", "2")
         parent = program.process.pid
