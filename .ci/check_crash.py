@@ -309,7 +309,8 @@ class Node(lab.Node):
 
     def queue(self):
         """Return every file in the queue."""
-        return [path for path in (self.data / "queue").rglob("*") if path.is_file()]
+        places = os.walk(self.data / "queue")       # rglob() fails where a folder vanishes meanwhile
+        return [Path(place, name) for place, _, names in places for name in names]
 
     def drafts(self):
         """Return every file in a tmp/."""
