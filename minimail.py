@@ -11899,42 +11899,59 @@ def lint(envelope: Envelope, content: Content, draft: Draft, head: bytes, longes
     return [rule for rule, is_broken in broken if is_broken]
 
 
+RAW_DECODE = json.JSONDecoder().raw_decode
+
+
 class Recorder:
-    """DATA/sessions: a file for each message with its envelope, the conversation and what was wrong with it."""
+    """DATA/sessions: how each message came, and its tags. Nothing is promised about that, so nothing is flushed.
+
+    A process appends to a file of its own, a line of JSON for each message; a line that no longer counts is blanked, and a
+    file without others removed. Who asks for a record first reads what was appended since the last time.
+    """
+
+    FULL = 1 << 24                                  # bytes in a file; then another is begun
 
     def __init__(self, mailboxes: Mailboxes) -> None:
         self.mailboxes = mailboxes
         self.storage = mailboxes.storage
         self.root = os.path.join(self.storage.root, "sessions")
         self.storage.make_directory(self.root)
+        self._writing = threading.Lock()
+        self._fd, self._own, self._size = -1, "", 0     # our file, locked while it grows; its name; bytes in it
+        self._numbers = itertools.count(1)
+        self._looking = threading.Lock()            # what follows is of those who look; taken before the other
+        self._places: Dict[str, Tuple[str, int]] = {}   # id: file, where in it the record begins
+        self._seen: Dict[str, int] = {}             # file: bytes of it that were looked at, and ...
+        self._left: Dict[str, int] = {}             # ... records in them
 
     def tape(self, session: SMTPSession) -> Tape:
         return Tape(self, session)
 
-    def path(self, id: str) -> str:
-        return os.path.join(self.root, encode_name(id) + ".json")
-
     def save(self, envelope: Envelope, lines: Sequence[Tuple[str, str]], rules: Sequence[str], tls: bool) -> None:
-        record = {"id": envelope.id, "sender": envelope.sender, "recipients": [str(r) for r in envelope.recipients],
-                  "helo": envelope.helo, "client": envelope.client, "protocol": envelope.protocol, "tls": tls,
-                  "transcript": lines, "lint": list(rules)}
-        try:                                        # torn by a crash, it is not read: nothing is promised about it
-            fd = os.open(self.path(envelope.id), os.O_CREAT | os.O_EXCL | os.O_WRONLY | O_EXTRA, 0o600)
-            try:
-                write_all(fd, json.dumps(record).encode())
-            finally:
-                os.close(fd)
+        """Note how a message comes."""
+        try:
+            self._append({
+                "id": envelope.id, "sender": envelope.sender, "recipients": [str(r) for r in envelope.recipients],
+                "helo": envelope.helo, "client": envelope.client, "protocol": envelope.protocol, "tls": tls,
+                "transcript": lines, "lint": rules})
         except OSError as error:
             log.warning("transcript of %s not kept: %s", envelope.id, error)
 
+    def replace(self, record: Dict[str, Any]) -> None:
+        """Note something else about a message; OSError."""
+        with self._looking:
+            self._look()
+            self._append(record)
+            self._blank(record["id"])
+
     def load(self, id: str) -> Optional[Dict[str, Any]]:
         """Return what is known about a message, None when that is nothing."""
-        try:
-            with open(self.path(id), "rb") as file:
-                record: Dict[str, Any] = json.loads(file.read())
-                return record
-        except (OSError, ValueError):
-            return None
+        with self._looking:
+            record = self._read(id)
+            if record is None:                      # not known yet, or replaced by another process
+                self._look()
+                record = self._read(id)
+        return record
 
     @staticmethod
     def explain(rules: Iterable[str]) -> List[Dict[str, str]]:
@@ -11942,17 +11959,105 @@ class Recorder:
         return [{"rule": rule, "text": LINT[rule][0], "rfc": LINT[rule][1]} for rule in rules if rule in LINT]
 
     def forget(self, id: str) -> None:
-        with contextlib.suppress(OSError):
-            os.unlink(self.path(id))
+        """A message is gone."""
+        with self._looking:
+            if id not in self._places:
+                self._look()
+            self._blank(id)
 
     def sweep(self) -> None:
-        """Remove the records of messages that other programs removed."""
-        known = {self.path(message_id(item)) for name in self.mailboxes.names() for item in self.mailboxes.listing(name)}
+        """Forget messages that other programs removed."""
+        known = {message_id(item) for name in self.mailboxes.names() for item in self.mailboxes.listing(name)}
+        with self._looking:
+            self._look()
+            for id, (name, _) in list(self._places.items()):
+                with contextlib.suppress(OSError):
+                    if id not in known and time.time() - os.stat(self._path(name)).st_mtime > 3600:   # not one just coming in
+                        self._blank(id)
+
+    def _path(self, name: str) -> str:
+        return os.path.join(self.root, name)
+
+    def _append(self, record: Dict[str, Any]) -> None:
+        line = json.dumps(record).encode() + b"\n"
+        with self._writing:
+            try:
+                if self._fd < 0 or self._size > self.FULL:
+                    self._begin()
+                write_all(self._fd, line)
+                self._size += len(line)
+            except OSError:                         # nothing comes after half a line
+                self._end()
+                raise
+
+    def _begin(self) -> None:
+        self._end()
+        self._own, self._size = "%s-%d" % (self.storage.token, next(self._numbers)), 0
+        self._fd = os.open(self._path(self._own), os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_APPEND | O_EXTRA, 0o600)
+        with contextlib.suppress(OSError):          # no locks here: then others may remove it too early
+            if fcntl:
+                lock_file(self._fd)
+
+    def _end(self) -> None:
+        close_quietly(self._fd)
+        self._fd = -1
+
+    def _look(self) -> None:
+        """Learn where the records are that were appended since the last time."""
         for name in list_directory(self.root):
-            path = os.path.join(self.root, name)
-            with contextlib.suppress(OSError):
-                if path not in known and time.time() - os.stat(path).st_mtime > 3600:      # not one just coming in
-                    os.unlink(path)
+            with contextlib.suppress(OSError), open(self._path(name), "rb") as file:
+                offset = self._seen.get(name, 0)
+                file.seek(offset)
+                for line in file:
+                    if line[-1:] != b"\n" and not name.endswith(".json"):     # as before 2026-11-27, a file for each
+                        break
+                    with contextlib.suppress(ValueError):
+                        id, _ = RAW_DECODE(line[:MAX_NAME * 6].decode("ascii"), len('{"id": '))
+                        self._places[str(id)] = name, offset
+                        self._left[name] = self._left.get(name, 0) + 1
+                    offset += len(line)
+                self._seen[name] = offset
+
+    def _read(self, id: str) -> Optional[Dict[str, Any]]:
+        name, offset = self._places.get(id, ("", 0))
+        try:
+            with open(self._path(name), "rb") as file:
+                file.seek(offset)
+                record: Dict[str, Any] = json.loads(file.readline())
+                return record if record["id"] == id else None
+        except (OSError, ValueError, TypeError, KeyError):
+            return None
+
+    def _blank(self, id: str) -> None:
+        """Make a record that is known of none, and remove the file of which it was the last."""
+        name, offset = self._places.pop(id, ("", 0))
+        if not name:
+            return
+        with contextlib.suppress(OSError):
+            with open(self._path(name), "r+b") as file:
+                file.seek(offset)
+                length = len(file.readline().rstrip(b"\n"))
+                file.seek(offset)
+                file.write(b" " * length)
+            self._left[name] -= 1
+            if not self._left[name]:
+                self._remove(name)
+
+    def _remove(self, name: str) -> None:
+        """Remove a file in which nothing is left, unless somebody still writes to it; OSError."""
+        if name == self._own and self._fd >= 0:
+            with self._writing:
+                if self._seen[name] == self._size:
+                    self._end()
+                    os.unlink(self._path(name))
+            return
+        fd = os.open(self._path(name), os.O_RDWR | O_EXTRA)
+        try:
+            if fcntl and not lock_file(fd):
+                return
+        finally:
+            os.close(fd)
+        os.unlink(self._path(name))
 
 
 class TranscriptsExtension(Extension):
@@ -12102,8 +12207,7 @@ class Letter:
     def set_tags(self, tags: List[str]) -> None:
         """Note the tags beside what else is known of the message; OSError."""
         recorder = self.letters.recorder
-        record = dict(recorder.load(self.id) or self.record(), tags=tags)
-        recorder.storage.write(recorder.path(self.id), json.dumps(record).encode())
+        recorder.replace(dict(recorder.load(self.id) or self.record(), tags=tags))
 
     def session(self) -> Dict[str, Any]:
         """Return envelope, transcript and lint; what can be told from the message alone where none were kept."""

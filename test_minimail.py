@@ -10058,9 +10058,79 @@ class CheapToRead(Case):
 # 19  Transcripts and lint
 # ======================================================================================================================
 
+def glob_sessions(node):
+    root = os.path.join(node.data, "sessions")
+    return [os.path.join(root, name) for name in os.listdir(root)]
+
+
+class Records(Case):
+    """Two processes that append to files of their own and read both."""
+
+    def setUp(self):
+        self.data = self.directory()
+        self.one, self.two = (minimail.Recorder(self.stores(data=self.data).mailboxes) for _ in range(2))
+        self.root = self.one.root
+
+    def files(self):
+        return sorted(os.listdir(self.root))
+
+    def test_each_sees_what_the_other_did(self):
+        self.one.replace({"id": "a", "tags": []})
+        self.assertEqual(self.two.load("a"), {"id": "a", "tags": []})
+        self.two.replace({"id": "a", "tags": ["x"]})
+        self.assertEqual([one.load("a")["tags"] for one in (self.one, self.two)], [["x"]] * 2)
+        self.one.replace({"id": "b"})
+        self.two.forget("b")
+        self.assertEqual([one.load("b") for one in (self.one, self.two)], [None, None])
+        self.one.forget("a")
+        self.assertIsNone(self.two.load("a"))
+        text = b"".join(open_and_read(os.path.join(self.root, name)) for name in self.files())
+        self.assertEqual(text.strip(), b"", "what is forgotten is gone from the disk")
+        self.one.replace({"id": "c"})
+        self.assertEqual(self.two.load("c"), {"id": "c"}, "a file that somebody writes to is not removed")
+
+    def test_full_files(self):
+        with mock.patch.object(minimail.Recorder, "FULL", 100):
+            for number in range(10):
+                self.one.replace({"id": "%d" % number, "text": "x" * 60})
+        before = self.files()
+        self.assertGreater(len(before), 4)
+        for number in range(9):
+            self.two.forget("%d" % number)
+        self.assertEqual(len(self.files()), 1)
+        self.assertEqual(self.one.load("9")["text"], "x" * 60)
+
+    def test_what_a_crash_or_a_full_disk_tore(self):
+        self.one.replace({"id": "a"})
+        with mock.patch.object(minimail, "write_all", self.tear), self.assertRaises(OSError):
+            self.one.replace({"id": "b"})
+        self.assertEqual((self.two.load("a"), self.two.load("b")), ({"id": "a"}, None))
+        self.one.replace({"id": "b", "again": True})
+        self.assertEqual((self.two.load("a"), self.two.load("b")), ({"id": "a"}, {"id": "b", "again": True}))
+
+    @staticmethod
+    def tear(fd, data):
+        os.write(fd, data[:5])
+        raise OSError(errno.ENOSPC, "full")
+
+    def test_a_file_for_each_as_once(self):
+        for id in ("old", "\u00fc"):
+            with open(os.path.join(self.root, minimail.encode_name(id) + ".json"), "w") as file:
+                file.write(json.dumps({"id": id, "tags": ["x"]}))
+        with open(os.path.join(self.root, "nonsense.json"), "w") as file:
+            file.write('{"id": [7], "x"')
+        self.assertEqual([self.one.load(id)["tags"] for id in ("old", "\u00fc")], [["x"]] * 2)
+        self.one.forget("old")
+        self.two.forget("\u00fc")
+        self.assertEqual(self.files(), ["nonsense.json"])
+
+
 class WebTranscripts(WebCase):
     def sessions(self, node):
-        return sorted(os.listdir(os.path.join(node.data, "sessions")))
+        """Return the ids of all records, and their text."""
+        root = os.path.join(node.data, "sessions")
+        text = b"".join(open_and_read(os.path.join(root, name)) for name in sorted(os.listdir(root)))
+        return [json.loads(line)["id"] for line in text.splitlines() if line.strip()], text.decode()
 
     def test_secrets_are_blanked(self):
         node = self.web_node()
@@ -10075,9 +10145,8 @@ class WebTranscripts(WebCase):
                         "S: 250\nS: 250\nS: 354\nC: secret text\nC: .\nS: 250")
             record = self.session(node)
             self.assertIn(["C", "AUTH ***"], record["transcript"])
-            stored, = self.sessions(node)
-            with open(os.path.join(node.data, "sessions", stored)) as file:
-                text = file.read()
+            stored, text = self.sessions(node)
+            self.assertEqual(len(stored), 1)
             for secret in (plain, password, name, "pass word", "secret text"):
                 self.assertNotIn(secret, text)
 
@@ -10114,19 +10183,21 @@ class WebTranscripts(WebCase):
         node = self.web_node(pop3=self.OPTIONS["pop3"], data=self.directory())
         for case in ["api"] * HAS_WEB + ["library"] + ["pop3"] * HAS_POP3:
             id = self.deliver(node, b"x\r\n", "a@x", "b@x")
-            self.assertEqual(self.sessions(node), [id + ".json"])
-            self.assertEqual(os.stat(os.path.join(node.data, "sessions", id + ".json")).st_mode & 0o177, 0)
+            self.assertEqual(self.sessions(node)[0], [id])
+            for path in glob_sessions(node):
+                self.assertEqual(os.stat(path).st_mode & 0o177, 0)
             if case == "api":
                 self.ask(node, "/api/v1/messages", "DELETE", {"IDs": [id]})
             elif case == "library":
                 node.messages("a@x")[0].delete()
-                self.assertEqual(self.sessions(node), [id + ".json"], "there is another copy")
+                self.assertEqual(self.sessions(node)[0], [id], "there is another copy")
                 self.assertEqual(node.messages("b@x")[0].recipients, ["a@x", "b@x"])
                 node.clear()
             else:
                 for name in ("a@x", "b@x"):
                     self.dialog(node.pop3_address, "S: +OK\nC: USER %s\nS: +OK\nC: PASS x\nS: +OK\nC: DELE 1\nS: +OK\nC: QUIT\nS: +OK\nS: closed" % name)
-            self.assertEqual(self.sessions(node), [], case)
+            self.assertEqual(self.sessions(node), ([], ""), case)
+            self.assertEqual(glob_sessions(node), [])
 
     @needs("faults")
     def test_refused_messages_leave_none(self):
@@ -10134,17 +10205,17 @@ class WebTranscripts(WebCase):
         for recipient, content, answer in (("f@x", "x", "552"), ("b@x", "x" * 2000, "552")):
             self.dialog(node.smtp_address, "S: 220\nC: EHLO c\nS: 250\nC: MAIL FROM:<a@x>\nC: RCPT TO:<%s>\nC: DATA\nS: 250\nS: 250\nS: 354\nC: %s\nC: .\nS: %s"
                         % (recipient, content, answer))
-        self.assertEqual((self.sessions(node), node.messages()), ([], []))
+        self.assertEqual((self.sessions(node)[0], node.messages()), ([], []))
 
     def test_what_was_removed_elsewhere_is_swept(self):
         node = self.web_node(data=self.directory())
         id, kept = self.deliver(node, b"x\r\n", "b@x"), self.deliver(node, b"x\r\n", "b@x")
         os.unlink(node.messages()[0].path)
-        for name in self.sessions(node):
-            os.utime(os.path.join(node.data, "sessions", name), (1, 1))
         node.stop()
+        for path in glob_sessions(node):
+            os.utime(path, (1, 1))
         node.start()
-        self.eventually(lambda: self.sessions(node) == [kept + ".json"])
+        self.eventually(lambda: self.sessions(node)[0] == [kept])
         self.assertNotEqual(id, kept)
 
     def test_on_and_off(self):
@@ -11668,10 +11739,6 @@ class WebViewers(WebCase):
         self.eventually(lambda: not node.site.inbox.visitors)
 
 
-def glob_json(node):
-    return [os.path.join(node.site.recorder.root, name) for name in os.listdir(node.site.recorder.root)]
-
-
 class WebChanges(WebCase):
     """What deletes or changes does what its words say, or nothing."""
 
@@ -11686,7 +11753,7 @@ class WebChanges(WebCase):
                 file.write(b"Subject: theirs\r\n\r\n")
         for name in names:
             self.ask(node, "/api/v1/tags", "PUT", {"IDs": [name], "Tags": [name[-6]]})
-        for path in glob_json(node):
+        for path in glob_sessions(node):
             os.utime(path, (0, 0))
         node.site.recorder.sweep()
         again = self.web_node(data=node.data)
