@@ -7,18 +7,21 @@ together have every section with little beside it, or with --all on every copy.
 """
 # time limit: 420
 import collections
+import contextlib
 import os
 import re
 import smtplib
+import subprocess
 import sys
+import time
 import unittest
 from concurrent.futures import ThreadPoolExecutor
 
 import lab
 
 WHOLE = ("--with=", "--with=relay", "--with=wait,faults,transcripts", "--without=web", "--with=web,pop3,faults,transcripts")
-OTHERS = ("--with=pop3", "--with=relay,pop3", "--with=relay,standing", "--without=standing", "--without=pop3", "--without=selftest",
-          "--with=faults", "--with=web")
+OTHERS = ("--with=pop3", "--with=relay,pop3", "--with=relay,standing", "--with=faults", "--with=web", "--without=standing",
+          "--without=pop3", "--without=selftest")
 COPIES = WHOLE + OTHERS
 TESTS = lab.REPO / "test_minimail.py"
 TOOLS = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "minimail-ci", "bin")
@@ -43,7 +46,9 @@ AGAIN = """if True:
 def setUpModule():
     """Write all copies, each in a folder of its own under the name that its user gives it."""
     global copies
-    place = unittest.enterModuleContext(lab.folder()) if hasattr(unittest, "enterModuleContext") else lab.folder().__enter__()
+    stack = contextlib.ExitStack()
+    unittest.addModuleCleanup(stack.close)
+    place = stack.enter_context(lab.folder())
     copies = {}
     for number, words in enumerate(COPIES):
         (place / str(number)).mkdir()
@@ -94,7 +99,7 @@ class Copies(unittest.TestCase):
         place.mkdir()
         process = lab.start([sys.executable, "-W", "error", copy, "--data", place / "data", "--quiet",
                              *(word for name in listeners for word in ("--" + name, "127.0.0.1:0"))],
-                            stdin=lab.subprocess.DEVNULL, stdout=lab.subprocess.PIPE, stderr=lab.subprocess.PIPE,
+                            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                             env=lab.clean_environment(place), cwd=place)
         lines = []
         while not lines or lines[-1] not in ("ready", ""):
@@ -112,14 +117,13 @@ class Copies(unittest.TestCase):
 
     def test_all_tests_of_its_sections(self):
         """They pass, and are not skipped: of each section that is there, at least half of them run."""
-        figures.update((words, "") for words in whole)
         self.each(self.run_tests, whole)
 
     def run_tests(self, copy):
         environment = dict(lab.clean_environment(copy.parent), PYTHONDONTWRITEBYTECODE="1")
-        process = lab.start([sys.executable, TESTS, "--module", copy, "-v"], stdin=lab.subprocess.DEVNULL, stdout=lab.subprocess.PIPE,
-                            stderr=lab.subprocess.STDOUT, env=environment)
-        began = lab.time.monotonic()
+        began = time.monotonic()
+        process = lab.start([sys.executable, TESTS, "--module", copy, "-v"], stdin=subprocess.DEVNULL,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment)
         output = process.communicate(timeout=400)[0].decode("utf-8", "replace")
         self.assertEqual(process.returncode, 0, output[-6000:])
         ran, skipped = collections.Counter(), collections.Counter()
@@ -128,8 +132,8 @@ class Copies(unittest.TestCase):
             (ran if result == "ok" else skipped)[home[case]] += 1
         for number in [number for number in sections_of(copy) if number != "1"]:
             self.assertGreater(ran[number], skipped[number], "section %s: that many run, and are skipped" % number)
-        words = next(words for words in copies if copies[words] == copy)
-        figures[words] = "%4d tests run, %3d skipped, %3d s" % (sum(ran.values()), sum(skipped.values()), lab.time.monotonic() - began)
+        figures[copy] = "%4d tests run, %3d skipped, %3d s" % (
+            sum(ran.values()), sum(skipped.values()), time.monotonic() - began)
 
 
 figures = {}
@@ -138,7 +142,7 @@ figures = {}
 def tearDownModule():
     for words, copy in copies.items():
         lines = copy.read_text(encoding="utf-8").count("\n")
-        print("%-40s %6d lines  %s" % (words, lines, figures.get(words, "")), file=sys.stderr)
+        print("%-40s %6d lines  %s" % (words, lines, figures.get(copy, "")), file=sys.stderr)
 
 
 if __name__ == "__main__":
