@@ -6677,6 +6677,7 @@ class CrashTest(ScriptedCase):
                 self.assertTrue(all(message[2].endswith(LETTER) for message in peer.messages))
             self.every_step(act, check, prepare)
 
+    @needs("pop3")
     def test_from_dele_to_quit(self):
         """What was not deleted stays; +OK means that all of it is gone."""
         def prepare():
@@ -12414,7 +12415,7 @@ class CutCommand(Case):
         sections = minimail.read_sections(open_and_read(SOURCE).decode())
         needed = minimail.needed_by(sections)
         banners = {part.number: {part.name, *needed.get(part.name, ())} for part in sections}
-        source = open_and_read(__file__).decode()
+        source = open_and_read(os.path.join(HERE, "test_minimail.py")).decode()
         found = {}
         for node in ast.parse(source).body:
             number = [int(number) for number in BANNER.findall("".join(source.splitlines(True)[:node.lineno]))][-1:]
