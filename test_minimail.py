@@ -12416,14 +12416,14 @@ class CutCommand(Case):
         needed = minimail.needed_by(sections)
         banners = {part.number: {part.name, *needed.get(part.name, ())} for part in sections}
         source = open_and_read(os.path.join(HERE, "test_minimail.py")).decode()
+        starts = [(int(match.group(1)), match.end()) for match in BANNER.finditer(source)]
         found = {}
-        for node in ast.parse(source).body:
-            number = [int(number) for number in BANNER.findall("".join(source.splitlines(True)[:node.lineno]))][-1:]
-            case = globals().get(node.name) if isinstance(node, ast.ClassDef) else None
-            if number and isinstance(case, type) and issubclass(case, unittest.TestCase):
+        for (number, start), end in zip(starts, [start for _, start in starts[1:]] + [len(source)]):
+            cases = [globals().get(name) for name in re.findall(r"(?m)^class (\w+)", source[start:end])]
+            for case in [case for case in cases if isinstance(case, type) and issubclass(case, unittest.TestCase)]:
                 for name in unittest.defaultTestLoader.getTestCaseNames(case):
                     wanted = {*getattr(case, "needs", ()), *getattr(getattr(case, name), "needs", ())}
-                    found.setdefault(number[0], []).append(wanted <= banners[number[0]])
+                    found.setdefault(number, []).append(wanted <= banners[number])
         self.assertEqual(set(banners) - set(found), {1}, "sections without tests")
         self.assertEqual({number: (sum(tests), len(tests)) for number, tests in found.items() if sum(tests) < len(tests) / 2}, {})
 
