@@ -5,7 +5,7 @@
 Two copies at a time. All are looked at by ruff and mypy, and started; the whole tests are run on those of WHOLE, which
 together have every section with little beside it, or with --all on every copy.
 """
-# time limit: 420
+# time limit: 600
 import collections
 import contextlib
 import os
@@ -124,7 +124,7 @@ class Copies(unittest.TestCase):
         began = time.monotonic()
         process = lab.start([sys.executable, TESTS, "--module", copy, "-v"], stdin=subprocess.DEVNULL,
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment)
-        output = process.communicate(timeout=400)[0].decode("utf-8", "replace")
+        output = process.communicate(timeout=500)[0].decode("utf-8", "replace")
         self.assertEqual(process.returncode, 0, output[-6000:])
         ran, skipped = collections.Counter(), collections.Counter()
         home = classes_of(TESTS.read_text(encoding="utf-8"))
