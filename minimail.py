@@ -1835,7 +1835,7 @@ def is_ready(sock: Union[socket.socket, int], events: int, seconds: float) -> bo
 
 END_OF_DATA = b"\r\n.\r\n"
 UNDECIDED = (b"\r\n.\r", b"\r\n.", b"\r\n", b"\r", b"\n.", b"\n")     # what a block may end with and say nothing yet
-LEADING_DOT = expression(rb"\n(?=\.)")                      # memchr finds the newlines: twice as fast as find(b"\n.")
+LEADING_DOT = expression(rb"\n[.]")                         # memchr finds the newlines: faster than find(), than (?=\.) too
 BARE_NEWLINE = expression(rb"\r\n|\r|\n")
 
 
