@@ -4987,9 +4987,10 @@ class Queue:
 
     def _adopt(self) -> None:
         """Turn what version 1.0 left, whose hints were the envelopes, into what we have; OSError."""
+        names = set(list_directory(self.root))
         for hint in self.hints():
             id = os.path.basename(hint)
-            if os.path.getsize(hint) and os.path.exists(self.path(id)) and not self.exists(id):
+            if id + ".env" not in names and os.path.getsize(hint) and os.path.exists(self.path(id)) and not self.exists(id):
                 os.rename(hint, self.path(id, "env"))
                 self.storage.sync_directory(self.root)
 
@@ -6823,14 +6824,18 @@ def move_along(queue: Queue, id: str, hint: str, drop: bool) -> bool:
 
 
 def list_queue(queue: Queue, as_json: bool) -> None:
-    entries = list(queue.entries())
-    if not as_json:
-        for entry in entries:
-            print_entry(entry)
-        return
+    """Print all entries, one after the other: there may be a million."""
     shown = ("id", "sender", "size", "queued_at", "next_attempt", "attempts")
-    print(json.dumps([dict({name: getattr(entry, name) for name in shown}, recipients=entry.waiting())
-                      for entry in entries], indent=1))
+    before = "["
+    for entry in queue.entries():
+        if not as_json:
+            print_entry(entry)
+            continue
+        fields = dict({name: getattr(entry, name) for name in shown}, recipients=entry.waiting())
+        print(before + json.dumps(fields), end="")
+        before = ",\n "
+    if as_json:
+        print("]" if before != "[" else "[]")
 
 
 def print_entry(entry: Entry) -> None:
@@ -11967,12 +11972,15 @@ class Recorder:
 
     def sweep(self) -> None:
         """Forget messages that other programs removed."""
-        known = {message_id(item) for name in self.mailboxes.names() for item in self.mailboxes.listing(name)}
         with self._looking:
             self._look()
-            for id, (name, _) in list(self._places.items()):
-                with contextlib.suppress(OSError):
-                    if id not in known and time.time() - os.stat(self._path(name)).st_mtime > 3600:   # not one just coming in
+            gone = set(self._places)
+        for name in self.mailboxes.names() if gone else ():
+            gone.difference_update(map(message_id, self.mailboxes.listing(name)))
+        with self._looking:
+            for id in gone & self._places.keys():
+                with contextlib.suppress(OSError):  # a file that grows has some that are just coming in
+                    if time.time() - os.stat(self._path(self._places[id][0])).st_mtime > 3600:
                         self._blank(id)
 
     def _path(self, name: str) -> str:
