@@ -2966,10 +2966,11 @@ class Mailboxes:
 
     def _recall(self, path: str, stamp: List[Tuple[int, int, int]]) -> Optional[Listing]:
         with self._listing_lock:
-            cached = self._listings.get(path)
-            if not cached or cached[0] != stamp:
+            cached = self._listings.pop(path, None)
+            if not cached or cached[0] != stamp:    # an old one goes before there is a new one: it may be large
+                self._listed -= len(cached[1]) if cached else 0
                 return None
-            self._listings.move_to_end(path)
+            self._listings[path] = cached
             return cached[1]
 
     def remembered(self, mailbox: str) -> Optional[Listing]:
