@@ -2121,10 +2121,17 @@ NO_LINKS = {getattr(errno, name, -1) for name in ("EPERM", "EACCES", "EOPNOTSUPP
 
 
 def lock_file(fd: int, wait: bool = False) -> bool:
-    """Lock an open file until it is closed or the process ends; False when somebody else has it. OSError: no locks here."""
+    """Lock an open file until it is closed or the process ends; False when somebody else has it. OSError: no locks here.
+
+    Who waits asks again and again: MooseFS answers a lock that blocks never, when its master dies meanwhile.
+    """
+    if wait and fcntl:
+        while not lock_file(fd):
+            time.sleep(0.01)
+        return True
     try:
         if fcntl:
-            fcntl.flock(fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         else:
             import msvcrt
             os.lseek(fd, 0, os.SEEK_SET)

@@ -1,6 +1,7 @@
 #!/bin/bash
 # Install what .ci/ needs on a Debian machine, as root, without asking anything.
 # Run it as often as you like: what is already there costs less than a second.
+# With names of network file systems (cephfs, glusterfs, moosefs) it installs those instead: for check_growth.py.
 set -euo pipefail
 export DEBIAN_FRONTEND=noninteractive
 
@@ -66,6 +67,20 @@ install_npm() {
         [ -d "$venv/npm/node_modules/$name" ] || npm install --silent --no-audit --no-fund --prefix "$venv/npm" "$name"
     done
 }
+
+declare -A shared=(
+    [cephfs]="ceph-mon ceph-osd ceph-mds ceph-fuse"
+    [glusterfs]="glusterfs-server glusterfs-client"
+    [moosefs]="moosefs-master moosefs-chunkserver moosefs-client"
+)
+if [ $# -gt 0 ]; then
+    packages=()
+    for name; do
+        packages+=(${shared[$name]})
+    done
+    install_packages
+    exit
+fi
 
 # Where the machine brings Node.js from elsewhere, leave it alone.
 command -v npm >/dev/null || packages+=(nodejs npm)
