@@ -11991,6 +11991,11 @@ class Recorder:
                     if time.time() - os.stat(self._path(self._places[id][0])).st_mtime > 3600:
                         self._blank(id)
 
+    def close(self) -> None:
+        """Let the next to start see that nothing is written any more."""
+        with self._writing:
+            self._end()
+
     def _path(self, name: str) -> str:
         return os.path.join(self.root, name)
 
@@ -12089,6 +12094,10 @@ class TranscriptsExtension(Extension):
         if config.transcripts or (config.transcripts is None and config.capture):
             site.recorder = self.recorder(site.mailboxes)
             site.mailboxes.forget = site.recorder.forget
+
+    def join(self, node: Any, seconds: float) -> None:
+        if node.site.recorder:
+            node.site.recorder.close()
 
 
 EXTENSIONS.append(TranscriptsExtension())
@@ -14738,11 +14747,11 @@ def without_unused(source: str) -> str:
     uses: Dict[str, Set[str]] = {}                  # by a name's definition
     found: List[str] = []                           # names that are used, and whose definition is still to be looked at
     for statement in statements:
-        names = bound_names(statement)
+        names, needed = bound_names(statement), used_names(statement)
         for name in names:
-            uses.setdefault(name, set()).update(used_names(statement))
+            uses.setdefault(name, set()).update(needed)
         if not names or any(name.startswith("__") for name in names):
-            found += used_names(statement)
+            found += needed
     used = {"annotations"}                          # of __future__
     while found:
         name = found.pop()
