@@ -14849,6 +14849,8 @@ def cut_command(config: Config, arguments: List[str]) -> int:
         print(list_sections(sections, needs), end="")
         return 0
     keep = chosen(needs, None if given.wanted is None else name_list(given.wanted), name_list(given.unwanted or ""))
+    if given.file:
+        refuse_other_files(given.file, source)
     result = cut(source, keep)
     gone = [name for name in needs if name not in keep and name != "cut"]
     said = "left out: %s; %d of %d lines" % (" ".join(gone) or "nothing", result.count("\n"), source.count("\n"))
@@ -14873,12 +14875,16 @@ def list_sections(sections: Sequence[Section], needs: Dict[str, Set[str]]) -> st
     return "section       lines  needs\n" + "".join(("%-12s %6d  %s" % row).rstrip() + "\n" for row in rows)
 
 
-def write_copy(path: str, text: str) -> None:
-    """Write a copy of this file in the place of nothing, or of another copy; CannotRun, OSError."""
+def refuse_other_files(path: str, source: str) -> None:
+    """CannotRun when there is a file that is not another copy of this one; OSError."""
     if os.path.lexists(path):
         with open(path, encoding="utf-8", errors="replace") as file:
-            if os.path.samefile(path, __file__) or not file.read(1000).startswith(text[:text.index("\n\n")]):
+            if os.path.samefile(path, __file__) or not file.read(1000).startswith(source[:source.index("\n\n")]):
                 raise CannotRun("%s: is there, and is no other copy of minimail" % printable(path))
+
+
+def write_copy(path: str, text: str) -> None:
+    """Write a copy of this file, whole or not at all; OSError."""
     draft = path + ".new"
     with open(draft, "w", encoding="utf-8", newline="\n") as file:
         file.write(text)
