@@ -78,15 +78,18 @@ import os
 import sys
 
 # A script is compiled at each start, and the 40 MiB that this takes stay as long as it runs. So a node goes on as a module,
-# whose bytecode is cached; a command has ended before that would pay.
-if __name__ == "__main__" and __spec__ is None and hasattr(sys, "orig_argv") and os.path.basename(__file__) == "minimail.py" \
-        and os.name == "posix" and all(word.startswith("-") for word in sys.argv[1:2]):
+# whose bytecode is cached; a command has ended before that would pay. Its name in the code is for pgrep -f.
+if __name__ == "__main__" and __spec__ is None and type(globals().get("__loader__")).__name__ == "SourceFileLoader" \
+        and hasattr(sys, "orig_argv") and sys.executable \
+        and not (sys.flags.isolated or getattr(sys.flags, "safe_path", False)) \
+        and os.path.basename(__file__) == "minimail.py" and os.name == "posix" \
+        and all(word.startswith("-") for word in sys.argv[1:2]):
     from importlib.util import cache_from_source
     _folder, _cached = os.path.dirname(os.path.abspath(__file__)), cache_from_source(os.path.abspath(__file__))
     if not os.path.exists(_cached) and not sys.dont_write_bytecode and os.access(sys.pycache_prefix or _folder, os.W_OK):
         globals()["__loader__"].get_code(__name__)  # writes it
     if os.path.exists(_cached):
-        _code = "import sys; sys.path[0] = %r; import minimail; sys.exit(minimail.main())" % _folder
+        _code = "import sys; sys.path[0] = %r; import minimail; sys.exit(minimail.main())  # minimail.py" % _folder
         os.execv(sys.executable, [*sys.orig_argv[:-len(sys.argv)], "-c", _code, *sys.argv[1:]])
 
 import array
@@ -2734,7 +2737,7 @@ SAFE = expression(r"[a-z0-9._+=-]*")
 DEVICE = expression(r"(con|prn|aux|nul|com\d|lpt\d)(\.|$)")
 OWN_NAME = expression(r"\d+\.([0-9a-f]{8}-[0-9a-f]{5}-[0-9a-f]{9,})\.")
 UID = expression(r"[!-~]{1,70}")                    # RFC 1939 section 7
-SIZE = expression(r"[nc],(?:[^:]*,)?W=(\d+)(?=$|[:;,])")    # in what of a name follows the place and the UID
+SIZE = expression(r"[nc],(?:[^:]*,)?W=(\d{1,18})(?=$|[:;,])")    # in what of a name follows the place and the UID
 NEW = os.sep + "new"
 FLAGS = ";2," if os.name == "nt" else ":2,"         # no colons in Windows file names
 
@@ -7214,11 +7217,13 @@ def verify(stores: Stores, words: Sequence[str]) -> int:
 
 
 def login_name() -> str:
+    named = next(filter(None, map(os.environ.get, ("LOGNAME", "USER", "LNAME", "USERNAME"))), None)
     try:
         import pwd
-        named = filter(None, map(os.environ.get, ("LOGNAME", "USER", "LNAME", "USERNAME")))
-        return next(named, None) or pwd.getpwuid(os.getuid()).pw_name
-    except (KeyError, OSError, ImportError):
+        return named or pwd.getpwuid(os.getuid()).pw_name
+    except ImportError:                             # Windows
+        return named or "nobody"
+    except (KeyError, OSError):
         return "nobody"
 
 
@@ -9986,7 +9991,7 @@ class SMTPSession(Session):
             refused = await wait(parcel)
             if refused:
                 if self.site.recorder:
-                    self.site.recorder.forget(parcel.draft.id)
+                    await wait(functools.partial(self.site.recorder.forget, parcel.draft.id))
                 raise refused
         finally:
             self.busy = False
@@ -10361,8 +10366,8 @@ class POP3Session(Session):
         if self.user is None:
             return b"+OK\r\n"
         self.raise_fault("pop3-quit", self.user)
-        if len(self.deleted) > MAX_REMOVED:
-            await wait(self.remove)
+        if len(self.deleted) > MAX_REMOVED or self.deleted and self.site.mailboxes.forget:
+            await wait(self.remove)                 # what is known of messages may have to be looked for first
         else:
             self.remove()
         failed = len(self.deleted) - self.removed
@@ -11986,10 +11991,14 @@ class Recorder:
         for name in self.mailboxes.names() if gone else ():
             gone.difference_update(map(message_id, self.mailboxes.listing(name)))
         with self._looking:
+            old = set()                             # before the first is blanked: a file that grows has some just coming in
+            for name in self._seen:
+                with contextlib.suppress(OSError):
+                    if time.time() - os.stat(self._path(name)).st_mtime > 3600:
+                        old.add(name)
             for id in gone & self._places.keys():
-                with contextlib.suppress(OSError):  # a file that grows has some that are just coming in
-                    if time.time() - os.stat(self._path(self._places[id][0])).st_mtime > 3600:
-                        self._blank(id)
+                if self._places[id][0] in old:
+                    self._blank(id)
 
     def close(self) -> None:
         """Let the next to start see that nothing is written any more."""
@@ -12024,9 +12033,17 @@ class Recorder:
         self._fd = -1
 
     def _look(self) -> None:
-        """Learn where the records are that were appended since the last time."""
-        for name in list_directory(self.root):
-            with contextlib.suppress(OSError), open(self._path(name), "rb") as file:
+        """Learn where the records are that were appended since the last time; remove files that have none any more."""
+        names = list_directory(self.root)
+        gone = self._seen.keys() - set(names)
+        if gone:                                    # others removed them
+            self._seen = {name: seen for name, seen in self._seen.items() if name not in gone}
+            self._left = {name: left for name, left in self._left.items() if name not in gone}
+            self._places = {id: place for id, place in self._places.items() if place[0] not in gone}
+        for name in names:
+            if name.endswith(".json") and name in self._seen:       # nothing is appended to these
+                continue
+            with contextlib.suppress(OSError), open(open_regular(self._path(name)), "rb") as file:
                 offset = self._seen.get(name, 0)
                 file.seek(offset)
                 for line in file:
@@ -12038,11 +12055,14 @@ class Recorder:
                         self._left[name] = self._left.get(name, 0) + 1
                     offset += len(line)
                 self._seen[name] = offset
+            if self._seen.get(name) and not self._left.get(name):
+                with contextlib.suppress(OSError):  # who blanked its last record could not: it was still written to
+                    self._remove(name)
 
     def _read(self, id: str) -> Optional[Dict[str, Any]]:
         name, offset = self._places.get(id, ("", 0))
         try:
-            with open(self._path(name), "rb") as file:
+            with open(open_regular(self._path(name)), "rb") as file:
                 file.seek(offset)
                 record: Dict[str, Any] = json.loads(file.readline())
                 return record if record["id"] == id else None
@@ -12055,7 +12075,7 @@ class Recorder:
         if not name:
             return
         with contextlib.suppress(OSError):
-            with open(self._path(name), "r+b") as file:
+            with open(os.open(self._path(name), os.O_RDWR | O_PLAIN), "r+b") as file:
                 file.seek(offset)
                 length = len(file.readline().rstrip(b"\n"))
                 file.seek(offset)
@@ -14885,8 +14905,8 @@ def refuse_other_files(path: str, source: str) -> None:
 
 def write_copy(path: str, text: str) -> None:
     """Write a copy of this file, whole or not at all; OSError."""
-    draft = path + ".new"
-    with open(draft, "w", encoding="utf-8", newline="\n") as file:
+    draft = "%s.%s.new" % (path, os.urandom(4).hex())
+    with open(draft, "x", encoding="utf-8", newline="\n") as file:
         file.write(text)
     os.chmod(draft, os.stat(__file__).st_mode & 0o777)
     os.replace(draft, path)
@@ -15143,6 +15163,14 @@ class LineRecord(logging.LogRecord):
         self.msecs = self.created % 1 * 1000
 
 
+def line_record(name: str, level: int, _path: str, _line: int, msg: Any, args: Any, exc_info: Any, _function: Any = None,
+                extra: Any = None, stack: Any = None) -> LineRecord:
+    """As Logger.makeRecord(): for our log only, others in the process have theirs."""
+    record = LineRecord(name, level, _path, _line, msg, args, exc_info, None, stack)
+    vars(record).update(extra or {})
+    return record
+
+
 class SystemLog(logging.Handler):
     """Writes to the system's log (syslog(3), facility mail), if there is one."""
 
@@ -15160,7 +15188,7 @@ def set_up_logging(config: Config, to_system: bool = False) -> None:
     logging.raiseExceptions = False
     logging.logProcesses = logging.logThreads = False
     logging._srcfile = None                         # nobody wants to know the line: half the cost of a record
-    logging.setLogRecordFactory(LineRecord)
+    log.makeRecord = line_record  # type: ignore[method-assign,assignment]
     log.handlers = [handler]
     log.propagate = False
     log.setLevel(logging.WARNING if config.quiet else logging.DEBUG if config.verbose else logging.INFO)
@@ -15369,11 +15397,11 @@ def wait_for_signal(node: Node) -> None:
             if node.stores:
                 node.stores.book.refresh()
         return
-    stop = threading.Event()                        # Windows
+    told: List[int] = []                            # Windows
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.set())
-    while not stop.wait(0.5):
-        pass
+        signal.signal(number, lambda number, _: told.append(number))
+    while not told:
+        time.sleep(0.2)
 
 
 IMPORTED_LATE = ("argparse", "calendar", "ctypes", "datetime", "difflib", "email.generator", "email.header", "email.parser",
@@ -15475,15 +15503,15 @@ class Workers:
         self.count = count
         self.given = given
         self.alive, self.leash = os.pipe()          # children read, only the parent can write: its end is its death
-        self.ready_read, self.ready_write = os.pipe()       # a byte from each that serves
+        self.ready_read, self.ready_write = os.pipe()       # a byte from each that serves, and at the end
+        self.stopping = False
         self.children: Dict[int, Tuple[int, float]] = {}        # pid: (number, when it began)
 
     def run(self) -> int:
         """Keep the workers running until told to stop; return the exit status."""
         import signal
-        stop = threading.Event()
         for signum in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(signum, lambda *_: stop.set())
+            signal.signal(signum, self.stop)
         signal.signal(signal.SIGHUP, lambda *_: self.tell(signal.SIGHUP))
         signal.pthread_sigmask(signal.SIG_UNBLOCK, held_signals())      # whoever started us may have blocked them
         for number in range(self.count):
@@ -15492,7 +15520,7 @@ class Workers:
             os.close(self.leash)
             return 1
         announce(self.node)
-        self.keep_running(stop)
+        self.keep_running()
         event("stopping")
         self.tell(signal.SIGTERM)
         deadline = time.monotonic() + 10
@@ -15500,6 +15528,11 @@ class Workers:
             pid = self.reap()
             self.children.pop(pid, None) if pid else time.sleep(0.02)
         return 0
+
+    def stop(self, *_: Any) -> None:
+        """End soon; in a signal's handler, where an Event's lock may be held by who is interrupted."""
+        self.stopping = True
+        os.write(self.ready_write, b"\n")
 
     def are_ready(self) -> bool:
         """Return when all workers serve; False when one of them has ended instead, and said why."""
@@ -15511,10 +15544,10 @@ class Workers:
                 return False
         return True
 
-    def keep_running(self, stop: threading.Event) -> None:
+    def keep_running(self) -> None:
         """Start a worker again that ended, until told to stop."""
         due: List[Tuple[float, int]] = []           # workers to start again: (when, number)
-        while not stop.is_set():
+        while not self.stopping:
             pid = self.reap()
             if pid:
                 number, began = self.children.pop(pid)
@@ -15530,7 +15563,8 @@ class Workers:
                 except OSError as error:            # no memory, no process left: the others go on
                     log.warning("cannot start a worker: %s", error)
                     due.append((time.monotonic() + 2.0, number))
-            stop.wait(0.1 if due else 0.5)
+            if is_ready(self.ready_read, READ, 0.1 if due else 0.5):
+                os.read(self.ready_read, 64)
 
     def tell(self, signum: int) -> None:
         """Send a signal to all workers."""

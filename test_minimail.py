@@ -2245,7 +2245,7 @@ class Maildirs(Case):
     def test_foreign_files(self):
         contents = {"1.lf.host": b"Subject: x\n\na\n", "2.crlf.host": b"A: b\r\n\r\nx\r\n", "3.open.host": b"A: b\n\nno end",
                     "4.mixed.host:2,S": b"a\r\nb\nc\rd\r\n", "5.cr.host": b"a\r", "6.empty.host": b"", "7.caf\xe9 x": b"x\n",
-                    "8.sized,S=5,W=8:2,": b"a\nb\n\n"[:5], "9." + "l" * 100: b"x\n", "big": b"line\n" * 200_000,
+                    "8.sized,S=5,W=8:2,": b"a\nb\n\n"[:5], "9." + "l" * 100: b"x\n", "9.vast,W=" + "9" * 20: b"x\n", "big": b"line\n" * 200_000,
                     "edge": b"x" * (minimail.BIG_BLOCK - 1) + b"\r\nx\n"}
         for name, content in contents.items():
             self.put_foreign(name, content, "cur" if ":" in name else "new")
@@ -10101,6 +10101,34 @@ class Records(Case):
         self.assertEqual(len(self.files()), 1)
         self.assertEqual(self.one.load("9")["text"], "x" * 60)
 
+    def test_a_file_that_others_emptied_goes_when_its_writer_has_ended(self):
+        self.one.replace({"id": "a"})
+        self.two.forget("a")
+        self.assertEqual(len(self.files()), 1, "it may grow")
+        self.one.close()
+        self.two.load("b")
+        self.assertEqual(self.files(), [])
+        self.assertIsNone(self.one.load("a"))
+
+    def test_a_sweep_forgets_all_that_is_gone(self):
+        for id in "abc":
+            self.one.replace({"id": id})
+        self.one.close()
+        self.two.sweep()
+        self.assertIsNotNone(self.two.load("c"), "it may be just coming in")
+        os.utime(os.path.join(self.root, *self.files()), (1, 1))
+        self.two.sweep()
+        self.assertEqual(self.files(), [])
+
+    @unittest.skipUnless(hasattr(os, "mkfifo"), "needs pipes with names")
+    def test_only_regular_files_are_read(self):
+        os.mkfifo(os.path.join(self.root, "pipe"))
+        target = self.file("target", b'{"id": "a"}\n')
+        os.symlink(target, os.path.join(self.root, "link"))
+        self.assertIsNone(self.one.load("a"))
+        self.one.forget("a")
+        self.assertEqual(open_and_read(target), b'{"id": "a"}\n')
+
     def test_what_a_crash_or_a_full_disk_tore(self):
         self.one.replace({"id": "a"})
         with mock.patch.object(minimail, "write_all", self.tear), self.assertRaises(OSError):
@@ -12491,6 +12519,7 @@ class CommandLine(Case):
         self.assertEqual(run(script, "--version"), (version, True))
         self.assertTrue(os.listdir(os.path.join(folder, "__pycache__")))
         self.assertEqual(run(script, "user", "--help")[1], False, "a command does not")
+        self.assertEqual(run("-I", script, "--version"), (version, False), "its folder is not where modules may be")
         renamed = shutil.copy(SOURCE, os.path.join(folder, "sendmail"))
         self.assertEqual(run(renamed, "--version")[1], False)
         shutil.rmtree(os.path.join(folder, "__pycache__"))
