@@ -1615,12 +1615,15 @@ class Loop:
     """Carries all tasks in one thread, and commits what came together when nobody has anything to say.
 
     `commit(parcels)` puts messages on disk and returns for each its refusal or None; `is_heavy(parcel)` says that this
-    takes long. A batch that does, or follows one that the disk took long for, is committed in another thread.
+    takes long. A batch that does, or follows one that the disk took long for, is committed in another thread. One that a
+    network file system holds up (MooseFS for two minutes, when it lost an answer) does not hold up those after it.
     """
 
     BATCH = 100                                     # messages committed together at most
     PATIENCE = 0.05                                 # seconds a message waits while others talk
     SLOW = 0.02                                     # seconds for a batch: from there on others do not wait for the disk
+    STUCK = 5.0                                     # seconds for a batch: from there on the next does not wait for it, ...
+    MOST_STUCK = 8                                  # ... unless there are so many
     TICK = 0.5                                      # seconds between looks at the deadlines
 
     def __init__(self, commit: Callable[[List[Any]], List[Optional[Exception]]], is_heavy: Callable[[Any], bool],
@@ -1632,7 +1635,8 @@ class Loop:
         self.talking = 0                            # of them, those that are conversations
         self._parcels: List[Tuple[Task, Any]] = []  # to commit, ...
         self._since = 0.0                           # ... and when the first of them came
-        self._committing = self._slow = False
+        self._committing: Dict[int, float] = {}     # batches that a thread is about, and since when
+        self._slow = False
         self._soon: Deque[Tuple[Task, Any, Any, Optional[BaseException]]] = collections.deque()     # threads append
         self._paused: List[Tuple[float, int, Task, float]] = []     # a heap: when, serial number, task, what it awaits
         self._serial = itertools.count()
@@ -1681,7 +1685,7 @@ class Loop:
 
     def _pass(self) -> None:
         """Run the tasks whose time has come; commit and look at deadlines when those are due."""
-        busy = self._soon or (self._parcels and not self._committing)
+        busy = self._soon or (self._parcels and not self._is_held_up(self.clock()))
         events = self.selector.select(0 if busy else self._time_left() if self._paused else self._tick)
         for key, _ in events:
             task = key.data
@@ -1693,7 +1697,7 @@ class Loop:
             else:                                   # it waits for something else: to be told no more of this
                 self._arm(task, 0)
         now = self.clock()
-        if self._parcels and not self._committing and (not events or now > self._since + self.PATIENCE
+        if self._parcels and not self._is_held_up(now) and (not events or now > self._since + self.PATIENCE
                                                        or len(self._parcels) >= min(self.BATCH, self.talking)):
             self._commit(now)
         while self._paused and self._paused[0][0] <= now:
@@ -1774,9 +1778,15 @@ class Loop:
         if task.armed:
             self._arm(task, 0)
 
+    def _is_held_up(self, now: float) -> bool:
+        """Return whether the next batch has to wait for one before it."""
+        begun = list(self._committing.values())     # threads remove theirs
+        return bool(begun) and (len(begun) >= self.MOST_STUCK or now < max(begun) + self.STUCK)
+
     def _commit(self, now: float) -> None:
         batch, self._parcels = self._parcels[:self.BATCH], self._parcels[self.BATCH:]
-        self._committing = True
+        serial = next(self._serial)
+        self._committing[serial] = now
 
         def run() -> None:
             parcels = [parcel for _, parcel in batch]
@@ -1787,10 +1797,10 @@ class Loop:
                 results = [error] * len(batch)
             self._slow = self.clock() - now > self.SLOW * max(1.0, len(batch) / 20)
             self._soon.extend((task, parcel, refused, None) for (task, parcel), refused in zip(batch, results))
-            self._committing = False
+            del self._committing[serial]
             if threading.current_thread() is not self._thread:
                 self._wake()
-        if not (self._slow or any(self.is_heavy(parcel) for _, parcel in batch)):
+        if not (self._slow or len(self._committing) > 1 or any(self.is_heavy(parcel) for _, parcel in batch)):
             return run()
         try:
             self.crew.do(run)

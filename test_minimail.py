@@ -1506,6 +1506,36 @@ class Loops(Case):
         self.eventually(lambda: told == ["one", "two"])
         self.assertEqual(batches, [["one"], ["two"]])
 
+    def test_a_batch_that_is_stuck_does_not_hold_up_the_next(self):
+        """As when a network file system holds up one flush for minutes; when many are, the rest waits."""
+        told, begun, may_go_on = [], [], threading.Event()
+
+        def commit(parcels):
+            begun.append(list(parcels))
+            if "stuck" in parcels:
+                self.assertTrue(may_go_on.wait(PATIENCE))
+            return [None] * len(parcels)
+        loop = self.loop(commit, lambda parcel: parcel == "stuck")
+        pairs = [self.pair() for _ in range(4)]
+
+        async def send(name):
+            await minimail.wait(minimail.READ)
+            await minimail.wait(name)
+            told.append(name)
+        for name, (ours, _) in zip(("stuck", "light", "stuck", "last"), pairs):
+            loop.spawn(Job(send(name), sock=ours))
+        with mock.patch.object(minimail.Loop, "STUCK", 0.0), mock.patch.object(minimail.Loop, "MOST_STUCK", 2):
+            loop.start()
+            for count, (_, theirs) in enumerate(pairs[:3], 1):
+                theirs.send(b"x")
+                self.eventually(lambda count=count: len(begun) == count)
+            self.eventually(lambda: told == ["light"])
+            pairs[3][1].send(b"x")
+            self.eventually(lambda: loop._parcels)
+            self.assertEqual((begun, told), ([["stuck"], ["light"], ["stuck"]], ["light"]))
+            may_go_on.set()
+            self.eventually(lambda: len(told) == 4)
+
     def test_a_failure_nobody_thought_of_is_told_to_all(self):
         def commit(parcels):
             raise RuntimeError("nobody thought of this")
