@@ -18,6 +18,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import unittest
@@ -30,6 +31,9 @@ import netlab
 from check_crash import FAR, LOCAL, Letter, Load, Sink, node_mode, stored
 
 STORE, HOSTS = "10.99.0.1", {"one": "10.99.0.11", "two": "10.99.0.12"}
+# When MooseFS loses an answer about where to write, it keeps that piece of a file locked for two minutes: until then fsync()
+# waits, and cannot be interrupted (one pulled cable in five). It keeps the locks of a mount that is gone for one.
+PATIENCE = 200                                      # seconds
 LETTERS = 200                                       # as many as every run of CI has time for; --letters says otherwise
 
 
@@ -92,14 +96,12 @@ class Engine:
             self.start()
             for host in HOSTS:
                 self.mount(host)
-            atexit.register(self.__exit__)          # also when an interrupt comes at a bad moment
         except BaseException:
             self.__exit__()
             raise
         return self
 
     def __exit__(self, *_):
-        atexit.unregister(self.__exit__)
         for host in HOSTS:
             self.unmount(host)
         self.stop()
@@ -356,6 +358,15 @@ ENGINES = {engine.__name__.lower(): engine for engine in (CephFS, GlusterFS, Moo
 
 # What holds on all of them
 
+def waits_for_storage(node):
+    """Return whether a thread of a node waits for what carries its mount, at this moment."""
+    for task in Path("/proc/%d/task" % node.process.pid).iterdir():
+        with contextlib.suppress(OSError):          # one that has ended
+            if (task / "wchan").read_text() == "request_wait_answer":
+                return True
+    return False
+
+
 class Growth(check_crash.Case):
     """Two nodes on two hosts; each test has a data directory of its own."""
 
@@ -365,18 +376,22 @@ class Growth(check_crash.Case):
     def setUpClass(cls):
         began = time.monotonic()
         cls.contexts = contextlib.ExitStack()
+        atexit.register(cls.contexts.close)         # out of time: unittest then calls neither tearDownClass() nor cleanups
         try:
             cls.place = cls.contexts.enter_context(lab.folder())
             cls.cables = cls.contexts.enter_context(Cables())
             cls.shared = cls.contexts.enter_context(cls.engine(cls.place, cls.cables))
         except BaseException:
-            cls.contexts.close()
+            cls.tearDownClass()
             raise
+        tempfile.tempdir = str(cls.place)           # what the nodes have on the local disk goes with it
         print("%s: mounted twice after %.1f s" % (cls.__name__, time.monotonic() - began))
 
     @classmethod
     def tearDownClass(cls):
+        tempfile.tempdir = None
         cls.contexts.close()
+        atexit.unregister(cls.contexts.close)
 
     def setUp(self):
         self.began = time.monotonic()
@@ -392,8 +407,13 @@ class Growth(check_crash.Case):
     def pair(self, *sinks, options=()):
         return [self.on(host, *node_mode(*sinks), *options) for host in HOSTS]
 
-    def wait_for_empty_queue(self, node, seconds=60):
+    def wait_for_empty_queue(self, node, seconds=PATIENCE):
         lab.until(lambda: not [path for path in node.queue() if path.suffix != ".msg"], seconds, "an empty queue")
+
+    def wait_for_the_end(self, *nodes):
+        """Return once everything is sent, and no node waits for the storage: it could not be ended then."""
+        self.wait_for_empty_queue(nodes[0])
+        lab.until(lambda: not any(map(waits_for_storage, nodes)), PATIENCE, "an answer of the storage")
 
     # Load.
 
@@ -405,7 +425,7 @@ class Growth(check_crash.Case):
         with Load([one.smtp, two.smtp], clients=10, limit=LETTERS) as load:
             load.join(200)
         took = time.monotonic() - began
-        self.wait_for_empty_queue(one, 120)
+        self.wait_for_empty_queue(one)
         self.assertEqual(len(load.answered), LETTERS)
         self.check_ledger(one, load.letters, sinks)
         self.assertEqual(stored(one), stored(two), "both hosts see the same")
@@ -439,7 +459,7 @@ class Growth(check_crash.Case):
         holder = one.fetch(box)
         one.kill()
         holder.close()
-        lab.until(lambda: self.gets(two, box), 10, "the mailbox of a node that was killed")
+        lab.until(lambda: self.gets(two, box), 60, "the mailbox of a node that was killed")
 
     def gets(self, node, box):
         with contextlib.suppress(poplib.error_proto):
@@ -470,11 +490,11 @@ class Growth(check_crash.Case):
             threading.Event().wait(0.35)            # in which it has looked once
             self.send_all(one.smtp, [Letter(name, [LOCAL[0]])])
             sent = time.monotonic()
-            waiting.join(20)
+            waiting.join(60)
             self.assertEqual(len(waits), number + 1, "nobody was told of %s" % name)
             waits[-1] -= sent
         print("wait on the other host: %s s" % " ".join("%.1f" % seconds for seconds in waits))
-        self.assertLess(max(waits), 4)
+        self.assertLess(max(waits), 15, "not before it asked anew")
         one.stop()                                  # now only the other host sends what is put into the queue here
         took = []
         for number in range(4):
@@ -485,7 +505,7 @@ class Growth(check_crash.Case):
             took.append(time.monotonic() - queued)
             threading.Event().wait(0.1 * number)    # so that several come within a second, and some do not
         print("queue on the other host: %s s" % " ".join("%.1f" % seconds for seconds in took))
-        self.assertLess(max(took), 4)
+        self.assertLess(max(took), 15, "not before it looked for what nobody knows of")
 
     def wait_at(self, port, name, waits):
         """Ask a node for a letter that has not come yet; note when it said so."""
@@ -511,16 +531,16 @@ class Growth(check_crash.Case):
         sink.script = script
         one, two = self.pair(sink)
         self.send_all(one.smtp, [Letter("T%02d" % n, [FAR]) for n in range(20)])
-        self.assertTrue(stalled.wait(10))
+        self.assertTrue(stalled.wait(60))
         threading.Event().wait(2)
         self.assertEqual(sink.count(), {}, "the first node lives")
         one.kill()
         killed = time.monotonic()
-        lab.until(lambda: sum(sink.count().values()), 30, "the other node takes over")
+        lab.until(lambda: sum(sink.count().values()), 30, "that the other node takes over")
         took = time.monotonic() - killed
-        lab.until(lambda: sum(sink.count().values()) == 20, 30, "the other node sends it all")
+        lab.until(lambda: sum(sink.count().values()) == 20, 60, "that the other node sends it all")
         print("taken over after %.1f s, all 20 sent after %.1f s" % (took, time.monotonic() - killed))
-        self.assertLess(took, 5)
+        self.assertLess(took, 25, "not before it looked for what nobody knows of")
         self.assertEqual(set(sink.count().values()), {1})
         held = {arrival.name for arrival in sink.arrivals if arrival.helo == "one.test"}
         again = {name for (name, _), count in sink.count(answered=False).items() if count > 1}
@@ -539,7 +559,7 @@ class Growth(check_crash.Case):
             self.more(load, 20)
             self.shared.start_server(first)
             self.more(load, 20)
-        self.wait_for_empty_queue(one)
+        self.wait_for_the_end(one, two)
         self.check_ledger(one, load.letters, sinks)
         if self.shared.tells_health:
             self.shared.heal()
@@ -568,6 +588,7 @@ class Growth(check_crash.Case):
             lab.until(lambda: " is back after " in one.log() and " is back after " in two.log(), 60, "that it is back")
             self.more(load, 20)
         print("the master is back: mail after %.1f s" % (time.monotonic() - began))
+        self.wait_for_the_end(two, one)
         self.check_ledger(two, load.letters)
 
     # Mounts that go away.
@@ -606,7 +627,7 @@ class Growth(check_crash.Case):
             self.send_all(one.smtp, [Letter("back", [LOCAL[0]])])
             print("the node took mail again %.1f s after its mount was back" % (time.monotonic() - began))
             self.more(load, 20)
-        self.wait_for_empty_queue(two, 120)
+        self.wait_for_the_end(two, one)
         self.check_ledger(two, load.letters)
         lost = [(letter.name, far) for letter in load.answered for far in letter.remote()
                 if not sum(sink.count()[letter.name, far] for sink in sinks)]
