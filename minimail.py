@@ -12057,7 +12057,7 @@ class Recorder:
                 offset = self._seen.get(name, 0)
                 file.seek(offset)
                 for line in file:
-                    if line[-1:] != b"\n" and not name.endswith(".json"):     # as before 2026-11-27, a file for each
+                    if line[-1:] != b"\n" and not name.endswith(".json"):     # as once, a file for each
                         break
                     with contextlib.suppress(ValueError):
                         id, _ = RAW_DECODE(line[:MAX_NAME * 6].decode("ascii"), len('{"id": '))
