@@ -335,6 +335,7 @@ NARROW = 300.0                      # seconds one that refused a connection too 
 MAX_REWRITTEN = 1 << 18             # bytes of headers in which --rewrite looks for From
 MAX_PATH = 1024                     # bytes in an address it looks at
 TICK = 0.1                          # seconds between two looks at what other processes did
+STINT = 0.5                         # seconds of taking up what is due, then what came meanwhile has its turn
 LINGER = 0.2                        # seconds an outbound connection is kept for the next message
 AGAIN = 5.0                         # seconds until what the disk refused is done again
 LOOK_AROUND = 1.0                   # seconds between two looks for processes that died
@@ -6179,8 +6180,8 @@ class Relay:
         self._next = min(self._next, moment)
 
     def scan(self) -> None:
-        """Take due entries into memory, as many as there is room for; OSError."""
-        now = self.clock()
+        """Take due entries into memory, as many as there is room and a stint for; OSError."""
+        now, until = self.clock(), time.monotonic() + STINT
         self._rescan = self._more = False
         self._next = now + 60.0
         self._look_at(self.queue.next_due(now) or self._next)
@@ -6188,9 +6189,12 @@ class Relay:
             if len(self._active) >= MAX_ACTIVE or self._stopping:
                 self._more = True
                 return
-            self._scan_directory(directory, now)
+            self._scan_directory(directory, now, until)
+            if time.monotonic() > until:
+                self._rescan = True
+                return
 
-    def _scan_directory(self, directory: str, now: float) -> None:
+    def _scan_directory(self, directory: str, now: float, until: float) -> None:
         """Take up the entries that a directory hints at. Nothing that is wrong with one of them stops the others."""
         busy = os.path.basename(directory) if os.path.dirname(directory) == self.queue.busy else ""
         if not self._opens(busy, now):
@@ -6209,6 +6213,8 @@ class Relay:
                             self._take_up(file.path, now)
                     except Exception as error:
                         failed = error
+                    if time.monotonic() > until:
+                        break
         except OSError as error:
             failed = None if isinstance(error, FileNotFoundError) else error
         if failed:

@@ -5415,6 +5415,17 @@ class PressureTest(ScriptedCase):
         self.peer = ScriptedPeer(script)
         return ScriptedWorld(self, names, {"192.0.2.25": self.peer}, **options)
 
+    def test_a_long_look_into_the_queue_is_interrupted(self):
+        """What comes meanwhile does not wait until all that is due was looked at."""
+        world = self.world()
+        ids = {world.submit("bob@far.test") for _ in range(5)}
+        relay = world.relay
+        with mock.patch.object(minimail, "STINT", -1.0):
+            relay.scan()
+            self.assertEqual((len(relay._active), relay._wants_scan()), (1, True))
+        relay.scan()
+        self.assertEqual((set(relay._active), relay._wants_scan()), (ids, False))
+
     def test_a_refusal_to_talk_is_for_now_and_for_one_host(self):
         """Whatever its code, at the greeting or at EHLO; also when another exchanger is only away."""
         names = {"far.test": ["MX 10 a.test", "MX 20 b.test"], "a.test": ["A 192.0.2.10"], "b.test": ["A 192.0.2.11"]}
