@@ -12067,8 +12067,7 @@ class OldMail(WebCase):
             node.stop()
             node = self.web_node(data=node.data, max_age=0.1)
             self.eventually(lambda: not node.messages())
-            node.stop()                             # by then it has said so, too
-        self.assertEqual(len([record for record in logs.records if record.getMessage() == "pruned"]), 2)
+            self.eventually(lambda: [record.getMessage() for record in logs.records].count("pruned") == 2)
 
 
 class WebEvents(WebCase):
