@@ -2137,7 +2137,8 @@ NO_LINKS = {getattr(errno, name, -1) for name in ("EPERM", "EACCES", "EOPNOTSUPP
 def lock_file(fd: int, wait: bool = False) -> bool:
     """Lock an open file until it is closed or the process ends; False when somebody else has it. OSError: no locks here.
 
-    Who waits asks again and again: MooseFS answers a lock that blocks never, when its master dies meanwhile.
+    Who waits asks again and again: no call hangs then for as long as somebody else has it, nor where a network file system
+    has lost the question.
     """
     if wait and fcntl:
         while not lock_file(fd):
