@@ -2132,10 +2132,11 @@ O_PLAIN = O_EXTRA | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
 
 NO_LINKS = {getattr(errno, name, -1) for name in ("EPERM", "EACCES", "EOPNOTSUPP", "ENOTSUP", "ENOSYS", "EMLINK", "EXDEV",
                                                   "EINVAL")}    # from os.link() where a file cannot have another name
+NO_LOCKS = {getattr(errno, name, -1) for name in ("ENOLCK", "EOPNOTSUPP", "ENOTSUP", "ENOSYS", "EINVAL")}     # from flock()
 
 
 def lock_file(fd: int, wait: bool = False) -> bool:
-    """Lock an open file until it is closed or the process ends; False when somebody else has it. OSError: no locks here.
+    """Lock an open file until it is closed or the process ends; False when somebody else has it. OSError.
 
     Who waits asks again and again: no call hangs then for as long as somebody else has it, nor where a network file system
     has lost the question.
@@ -2267,6 +2268,11 @@ class Storage:
                 if lock_file(fd, wait=True) and os.fstat(fd).st_nlink:
                     return fd
             except OSError as error:
+                if error.errno not in NO_LOCKS:     # the file system is going away
+                    close_quietly(fd)
+                    with contextlib.suppress(OSError):
+                        os.unlink(path)
+                    raise
                 self.complain("locks", "no locks on this file system, what a crash leaves is not cleaned up: %s" % error)
                 return fd
             os.close(fd)                            # who sweeps came between the two, and has removed it
@@ -4853,10 +4859,15 @@ class Queue:
         return True
 
     def _lock(self, fd: int) -> bool:
-        """Lock a message file; False when somebody else has it. Where there are no locks, there is one process, we hope."""
+        """Lock a message file; False when somebody else has it. Where there are no locks, there is one process, we hope.
+
+        OSError when nobody knows, as on a file system that is going away: others may have it.
+        """
         try:
             return lock_file(fd)
         except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
             self.storage.complain("locks", "no locks on this file system: run one process only (%s)" % error)
             return True
 

@@ -176,7 +176,7 @@ class Engine:
     def watch_heart(self):
         """Start the one server again when it ends by itself, as systemd would.
 
-        MooseFS 3.0.117's master, after a start from its change log, may die of SIGSEGV: about one in six of them did.
+        MooseFS 3.0.117's master once died of SIGSEGV just after a start from its change log, of some thirty such starts.
         """
         while not self.over.wait(0.2):
             process = self.running.get(self.heart)
