@@ -6399,8 +6399,9 @@ class Relay:
             peer, replies = None, {recipient["address"]: error.reply for recipient in recipients}
             if error.reply.code < 500:
                 destination.fail(error.reply, self.clock(), self.config.retry)
-        except Exception:
-            log.exception("attempt for %s failed", dispatch.entry.id)
+        except Exception as error:
+            if not (isinstance(error, OSError) and self.storage.is_away()):     # the message cannot be read: is said once
+                log.exception("attempt for %s failed", dispatch.entry.id)
             if peer:
                 self._drop(destination, peer)
             peer, replies = None, dict.fromkeys(job.addresses, Reply(451, "4.3.0", "something went wrong here"))

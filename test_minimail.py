@@ -5252,6 +5252,19 @@ class RelayTest(ScriptedCase):
         self.assertEqual(world.files(), [])
         self.assertLess(time.monotonic() - started, PATIENCE)
 
+    def test_a_file_system_that_goes_while_a_message_is_sent(self):
+        """Is said once, and not again for each message that cannot be read."""
+        world = ScriptedWorld(self, FAR, {"192.0.2.25": ScriptedPeer()})
+        storage = world.stores.storage
+
+        def gone(*_):
+            storage._beneath = os.stat(storage.root).st_dev
+            raise OSError(errno.ENOTCONN, "not connected")
+        world.submit("bob@far.test")
+        with mock.patch.object(minimail, "pread", gone), self.assertLogs("minimail", "WARNING") as logs:
+            world.step()
+        self.assertEqual(["out of reach" in line for line in logs.output], [True], logs.output)
+
     def test_nothing_is_tried_before_it_is_due(self):
         world = ScriptedWorld(self, FAR)
         world.submit("bob@far.test")
