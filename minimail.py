@@ -1612,6 +1612,43 @@ class Work(NamedTuple):
     wanted: Callable[[], bool]
 
 
+class Threads:
+    """Threads that have something of their own to do; join() returns when all have ended, or the time is up."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._threads: Set[threading.Thread] = set()
+        self._beginning = threading.Lock()          # only one that has begun can be joined
+
+    def start(self, function: Callable[[], None]) -> None:
+        """Run function() in a thread; RuntimeError when the system has no more."""
+        def run() -> None:
+            try:
+                function()
+            except Exception:
+                log.exception("%s stumbled", self.name)
+            finally:
+                self._threads.discard(thread)
+        thread = threading.Thread(target=run, name=self.name, daemon=True)
+        with self._beginning:
+            self._threads.add(thread)
+            try:
+                thread.start()
+            except BaseException:
+                self._threads.discard(thread)
+                raise
+
+    def __len__(self) -> int:
+        return len(self._threads)
+
+    def join(self, seconds: float) -> None:
+        until = time.monotonic() + seconds
+        with self._beginning:
+            threads = list(self._threads)
+        for thread in threads:
+            thread.join(max(0.0, until - time.monotonic()))
+
+
 class Loop:
     """Carries all tasks in one thread, and commits what came together when nobody has anything to say.
 
@@ -6043,7 +6080,7 @@ class Relay:
         self._destinations: Dict[str, Destination] = {}
         self._hungry: Dict[str, Destination] = {}   # those that have jobs, but got no worker
         self._later: List[Tuple[float, Callable[..., None], Tuple[Any, ...]]] = []      # what failed, to be done again
-        self._threads: Set[threading.Thread] = set()
+        self._threads = Threads("minimail-relay")
         self._workers = 0
         self._starved = False                       # no thread was to be had
         self._rescan = True
@@ -6060,23 +6097,7 @@ class Relay:
     def start(self) -> None:
         """Begin; RuntimeError when no thread is to be had."""
         self._running = True
-        self._start_thread(self._run)
-
-    def _start_thread(self, target: Callable[..., None], *arguments: Any) -> None:
-        def run() -> None:
-            try:
-                target(*arguments)
-            except Exception:
-                log.exception("the relay stumbled")
-            finally:
-                self._threads.discard(thread)
-        thread = threading.Thread(target=run, name="minimail-relay", daemon=True)
-        self._threads.add(thread)
-        try:
-            thread.start()
-        except BaseException:
-            self._threads.discard(thread)
-            raise
+        self._threads.start(self._run)
 
     def stop(self) -> None:
         """Begin to stop: what is being sent goes to its end, nothing new begins."""
@@ -6085,9 +6106,7 @@ class Relay:
         self.wake()
 
     def join(self, seconds: float) -> None:
-        deadline = time.monotonic() + seconds
-        for thread in list(self._threads):
-            thread.join(max(0.0, deadline - time.monotonic()))
+        self._threads.join(seconds)
 
     def wake(self) -> None:
         """Look into the queue at once."""
@@ -6305,7 +6324,7 @@ class Relay:
             self._hungry[encode_name(destination.target.key)] = destination
             return
         try:
-            self._start_thread(self._work, destination)
+            self._threads.start(functools.partial(self._work, destination))
         except (RuntimeError, MemoryError) as error:
             if not self._starved:                   # said once; tried again at each tick
                 log.warning("no thread for mail to %s now: %s", printable(str(destination.target)), error)
@@ -12707,7 +12726,7 @@ class Inbox(Letters):
         self.events: "collections.deque[Tuple[int, str]]" = collections.deque(maxlen=1000)
         self.serial = 0
         self.visitors: Set[WebSession] = set()      # connections of the web
-        self.threads = Threads()                    # that carry them
+        self.threads = Threads("minimail-web")      # that carry them
         self.hook: Optional[WebHook] = None
 
     def accepted(self, parcel: Parcel) -> None:
@@ -13760,36 +13779,6 @@ def web_handler() -> Any:
     return type("WebHandler", (WebSession, BaseHTTPRequestHandler), {})
 
 
-class Threads:
-    """Threads that have something of their own to do; join() returns when all have ended, or the time is up."""
-
-    def __init__(self) -> None:
-        self._threads: Set[threading.Thread] = set()
-
-    def start(self, function: Callable[[], None]) -> None:
-        """Run function() in a thread; RuntimeError when the system has no more."""
-        def run() -> None:
-            try:
-                function()
-            finally:
-                self._threads.discard(thread)
-        thread = threading.Thread(target=run, name="minimail-web", daemon=True)
-        self._threads.add(thread)
-        try:
-            thread.start()
-        except RuntimeError:
-            self._threads.discard(thread)
-            raise
-
-    def __len__(self) -> int:
-        return len(self._threads)
-
-    def join(self, seconds: float) -> None:
-        until = time.monotonic() + seconds
-        for thread in list(self._threads):
-            thread.join(max(0.0, until - time.monotonic()))
-
-
 class WebListener(Listener):
     """A listening socket of the web: a thread for each connection, and a share of --max-connections for all of them."""
 
@@ -13843,7 +13832,7 @@ class WebHook:
 
     def __init__(self, inbox: Inbox, url: str) -> None:
         self.inbox, self.url = inbox, url
-        self.threads = Threads()                    # its own: those of the inbox are counted as connections
+        self.threads = Threads("minimail-web")      # its own: those of the inbox are counted as connections
         self._ids: Deque[str] = collections.deque()
 
     def add(self, id: str) -> None:

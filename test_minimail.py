@@ -5763,19 +5763,36 @@ class RunningRelayTest(ScriptedCase):
     def test_without_threads_it_is_sent_later(self):
         peer = ScriptedPeer()
         world = self.running(FAR, {"192.0.2.25": peer})
-        start, refused = world.relay._start_thread, []
+        start, refused = threading.Thread.start, []
 
-        def scarce(target, *arguments):
-            if target == world.relay._work and len(refused) < 5:
+        def scarce(thread):
+            if len(refused) < 5:
                 refused.append(1)
                 raise RuntimeError("can't start new thread")
-            start(target, *arguments)
-        with mock.patch.object(world.relay, "_start_thread", scarce):
-            world.relay.start()
+            start(thread)
+        world.relay.start()
+        with mock.patch.object(threading.Thread, "start", scarce):
             for _ in range(3):
                 world.submit("bob@far.test")
             self.eventually(lambda: not world.files())
         self.assertEqual((len(peer.messages), len([line for line in self.logged if "no thread" in line])), (3, 1))
+
+    def test_only_threads_that_have_begun_are_joined(self):
+        threads, began, may_go_on = minimail.Threads("x"), threading.Event(), threading.Event()
+        start = threading.Thread.start
+
+        def slow(thread):
+            if thread.name == "x":
+                began.set()
+                self.assertTrue(may_go_on.wait(PATIENCE))
+            start(thread)
+        with mock.patch.object(threading.Thread, "start", slow):
+            started = self.in_background(threads.start, lambda: None)
+            self.assertTrue(began.wait(PATIENCE))
+            joined = self.in_background(threads.join, PATIENCE)
+            may_go_on.set()
+            started(), joined()
+        self.eventually(lambda: not len(threads))
 
     def test_an_error_in_the_runner_is_not_its_end(self):
         """Whatever happens in one look into the queue, the next one comes."""
