@@ -14726,7 +14726,8 @@ class Section(NamedTuple):
 
 BANNER = expression(r"^# ={100,}\n# (\d+)  ", re.MULTILINE)
 LINE = 120                                          # columns of an import
-TAGGED = expression(r"^ {4,}(.*?) +\[(\w+)(?:, needs ([\w ]+))?\]$", re.MULTILINE)     # a line of the map, or of the legend
+TAGGED = expression(r"^    ([^\[\n]*) \[(\w+)(?:, needs ([\w ]+))?\]$", re.MULTILINE)     # a line of the map, or of the legend
+ARROW = expression(r"(?<![-+])[-+]+> (\d+) ")        # in the drawing
 
 
 def read_sections(source: str) -> List[Section]:
@@ -14734,7 +14735,7 @@ def read_sections(source: str) -> List[Section]:
     banners = [(1, 0)] + [(int(match.group(1)), match.start()) for match in BANNER.finditer(source)]
     ends = [start for _, start in banners[1:]] + [len(source)]
     named = {int(match.group(1).split()[0]): (match.group(2), tuple((match.group(3) or "").split()))
-             for match in TAGGED.finditer(source, 0, ends[0]) if match.group(1)[:1].isdigit()}
+             for match in TAGGED.finditer(source, 0, ends[0]) if match.group(1).strip()[:1].isdigit()}
     return [Section(number, *named.get(number, ("", ())), source[start:end]) for (number, start), end in zip(banners, ends)]
 
 
@@ -14766,11 +14767,11 @@ def cut(source: str, keep: Container[str]) -> str:
     rows = TAGGED.sub(lambda row: row.group() if row.group(2) in keep else "\0", left[0].text)
     lines = []
     for line in rows.replace("\0\n", "").split("\n"):
-        arrows = re.finditer(r" *[-+]+> (\d+) ", line)     # of the drawing: what an arrow to nowhere leads to goes, too
-        end = next((arrow.start() for arrow in arrows if int(arrow.group(1)) not in numbers), None)
-        lines.append(line[:end])
+        end = next((arrow.start() for arrow in ARROW.finditer(line) if int(arrow.group(1)) not in numbers), None)
+        lines.append(line if end is None else line[:end].rstrip())      # what an arrow to nowhere leads to goes, too
     head = re.sub(r"^ +\|\n(?= *\|?\n)", "", "\n".join(lines), flags=re.MULTILINE)
-    head = re.sub(r"\n{2,}(?=\nMap)", "\n", head)
+    drawing, rest = head.split("\nMap", 1)
+    head = drawing.rstrip("\n") + "\n\nMap" + rest
     return without_unused(head + "".join(part.text for part in left[1:]))
 
 

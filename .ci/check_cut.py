@@ -2,8 +2,8 @@
 
     python3 .ci/check_cut.py [--all] [-v] [Class[.test]]
 
-Two copies at a time. All are looked at by ruff and mypy, and started; the whole tests are run on those of WHOLE, which
-together have every section with little beside it, or with --all on every copy.
+Two copies at a time. All are looked at by ruff, started, and cut again; the whole tests are run, and mypy, on those of WHOLE,
+or with --all on every copy.
 """
 # time limit: 600
 import collections
@@ -19,9 +19,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import lab
 
-WHOLE = ("--with=", "--with=relay", "--with=wait,faults,transcripts", "--without=web", "--with=web,pop3,faults,transcripts")
-OTHERS = ("--with=pop3", "--with=relay,pop3", "--with=relay,standing", "--with=faults", "--with=web", "--without=standing",
-          "--without=pop3", "--without=selftest")
+WHOLE = ("--with=", "--with=relay,pop3", "--with=wait,faults,transcripts")
+OTHERS = ("--with=relay", "--without=web", "--with=web,pop3,faults,transcripts", "--with=pop3", "--with=relay,standing",
+          "--with=faults", "--with=web", "--without=standing", "--without=pop3", "--without=selftest")
 COPIES = WHOLE + OTHERS
 TESTS = lab.REPO / "test_minimail.py"
 TOOLS = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "minimail-ci", "bin")
@@ -82,11 +82,14 @@ class Copies(unittest.TestCase):
                 with self.subTest(words):
                     result.result()
 
-    def test_style_and_types(self):
-        self.each(self.look_at, COPIES)
+    def test_style(self):
+        ruff = [os.path.join(TOOLS, "ruff"), "check", "--no-cache", "--config", lab.REPO / ".ruff.toml"]
+        self.each(lambda copy: lab.run([*ruff, copy]), COPIES)
+
+    def test_types(self):
+        self.each(self.look_at, whole)
 
     def look_at(self, copy):
-        lab.run([os.path.join(TOOLS, "ruff"), "check", "--no-cache", "--config", lab.REPO / ".ruff.toml", copy])
         lab.run([os.path.join(TOOLS, "mypy"), "--strict", "--cache-dir", copy.parent / "mypy", copy], seconds=180)
 
     def test_they_start_and_take_mail(self):
@@ -131,7 +134,7 @@ class Copies(unittest.TestCase):
         for case, result in re.findall(r"(?ms)^test_\w+ \(__main__\.(\w+).*?\.\.\. (?:.*?\n)??(ok|skipped)\b", output):
             (ran if result == "ok" else skipped)[home[case]] += 1
         for number in [number for number in sections_of(copy) if number != "1"]:
-            self.assertGreater(ran[number], skipped[number], "section %s: that many run, and are skipped" % number)
+            self.assertGreaterEqual(ran[number], skipped[number], "section %s: that many run, and are skipped" % number)
         figures[copy] = "%4d tests run, %3d skipped, %3d s" % (
             sum(ran.values()), sum(skipped.values()), time.monotonic() - began)
 
