@@ -986,6 +986,20 @@ def is_closed(connection):
         return True
 
 
+def stall_first_node(case, sink, seconds):
+    """Let a sink hang at the final dots of the node one.test, and lose the connection; return an event for when it does."""
+    stalled, release = threading.Event(), threading.Event()
+    case.addCleanup(release.set)
+
+    def script(verb, line, helo):
+        if verb == "." and helo == "one.test":
+            stalled.set()
+            release.wait(seconds)
+            raise OSError
+    sink.script = script
+    return stalled
+
+
 class TwoNodes(Case):
     """Two nodes started on their own, on one data directory."""
 
@@ -1018,15 +1032,7 @@ class TwoNodes(Case):
     def test_take_over(self):
         """One dies in the middle of sending: the other sends what it had in its memory, and nothing again but what it sent."""
         sink = self.enter(Sink())
-        stalled, release = threading.Event(), threading.Event()
-        self.addCleanup(release.set)
-
-        def script(verb, line, helo):
-            if verb == "." and helo == "one.test":
-                stalled.set()
-                release.wait(30)
-                raise OSError
-        sink.script = script
+        stalled = stall_first_node(self, sink, 30)
         first, second = self.pair(sink)
         letters = self.send_all(first.smtp, [Letter("T%02d" % n, [FAR]) for n in range(20)])
         self.assertTrue(stalled.wait(10))

@@ -537,15 +537,7 @@ class Growth(check_crash.Case):
     def test_d_take_over(self):
         """A node dies in the middle of sending: the other sends what it had, and nothing again but what was in flight."""
         sink = self.enter(Sink())
-        stalled, release = threading.Event(), threading.Event()
-        self.addCleanup(release.set)
-
-        def script(verb, line, helo):
-            if verb == "." and helo == "one.test":
-                stalled.set()
-                release.wait(60)
-                raise OSError
-        sink.script = script
+        stalled = check_crash.stall_first_node(self, sink, 60)
         one, two = self.pair(sink)
         self.send_all(one.smtp, [Letter("T%02d" % n, [FAR]) for n in range(20)])
         self.assertTrue(stalled.wait(60))
