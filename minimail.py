@@ -2357,7 +2357,7 @@ class Storage:
         """
         path, now = os.path.join(self.run, kind), time.time_ns()
         try:
-            os.utime(path, ns=(now, now - 2 * 10**9 * secrets.randbelow(1 << 24)))
+            os.utime(path, ns=(now, now - 2 * 10**9 * int.from_bytes(os.urandom(3), "big")))
         except OSError:                             # the first one, or somebody removed the directory underneath us
             with contextlib.suppress(OSError):
                 self.make_directory(self.run)
@@ -2387,7 +2387,7 @@ class Storage:
         try:
             self._refuse_beneath()
         except OSError as error:
-            return self._note(error.strerror or str(error))
+            return self._note(reason_of(error))
         return self._note(None)
 
     def report(self, text: str, *arguments: Any) -> None:
@@ -2737,7 +2737,7 @@ class OptionFile(Reloaded):
         try:
             texts = [split_values(line, self.meta) for _, line in self.lines()]
         except OSError as error:
-            raise CannotRun("%s: %s: %s" % (self.name, self.path, error.strerror or error)) from None
+            raise CannotRun("%s: %s: %s" % (self.name, self.path, reason_of(error))) from None
         if not texts:
             raise CannotRun("%s: %s is not there, or empty" % (self.name, self.path))
         return list(itertools.chain(*texts)) if self.meta["many"] else "\n".join(texts)
@@ -4501,7 +4501,7 @@ class Resolver:
         try:
             settings: NameServers = self._given or self._system.get()
         except OSError as error:
-            return DNSFailure("cannot read %s: %s" % (self._system.path, error.strerror or error)), FAILURE_TTL
+            return DNSFailure("cannot read %s: %s" % (self._system.path, reason_of(error))), FAILURE_TTL
         failure = "not asked"
         for _ in range(settings.attempts):
             for server in settings.in_turn(self.clock()):
@@ -6592,7 +6592,7 @@ class Relay:
         try:
             sock = self.connect((address, port), timeout=min(self.timeout, 30.0))
         except OSError as error:
-            reason = "timeout" if isinstance(error, socket.timeout) else error.strerror or str(error)
+            reason = "timeout" if isinstance(error, socket.timeout) else reason_of(error)
             raise PeerFailed(Reply(451, "4.4.1", "cannot connect to %s: %s" % (name, reason))) from None
         with contextlib.suppress(OSError):          # only faster: what is short must not wait for an acknowledgement
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -9567,7 +9567,7 @@ class Listener(socketserver.TCPServer, Task):
             self.address_family = found[0]
             super().__init__(found[4][:2], session)  # type: ignore[arg-type]
         except OSError as error:
-            reason = error.strerror or str(error)
+            reason = reason_of(error)
             raise CannotRun(error.errno or errno.EINVAL, "--%s %s: cannot listen: %s; choose another address or port" % (
                 name, show_endpoint(endpoint), reason)) from None
         self.socket.setblocking(False)              # several processes may be woken for one connection
@@ -10627,7 +10627,7 @@ class Node:
             self.stop()
             self._undo_start()
             raise CannotRun(error.errno or errno.EIO, "cannot use the data directory %s: %s" % (
-                self.data or self.config.data, error.strerror or error)) from None
+                self.data or self.config.data, reason_of(error))) from None
         except BaseException:
             self.stop()
             self._undo_start()
@@ -13607,7 +13607,7 @@ class WebSession(HTTPHandler):
             write(what)
         except OSError as error:
             full = error.errno in NO_ROOM
-            log.warning("cannot keep the body of a request: %s", error.strerror or error)
+            log.warning("cannot keep the body of a request: %s", reason_of(error))
             raise Rejected(507 if full else 503, "no room for it" if full else "the data directory takes nothing") from None
 
     def body_blocks(self, limit: int) -> Iterator[bytes]:
@@ -15303,7 +15303,7 @@ def main(argv: Optional[List[str]] = None) -> int:
         return fail(error.status or cannot, error.args[1] if len(error.args) > 1 else str(error))
     except OSError as error:
         name = error.filename + ": " if isinstance(error.filename, str) else ""
-        return fail(cannot, "%s%s" % (name, error.strerror or error))
+        return fail(cannot, "%s%s" % (name, reason_of(error)))
     except SystemExit as stop:                      # argparse after --help of a command
         return int(stop.code or 0)
     except KeyboardInterrupt:
@@ -15507,7 +15507,7 @@ def drop_privileges(user: str, data: str) -> None:
         os.setgid(account.pw_gid)
         os.setuid(account.pw_uid)
     except OSError as error:
-        raise CannotRun("--run-as %s: %s; only root can become another user" % (user, error.strerror or error)) from None
+        raise CannotRun("--run-as %s: %s; only root can become another user" % (user, reason_of(error))) from None
     if account.pw_uid != 0:
         with contextlib.suppress(OSError):
             os.setuid(0)
