@@ -15172,22 +15172,18 @@ def remembered_options(path: str) -> Dict[str, Any]:
 
 
 class LineRecord(logging.LogRecord):
-    """Of a log record what Lines asks for; the rest, as its file and its thread, is most of what one costs."""
+    """Of a log record what Lines asks for; the rest, as its file and its thread, is most of what one costs.
+
+    Made as by Logger.makeRecord(): for our log only, others in the process have theirs.
+    """
 
     def __init__(self, name: str, level: int, _path: str, _line: int, msg: Any, args: Any, exc_info: Any,
-                 _function: Any = None, stack: Any = None, **_more: Any) -> None:
+                 _function: Any = None, extra: Any = None, stack: Any = None) -> None:
         self.name, self.levelno, self.levelname = name, level, logging.getLevelName(level)
         self.msg, self.args, self.exc_info, self.exc_text, self.stack_info = msg, args, exc_info, None, stack
         self.created = time.time()
         self.msecs = self.created % 1 * 1000
-
-
-def line_record(name: str, level: int, _path: str, _line: int, msg: Any, args: Any, exc_info: Any, _function: Any = None,
-                extra: Any = None, stack: Any = None) -> LineRecord:
-    """As Logger.makeRecord(): for our log only, others in the process have theirs."""
-    record = LineRecord(name, level, _path, _line, msg, args, exc_info, None, stack)
-    vars(record).update(extra or {})
-    return record
+        vars(self).update(extra or {})
 
 
 class SystemLog(logging.Handler):
@@ -15207,7 +15203,7 @@ def set_up_logging(config: Config, to_system: bool = False) -> None:
     logging.raiseExceptions = False
     logging.logProcesses = logging.logThreads = False
     logging._srcfile = None                         # nobody wants to know the line: half the cost of a record
-    log.makeRecord = line_record  # type: ignore[method-assign,assignment]
+    log.makeRecord = LineRecord  # type: ignore[method-assign,assignment]
     log.handlers = [handler]
     log.propagate = False
     log.setLevel(logging.WARNING if config.quiet else logging.DEBUG if config.verbose else logging.INFO)
