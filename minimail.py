@@ -2166,7 +2166,6 @@ def pread(fd: int, count: int, offset: int) -> bytes:
 O_EXTRA = getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
 O_PLAIN = O_EXTRA | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
 
-
 NO_LINKS = {getattr(errno, name, -1) for name in ("EPERM", "EACCES", "EOPNOTSUPP", "ENOTSUP", "ENOSYS", "EMLINK", "EXDEV",
                                                   "EINVAL")}    # from os.link() where a file cannot have another name
 NO_LOCKS = {getattr(errno, name, -1) for name in ("ENOLCK", "EOPNOTSUPP", "ENOTSUP", "ENOSYS", "EINVAL")}     # from flock()
@@ -2253,7 +2252,9 @@ class Storage:
     for changes the time on a file in run/; who waits looks at that, at most a tenth of a second apart.
 
     The directory may be out of reach for a while: on a network, or where a mount has gone. One line in the log says so and
-    one that it is back; what was refused meanwhile is done again by who wanted it.
+    one that it is back; what was refused meanwhile is done again by who wanted it. Where the answer to a call was lost, the
+    file system makes it anew and finds it done: so make(), linked() and rename(), whose names are nobody else's, take
+    what is there for their own.
     """
 
     LOOK = 0.1                                      # seconds between looks at a stamp
@@ -2297,10 +2298,22 @@ class Storage:
 
     # Drafts.
 
+    @staticmethod
+    def make(path: str) -> int:
+        """Make a file and return its fd; OSError."""
+        try:
+            return os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | O_EXTRA, 0o600)
+        except FileExistsError:
+            fd = open_regular(path, os.O_WRONLY)
+            if os.fstat(fd).st_size or not lock_file(fd):   # somebody writes it
+                os.close(fd)
+                raise
+            return fd
+
     def create(self, path: str) -> int:
         """Make a file, locked while its writer lives, and return its fd; OSError."""
         while True:
-            fd = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | O_EXTRA, 0o600)
+            fd = self.make(path)
             try:
                 if lock_file(fd, wait=True) and os.fstat(fd).st_nlink:
                     return fd
@@ -2429,14 +2442,24 @@ class Storage:
             self._complained.add(what)
             log.warning("%s: %s", self.root, text)
 
-    def link(self, source: str, target: str) -> None:
-        """Give a file a second name; where the file system has no links, make a durable copy. OSError."""
+    @staticmethod
+    def linked(source: str, target: str) -> bool:
+        """Give a file a second name, and return True; False where the file system has no links. OSError."""
         try:
             os.link(source, target)
-            return
+        except FileExistsError:
+            if not os.path.samefile(source, target):
+                raise
         except OSError as error:
             if error.errno not in NO_LINKS:
                 raise
+            return False
+        return True
+
+    def link(self, source: str, target: str) -> None:
+        """Give a file a second name; where the file system has no links, make a durable copy. OSError."""
+        if self.linked(source, target):
+            return
         above, name = os.path.split(target)
         tmp = os.path.join(os.path.dirname(above), "tmp")
         draft = os.path.join(tmp if os.path.isdir(tmp) else above, name + ".tmp")     # of a mailbox, or of the queue
@@ -2453,6 +2476,15 @@ class Storage:
             raise
         finally:
             os.close(fd)
+
+    @staticmethod
+    def rename(source: str, target: str) -> None:
+        """Give a file a name that it alone ever has; OSError."""
+        try:
+            os.rename(source, target)
+        except FileNotFoundError:
+            if not os.path.exists(target):
+                raise
 
     def make_directory(self, path: str) -> None:
         """Make a directory (0700) and what is missing above it, durably; OSError."""
@@ -2962,7 +2994,7 @@ class Mailboxes:
         for mailbox in reversed(mailboxes):
             directory = self.path(mailbox) + NEW
             target = directory + os.sep + name
-            put: Callable[[str, str], None] = os.rename if mailbox == mailboxes[0] else self.storage.link
+            put: Callable[[str, str], None] = self.storage.rename if mailbox == mailboxes[0] else self.storage.link
             try:
                 put(draft.path, target)
             except FileNotFoundError:
@@ -4783,8 +4815,7 @@ class Queue:
         try:
             if draft.path != self.path(draft.id):
                 dispatch.copy = self._take_over(draft, self.path(draft.id))
-            flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | O_EXTRA
-            dispatch.draft = os.open(self.path(draft.id, "env.tmp"), flags, 0o600)
+            dispatch.draft = self.storage.make(self.path(draft.id, "env.tmp"))
             write_all(dispatch.draft, entry.encode())
         except BaseException:
             self.withdraw(dispatch)
@@ -4809,12 +4840,8 @@ class Queue:
     def _take_over(self, draft: Draft, path: str) -> int:
         """Give the draft of a mailbox a name here, too, and return -1; the fd of a copy where there are no links. OSError."""
         self.storage.make_directory(self.root)
-        try:
-            os.link(draft.path, path)               # one file: the draft's lock holds for both names
+        if self.storage.linked(draft.path, path):   # one file: the draft's lock holds for both names
             return -1
-        except OSError as error:
-            if error.errno not in NO_LINKS:
-                raise
         fd, _ = self.open_draft(draft.id)
         try:
             with open(draft.path, "rb") as file:
@@ -4830,7 +4857,7 @@ class Queue:
         """Put the envelope in place, now that it and the message are on disk; return the directories to flush. OSError."""
         close_quietly(dispatch.draft)
         dispatch.draft = -1
-        os.rename(self.path(dispatch.entry.id, "env.tmp"), self.path(dispatch.entry.id, "env"))
+        self.storage.rename(self.path(dispatch.entry.id, "env.tmp"), self.path(dispatch.entry.id, "env"))
         return [self.root]
 
     def withdraw(self, dispatch: Dispatch) -> None:

@@ -3955,6 +3955,28 @@ class QueueTest(ScriptedCase):
                     world.submit("here@here.test", "bob@far.test")
                 self.assertEqual((len(world.mail()), len(world.files())), (1, 3))
 
+    def test_calls_that_a_network_makes_twice(self):
+        """The answer is lost, the file system asks its server anew, and that has done it already."""
+        def twice(call):
+            def wrapped(*arguments, **options):
+                result = call(*arguments, **options)
+                if call is not os.open:
+                    return call(*arguments, **options)
+                os.close(result)
+                return call(*arguments, **options)
+            return wrapped
+
+        world = self.world()
+        world.submit("here@here.test")              # makes the directories
+        with contextlib.ExitStack() as stack:
+            for call in os.open, os.link, os.rename:
+                stack.enter_context(mock.patch.object(os, call.__name__, twice(call)))
+            id = world.submit("here@here.test", "there@here.test", "bob@far.test", content=LETTER)
+        self.assertEqual(len(world.mail()), 2)
+        self.assertTrue({id + ".env", id + ".msg"} <= set(world.files()), world.files())
+        with open(world.queue.path(id), "rb") as file:
+            self.assertTrue(file.read().endswith(LETTER))
+
     def test_sweep_removes_what_the_dead_left_and_nothing_else(self):
         """Who is dead is told by the lock on ID.msg: nothing of a living one's is touched."""
         world = self.world()
