@@ -3109,14 +3109,17 @@ class Mailboxes:
         finally:
             os.close(fd)
 
-    def delete(self, mailbox: str, item: Item) -> None:
-        """Remove an item; one that is gone already is no error. OSError."""
-        with contextlib.suppress(FileNotFoundError):
+    def delete(self, mailbox: str, item: Item) -> bool:
+        """Remove an item, and return True; False when it is gone already, which is no error. OSError."""
+        try:
             file = self.find(mailbox, item)
             last = self.forget and os.lstat(file).st_nlink == 1
             os.unlink(file)
-            if self.forget and last:
-                self.forget(message_id(item))
+        except FileNotFoundError:
+            return False
+        if self.forget and last:
+            self.forget(message_id(item))
+        return True
 
     def set_seen(self, mailbox: str, item: Item, seen: bool = True) -> None:
         """Move an item to cur/ with or without the flag S, as maildir(5) asks; OSError."""
@@ -3153,8 +3156,8 @@ class Mailboxes:
         oldest = time.time() - max_age if max_age else 0.0
         for index, item in enumerate(items):
             if (keep and index < len(items) - keep) or item_time(item) < oldest:
-                self.delete(mailbox, item)
-                event("pruned", mailbox=mailbox, uid=item.uid, size=item.size)
+                if self.delete(mailbox, item):      # another thread, or node, may be at it, too
+                    event("pruned", mailbox=mailbox, uid=item.uid, size=item.size)
 
     def sweep(self) -> None:
         """Remove what dead processes and, after 36 hours, other programs left in tmp/."""

@@ -2234,8 +2234,8 @@ class Maildirs(Case):
         self.boxes.set_seen(self.box, listing[1], False)
         self.assertRegex(self.boxes.find(self.box, listing[0]), r"/cur/[^:]+:2,(S|RSab)\Z")
         self.assertRegex(self.boxes.find(self.box, listing[1]), r"/cur/[^:]+:2,(|Rab)\Z")
-        self.boxes.delete(self.box, listing[5])
-        self.boxes.delete(self.box, listing[5])     # gone already is no error
+        self.assertTrue(self.boxes.delete(self.box, listing[5]))
+        self.assertFalse(self.boxes.delete(self.box, listing[5]))       # gone already is no error
         self.assertEqual([item.uid for item in self.boxes.listing(self.box)], uids[:5] + uids[6:])
 
     def test_a_listing_is_made_of_blocks(self):
