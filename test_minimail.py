@@ -1373,6 +1373,36 @@ class Loops(Case):
         self.told(over)
         self.assertEqual("".join(order), "abcabcabc")
 
+    def test_all_who_are_ready_are_heard_before_one_is_answered(self):
+        """... and all are answered before anything else is done, as a commit."""
+        order, over = [], threading.Event()
+        loop = self.loop(lambda parcels: order.append("committed") or [None] * len(parcels))
+
+        async def talk(wire, name):
+            order.append(name + " heard " + (await wire.line(100)).decode())
+            wire.send(b"hello\r\n")
+            if name == "a":                         # its answer waits for the disk
+                await minimail.wait("parcel")
+            with contextlib.suppress(minimail.Disconnected):
+                await wire.line(100)
+            over.set()
+
+        class Told(minimail.Wire):
+            def send_some(self):
+                order.append("answered")
+                return super().send_some()
+        for name in "abc":
+            ours, theirs = self.pair()
+            theirs.send(name.encode() + b"\r\n")
+            if name != "a":
+                theirs.shutdown(socket.SHUT_WR)
+            wire = Told(ours, 1e6)
+            loop.spawn(Job(talk(wire, name), sock=ours))
+        loop.start()
+        self.told(over)
+        self.eventually(lambda: len(order) == 7)
+        self.assertEqual(order, ["a heard a", "b heard b", "c heard c", "answered", "answered", "committed", "answered"])
+
     def test_who_waits_longer_goes_on_later(self):
         loop, order, over = self.loop(), [], threading.Event()
 
