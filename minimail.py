@@ -2054,9 +2054,7 @@ class Wire:
     async def fill(self, size: int = BLOCK) -> bytes:
         """Return input from the socket, unsent output sent first; Disconnected, TimedOut."""
         if self.output:
-            await wait(SPEAK)
-            if self.send_some():
-                await self.flush()
+            await self.flush()
         event = 0 if self.tls and self.sock.pending() else READ     # type: ignore[attr-defined]
         while True:
             if event:
@@ -2083,22 +2081,18 @@ class Wire:
 
     async def flush(self) -> None:
         """Send all queued output; Disconnected, TimedOut."""
+        if self.output:
+            await wait(SPEAK)
         while self.output:
-            event = self.send_some()
-            if event:
-                await wait(event)
-
-    def send_some(self) -> int:
-        """Send queued output as far as that needs no waiting; return what the rest waits for, else 0. Disconnected."""
-        data = self.output[0] if len(self.output) == 1 else b"".join(self.output)
-        try:
-            sent = self.sock.send(data)
-        except (OSError, ValueError) as error:
-            self.output = [data]
-            return blocked_on(error, WRITE)
-        self.pending -= sent
-        self.output = [memoryview(data)[sent:]] if self.pending else []
-        return WRITE if self.pending else 0
+            data = self.output[0] if len(self.output) == 1 else b"".join(self.output)
+            try:
+                sent = self.sock.send(data)
+            except (OSError, ValueError) as error:
+                self.output = [data]
+                await wait(blocked_on(error, WRITE))
+            else:
+                self.pending -= sent
+                self.output = [memoryview(data)[sent:]] if self.pending else []
 
     async def send_file(self, fd: int, offset: int, count: int) -> None:
         """Send `count` bytes of a file from `offset`, in the kernel where it can; Disconnected, TimedOut."""

@@ -1387,16 +1387,17 @@ class Loops(Case):
                 await wire.line(100)
             over.set()
 
-        class Told(minimail.Wire):
-            def send_some(self):
+        class Told(socket.socket):
+            def send(self, data):
                 order.append("answered")
-                return super().send_some()
+                return super().send(data)
         for name in "abc":
             ours, theirs = self.pair()
             theirs.send(name.encode() + b"\r\n")
             if name != "a":
                 theirs.shutdown(socket.SHUT_WR)
-            wire = Told(ours, 1e6)
+            wire = minimail.Wire(Told(fileno=os.dup(ours.fileno())), 1e6)
+            self.addCleanup(wire.close)
             loop.spawn(Job(talk(wire, name), sock=ours))
         loop.start()
         self.told(over)
@@ -1792,6 +1793,7 @@ class Readiness(Case):
                 sent = sock.send(b"x" * 65536)
         wire.send(b"last")
         flush = wire.flush()
+        self.assertIs(flush.send(None), minimail.SPEAK)
         self.assertIs(flush.send(None), minimail.WRITE, sent)     # not READ, for which it would wait in vain
         reader = self.in_background(lambda: b"".join(iter(lambda: peer.recv(1 << 16), b"")))
         minimail.is_ready(sock, minimail.WRITE, PATIENCE)
@@ -8565,13 +8567,13 @@ class Dialogs(Case):
 
     def test_pipelining_is_answered_in_one_piece(self):
         sent = []
-        send_some = minimail.Wire.send_some
+        flush = minimail.Wire.flush
 
-        def note(wire):
+        async def note(wire):
             sent.append(b"".join(wire.output))
-            return send_some(wire)
+            await flush(wire)
         talk = self.talk(self.shared.smtp_address)
-        with mock.patch.object(minimail.Wire, "send_some", note):
+        with mock.patch.object(minimail.Wire, "flush", note):
             self.dialog(talk, """\
                 C: MAIL FROM:<a@x>
                 C: RCPT TO:<pipe1@x>
