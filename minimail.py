@@ -2492,9 +2492,9 @@ class Storage:
 
     @staticmethod
     def rename(source: str, target: str) -> None:
-        """Give a file a name that it alone ever has; OSError."""
+        """Put a file of ours in its place, and of one that is there; OSError."""
         try:
-            os.rename(source, target)
+            os.replace(source, target)
         except FileNotFoundError:
             if not os.path.exists(target):
                 raise
@@ -2571,7 +2571,7 @@ class Storage:
             try:
                 write_all(fd, data)
                 self.sync_file(fd)
-                os.replace(draft, path)             # while it is locked: nobody takes it for abandoned
+                self.rename(draft, path)            # while it is locked: nobody takes it for abandoned
             finally:
                 os.close(fd)
         except BaseException:

@@ -2696,7 +2696,7 @@ class AllOrNothing(Case):
                 break
             hit.add((faulty.failed, sum(map(bool, results))))
         self.assertGreater(n, 25)
-        self.assertEqual({count for what, count in hit if what in ("link", "rename")}, {1})
+        self.assertEqual({count for what, count in hit if what in ("link", "replace")}, {1})
 
     def test_a_flush_that_fails_hits_those_that_wanted_it(self):
         stores, real = self.stores(no_sync=False), os.fsync
@@ -4001,7 +4001,7 @@ class QueueTest(ScriptedCase):
         world = self.world()
         world.submit("here@here.test")              # makes the directories
         with contextlib.ExitStack() as stack:
-            for call in os.open, os.link, os.rename:
+            for call in os.open, os.link, os.replace:
                 stack.enter_context(mock.patch.object(os, call.__name__, twice(call)))
             id = world.submit("here@here.test", "there@here.test", "bob@far.test", content=LETTER)
         self.assertEqual(len(world.mail()), 2)
