@@ -622,17 +622,10 @@ def parse_path(text: str, lenient: bool = False) -> Tuple[Optional[Address], str
         text = bracketed(text)
     if not text.startswith("<"):
         raise Refused(501, "5.1.3", "an address stands in angle brackets: <local@domain>")
-    if text.startswith("<>"):
-        path, rest = "", text[2:]
-    else:
-        match = re.match(r'<((?:"(?:[^"\\]|\\.)*"|[^">])*)>', text)
-        if not match:
-            raise Refused(BAD_SYNTAX)
-        path, rest = match.group(1), text[match.end():]
-        if not path:
-            raise Refused(BAD_SYNTAX)
-    if rest and not rest.startswith(" "):
+    match = re.match(r'<((?:"(?:[^"\\]|\\.)*"|[^">])*)>(?= |\Z)', text)
+    if not match:
         raise Refused(BAD_SYNTAX)
+    path, rest = match.group(1), text[match.end():]
     if not path:
         return None, rest.strip(" ")
     route = SOURCE_ROUTE.match(path)
