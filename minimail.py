@@ -2207,6 +2207,12 @@ def close_quietly(fd: int) -> None:
         os.close(fd)
 
 
+def unlink_quietly(path: str) -> None:
+    """Remove a file that means nothing any more, if that can be done."""
+    with contextlib.suppress(OSError):
+        os.unlink(path)
+
+
 def is_same_file(fd: int, path: str) -> bool:
     """Return whether `path` still names the open file."""
     try:
@@ -2284,11 +2290,9 @@ class Storage:
         self._beneath = device_beneath(self.root)
         path = os.path.join(self.run, self.token + ".try")
         try:
-            fd = self.create(path)
-            os.close(fd)
+            os.close(self.create(path))
         finally:
-            with contextlib.suppress(OSError):
-                os.unlink(path)
+            unlink_quietly(path)
         self.sweep(self.run)
         self.sweep(self.root)
 
@@ -2326,8 +2330,7 @@ class Storage:
             except OSError as error:
                 if error.errno not in NO_LOCKS:     # the file system is going away
                     close_quietly(fd)
-                    with contextlib.suppress(OSError):
-                        os.unlink(path)
+                    unlink_quietly(path)
                     raise
                 self.complain("locks", "no locks on this file system, what a crash leaves is not cleaned up: %s" % error)
                 return fd
@@ -2355,8 +2358,7 @@ class Storage:
 
     def vanish(self, fd: int) -> None:
         """Let others know that it has nothing any more; a process that dies needs not say so."""
-        with contextlib.suppress(OSError):
-            os.unlink(os.path.join(self.run, self.token + ".here"))
+        unlink_quietly(os.path.join(self.run, self.token + ".here"))
         close_quietly(fd)
 
     def living(self) -> Set[str]:
@@ -2657,8 +2659,7 @@ class Draft:
         """Remove the file, when it is not where it belongs."""
         self.close()
         if self.path:
-            with contextlib.suppress(OSError):
-                os.unlink(self.path)
+            unlink_quietly(self.path)
             self.path = ""
 
 
@@ -3453,8 +3454,7 @@ class Accounts:
             text = "".join(line + "\n" for line in kept)
             storage.write(os.path.abspath(path), text.encode("utf-8", "surrogateescape"))
         finally:
-            with contextlib.suppress(OSError):
-                os.unlink(path + ".lock")
+            unlink_quietly(path + ".lock")
             os.close(fd)
 
 
@@ -3860,8 +3860,7 @@ class Post:
     def _undo(self, parcel: Parcel, error: Exception) -> Refused:
         """Leave nothing of a message, and return its refusal."""
         for path in parcel.placed:
-            with contextlib.suppress(OSError):
-                os.unlink(path)
+            unlink_quietly(path)
         if parcel.entry:
             self.queue.withdraw(parcel.entry)
         parcel.draft.discard()
@@ -4872,8 +4871,7 @@ class Queue:
     def withdraw(self, dispatch: Dispatch) -> None:
         """Take an entry out that did not come to count."""
         for kind in ("env", "env.tmp", "msg"):
-            with contextlib.suppress(OSError):
-                os.unlink(self.path(dispatch.entry.id, kind))
+            unlink_quietly(self.path(dispatch.entry.id, kind))
         self._close(dispatch)
 
     def submit(self, dispatch: Dispatch) -> None:
@@ -4917,8 +4915,7 @@ class Queue:
             self._drop_hint(dispatch)
             if self.exists(entry.id):
                 log.error("queue entry %s has no message file: dropped", entry.id)
-                with contextlib.suppress(OSError):
-                    os.unlink(self.path(entry.id, "env"))
+                unlink_quietly(self.path(entry.id, "env"))
             return False
         try:
             fresh = self.read(entry.id) if self._lock(fd) else None
@@ -4991,8 +4988,7 @@ class Queue:
 
     def _drop_hint(self, dispatch: Dispatch) -> None:
         if dispatch.hint:
-            with contextlib.suppress(OSError):
-                os.unlink(dispatch.hint)
+            unlink_quietly(dispatch.hint)
             dispatch.hint = ""
 
     def finish(self, dispatch: Dispatch) -> None:
