@@ -2226,6 +2226,13 @@ def write_all(fd: int, data: Union[bytes, memoryview]) -> None:
         data = memoryview(data)[os.write(fd, data):]
 
 
+def copy_all(source: str, fd: int) -> None:
+    """Write what is in a file into an open one; OSError."""
+    with open(source, "rb", buffering=0) as file:
+        for block in iter(lambda: file.read(BIG_BLOCK), b""):
+            write_all(fd, block)
+
+
 def open_regular(path: str, flags: int = os.O_RDONLY) -> int:
     """Open a file that others may have put there and return its fd: no link is followed, no FIFO waited for. OSError."""
     fd = os.open(path, flags | O_PLAIN)
@@ -2471,19 +2478,7 @@ class Storage:
         above, name = os.path.split(target)
         tmp = os.path.join(os.path.dirname(above), "tmp")
         draft = os.path.join(tmp if os.path.isdir(tmp) else above, name + ".tmp")     # of a mailbox, or of the queue
-        fd = self.create(draft)
-        try:
-            with open(source, "rb", buffering=0) as old:
-                for block in iter(lambda: old.read(BIG_BLOCK), b""):
-                    write_all(fd, block)
-            self.sync_file(fd)
-            os.rename(draft, target)                # while it is locked: nobody takes it for abandoned
-        except BaseException:
-            with contextlib.suppress(OSError):
-                os.unlink(draft)
-            raise
-        finally:
-            os.close(fd)
+        self._put(draft, target, lambda fd: copy_all(source, fd))
 
     @staticmethod
     def rename(source: str, target: str) -> None:
@@ -2560,20 +2555,21 @@ class Storage:
 
     def write(self, path: str, data: bytes) -> None:
         """Put a file in place with all of `data` or not at all, an older one replaced at once, durably; OSError."""
-        draft = "%s.%s%x.tmp" % (path, self.token, next(self._sequence))
+        self._put("%s.%s%x.tmp" % (path, self.token, next(self._sequence)), path, lambda fd: write_all(fd, data))
+        self.sync_directory(os.path.dirname(path))
+
+    def _put(self, draft: str, path: str, fill: Callable[[int], None]) -> None:
+        """Put a file in place that fill(fd) has written as a whole; only its name is not on disk yet. OSError."""
         fd = self.create(draft)
         try:
-            try:
-                write_all(fd, data)
-                self.sync_file(fd)
-                self.rename(draft, path)            # while it is locked: nobody takes it for abandoned
-            finally:
-                os.close(fd)
+            fill(fd)
+            self.sync_file(fd)
+            self.rename(draft, path)                # while it is locked: nobody takes it for abandoned
         except BaseException:
-            with contextlib.suppress(OSError):
-                os.unlink(draft)
+            unlink_quietly(draft)
             raise
-        self.sync_directory(os.path.dirname(path))
+        finally:
+            os.close(fd)
 
 
 class Draft:
@@ -4852,9 +4848,7 @@ class Queue:
             return -1
         fd, _ = self.open_draft(draft.id)
         try:
-            with open(draft.path, "rb") as file:
-                for block in iter(lambda: file.read(BIG_BLOCK), b""):
-                    write_all(fd, block)
+            copy_all(draft.path, fd)
             self.storage.sync_file(fd)
         except BaseException:
             close_quietly(fd)
