@@ -2578,20 +2578,19 @@ class Draft:
     An error of the disk is kept and raised by complete(), so that the rest of the content can be read past it.
     """
 
-    __slots__ = ("id", "limit", "size", "path", "head", "keep_head", "eightbit", "error", "ends_with_newline", "header",
-                 "written", "fd", "_open_file", "_buffer", "_buffered")
+    __slots__ = ("id", "limit", "size", "path", "head", "keep_head", "eightbit", "error", "ends_with_newline", "written", "fd",
+                 "_open_file", "_buffer", "_buffered")
 
-    def __init__(self, id: str, header: bytes, limit: int, open_file: Callable[[], Tuple[int, str]]) -> None:
+    def __init__(self, id: str, header: bytes, limit: int, open_file: Callable[[], Tuple[int, str]], keep_head: int) -> None:
         self.id = id
         self.limit = limit                          # bytes of content
         self.size = 0                               # bytes of content so far
         self.path = ""
         self.head = b""                             # the content's beginning, when somebody wants to look at it
-        self.keep_head = 0                          # bytes of it
+        self.keep_head = keep_head                  # bytes of it
         self.eightbit = False
         self.error: Optional[OSError] = None
         self.ends_with_newline = True
-        self.header = header
         self.written = 0                            # bytes in the file: header and content
         self.fd = -1
         self._open_file = open_file
@@ -2608,7 +2607,7 @@ class Draft:
             return
         self.size += len(block)
         if self.error or self.too_large:
-            self._drop()
+            self.discard()
             return
         if len(self.head) < self.keep_head:
             self.head += block[:self.keep_head]
@@ -2629,7 +2628,7 @@ class Draft:
             self.written += len(data)
         except OSError as error:
             self.error = error
-            self._drop()
+            self.discard()
 
     def complete(self) -> int:
         """Write what is left, ended by a line end, and return the fd: what is in it is not on disk yet. OSError."""
@@ -2647,12 +2646,9 @@ class Draft:
             fd, self.fd = self.fd, -1
             close_quietly(fd)
 
-    def _drop(self) -> None:
-        self._buffer, self._buffered = [], 0
-        self.discard()
-
     def discard(self) -> None:
-        """Remove the file, when it is not where it belongs."""
+        """Drop what is not in the file yet, and remove that when it is not where it belongs."""
+        self._buffer, self._buffered = [], 0
         self.close()
         if self.path:
             unlink_quietly(self.path)
@@ -3772,8 +3768,7 @@ class Post:
                 return self.mailboxes.open_draft(mailboxes[0], id, made)
             fd_and_path: Tuple[int, str] = self.queue.open_draft(id)
             return fd_and_path
-        draft = Draft(id, header, self.max_size, open_file)
-        draft.keep_head = BLOCK if self.queue else 0
+        draft = Draft(id, header, self.max_size, open_file, BLOCK if self.queue else 0)
         parcel = Parcel(draft, envelope, mailboxes, list(remote.values()), own, made)
         if self.queue and (remote or envelope.wishes):
             self._note_wishes(parcel, destinations)
