@@ -4861,11 +4861,11 @@ class Queue:
         """Take an entry out that did not come to count."""
         for kind in ("env", "env.tmp", "msg"):
             unlink_quietly(self.path(dispatch.entry.id, kind))
-        self._close(dispatch)
+        self.release(dispatch)
 
     def submit(self, dispatch: Dispatch) -> None:
         """Let the entry be sent, here or by other processes."""
-        self._close(dispatch)
+        self.release(dispatch)
         if not self.submitted(dispatch):
             try:
                 self.place_hint(dispatch, self.new)
@@ -4873,7 +4873,8 @@ class Queue:
                 log.warning("queue entry %s waits for the next start: %s", dispatch.entry.id, error)
             self.storage.wake("queue")
 
-    def _close(self, dispatch: Dispatch) -> None:
+    def release(self, dispatch: Dispatch) -> None:
+        """Close what is open of an entry, and so unlock it."""
         for fd in (dispatch.draft, dispatch.copy, dispatch.lock):
             if fd >= 0:
                 close_quietly(fd)
@@ -4929,9 +4930,6 @@ class Queue:
                 raise
             self.storage.complain("locks", "no locks on this file system: run one process only (%s)" % error)
             return True
-
-    def release(self, dispatch: Dispatch) -> None:
-        self._close(dispatch)
 
     def age(self, entry: Entry) -> float:
         """Return the seconds since an entry was accepted: what passed since it was noted, by a clock that nobody sets as
