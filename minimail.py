@@ -1719,8 +1719,13 @@ class Loop:
 
     def _pass(self) -> None:
         """Run the tasks whose time has come; commit and look at deadlines when those are due."""
-        busy = self._soon or self._speakers or (self._parcels and not self._is_held_up(self.clock()))
-        events = self.selector.select(0 if busy else self._time_left() if self._paused else self._tick)
+        if self._soon or self._speakers or (self._parcels and not self._is_held_up(self.clock())):
+            seconds = 0.0
+        elif self._paused:                          # until the next pause is over
+            seconds = max(0.0, min(self._tick, self._paused[0][0] - self.clock()))
+        else:
+            seconds = self._tick
+        events = self.selector.select(seconds)
         for key, _ in events:
             task = key.data
             if task is None:
@@ -1738,12 +1743,11 @@ class Loop:
         while self._paused and self._paused[0][0] <= now:
             _, _, task, what = heapq.heappop(self._paused)
             self._soon.append((task, what, None, None))
-        if self._soon:
-            for _ in range(len(self._soon)):
-                task, what, value, error = self._soon.popleft()
-                if task.waiting is what:            # and has not been told meanwhile that time is up
-                    self._go_on(task, value, error)
-            self._let_speak()
+        for _ in range(len(self._soon)):
+            task, what, value, error = self._soon.popleft()
+            if task.waiting is what:                # and has not been told meanwhile that time is up
+                self._go_on(task, value, error)
+        self._let_speak()
         if now >= self._swept + self._tick:
             self._sweep(now)
 
@@ -1756,10 +1760,6 @@ class Loop:
         for task in speakers:
             if task.waiting is SPEAK:
                 self._go_on(task)
-
-    def _time_left(self) -> float:
-        """Return until when the next pause is over, in seconds."""
-        return max(0.0, min(self._tick, self._paused[0][0] - self.clock()))
 
     def _sweep(self, now: float) -> None:
         """Tell the tasks whose deadline has passed, and when the node stops, those that are not in flight."""
@@ -1781,7 +1781,9 @@ class Loop:
         try:
             what = task.coroutine.send(value) if error is None else task.coroutine.throw(error)
         except BaseException as end:
-            self._end(task)
+            task.waiting = None
+            self.tasks.discard(task)
+            self.talking -= task.talks
             if not isinstance(end, StopIteration):
                 log.exception("a task failed")
             return
@@ -1804,12 +1806,6 @@ class Loop:
         else:
             self._since = self._since if self._parcels else self.clock()
             self._parcels.append((task, what))
-
-    def _end(self, task: Task) -> None:
-        task.waiting = None
-        if task in self.tasks:
-            self.tasks.discard(task)
-            self.talking -= task.talks
 
     def _arm(self, task: Task, events: int) -> None:
         """Let the poller watch a task's socket for READ, WRITE or, with 0, nothing."""
