@@ -1448,9 +1448,8 @@ def split_values(text: str, meta: Any) -> Any:
     return [part.strip() for part in re.split(meta["comma"], text) if part.strip()]
 
 
-NEEDS = (                                           # option, what it needs, how that is written
-    ("tls_key", "tls_cert", "FILE"), ("smtps", "tls_cert", "FILE"), ("pop3s", "tls_cert", "FILE"),
-    ("webs", "tls_cert", "FILE"), ("catch_all", "domain", "NAME"), ("web_admin", "domain", "NAME"))
+NEEDS = {"tls_key": "tls_cert", "smtps": "tls_cert", "pop3s": "tls_cert", "webs": "tls_cert",      # option: what it needs
+         "catch_all": "domain", "web_admin": "domain"}
 
 OPTIONS_OF = {                                      # optional section: what is nothing without it
     "pop3": ("pop3", "pop3s"), "transcripts": ("transcripts",), "faults": ("fault",), "standing": ("dkim",),
@@ -1465,14 +1464,15 @@ def sections_missing(option: str) -> List[str]:
 
 def check_together(config: Config, name: Callable[[str], str]) -> None:
     """Raise UsageError where an option lacks another or its section; `name` as in read_options(). The library asks it, too."""
-    for option in option_fields():
+    fields = option_fields()
+    for option in fields:
         value = getattr(config, option)
         if value and value != getattr(Config, option):
             for section in sections_missing(option):
                 raise UsageError("%s: this copy of minimail has no %s section" % (name(option), section))
-    for one, other, metavar in NEEDS:
+    for one, other in NEEDS.items():
         if getattr(config, one) and not getattr(config, other):
-            raise UsageError("%s: needs %s %s" % (name(one), name(other), metavar))
+            raise UsageError("%s: needs %s %s" % (name(one), name(other), fields[other]["metavar"]))
     if config.release and config.domain:
         raise UsageError("%s: only in capture mode, without %s" % (name("release"), name("domain")))
     if config.workers > MAX_WORKERS:
@@ -1927,12 +1927,10 @@ class Content:
         if end >= 0:
             self.finished, self.held = True, b""
             data, self.rest = data[:end + 2], data[end + 5:]
-        elif self.dots:
-            self.held = next((tail for tail in UNDECIDED if data.endswith(tail)), b"")
-            data = data[:-len(self.held)] if self.held else data
         else:
-            self.held = b"\r" if data.endswith(b"\r") else b""
-            data = data[:-1] if self.held else data
+            undecided = UNDECIDED if self.dots else (b"\r",)
+            self.held = next((tail for tail in undecided if data.endswith(tail)), b"")
+            data = data[:len(data) - len(self.held)]
         if dotted and b"\r\n." in data:
             self.unstuffed = self.unstuffed or re.search(rb"\r\n\.[^.]", data) is not None
             data = data.replace(b"\r\n.", b"\r\n")
