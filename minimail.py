@@ -3091,14 +3091,14 @@ class Mailboxes:
         except FileNotFoundError:
             return open_regular(self.find(mailbox, item))
 
-    def start_of(self, mailbox: str, item: Item) -> bytes:
-        """Return what is in an item's file, up to one byte more than its size; OSError."""
+    def start_of(self, mailbox: str, item: Item, count: Optional[int] = None) -> bytes:
+        """Return the first `count` bytes of an item's file, else all of it up to one byte more than its size; OSError."""
         try:
             fd = os.open(os.sep.join((self.path(mailbox), item.place, item.name)), os.O_RDONLY | O_PLAIN)
         except FileNotFoundError:
             fd = self.open(mailbox, item)
         try:
-            return pread(fd, item.size + 1, 0)      # nobody needs to ask what it is: from a pipe this fails
+            return pread(fd, item.size + 1 if count is None else count, 0)      # from a pipe this fails: no need to ask
         finally:
             os.close(fd)
 
@@ -3261,11 +3261,7 @@ class Message:
 
     def head(self, count: int) -> bytes:
         """Return the first `count` bytes; OSError."""
-        fd = self._mailboxes.open(self.recipient, self._item)
-        try:
-            return pread(fd, count, 0)
-        finally:
-            os.close(fd)
+        return self._mailboxes.start_of(self.recipient, self._item, count)
 
     def read(self) -> bytes:
         """Return the message as stored; OSError."""
