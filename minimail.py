@@ -3522,7 +3522,6 @@ class Remembered:
         self.users = users
         self.found: Dict[str, Union[Destinations, Reply]] = {}
         self.size = 0
-        self.recent: Dict[Address, Destinations] = {}   # of any kind; few, as those that cost nothing may be many
 
     def keep(self, key: str, found: Union[Destinations, Reply]) -> None:
         self.size += 1 + (len(found.mailboxes) + len(found.remote) if isinstance(found, Destinations) else 0)
@@ -3544,6 +3543,7 @@ class AddressBook:
         self._looked = 0.0                          # when the files were last found unchanged
         self.own_names = {"localhost", "localhost.localdomain", ascii_domain(hostname), machine_name()}
         self._remembered = Remembered({}, {})
+        self._recent: Callable[[Address], Destinations]     # keeps some of any kind, as those that cost nothing may be many
 
     def is_stale(self) -> bool:
         """Return whether files have to be read before the next answer: better not on the loop."""
@@ -3597,16 +3597,12 @@ class AddressBook:
             self.refresh()
         aliases, users, memory = self.aliases.value, self.accounts.file.value, self._remembered
         if memory.aliases is not aliases or memory.users is not users or memory.size > MAX_REMEMBERED:
-            self._remembered = memory = Remembered(aliases, users)
-        found = memory.recent.get(address)
-        if found is None:
-            found = self._look_up(address, memory)
-            if len(memory.recent) >= MAX_RECENT:
-                memory.recent.clear()
-            memory.recent[address] = found
-        return found
+            memory = Remembered(aliases, users)
+            self._recent = functools.lru_cache(maxsize=MAX_RECENT)(functools.partial(self._look_up, memory))
+            self._remembered = memory               # last: other threads look at this first
+        return self._recent(address)
 
-    def _look_up(self, address: Address, memory: Remembered) -> Destinations:
+    def _look_up(self, memory: Remembered, address: Address) -> Destinations:
         """Do what resolve() does, with what is known of the files; Refused."""
         known = memory.found.get(address.key)
         if isinstance(known, Reply):
