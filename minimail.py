@@ -2726,10 +2726,7 @@ class Reloaded(Watched):
 
     def __init__(self, path: str, parse: Callable[[List[Tuple[int, str]], Callable[[int, str], None]], Any]) -> None:
         self.path = path
-        super().__init__([path], lambda: parse(self.lines(), self._complain_about))
-
-    def _complain_about(self, number: int, reason: str) -> None:
-        log.warning("%s line %d: %s", self.path, number, reason)
+        super().__init__([path], lambda: parse(self.lines(), functools.partial(log.warning, "%s line %d: %s", path)))
 
     def lines(self) -> List[Tuple[int, str]]:
         """Return the file as numbered lines without comments; one that begins with a space continues the line above."""
