@@ -2795,10 +2795,10 @@ def keeps_no_modes(directory: str) -> bool:
         os.rmdir(probe)
 
 
-def read_regular(path: str, limit: int = 1 << 20) -> bytes:
-    """Return the beginning of a file that others may have put there, opened as open_regular() does; OSError."""
+def read_regular(path: str) -> bytes:
+    """Return the first MiB of a file that others may have put there, opened as open_regular() does; OSError."""
     with open(open_regular(path), "rb") as file:
-        return file.read(limit)
+        return file.read(1 << 20)
 
 
 # ======================================================================================================================
@@ -3297,9 +3297,9 @@ def pbkdf2(password: bytes, salt: bytes, rounds: int) -> bytes:
     return result.to_bytes(32, "big")
 
 
-def hash_password(password: str, salt: Optional[bytes] = None) -> str:
+def hash_password(password: str) -> str:
     """Return the record of a password for the users file: $scrypt$n,r,p$salt$hash, or $pbkdf2$rounds$salt$hash."""
-    salt = secrets.token_bytes(16) if salt is None else salt
+    salt = secrets.token_bytes(16)
     secret = password.encode("utf-8", "surrogateescape")
     if hasattr(hashlib, "scrypt"):
         kind, cost, digest = "scrypt", "%(n)d,%(r)d,%(p)d" % SCRYPT, hashlib.scrypt(secret, salt=salt, dklen=32, **SCRYPT)
@@ -4593,9 +4593,10 @@ class Zone:
     it and nobody else. `queries` is what it was asked.
     """
 
-    def __init__(self, names: Dict[str, Union[str, Sequence[str]]], ttl: int = 60) -> None:
+    TTL = 60
+
+    def __init__(self, names: Dict[str, Union[str, Sequence[str]]]) -> None:
         self.names = {name.lower(): [items] if isinstance(items, str) else list(items) for name, items in names.items()}
-        self.ttl = ttl
         self.queries: List[Tuple[str, int]] = []
 
     def resolver(self) -> Resolver:
@@ -4636,12 +4637,12 @@ class Zone:
             items = self.names[name]
             if "SERVFAIL" in items or "REFUSED" in items:
                 return [], SERVFAIL if "SERVFAIL" in items else REFUSED
-            found += [Record(name, type, self.ttl, self._data(item)) for item in items
+            found += [Record(name, type, self.TTL, self._data(item)) for item in items
                       if TYPES.get(item.split()[0]) == type]
             alias = next((self._data(item) for item in items if item.startswith("CNAME ")), None)
             if alias is None or type == CNAME:
                 break
-            found.append(Record(name, CNAME, self.ttl, alias))
+            found.append(Record(name, CNAME, self.TTL, alias))
             name = alias
         return found, NOERROR
 
