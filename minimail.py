@@ -3601,24 +3601,21 @@ class AddressBook:
 
     def _look_up(self, memory: Remembered, address: Address) -> Destinations:
         """Do what resolve() does, with what is known of the files; Refused."""
-        known = memory.found.get(address.key)
-        if isinstance(known, Reply):
-            raise Refused(known)
-        if known is not None:
-            return known
-        expansion = Expansion()
-        try:
-            self._expand(address, expansion, memory)
-            expansion.check()
-            if not expansion.mailboxes and not expansion.remote:
-                raise Refused(UNKNOWN_USER)
-        except Refused as refused:
-            if expansion.steps > 1:
-                memory.keep(address.key, refused.reply)
-            raise
-        found = Destinations(list(expansion.mailboxes), list(expansion.remote.values()))
-        if expansion.steps > 1:                     # what costs nothing to find out is not kept
-            memory.keep(address.key, found)
+        found = memory.found.get(address.key)
+        if found is None:
+            expansion = Expansion()
+            try:
+                self._expand(address, expansion, memory)
+                expansion.check()
+                if not expansion.mailboxes and not expansion.remote:
+                    raise Refused(UNKNOWN_USER)
+                found = Destinations(list(expansion.mailboxes), list(expansion.remote.values()))
+            except Refused as refused:
+                found = refused.reply
+            if expansion.steps > 1:                 # what costs nothing to find out is not kept
+                memory.keep(address.key, found)
+        if isinstance(found, Reply):
+            raise Refused(found)
         return found
 
     def _expand(self, address: Address, found: Expansion, files: Remembered) -> None:
