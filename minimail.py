@@ -2865,30 +2865,17 @@ class Listing:
     BLOCK = 20                                      # messages
     PLACES = {"n": "new", "c": "cur", "N": "new", "C": "cur"}
 
-    def __init__(self) -> None:
+    def __init__(self, found: Iterable[Tuple[str, str, int]] = ()) -> None:
+        """`found` gives UID, place with rest, and size of each message."""
         self.sizes = array.array("Q")
-        self.total = 0                              # bytes in them
         self._blocks: List[str] = []
-        self._uids: List[str] = []                  # of the block that is being made
-        self._rests: List[str] = []
         self._unpacked: Tuple[int, List[Item]] = -1, []     # a block's number and items: who reads one goes on to the next
-
-    def add(self, base: str, rest: str, size: int) -> None:
-        """Take the next message, as its name says: what stands before the comma, place and rest."""
-        if not UID.fullmatch(base):
-            base, rest = hashlib.sha256(os.fsencode(base)).hexdigest(), rest[0].upper() + base + rest[1:]
-        self._uids.append(base)
-        self._rests.append(rest)
-        self.sizes.append(size)
-        self.total += size
-        if len(self._uids) == self.BLOCK:
-            self.finish()
-
-    def finish(self) -> None:
-        """Pack what was added; for the last time when there is no more."""
-        if self._uids:
-            self._blocks.append("%s//%s" % ("/".join(self._uids), "/".join(self._rests)))
-            self._uids, self._rests = [], []
+        messages = iter(found)
+        for block in iter(lambda: list(itertools.islice(messages, self.BLOCK)), []):
+            uids, rests, sizes = zip(*block)
+            self._blocks.append("%s//%s" % ("/".join(uids), "/".join(rests)))
+            self.sizes.extend(sizes)
+        self.total = sum(self.sizes)                # bytes in them
 
     def uids(self, start: int, end: int) -> List[str]:
         """Return the UIDs of the messages from `start` on, to the one before `end`."""
@@ -3004,7 +2991,7 @@ class Mailboxes:
         cached = self._recall(path, stamp)
         if cached is not None:
             return cached
-        listing = self._list(path)
+        listing = Listing(self._found(path))
         if time.time_ns() - max(stamp)[0] > 2_000_000_000:  # within a clock tick a change might not show in the stamp
             with self._listing_lock:
                 self._listed += len(listing) - len(self._listings.pop(path, (None, ()))[1])
@@ -3013,9 +3000,9 @@ class Mailboxes:
                     self._listed -= len(self._listings.popitem(last=False)[1][1])
         return listing
 
-    def _list(self, path: str) -> Listing:
-        """Return what is in the directory of a mailbox."""
-        listing, last = Listing(), "/"
+    def _found(self, path: str) -> Iterator[Tuple[str, str, int]]:
+        """Yield of what is in the directory of a mailbox what a Listing keeps."""
+        last = "/"
         for name in sorted_in_steps(self._names(path)):
             base, _, rest = name.partition("/")
             if base == last:
@@ -3023,10 +3010,10 @@ class Mailboxes:
             match, place = SIZE.match(rest), Listing.PLACES[rest[0]]
             size = int(match.group(1)) if match else size_on_wire(os.sep.join((path, place, base + rest[1:])))
             if size >= 0:
-                listing.add(base, rest, size)
                 last = base
-        listing.finish()
-        return listing
+                if not UID.fullmatch(base):
+                    base, rest = hashlib.sha256(os.fsencode(base)).hexdigest(), rest[0].upper() + base + rest[1:]
+                yield base, rest, size
 
     @staticmethod
     def _names(path: str) -> List[str]:
