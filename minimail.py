@@ -3767,21 +3767,18 @@ class Post:
         """
         results: List[Optional[Exception]] = [None] * len(parcels)
         for step in self._write, self._place:
-            wanted: List[List[Union[int, str]]] = []
+            wanted: Dict[int, List[Union[int, str]]] = {}       # what has to be on disk for which of them
             for index, parcel in enumerate(parcels):
-                things: List[Union[int, str]] = []
-                try:
-                    if results[index] is None:
-                        things = step(parcel)
-                except Exception as error:
-                    results[index] = self._undo(parcel, error)
-                wanted.append(things)
-            failed = self.storage.flush(thing for things in wanted for thing in things)
-            if failed:
-                for index, things in enumerate(wanted):
-                    for thing in things:
-                        if thing in failed and results[index] is None:
-                            results[index] = self._undo(parcels[index], failed[thing])
+                if results[index] is None:
+                    try:
+                        wanted[index] = step(parcel)
+                    except Exception as error:
+                        results[index] = self._undo(parcel, error)
+            failed = self.storage.flush(itertools.chain(*wanted.values()))
+            for index, things in wanted.items():
+                errors = [failed[thing] for thing in things if thing in failed]
+                if errors:
+                    results[index] = self._undo(parcels[index], errors[0])
         for parcel, refused in zip(parcels, results):
             if refused is None:
                 parcel.draft.close()
