@@ -4758,14 +4758,12 @@ class Queue:
 
     def open_draft(self, id: str) -> Tuple[int, str]:
         """Make a locked message file that has no envelope yet and return (fd, path); OSError."""
-        return self._create(self.path(id)), self.path(id)
-
-    def _create(self, path: str) -> int:
+        path = self.path(id)
         try:
-            return self.storage.create(path)
+            return self.storage.create(path), path
         except FileNotFoundError:
-            self.storage.make_directory(os.path.dirname(path))
-            return self.storage.create(path)
+            self.storage.make_directory(self.root)
+            return self.storage.create(path), path
 
     def add(self, parcel: Parcel) -> Dispatch:
         """Put a finished draft into the queue, and return it with its entry, not published yet; OSError."""
