@@ -2326,16 +2326,26 @@ class Storage:
         while True:
             fd = self.make(path)
             try:
-                if lock_file(fd, wait=True) and os.fstat(fd).st_nlink:
+                if self.lock(fd, wait=True) and os.fstat(fd).st_nlink:
                     return fd
-            except OSError as error:
-                if error.errno not in NO_LOCKS:     # the file system is going away
-                    close_quietly(fd)
-                    unlink_quietly(path)
-                    raise
-                self.complain("locks", "no locks on this file system, what a crash leaves is not cleaned up: %s" % error)
-                return fd
+            except OSError:                         # the file system is going away
+                close_quietly(fd)
+                unlink_quietly(path)
+                raise
             os.close(fd)                            # who sweeps came between the two, and has removed it
+
+    def lock(self, fd: int, wait: bool = False) -> bool:
+        """Do what lock_file() does. Where there are no locks, there is one process, we hope.
+
+        OSError when nobody knows, as on a file system that is going away: others may have it.
+        """
+        try:
+            return lock_file(fd, wait)
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+            self.complain("locks", "no locks on this file system, what a crash leaves is not cleaned up: %s" % error)
+            return True
 
     def remove_abandoned(self, path: str) -> None:
         """Remove a draft whose writer is dead, while nobody else can begin to write it."""
@@ -4871,7 +4881,7 @@ class Queue:
                 unlink_quietly(self.path(entry.id, "env"))
             return False
         try:
-            fresh = self.read(entry.id) if self._lock(fd) else None
+            fresh = self.read(entry.id) if self.storage.lock(fd) else None
         except OSError:
             os.close(fd)
             raise
@@ -4880,19 +4890,6 @@ class Queue:
             return False
         dispatch.entry, dispatch.lock = fresh, fd
         return True
-
-    def _lock(self, fd: int) -> bool:
-        """Lock a message file; False when somebody else has it. Where there are no locks, there is one process, we hope.
-
-        OSError when nobody knows, as on a file system that is going away: others may have it.
-        """
-        try:
-            return lock_file(fd)
-        except OSError as error:
-            if error.errno not in NO_LOCKS:
-                raise
-            self.storage.complain("locks", "no locks on this file system: run one process only (%s)" % error)
-            return True
 
     def age(self, entry: Entry) -> float:
         """Return the seconds since an entry was accepted: what passed since it was noted, by a clock that nobody sets as
@@ -5033,7 +5030,7 @@ class Queue:
                 os.unlink(path)
                 return
             try:
-                if self._lock(fd) and not (name.endswith(".msg") and self.exists(id)):
+                if self.storage.lock(fd) and not (name.endswith(".msg") and self.exists(id)):
                     os.unlink(path)
             finally:
                 os.close(fd)

@@ -2006,13 +2006,12 @@ class DurableFiles(Case):
     def test_a_lock_that_fails_is_not_one_that_cannot_be(self):
         """The file system is going away, and others may have the lock: nothing is written, nothing taken for ours."""
         storage, before = self.storage(), open_files()
-        queue = minimail.Queue(storage, minimail.Config())
         path = os.path.join(storage.root, "draft")
         with open(path, "w") as file:
             for number in errno.ECONNABORTED, errno.ENOTCONN, errno.EIO:
                 with mock.patch.object(minimail.fcntl, "flock", side_effect=OSError(number, "gone")):
                     self.assertRaises(OSError, storage.create, path + ".tmp")
-                    self.assertRaises(OSError, queue._lock, file.fileno())
+                    self.assertRaises(OSError, storage.lock, file.fileno())
         self.assertEqual(storage._complained, set())
         self.assertNotIn("draft.tmp", os.listdir(storage.root))
         self.assertLessEqual(open_files(), before)
