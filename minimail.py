@@ -1612,8 +1612,8 @@ class Threads:
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self._threads: Set[threading.Thread] = set()
-        self._beginning = threading.Lock()          # only one that has begun can be joined
+        self._threads: Set[threading.Thread] = set()    # those that have begun: only they can be joined
+        self._lock = threading.Lock()
 
     def start(self, function: Callable[[], None]) -> None:
         """Run function() in a thread; RuntimeError when the system has no more."""
@@ -1623,22 +1623,19 @@ class Threads:
             except Exception:
                 log.exception("%s stumbled", self.name)
             finally:
-                self._threads.discard(thread)
+                with self._lock:                    # not before it was added
+                    self._threads.discard(thread)
         thread = threading.Thread(target=run, name=self.name, daemon=True)
-        with self._beginning:
+        with self._lock:
+            thread.start()
             self._threads.add(thread)
-            try:
-                thread.start()
-            except BaseException:
-                self._threads.discard(thread)
-                raise
 
     def __len__(self) -> int:
         return len(self._threads)
 
     def join(self, seconds: float) -> None:
         until = time.monotonic() + seconds
-        with self._beginning:
+        with self._lock:
             threads = list(self._threads)
         for thread in threads:
             thread.join(max(0.0, until - time.monotonic()))
