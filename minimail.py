@@ -2088,7 +2088,7 @@ class Wire:
             try:
                 sent = os.sendfile(self.sock.fileno(), fd, offset, count)
             except OSError as error:
-                await wait(blocked_on(error) and WRITE)
+                await wait(blocked_on(error, WRITE))
                 continue
             if not sent:
                 raise Disconnected                  # the file became shorter: the length we promised cannot be kept
