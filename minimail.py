@@ -3470,9 +3470,8 @@ def at_home(address: Address, home: str) -> Address:
 
 def machine_name() -> str:
     """Return this machine's name in lower case, as it may stand in a greeting; "localhost" where it has none of that kind."""
-    name = socket.gethostname()
     try:
-        return ascii_domain(name) if is_domain(name) else "localhost"
+        return parse_hostname(socket.gethostname())
     except ValueError:
         return "localhost"
 
