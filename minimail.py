@@ -5197,12 +5197,8 @@ REPLY_LINE = expression(rb"(\d\d\d)(?:([ -])(.*))?", re.DOTALL)
 ENHANCED_CODE = expression(r"([245]\.\d{1,3}\.\d{1,3})(?: |$)", re.ASCII)
 
 
-class PeerFailed(Exception):
+class PeerFailed(Refused):
     """The other server cannot be used now; `reply` says why."""
-
-    def __init__(self, reply: Reply) -> None:
-        super().__init__(str(reply))
-        self.reply = reply
 
 
 class Outgoing(NamedTuple):
@@ -5246,11 +5242,11 @@ class Peer:
         try:
             yield
         except TimedOut:
-            raise PeerFailed(Reply(451, "4.4.2", "%s: timeout in %s" % (self.name, what))) from None
+            raise PeerFailed(451, "4.4.2", "%s: timeout in %s" % (self.name, what)) from None
         except Disconnected as error:
             reason = ": %s" % error if str(error) else ""
-            raise PeerFailed(Reply(451, "4.4.2", "%s: connection lost in %s%s" % (
-                self.name, what, printable(reason, 200)))) from None
+            text = "%s: connection lost in %s%s" % (self.name, what, printable(reason, 200))
+            raise PeerFailed(451, "4.4.2", text) from None
 
     async def reply(self, what: str, seconds: Optional[float] = None) -> Reply:
         """Return the next reply; PeerFailed when there is none, or it is 421.
@@ -5271,7 +5267,7 @@ class Peer:
                         texts[-2:] = b"...", match.group(3) or b""
         lines = list(map(self._shown, texts))
         if not 200 <= code <= 599:
-            raise PeerFailed(Reply(451, "4.5.0", "%s: not an SMTP reply: %d %s" % (self.name, code, lines[-1][:100])))
+            raise PeerFailed(451, "4.5.0", "%s: not an SMTP reply: %d %s" % (self.name, code, lines[-1][:100]))
         reply = with_enhanced_code(code, lines)
         if code == 421:
             raise PeerFailed(self.said(reply))
@@ -5289,7 +5285,7 @@ class Peer:
             if end >= 0:
                 return line.rstrip(b"\r\n")
             if self._budget < 0:
-                raise PeerFailed(Reply(451, "4.5.0", "%s: a reply without end" % self.name))
+                raise PeerFailed(451, "4.5.0", self.name + ": a reply without end")
             self.wire.input += await self.wire.fill(BLOCK)
 
     def _shown(self, text: bytes) -> str:
@@ -5310,7 +5306,7 @@ class Peer:
         said = self.said(reply)
         if reply.code // 100 == 4:
             return PeerFailed(said)
-        return PeerFailed(Reply(450, "4" + reply.enhanced[1:] if reply.enhanced[:1] == "5" else "4.3.2", said.text))
+        return PeerFailed(450, "4" + reply.enhanced[1:] if reply.enhanced[:1] == "5" else "4.3.2", said.text)
 
     # Commands.
 
@@ -5368,15 +5364,15 @@ class Peer:
         self.secrets = sasl_secrets(server)
         mechanism = server.mechanism or next((name for name in BEST_FIRST if name in offered), "")
         if mechanism not in offered:
-            raise PeerFailed(Reply(451, "4.7.0", "%s offers no log-in %s" % (
-                self.name, "by " + mechanism if mechanism else "that we know")))
+            raise PeerFailed(451, "4.7.0", "%s offers no log-in %s" % (
+                self.name, "by " + mechanism if mechanism else "that we know"))
         try:
             reply = await self._authenticate(mechanism, server)
         except ValueError:                          # a Python without MD5
-            raise PeerFailed(Reply(451, "4.7.0", "this Python has no " + mechanism)) from None
+            raise PeerFailed(451, "4.7.0", "this Python has no " + mechanism) from None
         if reply.code != 235:
             words = str(reply).replace("\n", " / ")
-            raise PeerFailed(Reply(451, "4.7.8", "%s did not let us log in: %s" % (self.name, words)))
+            raise PeerFailed(451, "4.7.8", "%s did not let us log in: %s" % (self.name, words))
 
     async def _authenticate(self, mechanism: str, server: Server) -> Reply:
         """Return the last reply of the exchange: each 334 asks for the next response."""
@@ -5649,12 +5645,8 @@ def sasl_secrets(server: Server) -> List[str]:
 #    records what came of each, and tells the runner. A job is one message for one destination.
 # ======================================================================================================================
 
-class Undeliverable(Exception):
+class Undeliverable(Refused):
     """There is no way to a destination, now (4xx) or ever (5xx)."""
-
-    def __init__(self, code: int, enhanced: str, text: str) -> None:
-        super().__init__(text)
-        self.reply = Reply(code, enhanced, text)
 
 
 class OneTooMany(Exception):
@@ -6486,7 +6478,7 @@ class Relay:
             return peer, replies
         if destination.peers:
             raise OneTooMany
-        raise Undeliverable(*failure[:3])
+        raise Undeliverable(failure)
 
     def _hosts(self, target: Target, left: Sequence[str], replies: Dict[str, Reply]) -> Iterator[Tuple[Exchanger, str]]:
         """Yield each host and address to try, when there is somebody left to try it for; Undeliverable if that is all."""
@@ -6568,7 +6560,7 @@ class Relay:
             sock = self.connect((address, port), timeout=min(self.timeout, 30.0))
         except OSError as error:
             reason = "timeout" if isinstance(error, socket.timeout) else reason_of(error)
-            raise PeerFailed(Reply(451, "4.4.1", "cannot connect to %s: %s" % (name, reason))) from None
+            raise PeerFailed(451, "4.4.1", "cannot connect to %s: %s" % (name, reason)) from None
         with contextlib.suppress(OSError):          # only faster: what is short must not wait for an acknowledgement
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         end_when_gone(sock, self.timeout)
@@ -6583,13 +6575,13 @@ class Relay:
             try:
                 await peer.handshake(tls_context(demanded.verify), server.host)
             except CannotRun as error:
-                raise PeerFailed(Reply(451, "4.7.4", str(error))) from None
+                raise PeerFailed(451, "4.7.4", str(error)) from None
         await peer.greet()
         if not peer.wire.tls and not plain:
             await self._secure(peer, name, demanded)
         if server and server.user:
             if not peer.wire.tls and not is_loopback(address):
-                raise PeerFailed(Reply(451, "4.7.0", peer.name + " offers no TLS: the password is not sent in clear"))
+                raise PeerFailed(451, "4.7.0", peer.name + " offers no TLS: the password is not sent in clear")
             await peer.log_in(server)
 
     async def _secure(self, peer: Peer, name: str, demanded: Security) -> None:
@@ -6597,20 +6589,20 @@ class Relay:
         if "STARTTLS" not in peer.extensions:
             if demanded.require:
                 status = {"the password": "4.7.0", "--relay-tls require": "4.7.4"}.get(demanded.reason, "4.7.5")
-                raise PeerFailed(Reply(451, status, "%s offers no TLS, which %s asks for" % (peer.name, demanded.reason)))
+                raise PeerFailed(451, status, "%s offers no TLS, which %s asks for" % (peer.name, demanded.reason))
             return
         try:
             context = tls_context(demanded.verify)
         except CannotRun:
             if demanded.require:
-                raise PeerFailed(Reply(451, "4.7.4", "this Python has no TLS")) from None
+                raise PeerFailed(451, "4.7.4", "this Python has no TLS") from None
             return
         try:
             await peer.start_tls(context, name)
         except PeerFailed as error:
             if demanded.require and demanded.reason not in ("the password", "--relay-tls require"):
                 text = "%s (%s asks for TLS that is verified)" % (error.reply.text, demanded.reason)
-                raise PeerFailed(Reply(451, "4.7.5", text)) from None
+                raise PeerFailed(451, "4.7.5", text) from None
             if demanded.require:
                 raise
             raise OpportunityMissed(error.reply.text) from None
