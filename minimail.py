@@ -6021,10 +6021,7 @@ class Destination:
 
 
 class Relay:
-    """Takes due entries from the queue into memory, a bounded number, and sends them.
-
-    start() runs it in threads; step() does what is due now in the caller's thread, for tests.
-    """
+    """Takes due entries from the queue into memory, a bounded number, and sends them."""
 
     def __init__(self, config: Config, stores: Stores, dns: Sequence[Endpoint] = (), own: Sequence[Endpoint] = (),
                  clock: Callable[[], float] = time.time, resolver: Any = None,
@@ -6319,20 +6316,6 @@ class Relay:
                 self.queue.place_hint(dispatch, self.queue.new)
         elif deferred:
             self._look_at(dispatch.entry.next_attempt + 1.0)
-
-    def step(self) -> Optional[float]:
-        """Do all that is due now, in this thread; return when the next is due, None when the queue is empty."""
-        self._tick()
-        self._guarded(self.scan)
-        for destination in list(self._destinations.values()):
-            destination.workers += 1
-            self._workers += 1
-            self._work(destination)
-        with contextlib.suppress(Empty):
-            while True:
-                function, arguments = self._inbox.get_nowait()
-                self._guarded(function, *arguments)
-        return self.queue.next_due(self.clock())
 
     # A worker.
 

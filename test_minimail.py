@@ -3195,7 +3195,18 @@ class ScriptedWorld:
         return self.stores.door.send(envelope, addresses, content).draft.id
 
     def step(self):
-        return self.relay.step()
+        """Do all that is due now, in this thread; return when the next is due, None when the queue is empty."""
+        relay = self.relay
+        relay._tick()
+        relay._guarded(relay.scan)
+        for destination in list(relay._destinations.values()):
+            destination.workers += 1
+            relay._workers += 1
+            relay._work(destination)
+        while not relay._inbox.empty():
+            function, arguments = relay._inbox.get_nowait()
+            relay._guarded(function, *arguments)
+        return self.queue.next_due(self.clock())
 
     def entries(self):
         return list(self.queue.entries())
