@@ -6339,6 +6339,8 @@ class Relay:
             self._tell(self._left, destination)
 
     def _leave(self, destination: Destination, peer: Peer) -> None:
+        if peer.broken:
+            return self._drop(destination, peer)
         run_blocking(peer.wire, peer.quit())
         destination.peers.discard(peer)             # not before: until then the host counts it, and may refuse one more
 
@@ -6382,11 +6384,8 @@ class Relay:
             recipient["informed"] = bool(peer and "DSN" in peer.extensions)
         self._record(dispatch, recipients, replies, peer.name if peer else "", self.clock() - started)
         if peer and (peer.broken or peer.messages >= (destination.limit.messages or 1)):
-            if peer.broken:
-                self._drop(destination, peer)
-            else:
-                self._leave(destination, peer)
-            peer = None
+            self._leave(destination, peer)
+            return None
         return peer
 
     def _claim(self, dispatch: Dispatch) -> bool:
@@ -6486,10 +6485,7 @@ class Relay:
             replies = {}
         if replies and not peer.mail_refused:
             return replies
-        if peer.broken or not replies:
-            self._drop(destination, peer)
-        else:
-            self._leave(destination, peer)
+        self._leave(destination, peer)
         return {}
 
     # A connection.
