@@ -5105,20 +5105,14 @@ class Report(NamedTuple):
     eightbit: bool = False                          # and it has bytes above 127
 
 
-def bounce_message(hostname: str, sender: str, recipients: Sequence[Dict[str, Any]], headers: bytes, id: str,
-                   queued_at: float, now: float) -> bytes:
-    """Return a whole report to `sender` about recipients (address, last_reply, remote) that failed."""
-    original = headers.rstrip(b"\r\n") + b"\r\n"
-    return b"".join(report_message(Report(hostname, sender, id, queued_at, now), recipients, original))
-
-
-def report_message(report: Report, recipients: Sequence[Dict[str, Any]], original: bytes) -> Tuple[bytes, bytes, bytes]:
+def report_message(report: Report, recipients: Sequence[Dict[str, Any]], headers: bytes) -> Tuple[bytes, bytes, bytes]:
     """Return a multipart/report in three pieces: what stands before the original message, that, and what stands behind.
 
-    Each recipient has an address, and may have action (else failed), last_reply, remote, orcpt. `original` are the
-    message's header fields, as they went out; with `full` the caller puts the whole message in their place. The report goes
-    out with the null reverse-path, so that nobody answers it.
+    Each recipient has an address, and may have action (else failed), last_reply, remote, orcpt. `headers` are the
+    message's, as they went out; with `full` the caller puts the whole message in their place. The report goes out with the
+    null reverse-path, so that nobody answers it.
     """
+    original = headers.rstrip(b"\r\n") + b"\r\n"
     boundary = "=_%s.%s" % (report.id, hashlib.sha256(original + report.id.encode()).hexdigest()[:16])
     utf8 = not (report.sender.isascii() and all(recipient["address"].isascii() for recipient in recipients))
     clean = not utf8 and original.isascii() and not (report.full and report.eightbit)
@@ -6714,8 +6708,7 @@ class Relay:
         report = Report(self.hostname, entry.sender, entry.id, entry.queued_at, self.clock(), entry.extra.get("envid", ""),
                         entry.queued_at + self.config.give_up, full, entry.eightbit)
         fields, _ = split_headers(pread(dispatch.lock, BLOCK, entry.offset))
-        headers = b"".join(field for _, field in fields).rstrip(b"\r\n") + b"\r\n"
-        before, original, behind = report_message(report, recipients, headers)
+        before, original, behind = report_message(report, recipients, b"".join(field for _, field in fields))
         yield before
         if full:
             yield from content_blocks(Outgoing(dispatch.lock, entry.offset, entry.size, "", [], False, False))
@@ -6771,17 +6764,6 @@ def tls_context(verify: bool) -> "ssl.SSLContext":
         context.verify_mode = ssl.CERT_NONE
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     return context
-
-
-def check_servers(config: Config) -> None:
-    """Raise CannotRun when mail is to go to a server with TLS, and this Python has none."""
-    routes = [("--route", server) for _, server in config.route]
-    for option, server in [("--smarthost", config.smarthost), ("--release", config.release), *routes]:
-        if server and server.tls:
-            try:
-                tls_context(False)
-            except CannotRun as error:
-                raise CannotRun("%s %s: %s; use another Python, or smtp://" % (option, server, error)) from None
 
 
 # The commands.
@@ -7101,10 +7083,14 @@ class Submission:
         values = [unfold(field.partition(b":")[2]) for name, field in self.fields if name in names]
         return [address for value in values for _, address in read_addresses(value) if address]
 
-    def body(self) -> Iterator[bytes]:
-        yield bytes(self._ahead).replace(b"\n", b"\r\n")
-        for block in self._blocks:
+    def body(self, limit: int) -> Iterator[bytes]:
+        """Yield the body, and of one that is larger than `limit` bytes no more than shows it."""
+        size = 0
+        for block in itertools.chain([bytes(self._ahead)], self._blocks):
             yield block.replace(b"\n", b"\r\n")
+            size += len(block)
+            if size > limit:
+                return
 
 
 def submit(stores: Stores, flags: List[Tuple[str, str]], words: Sequence[str]) -> int:
@@ -7128,9 +7114,9 @@ def submit(stores: Stores, flags: List[Tuple[str, str]], words: Sequence[str]) -
     if later or not destinations:
         raise NotSent(exit_status(failed[0][1]), "%s: %s; nothing was sent" % (printable(failed[0][0], 200), failed[0][1]))
     id = store(stores, envelope, destinations, head, message)
-    if not failed:
-        return 0
-    return send_back(stores, id, sender, failed, head)
+    if failed:
+        send_back(stores, id, sender, failed, head)
+    return 0
 
 
 def ask_for_notices(envelope: Envelope, given: Dict[str, str]) -> None:
@@ -7162,42 +7148,31 @@ def sort_recipients(stores: Stores, envelope: Envelope, names: Sequence[str]) \
 
 def store(stores: Stores, envelope: Envelope, destinations: List[Destinations], head: bytes, message: Submission) -> str:
     """Write the message to disk as it comes in and return its id; NotSent."""
-    parcel = stores.post.begin(envelope, destinations)
+    content = itertools.chain([head + b"\r\n"], message.body(stores.post.max_size))
     try:
-        parcel.draft.write(head + b"\r\n")
-        for block in message.body():
-            parcel.draft.write(block)
-            if parcel.draft.too_large:
-                break
-        stores.door.finish(parcel)
-        stores.post.commit(parcel)
+        parcel = stores.door.post_all(envelope, destinations, content)
     except Refused as refused:
         raise NotSent(exit_status(refused.reply), "not accepted: " + str(refused.reply)) from None
-    except BaseException:
-        parcel.draft.discard()
-        raise
     event("message", id=envelope.id, client="local", sender=printable(envelope.sender), recipients=len(envelope.recipients),
           size=parcel.draft.size)
     return envelope.id
 
 
-def send_back(stores: Stores, id: str, sender: str, failed: List[Tuple[str, Reply]], head: bytes) -> int:
-    """Tell the sender who did not get it, or postmaster when that is nobody here; return the exit status."""
-    status, first = exit_status(failed[0][1]), "%s: %s" % (printable(failed[0][0], 200), failed[0][1])
-    if not sender:
-        raise NotSent(status, first + "; the others were sent to")
+def send_back(stores: Stores, id: str, sender: str, failed: List[Tuple[str, Reply]], head: bytes) -> None:
+    """Tell the sender who did not get it, or postmaster when that is nobody here; NotSent when nobody can be told."""
     failures = [{"address": printable(name, 300), "last_reply": str(reply)} for name, reply in failed]
     now = time.time()
-    content = bounce_message(stores.hostname, sender, failures, head[:BLOCK], id, now, now)
-    for address in (parse_address(sender, lenient=True), Address("postmaster", "")):
+    content = b"".join(report_message(Report(stores.hostname, sender, id, now, now), failures, head[:BLOCK]))
+    for address in (parse_address(sender, lenient=True), Address("postmaster", "")) if sender else ():
         envelope = Envelope(protocol="bounce", smtputf8=not content.isascii())
         try:
             stores.door.send(envelope, [address], content)
             event("bounce", id=envelope.id, about=id, sender=printable(sender), recipients=len(failed))
-            return 0
+            return
         except Refused as refused:
             event("undeliverable", id=envelope.id, about=id, sender=printable(str(address)), reason=str(refused))
-    raise NotSent(status, first + "; the others were sent to")
+    name, reply = failed[0]
+    raise NotSent(exit_status(reply), "%s: %s; the others were sent to" % (printable(name, 200), reply))
 
 
 def verify(stores: Stores, words: Sequence[str]) -> int:
@@ -7324,8 +7299,14 @@ class RelayExtension(Extension):
     commands = {"queue": queue_command, "mx": mx_command, "sendmail": sendmail_command}
 
     def listeners(self, config: Config) -> List[Any]:
-        """See that all servers can be spoken to; CannotRun."""
-        check_servers(config)
+        """See that all servers can be spoken to: a Python without TLS cannot use it; CannotRun."""
+        routes = [("--route", server) for _, server in config.route]
+        for option, server in [("--smarthost", config.smarthost), ("--release", config.release), *routes]:
+            if server and server.tls:
+                try:
+                    tls_context(False)
+                except CannotRun as error:
+                    raise CannotRun("%s %s: %s; use another Python, or smtp://" % (option, server, error)) from None
         return []
 
     def queue(self, storage: Storage, config: Config, clock: Callable[[], float]) -> Queue:
@@ -7344,11 +7325,11 @@ class RelayExtension(Extension):
             node.relay.start()
 
     def stop(self, node: Any) -> None:
-        if getattr(node, "relay", None):
+        if node.relay:
             node.relay.stop()
 
     def join(self, node: Any, seconds: float) -> None:
-        if getattr(node, "relay", None):
+        if node.relay:
             node.relay.join(seconds)
 
 
