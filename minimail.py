@@ -9220,7 +9220,7 @@ class Session(socketserver.BaseRequestHandler, Task):
             except TimedOut:
                 self.wire.deadline = self.wire.clock() + 1.0
                 self.over = True
-                self.farewell("stop" if self.site.stopping else "timeout")
+                self.farewell()
             await self.wire.flush()
         except (Disconnected, TimedOut) as error:
             if str(error):
@@ -9237,7 +9237,7 @@ class Session(socketserver.BaseRequestHandler, Task):
     async def open_session(self) -> None:
         """Greet; with TLS from the first byte, make the handshake first."""
         if self.tls_from_start:
-            await self.start_tls()
+            await self.start_tls(b"")
         if self.site.door.asks_policy:
             try:
                 await wait(lambda: self.site.door.ask("on_connect", self.client))
@@ -9246,8 +9246,7 @@ class Session(socketserver.BaseRequestHandler, Task):
                 self.over = True
                 return self.wire.send(self.refusal(refused.reply.text))
         greeting = self.greeting()
-        if self.pause:
-            await self.keep_back()
+        await self.keep_back()
         self.tell(greeting)
 
     async def next_command(self) -> None:
@@ -9323,8 +9322,11 @@ class Session(socketserver.BaseRequestHandler, Task):
             log.error("%s from %s failed", printable(name, 20), self.client, exc_info=error)
         return self.trouble(error)
 
-    async def start_tls(self) -> None:
-        assert self.site.certificates
+    async def start_tls(self, go_ahead: bytes) -> None:
+        """Make the handshake, once the client was told that it may begin; Refused."""
+        if not self.site.certificates or self.wire.tls:
+            raise Refused(503, "5.5.1", "TLS is on already" if self.wire.tls else "no TLS here")
+        self.wire.send(go_ahead)
         await self.wire.start_tls(self.site.certificates.context(), server_side=True)
         self.request = self.wire.sock
 
@@ -9354,6 +9356,17 @@ class Session(socketserver.BaseRequestHandler, Task):
         if key is None:
             await wait(site.throttle.delay(self.client))
         return key
+
+    async def challenge(self, words: bytes) -> bytes:
+        """Return what the client answers to a SASL challenge; Refused, also when it cancels."""
+        self.wire.send(words + b"\r\n")
+        try:
+            response = await self.wire.line(MAX_AUTH_LINE)
+        except LineTooLong:
+            raise Refused(500, "5.5.6", "response too long") from None
+        if response == b"*":
+            raise Refused(501, "5.7.0", "cancelled")
+        return response
 
     def check_guesses(self) -> None:
         """Refused when the client has had too many wrong passwords."""
@@ -9397,11 +9410,18 @@ class Session(socketserver.BaseRequestHandler, Task):
 
     async def keep_back(self) -> None:
         """Wait as long as a fault rule wants the next answer to take."""
+        if not self.pause:
+            return
         seconds, self.pause = self.pause, 0.0
         self.wire.renew(seconds)
         await self.wire.flush()
         await wait(seconds)
         self.wire.renew()
+
+    def shown(self, words: List[str]) -> List[str]:
+        """Return what we can do without what a fault rule hides."""
+        faults = self.site.faults
+        return [word for word in words if not faults.hides(word.split()[0])] if faults else words
 
     # What the protocol adds.
 
@@ -9448,7 +9468,7 @@ class Session(socketserver.BaseRequestHandler, Task):
         """Put an answer on the wire; the only place that does."""
         raise NotImplementedError
 
-    def farewell(self, why: str) -> None:
+    def farewell(self) -> None:
         """Say why the session ends, if the protocol has words for it."""
 
     def ended(self) -> None:
@@ -9591,6 +9611,7 @@ class SMTPSession(Session):
     started = 0.0
     ASKS_BOOK = ("MAIL", "RCPT", "AUTH")
     SYNCHRONOUS = ("EHLO", "HELO", "DATA", "STARTTLS", "AUTH", "VRFY", "QUIT", "NOOP")  # end a pipeline (RFC 2920)
+    BARE = ("STARTTLS", "DATA", "RSET", "QUIT")     # take no argument
     LEADING_ON = ("MAIL", "RCPT", "DATA", "BDAT")   # to a message; the others do not, and have an end some time
 
     # What every conversation has.
@@ -9610,6 +9631,8 @@ class SMTPSession(Session):
         if self.idle > MAX_IDLE_COMMANDS:
             raise Refused(421, "4.7.0", "so many commands and no message", close=True)
         text = decode_argument(argument, self.lenient)
+        if text and name in self.BARE:
+            raise Refused(501, "5.5.4", name + " takes no argument")
         if self.site.door.asks_policy and name in ("MAIL", "RCPT"):
             return self.aside(lambda: method(text))     # its hooks take as long as they like
         return method(text)
@@ -9645,11 +9668,9 @@ class SMTPSession(Session):
     def trouble(self, error: Exception) -> Reply:
         return Reply(451, "4.3.0", "something went wrong here, try again later")
 
-    def tell(self, answer: Optional[Reply]) -> None:
-        if answer:
-            self.say(answer)
-
-    def say(self, reply: Reply) -> None:
+    def tell(self, reply: Optional[Reply]) -> None:
+        if reply is None:                           # the verb has told it already
+            return
         if reply.code >= 400:
             event("refused", protocol="smtp", client=self.client, reason=printable(str(reply)))
         elif self.verbose:
@@ -9660,11 +9681,11 @@ class SMTPSession(Session):
         self.wire.send(data)
         self.over = self.over or reply.close
 
-    def farewell(self, why: str) -> None:
-        if why == "stop":
-            self.say(Reply(421, "4.3.2", self.site.hostname + " is shutting down, try again later"))
+    def farewell(self) -> None:
+        if self.site.stopping:
+            self.tell(Reply(421, "4.3.2", self.site.hostname + " is shutting down, try again later"))
         else:
-            self.say(Reply(421, "4.4.2", self.site.hostname + " waited too long for you, closing"))
+            self.tell(Reply(421, "4.4.2", self.site.hostname + " waited too long for you, closing"))
 
     def in_flight(self) -> bool:
         return self.busy
@@ -9716,9 +9737,7 @@ class SMTPSession(Session):
         if self.may_log_in and self.user is None:
             words.append("AUTH PLAIN LOGIN")
         words.append("HELP")
-        if self.site.faults:
-            words = [word for word in words if not self.site.faults.hides(word.split()[0])]
-        return Reply(250, "", "\n".join([self.site.hostname] + words))
+        return Reply(250, "", "\n".join([self.site.hostname] + self.shown(words)))
 
     def introduce(self, argument: str, esmtp: bool) -> None:
         name = argument.strip()
@@ -9730,12 +9749,7 @@ class SMTPSession(Session):
 
     async def do_STARTTLS(self, argument: str) -> None:
         """RFC 3207. The next word is the client's."""
-        if argument:
-            raise Refused(501, "5.5.4", "STARTTLS takes no argument")
-        if self.wire.tls or not self.site.certificates:
-            raise Refused(503, "5.5.1", "TLS is on already" if self.wire.tls else "no TLS here")
-        self.wire.send(Reply(220, "2.0.0", "go ahead").encode())
-        await self.start_tls()
+        await self.start_tls(Reply(220, "2.0.0", "go ahead").encode())
         self.drop_transaction()
         self.helo, self.esmtp = "", False           # section 4.2: forget everything
         self.become(None)
@@ -9757,12 +9771,13 @@ class SMTPSession(Session):
         self.check_guesses()
         try:
             if mechanism.upper() == "PLAIN":
-                response = initial.encode() if initial else await self.challenge(b"")
+                response = initial.encode() if initial else await self.challenge(b"334 ")
                 name, password = sasl_plain(b"" if response == b"=" else response, capture)
             elif mechanism.upper() == "LOGIN":
-                response = initial.encode() if initial else await self.challenge(b"Username:")
+                response = initial.encode() if initial else await self.challenge(b"334 " + base64.b64encode(b"Username:"))
                 name = sasl_text(base64.b64decode(response, validate=True), capture)
-                password = sasl_text(base64.b64decode(await self.challenge(b"Password:"), validate=True), capture)
+                response = await self.challenge(b"334 " + base64.b64encode(b"Password:"))
+                password = sasl_text(base64.b64decode(response, validate=True), capture)
             else:
                 raise Refused(504, "5.5.4", "AUTH PLAIN or LOGIN")
         except ValueError:                          # binascii.Error is one; its text could show what was sent
@@ -9777,17 +9792,6 @@ class SMTPSession(Session):
     def too_many_guesses(self) -> Refused:
         return Refused(421, "4.7.0", "too many wrong passwords, come back later", close=True)
 
-    async def challenge(self, text: bytes) -> bytes:
-        """Return the client's answer to a SASL challenge; Refused when it cancels."""
-        self.wire.send(b"334 " + base64.b64encode(text) + b"\r\n")
-        try:
-            answer = await self.wire.line(MAX_AUTH_LINE)
-        except LineTooLong:
-            raise Refused(500, "5.5.6", "response too long") from None
-        if answer == b"*":
-            raise Refused(501, "5.7.0", "cancelled")
-        return answer
-
     # The envelope.
 
     def do_MAIL(self, argument: str) -> Reply:
@@ -9795,12 +9799,7 @@ class SMTPSession(Session):
             raise Refused(503, "5.5.1", "say EHLO first")
         if self.transaction:
             raise Refused(503, "5.5.1", "one transaction at a time; RSET ends it")
-        keyword, colon, path = argument.partition(":")
-        if keyword.strip().upper() != "FROM" or not colon:
-            raise Refused(501, "5.5.4", "MAIL FROM:<address>")
-        sender, rest = parse_path(path, self.lenient)
-        if sender and self.lenient:
-            sender = self.site.book.qualified(sender)
+        sender, rest = self.path_in(argument, "MAIL", "FROM")
         envelope = Envelope(str(sender) if sender else "", helo=self.helo, client=self.client, trusted=self.trusted)
         if rest:
             parameters = parse_parameters(rest)
@@ -9815,6 +9814,14 @@ class SMTPSession(Session):
         self.transaction = Transaction(envelope)
         self.started = time.monotonic()
         return SENDER_OK
+
+    def path_in(self, argument: str, verb: str, word: str) -> Tuple[Optional[Address], str]:
+        """Return the address of a MAIL or RCPT, None for the null path, and the parameters behind it; Refused."""
+        keyword, colon, path = argument.partition(":")
+        if keyword.strip().upper() != word or not colon:
+            raise Refused(501, "5.5.4", "%s %s:<address>" % (verb, word))
+        address, rest = parse_path(path, self.lenient)
+        return self.site.book.qualified(address) if address and self.lenient else address, rest
 
     def take_parameters(self, envelope: Envelope, parameters: Dict[str, str]) -> None:
         """Set what MAIL says about the message (RFC 1870, 6152, 6531, 4954); Refused."""
@@ -9840,12 +9847,7 @@ class SMTPSession(Session):
         transaction, door = self.transaction, self.site.door
         if not transaction or transaction.parcel:
             raise Refused(503, "5.5.1", "MAIL comes first" if not transaction else "the content has begun")
-        keyword, colon, path = argument.partition(":")
-        if keyword.strip().upper() != "TO" or not colon:
-            raise Refused(501, "5.5.4", "RCPT TO:<address>")
-        address, rest = parse_path(path, self.lenient)
-        if address and self.lenient:
-            address = self.site.book.qualified(address)
+        address, rest = self.path_in(argument, "RCPT", "TO")
         if address is None:
             raise Refused(501, "5.1.3", "the null path cannot receive mail")
         envelope = transaction.envelope
@@ -9879,15 +9881,12 @@ class SMTPSession(Session):
 
     async def do_DATA(self, argument: str) -> None:
         """The 250 is a promise: the message is on disk for every recipient."""
-        if argument:
-            raise Refused(501, "5.5.4", "DATA takes no argument")
         transaction = self.begin_content()
         if transaction.parcel:
             raise Refused(503, "5.5.1", "BDAT has begun, DATA cannot follow")
         parcel = self.begin_parcel(transaction, dots=True)
-        if self.pause:
-            await self.keep_back()
-        self.say(GO_AHEAD)
+        await self.keep_back()
+        self.tell(GO_AHEAD)
         await self.receive(parcel, transaction.content, None)
         await self.deliver(transaction, parcel)
 
@@ -9971,7 +9970,7 @@ class SMTPSession(Session):
         finally:
             self.busy = False
         self.idle = 0
-        self.say(self.answer(parcel))
+        self.tell(self.answer(parcel))
         try:
             await self.wire.flush()                 # the client has its 250 before anybody else hears of the message
         finally:                                    # if it is gone, the message is there all the same
@@ -9987,8 +9986,7 @@ class SMTPSession(Session):
         door, envelope = self.site.door, transaction.envelope
         try:
             self.raise_content_fault("end", envelope)
-            if self.pause:
-                await self.keep_back()
+            await self.keep_back()
             if door.asks_policy:
                 await wait(lambda: door.finish(parcel))
             else:
@@ -10010,8 +10008,6 @@ class SMTPSession(Session):
     # The rest.
 
     def do_RSET(self, argument: str) -> Reply:
-        if argument:
-            raise Refused(501, "5.5.4", "RSET takes no argument")
         self.drop_transaction()
         return OK
 
@@ -10034,8 +10030,6 @@ class SMTPSession(Session):
         return Reply(214, "2.0.0", "RFC 5321 is spoken here: " + " ".join(verbs))
 
     def do_QUIT(self, argument: str) -> Reply:
-        if argument:
-            raise Refused(501, "5.5.4", "QUIT takes no argument")
         return Reply(221, "2.0.0", self.site.hostname + " says goodbye", close=True)
 
 
@@ -10132,19 +10126,14 @@ class POP3Session(Session):
         if self.site.certificates and not self.wire.tls and self.user is None:
             words.append("STLS")
         words.append("IMPLEMENTATION minimail-" + __version__)
-        if self.site.faults:
-            words = [word for word in words if not self.site.faults.hides(word.split()[0])]
-        return ("+OK\r\n%s\r\n.\r\n" % "\r\n".join(words)).encode()
+        return ("+OK\r\n%s\r\n.\r\n" % "\r\n".join(self.shown(words))).encode()
 
     def do_UTF8(self, argument: bytes) -> bytes:
         """RFC 6856: what we send has always been raw."""
         return b"+OK\r\n"
 
     async def do_STLS(self, argument: bytes) -> bytes:
-        if self.wire.tls or not self.site.certificates:
-            raise Refused(500, "", "TLS is on already" if self.wire.tls else "no TLS here")
-        self.wire.send(b"+OK go ahead\r\n")
-        await self.start_tls()
+        await self.start_tls(b"+OK go ahead\r\n")
         self.name = ""
         return b""
 
@@ -10179,13 +10168,7 @@ class POP3Session(Session):
         if mechanism.upper() != b"PLAIN":
             raise Refused(500, "", "AUTH PLAIN")
         if not response:
-            self.wire.send(b"+ \r\n")
-            try:
-                response = await self.wire.line(MAX_AUTH_LINE)
-            except LineTooLong:
-                raise Refused(500, "", "response too long") from None
-            if response == b"*":
-                raise Refused(500, "", "cancelled")
+            response = await self.challenge(b"+ ")
         try:
             name, password = sasl_plain(b"" if response == b"=" else response, self.site.config.capture)
         except ValueError:
