@@ -10412,6 +10412,12 @@ EXTENSIONS.append(POP3Extension())
 # 17  Node.  Puts everything together; the library's front door.
 # ======================================================================================================================
 
+def first_address(name: str) -> Any:
+    """Return a property of a node: (host, port) of its first listener of that name, None without one."""
+    return property(lambda node: next((endpoint for kind, endpoint in node.endpoints() if kind == name), None),
+                    doc="(host, port) of the first %s listener, None without one." % name)
+
+
 class Node:
     """A mail node: the options of the command line as keywords, `data=None` for a temporary directory.
 
@@ -10533,15 +10539,13 @@ class Node:
             loop.crew.do(self._sweep)
             if self.config.max_age:
                 threading.Thread(target=self._expire, args=(site,), name="minimail-age", daemon=True).start()
-        except OSError as error:
+        except BaseException as error:
             self.stop()
             self._undo_start()
+            if not isinstance(error, OSError):
+                raise
             raise CannotRun(error.errno or errno.EIO, "cannot use the data directory %s: %s" % (
                 self.data or self.config.data, reason_of(error))) from None
-        except BaseException:
-            self.stop()
-            self._undo_start()
-            raise
 
     def _sweep(self) -> None:
         """Clean up what dead processes left behind."""
@@ -10594,33 +10598,12 @@ class Node:
         """Return (name, (host, port)) of every listener."""
         return [(listener.name, listener.endpoint) for listener in self._listeners]
 
-    def _endpoint(self, name: str) -> Optional[Endpoint]:
-        return next((endpoint for kind, endpoint in self.endpoints() if kind == name), None)
-
-    @property
-    def smtp_address(self) -> Any:
-        """(host, port) of the first SMTP listener, None without one; so the five below."""
-        return self._endpoint("smtp")
-
-    @property
-    def smtps_address(self) -> Any:
-        return self._endpoint("smtps")
-
-    @property
-    def pop3_address(self) -> Any:
-        return self._endpoint("pop3")
-
-    @property
-    def pop3s_address(self) -> Any:
-        return self._endpoint("pop3s")
-
-    @property
-    def web_address(self) -> Any:
-        return self._endpoint("web")
-
-    @property
-    def webs_address(self) -> Any:
-        return self._endpoint("webs")
+    smtp_address = first_address("smtp")
+    smtps_address = first_address("smtps")
+    pop3_address = first_address("pop3")
+    pop3s_address = first_address("pop3s")
+    web_address = first_address("web")
+    webs_address = first_address("webs")
 
     # The mail in it.
 
