@@ -8493,7 +8493,7 @@ class Doctor:
     It asks DNS only, and with `connect` the node's own addresses.
     """
 
-    ORDER = ("hostname", "mx", "ptr", "spf", "dkim", "dmarc", "mta_sts", "certificate", "addresses")
+    ORDER = ("hostname", "mx", "ptr", "spf", "dkim", "dmarc", "mta_sts", "certificate", "addresses", "port")
     MACHINE = ("clock", "data", "queue")
 
     def __init__(self, config: Config, hostname: str, resolver: Any, connect: bool = False,
@@ -8503,7 +8503,7 @@ class Doctor:
         self.resolver = resolver
         self.connect = connect
         self.clock = clock
-        self.domain = ""                            # the one that is looked at
+        self.domain = self.check = ""               # what is looked at
         self.addresses: List[str] = []              # of the hostname
         self.keyring = Keyring(config, hostname)
 
@@ -8517,140 +8517,131 @@ class Doctor:
 
     def _run(self, names: Sequence[str]) -> Iterator[Finding]:
         for name in names:
+            self.check = name
             try:
                 yield from getattr(self, "check_" + name)()
             except DNSFailure as error:
-                yield self.wrong(name, "no answer from DNS: %s" % error, "ask again; if it stays so, look at the name servers")
+                yield self.wrong("no answer from DNS: %s" % error, "ask again; if it stays so, look at the name servers")
 
-    def found(self, check: str, status: str, text: str, advice: str = "", *records: str) -> Finding:
-        return Finding(self.domain, check.replace("_", "-"), status, printable(text, 1000), advice, records)
+    def found(self, status: str, text: str, advice: str, *records: str) -> Finding:
+        return Finding(self.domain, self.check.replace("_", "-"), status, printable(text, 1000), advice, records)
 
-    def ok(self, check: str, text: str) -> Finding:
-        return self.found(check, "ok", text)
+    def ok(self, text: str) -> Finding:
+        return self.found("ok", text, "")
 
-    def note(self, check: str, text: str, advice: str = "", *records: str) -> Finding:
-        return self.found(check, "note", text, advice, *records)
+    def note(self, text: str, advice: str = "") -> Finding:
+        return self.found("note", text, advice)
 
-    def wrong(self, check: str, text: str, advice: str, *records: str) -> Finding:
-        return self.found(check, "wrong", text, advice, *records)
+    def wrong(self, text: str, advice: str, *records: str) -> Finding:
+        return self.found("wrong", text, advice, *records)
+
+    def lookup(self, name: str, type: str) -> List[str]:
+        """Return the data of a name's records as texts, of MX the hosts, the best one first; DNSFailure."""
+        try:
+            found = self.resolver.lookup(name, TYPES[type])
+        except NoSuchDomain:
+            return []
+        return [host for _, host in sorted(found)] if type == "MX" else found
 
     def addresses_of(self, host: str) -> List[str]:
-        """Return a host's addresses as DNS has them: what this machine's hosts file says, nobody else sees. DNSError."""
-        return self.lookup_of(host, "A") + self.lookup_of(host, "AAAA")
-
-    def lookup_of(self, name: str, type: str) -> List[str]:
-        """Return the data of a name's records as texts, of MX the hosts, the best one first; DNSError."""
-        found = self.resolver.lookup(name, TYPES[type])
-        return [host for _, host in sorted(found)] if type == "MX" else found
+        """Return a host's addresses as DNS has them: what this machine's hosts file says, nobody else sees. DNSFailure."""
+        return self.lookup(host, "A") + self.lookup(host, "AAAA")
 
     def texts(self, name: str, version: str) -> List[str]:
         """Return the TXT records at a name that begin with a version tag; DNSFailure."""
-        try:
-            return [text for text in self.resolver.lookup(name, TXT) if re.match(re.escape(version) + r"\s*(;|$)", text)]
-        except NoSuchDomain:
-            return []
+        return [text for text in self.lookup(name, "TXT") if re.match(re.escape(version) + r"\s*(;|$)", text)]
 
     def check_hostname(self) -> Iterator[Finding]:
-        name, advice = self.hostname, "give the machine's name in DNS: --hostname NAME"
-        self.addresses = []
+        name, self.addresses = self.hostname, []
         if "." not in name:
-            yield self.wrong("hostname", "%s is not a full name" % name, advice)
+            yield self.wrong("%s is not a full name" % name, "give the machine's name in DNS: --hostname NAME")
             return
-        with contextlib.suppress(NoSuchDomain):
-            self.addresses = self.addresses_of(name)
+        self.addresses = self.addresses_of(name)
         private = [address for address in self.addresses if not ipaddress.ip_address(address).is_global]
         if not self.addresses:
             records = ["%s. IN %s %s" % (name, "AAAA" if ":" in own else "A", own) for own in public_addresses()]
-            yield self.wrong("hostname", "%s has no address in DNS" % name, "publish the one that others reach it at", *(
+            yield self.wrong("%s has no address in DNS" % name, "publish the one that others reach it at", *(
                 records or ["; %s. IN A ADDRESS (this machine cannot tell which)" % name]))
         elif private:
-            yield self.note("hostname", "%s has an address that nobody else reaches: %s" % (name, ", ".join(private)))
+            yield self.note("%s has an address that nobody else reaches: %s" % (name, ", ".join(private)))
         else:
-            yield self.ok("hostname", "%s has the addresses %s" % (name, ", ".join(self.addresses)))
+            yield self.ok("%s has the addresses %s" % (name, ", ".join(self.addresses)))
 
     def check_mx(self) -> Iterator[Finding]:
         record = "%s. IN MX 10 %s." % (self.domain, self.hostname)
         try:
             records = sorted(self.resolver.mx(self.domain))
         except NoSuchDomain:
-            yield self.wrong("mx", "the domain %s does not exist in DNS" % self.domain, "register it, and publish", record)
+            yield self.wrong("the domain %s does not exist in DNS" % self.domain, "register it, and publish", record)
             return
-        leads = []
-        for preference, host, _ in records:
-            with contextlib.suppress(NoSuchDomain):
-                if host == self.hostname or (host and set(self.addresses_of(host)) & set(self.addresses)):
-                    leads.append((preference, host))
+        leads = [(preference, host) for preference, host, _ in records
+                 if host == self.hostname or (host and set(self.addresses_of(host)) & set(self.addresses))]
         if not leads:
             shown = ", ".join(host or "." for _, host, _ in records)
-            yield self.wrong("mx", "MX leads to %s, not here" % shown if records else "no MX record", "publish", record)
+            yield self.wrong("MX leads to %s, not here" % shown if records else "no MX record", "publish", record)
         elif leads[0][0] > records[0][0]:
-            yield self.note("mx", "MX leads here, but to %s before" % records[0][1], "as a backup only?")
+            yield self.note("MX leads here, but to %s before" % records[0][1], "as a backup only?")
         else:
-            yield self.ok("mx", "MX leads here, to %s" % leads[0][1])
+            yield self.ok("MX leads here, to %s" % leads[0][1])
 
     def check_ptr(self) -> Iterator[Finding]:
         for address in self.addresses:
-            names: List[str] = []
-            with contextlib.suppress(NoSuchDomain):
-                names = self.resolver.lookup(ipaddress.ip_address(address).reverse_pointer, PTR)
+            names = self.lookup(ipaddress.ip_address(address).reverse_pointer, "PTR")
             if self.hostname in names:
-                yield self.ok("ptr", "%s is %s" % (address, self.hostname))
+                yield self.ok("%s is %s" % (address, self.hostname))
             else:
-                yield self.wrong("ptr", "%s is %s, not %s" % (address, " ".join(names) or "nobody", self.hostname),
+                yield self.wrong("%s is %s, not %s" % (address, " ".join(names) or "nobody", self.hostname),
                                  "have the owner of the address (the VPS's provider) name it",
                                  "%s. IN PTR %s." % (ipaddress.ip_address(address).reverse_pointer, self.hostname))
 
     def check_spf(self) -> Iterator[Finding]:
-        record, advice = zone_record(self.domain, "v=spf1 mx -all"), "publish"
-        first = SPF(self.lookup_of, NOBODY, "postmaster@" + self.domain, self.hostname)
+        record = zone_record(self.domain, "v=spf1 mx -all")
+        first = SPF(self.lookup, NOBODY, "postmaster@" + self.domain, self.hostname)
         result = first.check(self.domain)           # every term is looked at
         if result == "temperror":
             raise DNSFailure(first.reason)
         if result == "none":
-            yield self.wrong("spf", "no SPF record", advice, record)
+            yield self.wrong("no SPF record", "publish", record)
         elif result == "permerror":
-            yield self.wrong("spf", "the record cannot be used: %s" % first.reason, "correct it, maybe to", record)
+            yield self.wrong("the record cannot be used: %s" % first.reason, "correct it, maybe to", record)
         elif result == "pass":
-            yield self.wrong("spf", "the record lets anybody send: %s" % first.reason, "end it in -all or ~all", record)
+            yield self.wrong("the record lets anybody send: %s" % first.reason, "end it in -all or ~all", record)
         elif self.config.smarthost:
-            yield self.note("spf", "the record uses %d of %d look-ups" % (first.lookups, MAX_SPF_LOOKUPS),
+            yield self.note("the record uses %d of %d look-ups" % (first.lookups, MAX_SPF_LOOKUPS),
                             "it has to let the smarthost %s send: see what its owner says" % self.config.smarthost.host)
         else:
             for address in self.addresses:
-                spf = SPF(self.lookup_of, address, "postmaster@" + self.domain, self.hostname)
+                spf = SPF(self.lookup, address, "postmaster@" + self.domain, self.hostname)
                 result = spf.check(self.domain)
                 text = "%s: %s (%s); %d of %d look-ups" % (address, result, spf.reason, first.lookups, MAX_SPF_LOOKUPS)
-                yield self.ok("spf", text) if result == "pass" else self.wrong(
-                    "spf", text, "let the record allow this address, maybe with", record)
+                yield self.ok(text) if result == "pass" else self.wrong(
+                    text, "let the record allow this address, maybe with", record)
 
     def check_dkim(self) -> Iterator[Finding]:
         if not self.keyring.files(self.domain):
-            yield self.wrong("dkim", "no key: mail leaves unsigned", "make one: minimail.py dkim %s" % self.domain)
+            yield self.wrong("no key: mail leaves unsigned", "make one: minimail.py dkim %s" % self.domain)
+        another = "make another: minimail.py dkim %s NAME" % self.domain
         for selector, file in self.keyring.files(self.domain):
             name = selector + "._domainkey." + self.domain
             try:
                 key = self.keyring.load(file)
                 unsafe = os.name != "nt" and os.stat(file).st_mode & 0o077
             except (OSError, ValueError) as error:
-                yield self.wrong("dkim", "%s: %s" % (file, reason_of(error)),
-                                 "make another: minimail.py dkim %s NAME" % self.domain)
+                yield self.wrong("%s: %s" % (file, reason_of(error)), another)
                 continue
-            texts: List[str] = []
-            with contextlib.suppress(NoSuchDomain):
-                texts = self.resolver.lookup(name, TXT)
+            texts = self.lookup(name, "TXT")
             misfits = [record_misfit(text, key) for text in texts]
             record = zone_record(name, key_record(key))
             if unsafe:
-                yield self.wrong("dkim", "others may read the key %s" % file, "chmod 600 %s" % file)
+                yield self.wrong("others may read the key %s" % file, "chmod 600 %s" % file)
             if not texts:
-                yield self.wrong("dkim", "the key %s is not published" % selector, "publish", record)
+                yield self.wrong("the key %s is not published" % selector, "publish", record)
             elif len(texts) > 1 or misfits[0]:
-                yield self.wrong("dkim", "%s: %s" % (name, misfits[0] or "several records"), "publish in its place", record)
+                yield self.wrong("%s: %s" % (name, misfits[0] or "several records"), "publish in its place", record)
             elif key.kind == "rsa" and key.bits < 2048:
-                yield self.note("dkim", "the key %s fits, but has %d bits only" % (selector, key.bits),
-                                "make another: minimail.py dkim %s NAME" % self.domain)
+                yield self.note("the key %s fits, but has %d bits only" % (selector, key.bits), another)
             else:
-                yield self.ok("dkim", "the key %s (%s, %d bits) is published, and a test signature verifies" % (
+                yield self.ok("the key %s (%s, %d bits) is published, and a test signature verifies" % (
                     selector, key.kind, key.bits))
 
     def check_dmarc(self) -> Iterator[Finding]:
@@ -8664,128 +8655,123 @@ class Doctor:
                 break
         policy = parse_tags(found[0]).get("p", "") if found else ""
         if not found:
-            yield self.wrong("dmarc", "no DMARC record", "publish, and p=quarantine once all is well", record)
+            yield self.wrong("no DMARC record", "publish, and p=quarantine once all is well", record)
         elif len(found) > 1 or policy.lower() not in ("none", "quarantine", "reject"):
-            yield self.wrong("dmarc", "%s: %s" % (place, "several records" if len(found) > 1 else "its p= is none of "
+            yield self.wrong("%s: %s" % (place, "several records" if len(found) > 1 else "its p= is none of "
                              "none, quarantine, reject"), "publish in its place", record)
         else:                                       # we sign with d= and send with a reverse-path of the very domain
-            yield self.ok("dmarc", "p=%s at %s; what we sign is aligned with From" % (policy, place))
+            yield self.ok("p=%s at %s; what we sign is aligned with From" % (policy, place))
 
     def check_mta_sts(self) -> Iterator[Finding]:
         reports = self.texts("_smtp._tls." + self.domain, "v=TLSRPTv1")
         if len(reports) > 1 or (reports and not re.match(r"(mailto|https):", parse_tags(reports[0]).get("rua", ""))):
-            yield self.wrong("mta_sts", "the TLS reporting record is wrong: it needs one rua=mailto: or https:", "publish",
+            yield self.wrong("the TLS reporting record is wrong: it needs one rua=mailto: or https:", "publish",
                              zone_record("_smtp._tls." + self.domain, "v=TLSRPTv1; rua=mailto:postmaster@" + self.domain))
         texts = self.texts("_mta-sts." + self.domain, "v=STSv1")
         if not texts:
-            yield self.ok("mta_sts", "none published: TLS to here is an opportunity")
+            yield self.ok("none published: TLS to here is an opportunity")
             return
         if not parse_sts_record(texts):
-            yield self.wrong("mta_sts", "the record at _mta-sts.%s is wrong" % self.domain, "publish in its place",
+            yield self.wrong("the record at _mta-sts.%s is wrong" % self.domain, "publish in its place",
                              zone_record("_mta-sts." + self.domain, "v=STSv1; id=%d" % self.clock()))
             return
         if not self.connect:
-            yield self.note("mta_sts", "published; the policy itself is fetched with --connect only")
+            yield self.note("published; the policy itself is fetched with --connect only")
             return
         try:
             policy = STS(self.config.data, self.resolver, lambda path, data: None, self.clock).fetch(self.domain, "check")
         except (OSError, ValueError, DNSError, CannotRun) as error:
-            yield self.wrong("mta_sts", "the policy of %s cannot be fetched: %s" % (self.domain, reason_of(error)),
+            yield self.wrong("the policy of %s cannot be fetched: %s" % (self.domain, reason_of(error)),
                              "let https://mta-sts.%s/.well-known/mta-sts.txt answer with it" % self.domain)
             return
         missing = [host for _, host, _ in self.resolver.mx(self.domain) if not policy.allows(host)]
         if missing and policy.mode != "none":
-            yield self.wrong("mta_sts", "the policy does not name the exchanger %s" % missing[0], "add it: mx: " + missing[0])
+            yield self.wrong("the policy does not name the exchanger %s" % missing[0], "add it: mx: " + missing[0])
         else:
-            yield self.ok("mta_sts", "policy %s, for %d days, names all exchangers" % (policy.mode, policy.max_age // 86400))
+            yield self.ok("policy %s, for %d days, names all exchangers" % (policy.mode, policy.max_age // 86400))
 
     def check_certificate(self) -> Iterator[Finding]:
         if not self.config.tls_cert:
-            yield self.wrong("certificate", "no certificate: mail comes in clear", "get one for %s, and --tls-cert FILE "
-                             "--tls-key FILE" % self.hostname)
+            yield self.wrong("no certificate: mail comes in clear",
+                             "get one for %s, and --tls-cert FILE --tls-key FILE" % self.hostname)
             return
         try:
             with open(self.config.tls_cert, "rb") as file:
                 certificate = read_certificate(file.read(MAX_KEY_FILE + 1))
         except (OSError, ValueError) as error:
-            yield self.wrong("certificate", "%s: %s" % (self.config.tls_cert, reason_of(error)),
-                             "give a certificate in PEM form")
+            yield self.wrong("%s: %s" % (self.config.tls_cert, reason_of(error)), "give a certificate in PEM form")
             return
         days = (certificate.not_after - self.clock()) / 86400
         fits = STSPolicy("", "", certificate.names, 0).allows(self.hostname)
         text = "for %s, %d days left" % (", ".join(certificate.names[:5]) or "nobody", days)
         if days <= 0 or not fits:
-            yield self.wrong("certificate", text if days > 0 else "it has ended", "get a new one for %s" % self.hostname)
+            yield self.wrong(text if days > 0 else "it has ended", "get a new one for %s" % self.hostname)
         elif days < 14:
-            yield self.note("certificate", text, "is it renewed by itself?")
+            yield self.note(text, "is it renewed by itself?")
         else:
-            yield self.ok("certificate", text)
+            yield self.ok(text)
 
     def check_addresses(self) -> Iterator[Finding]:
         accounts = Accounts(self.config.file("users"))
         book = AddressBook(self.config.domain, accounts, self.config.file("aliases"), self.config.catch_all, self.hostname)
         for name in "postmaster", "abuse":
+            address = Address(name, self.domain)
             try:
-                found = book.resolve(Address(name, self.domain))
+                found = book.resolve(address)
             except Refused as refused:
-                yield self.wrong("addresses", "%s@%s: %s" % (name, self.domain, refused.reply),
-                                 "add an alias: %s@%s: YOU@%s" % (name, self.domain, self.domain))
+                yield self.wrong("%s: %s" % (address, refused.reply), "add an alias: %s: YOU@%s" % (address, self.domain))
                 continue
-            readers = [box for box in found.mailboxes if box in accounts.names()] + [str(address) for address in found.remote]
+            readers = [box for box in found.mailboxes if box in accounts.names()] + list(map(str, found.remote))
             if readers:
-                yield self.ok("addresses", "%s@%s arrives at %s" % (name, self.domain, ", ".join(readers[:5])))
+                yield self.ok("%s arrives at %s" % (address, ", ".join(readers[:5])))
             else:
-                yield self.note("addresses", "%s@%s is kept, but nobody can log in to read it" % (name, self.domain),
-                                "add an alias in %s: %s@%s: YOU@%s" % (
-                                    self.config.file("aliases"), name, self.domain, self.domain))
-        if self.connect:
-            yield from self.ports()
+                yield self.note("%s is kept, but nobody can log in to read it" % str(address),
+                                "add an alias in %s: %s: YOU@%s" % (self.config.file("aliases"), address, self.domain))
 
-    def ports(self) -> Iterator[Finding]:
-        """Yield whether the node's own addresses answer on the port to which others send."""
-        for address in self.addresses:
+    def check_port(self) -> Iterator[Finding]:
+        """Do the node's own addresses answer on the port to which others send?"""
+        for address in self.addresses if self.connect else ():
             try:
                 with socket.create_connection((address, self.config.mx_port), timeout=10.0) as sock:
                     greeting = sock.recv(MAX_REPLY_LINE)
             except OSError as error:
-                yield self.wrong("port", "%s does not answer on port %d: %s" % (
-                    address, self.config.mx_port, reason_of(error)),
+                yield self.wrong("%s does not answer on port %d: %s" % (address, self.config.mx_port, reason_of(error)),
                                  "listen there (--smtp 0.0.0.0:25), and open the port in firewall and provider's panel")
                 continue
             if greeting.startswith(b"220") and self.hostname.encode() in greeting:
-                yield self.ok("port", "%s answers on port %d as %s" % (address, self.config.mx_port, self.hostname))
+                yield self.ok("%s answers on port %d as %s" % (address, self.config.mx_port, self.hostname))
             else:
-                yield self.wrong("port", "at %s somebody else answers: %s" % (address, printable(greeting, 100)),
+                yield self.wrong("at %s somebody else answers: %s" % (address, printable(greeting, 100)),
                                  "does another mail server run there?")
 
     def check_clock(self) -> Iterator[Finding]:
         synchronized = clock_is_synchronized()
         if synchronized is None:
-            yield self.found("clock", "skipped", "this platform does not tell whether something sets it")
+            yield self.found("skipped", "this platform does not tell whether something sets it", "")
         elif synchronized:
-            yield self.ok("clock", "set by NTP")
+            yield self.ok("set by NTP")
         else:
-            yield self.note("clock", "nobody sets it", "install a time service, as chrony or systemd-timesyncd")
+            yield self.note("nobody sets it", "install a time service, as chrony or systemd-timesyncd")
 
     def check_data(self) -> Iterator[Finding]:
         root = self.config.data
         try:
             info = os.stat(root)
         except OSError as error:
-            yield self.wrong("data", "%s: %s" % (root, error.strerror), "start the node once, or give its --data DIR")
+            yield self.wrong("%s: %s" % (root, error.strerror), "start the node once, or give its --data DIR")
             return
         if os.name != "nt" and info.st_mode & 0o077:
-            yield self.wrong("data", "others may look into %s" % root, "chmod 700 %s" % root)
+            yield self.wrong("others may look into %s" % root, "chmod 700 %s" % root)
         kind = file_system(root)
         missing = broken_promises(root)
         if missing:
-            yield self.wrong("data", "%s (%s) breaks promises: %s" % (root, kind, ", ".join(missing)), "use a local disk")
+            yield self.wrong("%s (%s) breaks promises: %s" % (root, kind, ", ".join(missing)), "use a local disk")
         elif kind in ("tmpfs", "ramfs"):
-            yield self.wrong("data", "%s is in memory (%s): all mail is gone at a reboot" % (root, kind), "use a disk")
+            yield self.wrong("%s is in memory (%s): all mail is gone at a reboot" % (root, kind), "use a disk")
         elif kind in ("nfs", "nfs4", "cifs", "smb3", "9p", "fuse.sshfs"):
-            yield self.note("data", "%s is on a network (%s)" % (root, kind), "one node only, and a server that keeps locks")
+            yield self.note("%s is on a network (%s)" % (root, kind), "one node only, and a server that keeps locks")
         else:
-            yield self.ok("data", "%s is ours alone, on %s, which flushes, links, renames and locks" % (root, kind))
+            yield self.ok("%s is ours alone, on %s, which flushes, links, renames and locks" % (root, kind))
 
     def check_queue(self) -> Iterator[Finding]:
         """What the queue knows about the way out: when nobody at all can be reached, the port is closed."""
@@ -8794,10 +8780,10 @@ class Doctor:
                    for recipient in entry.waiting() if recipient["last_reply"]]
         silent = sum("cannot connect" in reply for reply in replies)
         if silent > 1 and silent == len(replies):
-            yield self.wrong("queue", "all %d recipients that wait cannot be connected to" % silent,
+            yield self.wrong("all %d recipients that wait cannot be connected to" % silent,
                              "is port 25 closed on the way out? Ask the provider, or use --smarthost")
         else:
-            yield self.ok("queue", "%d recipients wait, %d of them for a host that does not answer" % (len(replies), silent))
+            yield self.ok("%d recipients wait, %d of them for a host that does not answer" % (len(replies), silent))
 
 
 def clock_is_synchronized() -> Optional[bool]:
