@@ -7407,13 +7407,14 @@ def pem(label: str, data: bytes) -> bytes:
     return "\n".join(["-----BEGIN %s-----" % label] + lines + ["-----END %s-----" % label, ""]).encode()
 
 
-def unpem(text: bytes, *labels: bytes) -> Iterator[Tuple[bytes, bytes]]:
-    """Yield (label, DER) of what a PEM file holds under these labels; ValueError."""
+def unpem(text: bytes, what: str, *labels: bytes) -> Tuple[bytes, DER]:
+    """Return (label, content) of the first sequence that a PEM file holds under one of these labels; ValueError."""
     if len(text) > MAX_KEY_FILE:
         raise ValueError("larger than %d bytes: no key" % MAX_KEY_FILE)
     for label, body in PEM.findall(text):
         if label in labels:
-            yield label, base64.b64decode(b"".join(body.split()), validate=True)
+            return label, DER(base64.b64decode(b"".join(body.split()), validate=True)).inside(SEQUENCE)
+    raise ValueError("no %s in PEM form" % what)
 
 
 class RSAKey:
@@ -7619,19 +7620,17 @@ def read_key(text: bytes) -> SigningKey:
     """Return the private key in a PEM file as OpenSSL and OpenDKIM write it, PKCS#1 or PKCS#8; ValueError says why not."""
     if b"ENCRYPTED" in text:
         raise ValueError("the key has a passphrase: take it off, as with `openssl pkey -in FILE -out FILE2`")
-    for label, data in unpem(text, b"RSA PRIVATE KEY", b"PRIVATE KEY"):
-        outer = DER(data).inside(SEQUENCE)
-        if label == b"RSA PRIVATE KEY":
-            return RSAKey.read(outer)
-        outer.integer()
-        kind = outer.inside(SEQUENCE).take(OID)
-        inner = outer.inside(OCTET_STRING)
-        if kind == RSA_OID:
-            return RSAKey.read(inner.inside(SEQUENCE))
-        if kind == ED25519_OID:
-            return Ed25519Key(inner.take(OCTET_STRING))
-        raise ValueError("neither an RSA nor an Ed25519 key")
-    raise ValueError("no private key in PEM form")
+    label, outer = unpem(text, "private key", b"RSA PRIVATE KEY", b"PRIVATE KEY")
+    if label == b"RSA PRIVATE KEY":
+        return RSAKey.read(outer)
+    outer.integer()
+    kind = outer.inside(SEQUENCE).take(OID)
+    inner = outer.inside(OCTET_STRING)
+    if kind == RSA_OID:
+        return RSAKey.read(inner.inside(SEQUENCE))
+    if kind == ED25519_OID:
+        return Ed25519Key(inner.take(OCTET_STRING))
+    raise ValueError("neither an RSA nor an Ed25519 key")
 
 
 class Certificate(NamedTuple):
@@ -7642,19 +7641,17 @@ class Certificate(NamedTuple):
 
 def read_certificate(text: bytes) -> Certificate:
     """Return names and end of the first certificate in a PEM file (RFC 5280 section 4.1); ValueError."""
-    for _, data in unpem(text, b"CERTIFICATE"):
-        fields = DER(data).inside(SEQUENCE).inside(SEQUENCE)
-        if fields.next_tag() == 0xA0:               # version
-            fields.take()
-        fields.take(INTEGER)
-        fields.take(SEQUENCE), fields.take(SEQUENCE)    # algorithm, issuer
-        validity = fields.inside(SEQUENCE)
-        validity.take()
-        form = "%y%m%d%H%M%SZ" if validity.next_tag() == 0x17 else "%Y%m%d%H%M%SZ"
-        import calendar
-        end = calendar.timegm(time.strptime(validity.take().decode("ascii"), form))
-        return Certificate(certificate_names(fields), end)
-    raise ValueError("no certificate in PEM form")
+    import calendar
+    fields = unpem(text, "certificate", b"CERTIFICATE")[1].inside(SEQUENCE)
+    if fields.next_tag() == 0xA0:                   # version
+        fields.take()
+    fields.take(INTEGER)
+    fields.take(SEQUENCE), fields.take(SEQUENCE)    # algorithm, issuer
+    validity = fields.inside(SEQUENCE)
+    validity.take()
+    form = "%y%m%d%H%M%SZ" if validity.next_tag() == 0x17 else "%Y%m%d%H%M%SZ"
+    end = calendar.timegm(time.strptime(validity.take().decode("ascii"), form))
+    return Certificate(certificate_names(fields), end)
 
 
 def certificate_names(fields: DER) -> List[str]:
@@ -8002,7 +7999,7 @@ def show_key(name: str, key: SigningKey) -> str:
 # holds at the next host, and what comes back to it finds its way.
 
 SRS_DIGITS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ234567"
-SRS_SEPARATORS = "=+-"
+SRS0, SRS1 = ([kind + separator for separator in "=+-"] for kind in ("SRS0", "SRS1"))
 
 
 def srs_hash(secret: str, *parts: str) -> str:
@@ -8017,34 +8014,32 @@ def srs_day(now: float) -> str:
 
 def srs_forward(sender: Address, domain: str, secret: str, now: float) -> Address:
     """Return the reverse-path, at our domain, under which mail from `sender` is sent on."""
-    tag, separator = sender.local[:4].upper(), sender.local[4:5]
-    if tag == "SRS0" and separator in SRS_SEPARATORS and separator:
+    kind = sender.local[:5].upper()
+    if kind in SRS0:
         host, rest = sender.domain, sender.local[4:]
-        return Address("SRS1=%s=%s=%s" % (srs_hash(secret, host, rest), host, rest), domain)
-    if tag == "SRS1" and sender.local[4:].count("=") >= 3 and separator in SRS_SEPARATORS:
+    elif kind in SRS1 and sender.local[4:].count("=") >= 3:
         _, host, rest = sender.local[5:].split("=", 2)
-        return Address("SRS1=%s=%s=%s" % (srs_hash(secret, host, rest), host, rest), domain)
-    day = srs_day(now)
-    return Address("SRS0=%s=%s=%s=%s" % (srs_hash(secret, day, sender.domain, sender.local), day, sender.domain, sender.local),
-                   domain)
+    else:
+        parts = srs_day(now), sender.domain, sender.local
+        return Address("=".join(("SRS0", srs_hash(secret, *parts), *parts)), domain)
+    return Address("=".join(("SRS1", srs_hash(secret, host, rest), host, rest)), domain)
 
 
 def srs_reverse(local: str, keys: Sequence[str], now: float) -> Optional[Address]:
     """Return where mail to a local part of the kind goes back to; None for any other; Refused when it is forged or late."""
-    tag, separator, rest = local[:4].upper(), local[4:5], local[5:]
-    if tag not in ("SRS0", "SRS1") or not separator or separator not in SRS_SEPARATORS:
+    kind = local[:5].upper()
+    if kind not in SRS0 + SRS1:
         return None
-    parts = rest.split("=", 3 if tag == "SRS0" else 2)
-    if len(parts) != (4 if tag == "SRS0" else 3) or not all(parts) or not is_domain(parts[-2]):
+    count = 4 if kind in SRS0 else 3
+    said, *signed = local[5:].split("=", count - 1)
+    if len(signed) != count - 1 or not said or not all(signed) or not is_domain(signed[-2]) or not any(
+            hmac.compare_digest(srs_hash(key, *signed).lower().encode(), said.lower().encode()) for key in keys):
         raise Refused(550, "5.1.1", "not an address that this node made")
-    signed = parts[1:]
-    if not any(hmac.compare_digest(srs_hash(key, *signed).lower().encode(), parts[0].lower().encode()) for key in keys):
-        raise Refused(550, "5.1.1", "not an address that this node made")
-    if tag == "SRS1":
-        return Address("SRS0" + parts[2], parts[1])
-    if not is_recent(parts[1], now):
+    if kind in SRS1:
+        return Address("SRS0" + signed[1], signed[0])
+    if not is_recent(signed[0], now):
         raise Refused(550, "5.1.1", "too late: mail could come back to this address for %d days" % SRS_DAYS)
-    return Address(parts[3], parts[2])
+    return Address(signed[2], signed[1])
 
 
 def is_recent(day: str, now: float) -> bool:
@@ -8211,16 +8206,11 @@ class STS:
 
     def fetch(self, domain: str, id: str) -> STSPolicy:
         """Fetch a policy: HTTPS, verified, no redirects, bounded size and time. OSError, ValueError, DNSError, CannotRun."""
-        try:
-            import ssl
-        except ImportError:
-            raise CannotRun("this Python has no ssl module") from None
-        host = "mta-sts." + domain
+        host, context = "mta-sts." + domain, tls_context(True)
         deadline = time.monotonic() + STS_TIMEOUT
         failure: Optional[OSError] = None
         for address, _ in self.resolver.addresses(host)[:MAX_EXCHANGERS]:
             try:
-                context = ssl.create_default_context()
                 with socket.create_connection((address, self.port), timeout=STS_TIMEOUT / 3) as plain, \
                         context.wrap_socket(plain, server_hostname=host, suppress_ragged_eofs=False) as sock:
                     return parse_sts_policy(self._get(sock, host, deadline), id, self.clock())
@@ -8865,15 +8855,11 @@ def check_command(config: Config, arguments: List[str]) -> int:
     if given.json:
         print(json.dumps([finding._asdict() for finding in findings], indent=1))
     else:
-        print_records(findings)
+        records = list(dict.fromkeys(record for finding in findings for record in finding.records))
+        if records:
+            print("\n; to publish:\n" + "\n".join(records) + "\n")
         print("%d things are wrong" % len(wrong) if wrong else "nothing is wrong")
     return 1 if wrong else 0
-
-
-def print_records(findings: Sequence[Finding]) -> None:
-    records = list(dict.fromkeys(record for finding in findings for record in finding.records))
-    if records:
-        print("\n; to publish:\n" + "\n".join(records) + "\n")
 
 
 class Standing(Outbound):
