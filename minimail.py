@@ -8270,9 +8270,11 @@ class SPFTerm(NamedTuple):
 def parse_spf(text: str) -> List[SPFTerm]:
     """Return the terms of a record behind its version (RFC 7208 section 4.6.1); SPFError."""
     terms = []
-    for word in text.split(" ")[1:]:
-        if word:
+    for word in filter(None, text.split(" ")[1:]):
+        try:
             terms.append(parse_spf_term(word))
+        except ValueError:
+            raise SPFError("permerror", "wrong term: " + printable(word, 80)) from None
     for name in "redirect", "exp":
         if sum(term.name == name + "=" for term in terms) > 1:
             raise SPFError("permerror", "more than one %s=" % name)
@@ -8280,46 +8282,37 @@ def parse_spf(text: str) -> List[SPFTerm]:
 
 
 def parse_spf_term(word: str) -> SPFTerm:
-    """Return one term, its name with a = behind when it is a modifier; SPFError."""
-    wrong = SPFError("permerror", "wrong term: " + printable(word, 80))
+    """Return one term, its name with a = behind when it is a modifier; ValueError, SPFError."""
     match = SPF_TERM.fullmatch(word)
     if not match or not word.isascii():
-        raise wrong
-    sign, name, rest = match.groups()
+        raise ValueError("not a term")
+    sign, name, value = match.groups()
     name = name.lower()
-    if rest.startswith("="):
-        if sign or (name in ("redirect", "exp") and len(rest) < 2):
-            raise wrong
-        spf_check_macros(rest)
-        return SPFTerm("", name + "=", rest[1:], 0, 0)
+    if value.startswith("="):
+        if sign or (name in ("redirect", "exp") and value == "="):
+            raise ValueError("not a modifier")
+        spf_check_macros(value)
+        return SPFTerm("", name + "=", value[1:], 0, 0)
     result = SPF_RESULTS[sign or "+"]
+    size4, size6 = "32", "128"
     if name in ("ip4", "ip6"):
-        address, _, size = rest[1:].partition("/")
-        limit = 32 if name == "ip4" else 128
-        try:
-            parsed = (ipaddress.IPv4Address if name == "ip4" else ipaddress.IPv6Address)(address)
-            sizes = prefix_length(size, limit) if "/" in rest else limit
-        except ValueError:
-            raise wrong from None
-        if not rest.startswith(":"):
-            raise wrong
-        return SPFTerm(result, name, str(parsed), sizes, sizes)
-    value, size4, size6 = rest, 32, 128
+        address, slash, size = value[1:].partition("/")
+        kind, limit = (ipaddress.IPv4Address, 32) if name == "ip4" else (ipaddress.IPv6Address, 128)
+        if not value.startswith(":"):
+            raise ValueError("no address")
+        length = prefix_length(size, limit) if slash else limit
+        return SPFTerm(result, name, str(kind(address)), length, length)
     if name in ("a", "mx"):
-        found = re.fullmatch(r"(.*?)(?:/([0-9]+))?(?://([0-9]+))?", rest)
-        try:
-            assert found
-            value = found.group(1)
-            size4 = prefix_length(found.group(2), 32) if found.group(2) else 32
-            size6 = prefix_length(found.group(3), 128) if found.group(3) else 128
-        except ValueError:
-            raise wrong from None
-    optional = name in ("a", "mx", "ptr")
-    if name not in ("all", "include", "exists", "a", "mx", "ptr") or (name == "all" and value) or (
-            name != "all" and not value.startswith(":") and not (optional and not value)) or value == ":":
-        raise wrong
+        found = re.fullmatch(r"(.*?)(?:/([0-9]+))?(?://([0-9]+))?", value, re.DOTALL)
+        value, size4, size6 = found.group(1), found.group(2) or size4, found.group(3) or size6   # type: ignore[union-attr]
+    if name not in ("all", "include", "exists", "a", "mx", "ptr"):
+        raise ValueError("not a mechanism")
+    if (value and not value.startswith(":")) or value == ":":
+        raise ValueError("not a domain")
+    if (value and name == "all") or (not value and name in ("include", "exists")):
+        raise ValueError("a domain is missing, or does not belong here")
     spf_check_macros(value)
-    return SPFTerm(result, name, value[1:], size4, size6)
+    return SPFTerm(result, name, value[1:], prefix_length(size4, 32), prefix_length(size6, 128))
 
 
 def prefix_length(text: str, limit: int) -> int:
@@ -8340,6 +8333,7 @@ class SPF:
     def __init__(self, lookup: Callable[[str, str], List[str]], host: str, sender: str, helo: str = "") -> None:
         self.lookup = lookup
         self.host = ipaddress.ip_address(host)
+        self.type = "A" if self.host.version == 4 else "AAAA"
         self.sender = sender if "@" in sender else "postmaster@" + (sender or helo)
         self.helo = helo
         self.lookups = self.voids = 0
@@ -8419,8 +8413,7 @@ class SPF:
         hosts = self._ask(target, "MX") if term.name == "mx" else [target]
         if len(hosts) > MAX_SPF_LOOKUPS:
             raise SPFError("permerror", "%s has more than %d exchangers" % (target, MAX_SPF_LOOKUPS))
-        type = "A" if self.host.version == 4 else "AAAA"
-        return any(self._is_in(address, term) for host in hosts if host for address in self._ask(host, type))
+        return any(self._is_in(address, term) for host in hosts if host for address in self._ask(host, self.type))
 
     def _is_in(self, address: str, term: SPFTerm) -> bool:
         size = term.size4 if self.host.version == 4 else term.size6
@@ -8429,11 +8422,10 @@ class SPF:
 
     def _names(self) -> List[str]:
         """Return the host's names that lead back to it (section 5.5)."""
-        type = "A" if self.host.version == 4 else "AAAA"
         found = []
         for name in self._ask(self.host.reverse_pointer, "PTR")[:MAX_SPF_LOOKUPS]:
             try:
-                if str(self.host) in self._ask(name, type):
+                if str(self.host) in self._ask(name, self.type):
                     found.append(name.lower().rstrip("."))
             except SPFError:
                 break
