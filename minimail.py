@@ -5074,22 +5074,17 @@ class Action(NamedTuple):
     """What is to be told, as the field of RFC 3464 section 2.3.3 has it, and in words."""
     subject: str
     before: str                                     # ... the addresses
-    after: str
+    after: str                                      # ... that the message was taken over
     digits: str                                     # with which its status may begin
 
 
 ACTIONS = {
-    "failed": Action("Undelivered mail returned to sender", "could not be delivered to:",
-                     "It was taken over on %(taken)s as %(id)s and is not tried again.", "54"),
+    "failed": Action("Undelivered mail returned to sender", "could not be delivered to:", " and is not tried again.", "54"),
     "delayed": Action("Delayed mail, still being tried", "could not be delivered yet to:",
-                      "It was taken over on %(taken)s as %(id)s and is tried until %(until)s.\r\n"
-                      "You need not send it again.", "4"),
-    "delivered": Action("Successful mail delivery report", "was delivered to:",
-                        "It was taken over on %(taken)s as %(id)s.", "2"),
-    "relayed": Action("Mail relay report", "was passed on to a server that will not report its delivery, for:",
-                      "It was taken over on %(taken)s as %(id)s.", "2"),
-    "expanded": Action("Mail expansion report", "was sent on to all who stand behind:",
-                       "It was taken over on %(taken)s as %(id)s.", "2")}
+                      " and is tried until {until}.\r\nYou need not send it again.", "4"),
+    "delivered": Action("Successful mail delivery report", "was delivered to:", ".", "2"),
+    "relayed": Action("Mail relay report", "was passed on to a server that will not report its delivery, for:", ".", "2"),
+    "expanded": Action("Mail expansion report", "was sent on to all who stand behind:", ".", "2")}
 
 
 class Report(NamedTuple):
@@ -5117,17 +5112,17 @@ def report_message(report: Report, recipients: Sequence[Dict[str, Any]], headers
     utf8 = not (report.sender.isascii() and all(recipient["address"].isascii() for recipient in recipients))
     clean = not utf8 and original.isascii() and not (report.full and report.eightbit)
     encoding = "Content-Transfer-Encoding: %s" % ("7bit" if clean else "8bit")
-    dates = {"taken": rfc5322_date(int(report.queued_at)), "until": rfc5322_date(int(report.until)), "id": report.id}
+    taken, until = rfc5322_date(int(report.queued_at)), rfc5322_date(int(report.until))
     text = ["This is the mail server at %s." % report.hostname, ""]
     present = [name for name in ACTIONS if any(recipient.get("action", "failed") == name for recipient in recipients)]
     for name in present:
         text += ["Your message " + ACTIONS[name].before, ""]
         text += [words_for(recipient, utf8) for recipient in recipients if recipient.get("action", "failed") == name]
-        text += ["", ACTIONS[name].after % dates, ""]
+        text += ["", "It was taken over on %s as %s%s" % (taken, report.id, ACTIONS[name].after.format(until=until)), ""]
     status = ["Original-Envelope-Id: " + envelope_id(report.envid)] if report.envid else []
-    status += ["Reporting-MTA: dns; " + report.hostname, "Arrival-Date: " + dates["taken"], ""]
+    status += ["Reporting-MTA: dns; " + report.hostname, "Arrival-Date: " + taken, ""]
     for recipient in recipients:
-        status += status_fields(recipient, utf8, dates["until"]) + [""]
+        status += status_fields(recipient, utf8, until) + [""]
     kind = ("global" if utf8 else "rfc822") if report.full else "global-headers" if utf8 else "rfc822-headers"
     parts = "\r\n".join([
         "From: Mail Delivery System <mailer-daemon@%s>" % report.hostname, "To: <%s>" % report.sender,
@@ -5214,11 +5209,12 @@ class Peer:
     Its methods are coroutines on the wire; run_blocking() runs them where a thread may wait.
     """
 
-    def __init__(self, sock: socket.socket, name: str, hostname: str, timeout: float) -> None:
+    def __init__(self, sock: socket.socket, name: str, hostname: str, timeout: float, host: str = "",
+                 server: Optional[Server] = None) -> None:
         self.wire = Wire(sock, timeout)
         self.name = name                            # for logs and bounces
-        self.host: Optional[str] = None             # whose connection this is, as the MX record has it
-        self.server: Optional[Server] = None        # that an option names, if it is one
+        self.host = host                            # whose connection this is, as the MX record has it
+        self.server = server                        # that an option names, if it is one
         self.hostname = hostname
         self.extensions: Dict[str, str] = {}
         self.secrets: List[str] = []                # what no text may show, should the peer say it
@@ -6493,7 +6489,6 @@ class Relay:
             tries.insert(1, (Security(False, False), False))    # better TLS that was not verified than none
         for demands, plain in tries:
             peer = self._connect(host, address, server)
-            peer.server = server
             try:
                 run_blocking(peer.wire, self._prepare(peer, host or address, address, server, demands, plain))
                 destination.peers.add(peer)
@@ -6537,9 +6532,7 @@ class Relay:
         with contextlib.suppress(OSError):          # only faster: what is short must not wait for an acknowledgement
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         end_when_gone(sock, self.timeout)
-        peer = Peer(sock, name, self.hostname, self.timeout)
-        peer.host = host
-        return peer
+        return Peer(sock, name, self.hostname, self.timeout, host, server)
 
     async def _prepare(self, peer: Peer, name: str, address: str, server: Optional[Server], demanded: Security,
                        plain: bool) -> None:
@@ -7190,10 +7183,8 @@ def login_name() -> str:
     try:
         import pwd
         return named or pwd.getpwuid(os.getuid()).pw_name
-    except ImportError:                             # Windows
+    except (ImportError, KeyError, OSError):        # Windows has no pwd
         return named or "nobody"
-    except (KeyError, OSError):
-        return "nobody"
 
 
 def local_sender(book: AddressBook, text: Optional[str]) -> str:
@@ -7974,9 +7965,11 @@ def dkim_command(config: Config, arguments: List[str]) -> int:
     for name, file in keyring.files(domain):
         if given.selector in (None, name):
             try:
-                print(show_key(name + "._domainkey." + domain, keyring.load(file)))
+                text = key_record(keyring.load(file))
             except ValueError as error:
                 raise CannotRun("%s: %s" % (file, error)) from None
+            place = name + "._domainkey." + domain
+            print("%s\n; where a form asks for it as one text, at %s:\n; %s" % (zone_record(place, text), place, text))
     return 0
 
 
@@ -7988,11 +7981,6 @@ def make_key(config: Config, file: str, kind: str, bits: int) -> None:
         key: SigningKey = Ed25519Key.generate(bits) if kind == "ed25519" else RSAKey.generate(bits)
         storage.write(file, pem("PRIVATE KEY", key.encode()))
         print("; a new key, in %s" % file)
-
-
-def show_key(name: str, key: SigningKey) -> str:
-    text = key_record(key)
-    return "%s\n; where a form asks for it as one text, at %s:\n; %s" % (zone_record(name, text), name, text)
 
 
 # SRS: the Sender Rewriting Scheme, as libsrs2 and postsrsd have it. A forward's reverse-path becomes one of ours, so that SPF
@@ -9144,6 +9132,7 @@ class Session(socketserver.BaseRequestHandler, Task):
     line_limit = MAX_COMMAND
     timeout = 300.0                                 # seconds
     ASKS_BOOK: Sequence[str] = ()                   # verbs that look into the files of users and aliases
+    SHUT_OUT: Reply                                 # to one who has tried too many passwords
 
     def __init__(self, request: Any, client_address: Any, server: "Listener") -> None:
         # BaseRequestHandler would run the whole conversation here; ours is the loop's.
@@ -9316,7 +9305,7 @@ class Session(socketserver.BaseRequestHandler, Task):
             key: Optional[str] = await wait(
                 Work(lambda: site.verify(self.client, name, password), site.accounts.hashing, self.is_wanted))
         except TooManyGuesses:                      # others came to their end while this one waited for its turn
-            raise self.too_many_guesses() from None
+            raise Refused(self.SHUT_OUT) from None
         if key is None:
             await wait(site.throttle.delay(self.client))
         return key
@@ -9335,7 +9324,7 @@ class Session(socketserver.BaseRequestHandler, Task):
     def check_guesses(self) -> None:
         """Refused when the client has had too many wrong passwords."""
         if not self.site.config.capture and self.site.throttle.shut_out(self.client):
-            raise self.too_many_guesses()
+            raise Refused(self.SHUT_OUT)
 
     def is_wanted(self) -> bool:
         """Return whether the client is still there, and the node goes on: asked before a long calculation."""
@@ -9414,10 +9403,6 @@ class Session(socketserver.BaseRequestHandler, Task):
         return name.encode() + b" ***" if name in ("AUTH", "PASS") else line
 
     def not_a_command(self, line: bytes, name: str) -> NoReturn:
-        raise NotImplementedError
-
-    def too_many_guesses(self) -> Refused:
-        """Return the answer to one who has tried too many passwords."""
         raise NotImplementedError
 
     def refuse(self, name: str, refused: Refused) -> Any:
@@ -9574,6 +9559,7 @@ class SMTPSession(Session):
     lenient = False                                 # ... say things as other servers take them; strangers speak RFC 5321
     started = 0.0
     ASKS_BOOK = ("MAIL", "RCPT", "AUTH")
+    SHUT_OUT = Reply(421, "4.7.0", "too many wrong passwords, come back later", close=True)
     SYNCHRONOUS = ("EHLO", "HELO", "DATA", "STARTTLS", "AUTH", "VRFY", "QUIT", "NOOP")  # end a pipeline (RFC 2920)
     BARE = ("STARTTLS", "DATA", "RSET", "QUIT")     # take no argument
     LEADING_ON = ("MAIL", "RCPT", "DATA", "BDAT")   # to a message; the others do not, and have an end some time
@@ -9752,9 +9738,6 @@ class SMTPSession(Session):
             raise Refused(535, "5.7.8", "name and password do not fit")
         event("login", protocol="smtp", client=self.client, user=printable(self.user))
         return Reply(235, "2.7.0", "welcome")
-
-    def too_many_guesses(self) -> Refused:
-        return Refused(421, "4.7.0", "too many wrong passwords, come back later", close=True)
 
     # The envelope.
 
@@ -10029,6 +10012,7 @@ class POP3Session(Session):
     name = ""
     lock = -1
     ASKS_BOOK = ("PASS", "AUTH")
+    SHUT_OUT = Reply(500, "", "[AUTH] too many wrong passwords, come back later", close=True)
     BEFORE = ("USER", "PASS", "AUTH", "CAPA", "STLS", "QUIT", "NOOP", "UTF8")   # the AUTHORIZATION state (RFC 1939 section 4)
     ONLY_BEFORE = ("USER", "PASS", "AUTH", "STLS")
     LEADING_ON = ("RETR", "TOP", "DELE")            # the others have an end some time, ...
@@ -10105,9 +10089,6 @@ class POP3Session(Session):
         if not self.may_log_in:
             raise Refused(500, "", "[AUTH] log in over TLS only")
         self.check_guesses()
-
-    def too_many_guesses(self) -> Refused:
-        return Refused(500, "", "[AUTH] too many wrong passwords, come back later", close=True)
 
     def do_USER(self, argument: bytes) -> bytes:
         self.check_privacy()
@@ -10343,20 +10324,8 @@ class Top:
             self.left -= count
             return data
         self.is_done = True
-        return data[:nth_line_end(data, start, self.left)]
-
-
-def nth_line_end(data: bytes, start: int, count: int) -> int:
-    """Return where the first `count` lines from `start` end; there are as many. Halves what is searched, for long blocks."""
-    low, high = start, len(data)
-    while count and high - low > 1:
-        middle = (low + high) // 2
-        found = data.count(b"\n", low, middle)
-        if found >= count:
-            high = middle
-        else:
-            low, count = middle, count - found
-    return high if count else start
+        rest = data[start:].split(b"\n", self.left)[-1]
+        return data[:len(data) - len(rest)]
 
 
 class POP3Extension(Extension):
