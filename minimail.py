@@ -5515,11 +5515,8 @@ class Peer:
         taken = answers[0].code // 100 == 2 and any(answer.code // 100 == 2 for answer in answers[1:])
         if data.code == 354 and taken:
             final = await self.send_content(message)
-        elif data.code == 354:
-            final = await self.command(".")         # RFC 2920 section 3.1: nobody is to get it, but DATA was taken
-        else:
-            final = data
-        if data.code != 354 or not taken:
+        else:                                       # RFC 2920 section 3.1: nobody is to get it, but DATA may have been taken
+            final = await self.command(".") if data.code == 354 else data
             try:
                 await self.command("RSET")
             except PeerFailed:                      # what it said before still counts
@@ -5674,9 +5671,6 @@ class Security(NamedTuple):
 
 class Outbound:
     """What another section may do to mail that leaves, by returning its own from Extension.outbound()."""
-
-    def __init__(self, config: Config, stores: Stores) -> None:
-        self.config, self.stores = config, stores
 
     def dress(self, entry: Entry, message: Outgoing) -> Outgoing:
         """Return the message as it is to go out; called once for all destinations. What `entry.extra` keeps is recorded."""
@@ -6013,8 +6007,8 @@ class Destination:
 class Relay:
     """Takes due entries from the queue into memory, a bounded number, and sends them."""
 
-    def __init__(self, config: Config, stores: Stores, dns: Sequence[Endpoint] = (), own: Sequence[Endpoint] = (),
-                 clock: Callable[[], float] = time.time, resolver: Any = None,
+    def __init__(self, config: Config, stores: Stores, resolver: Any, own: Sequence[Endpoint] = (),
+                 clock: Callable[[], float] = time.time,
                  connect: Callable[..., socket.socket] = socket.create_connection,
                  options: Optional[Callable[[], Config]] = None) -> None:
         self.config = config
@@ -6022,9 +6016,9 @@ class Relay:
         self.queue: Queue = stores.post.queue
         self.storage = stores.storage
         self.hostname = stores.hostname
-        self.routes = Routes(config, stores.hostname, resolver or Resolver(dns), own, options)
+        self.routes = Routes(config, stores.hostname, resolver, own, options)
         self.outbound: Outbound = next(filter(None, (
-            section.outbound(config, stores, self.routes.resolver) for section in EXTENSIONS)), Outbound(config, stores))
+            section.outbound(config, stores, resolver) for section in EXTENSIONS)), Outbound())
         self.clock = clock
         self.connect = connect
         self.timeout = config.seconds(300.0)
@@ -6056,7 +6050,6 @@ class Relay:
     def stop(self) -> None:
         """Begin to stop: what is being sent goes to its end, nothing new begins."""
         self._stopping = True
-        self.queue.submitted = lambda dispatch: False
         self.wake()
 
     def join(self, seconds: float) -> None:
@@ -6075,7 +6068,6 @@ class Relay:
         return True
 
     def _tell(self, function: Callable[..., None], *arguments: Any) -> None:
-        """Let the runner call a function."""
         self._inbox.put((function, arguments))
 
     def _run(self) -> None:
@@ -6901,7 +6893,6 @@ class NotSent(CannotRun):
 
 
 def exit_status(reply: Reply) -> int:
-    """Return the exit status of sysexits(3) for a refusal."""
     if reply.code < 500:
         return EX_TEMPFAIL
     known = {"5.1.1": EX_NOUSER, "5.1.2": EX_NOHOST, "5.1.3": EX_DATAERR, "5.7.1": EX_NOPERM}
@@ -7306,9 +7297,9 @@ class RelayExtension(Extension):
     def equip(self, node: Any) -> None:
         node.relay = None
         if node.stores.post.queue and node.relays:
-            resolver = node.resolver if node.zone is None else Zone(node.zone).resolver()
+            resolver = Zone(node.zone).resolver() if node.zone is not None else node.resolver or Resolver(node.config.dns)
             own = [endpoint for name, endpoint in node.endpoints() if name in ("smtp", "smtps")]
-            node.relay = Relay(relay_config(node.config), node.stores, node.config.dns, own, node.clock, resolver,
+            node.relay = Relay(relay_config(node.config), node.stores, resolver, own, node.clock,
                                options=lambda: relay_config(node.config))
 
     def start(self, node: Any) -> None:
@@ -7380,7 +7371,6 @@ class DER:
 
 
 def der(tag: int, *contents: bytes) -> bytes:
-    """Return an element in DER."""
     content = b"".join(contents)
     if len(content) < 128:
         return bytes([tag, len(content)]) + content
@@ -8992,14 +8982,12 @@ class Throttle:
         self._key = os.urandom(16)
         self._lock = threading.Lock()
 
-    def _places(self, kind: str, name: str) -> List[int]:
-        digest = hashlib.blake2b(("%s %s" % (kind, name)).encode("utf-8", "replace"), digest_size=8, key=self._key).digest()
-        return [number % self.BUCKETS * 16 for number in struct.unpack("II", digest)]
-
     def _count(self, kind: str, name: str, more: float = 0.0) -> float:
         """Return how many tries are remembered, `more` added."""
         counts, now = [], self.clock()
-        for place in self._places(kind, name):
+        digest = hashlib.blake2b(("%s %s" % (kind, name)).encode("utf-8", "replace"), digest_size=8, key=self._key).digest()
+        for number in struct.unpack("II", digest):
+            place = 16 * (number % self.BUCKETS)
             count, since = struct.unpack_from("dd", self._table, place)
             count = max(0.0, count - (now - since) * LOGIN_FAILURES / LOGIN_WINDOW)
             if more:
@@ -9121,7 +9109,7 @@ class Stalled(Exception):
     """A fault rule says that nothing more is said here."""
 
 
-class Session(socketserver.BaseRequestHandler, Task):
+class Session(Task):
     """One client's conversation, a coroutine that the loop carries.
 
     The verbs are the methods do_VERB(argument) of the subclass: each returns its answer, is a coroutine that does (where it
@@ -9134,12 +9122,10 @@ class Session(socketserver.BaseRequestHandler, Task):
     ASKS_BOOK: Sequence[str] = ()                   # verbs that look into the files of users and aliases
     SHUT_OUT: Reply                                 # to one who has tried too many passwords
 
-    def __init__(self, request: Any, client_address: Any, server: "Listener") -> None:
-        # BaseRequestHandler would run the whole conversation here; ours is the loop's.
-        self.request, self.client_address, self.server = request, client_address, server
-        self.site: Site = server.site
-        self.tls_from_start = server.tls
-        self.client = clients_address(client_address[0])
+    def __init__(self, sock: socket.socket, client: str, listener: "Listener") -> None:
+        self.site: Site = listener.site
+        self.tls_from_start = listener.tls
+        self.client = client                        # its IP address
         self.user: Optional[str] = None
         self.commands = self.errors = self.idle = 0     # given; wrong; in a row that led nowhere
         self.understood = False                     # one of them was right
@@ -9147,7 +9133,7 @@ class Session(socketserver.BaseRequestHandler, Task):
         self.pause = 0.0                            # seconds that a fault rule keeps the next answer back
         self.tape: Any = None
         self.verbose = log.isEnabledFor(logging.DEBUG)
-        self.wire = Wire(request, self.site.config.seconds(self.timeout))
+        self.wire = Wire(sock, self.site.config.seconds(self.timeout))
         self.site.sessions.add(self)
         self.coroutine = self.converse()
 
@@ -9281,7 +9267,6 @@ class Session(socketserver.BaseRequestHandler, Task):
             raise Refused(503, "5.5.1", "TLS is on already" if self.wire.tls else "no TLS here")
         self.wire.send(go_ahead)
         await self.wire.start_tls(self.site.certificates.context(), server_side=True)
-        self.request = self.wire.sock
 
     @property
     def private(self) -> bool:
@@ -9520,7 +9505,7 @@ class Listener(socketserver.TCPServer, Task):
             return self.shutdown_request(request)
         if log.isEnabledFor(logging.INFO):
             event("connect", protocol=self.name, client=show_endpoint(client_address[:2]))
-        self.site.loop.spawn(self.session(request, client_address, self))
+        self.site.loop.spawn(self.session(request, client, self))
 
 
 # ======================================================================================================================
@@ -9821,7 +9806,7 @@ class SMTPSession(Session):
         """Return the address, the first domain for the literal of the address that the client reached us at."""
         if not address.domain.startswith("[") or self.site.config.capture:
             return address
-        own = domain_literal(address.domain) == clients_address(self.request.getsockname()[0])
+        own = domain_literal(address.domain) == clients_address(self.wire.sock.getsockname()[0])
         return Address(address.local, self.site.book.home) if own else address
 
     # The content.
@@ -10280,7 +10265,6 @@ class POP3Session(Session):
         return b"+OK\r\n"
 
     def remove(self) -> None:
-        """Remove what is marked as deleted, as far as it can be."""
         for index in self.deleted:
             try:
                 self.site.mailboxes.delete(self.user or "", self.items[index])
