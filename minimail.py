@@ -5939,6 +5939,7 @@ class Destination:
 
     def __init__(self, target: Target, limit: Limit) -> None:
         self.target = target
+        self.name = encode_name(target.key)         # of its directory in busy/
         self.limit = limit
         self.turn = threading.Condition()           # notified when there is a job for one that lingers
         self.lingering = 0                          # workers with a connection and nothing to do
@@ -6240,7 +6241,7 @@ class Relay:
             if expired or destination.has_room(now):
                 open_to.append((destination, Job(dispatch, addresses)))
             else:
-                destination.overflow, dispatch.aside = True, encode_name(target.key)
+                destination.overflow, dispatch.aside = True, destination.name
         if groups and not open_to:
             self.queue.place_hint(dispatch, os.path.join(self.queue.busy, dispatch.aside))
             return
@@ -6267,7 +6268,7 @@ class Relay:
             if destination.lingering >= len(destination.jobs):
                 return destination.turn.notify(len(destination.jobs))
         if self._workers >= MAX_SENDERS:
-            self._hungry[encode_name(destination.target.key)] = destination
+            self._hungry[destination.name] = destination
             return
         try:
             self._threads.start(functools.partial(self._work, destination))
@@ -6338,7 +6339,7 @@ class Relay:
             return peer
         recipients = [recipient for recipient in dispatch.entry.waiting() if recipient["address"] in job.addresses]
         if destination.pauses(started) and (dispatch.entry.attempts or self.queue.age(dispatch.entry) < self.config.give_up):
-            destination.overflow, dispatch.aside = True, encode_name(destination.target.key)
+            destination.overflow, dispatch.aside = True, destination.name
             self._part_over(dispatch)                   # an attempt that was not made is not counted
             return peer
         replies: Dict[str, Reply] = {}
@@ -9269,13 +9270,9 @@ class Session(Task):
         await self.wire.start_tls(self.site.certificates.context(), server_side=True)
 
     @property
-    def private(self) -> bool:
-        """True when nobody on the network can read along."""
-        return self.wire.tls or is_loopback(self.client)
-
-    @property
     def may_log_in(self) -> bool:
-        return self.private or self.site.config.capture
+        """True in capture mode, and where nobody on the network can read along."""
+        return self.site.config.capture or self.wire.tls or is_loopback(self.client)
 
     async def log_in(self, name: str, password: str) -> Optional[str]:
         """Return the account's key, None when name and password do not fit: that is answered more and more slowly. Refused."""
@@ -10039,8 +10036,7 @@ class POP3Session(Session):
         return b"-ERR %s\r\n" % printable(refused.reply.text).encode("utf-8", "replace")
 
     def trouble(self, error: Exception) -> bytes:
-        reason = error.strerror or "error" if isinstance(error, OSError) else "something went wrong here"
-        return b"-ERR [SYS/TEMP] %s\r\n" % reason.encode()
+        return self.refusal(error.strerror or "error" if isinstance(error, OSError) else "something went wrong here")
 
     def tell(self, answer: bytes) -> None:
         self.wire.send(answer)
@@ -10552,9 +10548,8 @@ class Node:
     @staticmethod
     def _message(stores: Stores, parcel: Parcel) -> Message:
         """Return the message just delivered, in the first of its mailboxes."""
-        size = parcel.draft.written
-        name = "%s,S=%d,W=%d" % (stores.mailboxes.file_name(parcel.draft.id), size, size)
-        item = Item(name.partition(",")[0], size, "new", name)
+        name = os.path.basename(parcel.placed[-1])
+        item = Item(name.partition(",")[0], parcel.draft.written, "new", name)
         return Message(stores.mailboxes, parcel.mailboxes[0], item, lambda _: {
             "sender": parcel.envelope.sender, "recipients": list(map(str, parcel.envelope.recipients))})
 
