@@ -9110,7 +9110,7 @@ class Stalled(Exception):
     """A fault rule says that nothing more is said here."""
 
 
-class Session(Task):
+class Session(socketserver.BaseRequestHandler, Task):
     """One client's conversation, a coroutine that the loop carries.
 
     The verbs are the methods do_VERB(argument) of the subclass: each returns its answer, is a coroutine that does (where it
@@ -9123,10 +9123,12 @@ class Session(Task):
     ASKS_BOOK: Sequence[str] = ()                   # verbs that look into the files of users and aliases
     SHUT_OUT: Reply                                 # to one who has tried too many passwords
 
-    def __init__(self, sock: socket.socket, client: str, listener: "Listener") -> None:
-        self.site: Site = listener.site
-        self.tls_from_start = listener.tls
-        self.client = client                        # its IP address
+    def __init__(self, request: Any, client_address: Any, server: "Listener") -> None:
+        # BaseRequestHandler would run the whole conversation here; ours is the loop's.
+        self.request, self.client_address, self.server = request, client_address, server
+        self.site: Site = server.site
+        self.tls_from_start = server.tls
+        self.client = clients_address(client_address[0])
         self.user: Optional[str] = None
         self.commands = self.errors = self.idle = 0     # given; wrong; in a row that led nowhere
         self.understood = False                     # one of them was right
@@ -9134,7 +9136,7 @@ class Session(Task):
         self.pause = 0.0                            # seconds that a fault rule keeps the next answer back
         self.tape: Any = None
         self.verbose = log.isEnabledFor(logging.DEBUG)
-        self.wire = Wire(sock, self.site.config.seconds(self.timeout))
+        self.wire = Wire(request, self.site.config.seconds(self.timeout))
         self.site.sessions.add(self)
         self.coroutine = self.converse()
 
@@ -9502,7 +9504,7 @@ class Listener(socketserver.TCPServer, Task):
             return self.shutdown_request(request)
         if log.isEnabledFor(logging.INFO):
             event("connect", protocol=self.name, client=show_endpoint(client_address[:2]))
-        self.site.loop.spawn(self.session(request, client, self))
+        self.site.loop.spawn(self.session(request, client_address, self))
 
 
 # ======================================================================================================================
