@@ -14872,15 +14872,15 @@ def strange_variables(environ: Any) -> str:
     return "ignored: " + "; ".join(said[:5]) + more if said else ""
 
 
-def split_words(argv: Sequence[str], command: str = "") -> Tuple[str, List[str], List[str]]:
-    """Return (command, words that are options of ours, the command's own words).
+def split_words(argv: Sequence[str], command: str = "") -> Tuple[str, List[Tuple[str, Optional[str]]], List[str]]:
+    """Return (command, [(option of ours, its text; None without one)], the command's own words).
 
     What a command has itself is not ours: the --timeout of `wait`, and every flag with one dash of `sendmail`.
     """
     takes = {option_name(name): meta["metavar"] for name, meta in option_fields().items()
              if (command, name) != ("wait", "timeout")}
     takes.update({"--help": "", "--version": ""})
-    ours: List[str] = []
+    ours: List[Tuple[str, Optional[str]]] = []
     own: List[str] = []
     left = collections.deque(argv)
     while left:
@@ -14888,11 +14888,15 @@ def split_words(argv: Sequence[str], command: str = "") -> Tuple[str, List[str],
         if word == "--":
             own += [word, *left]
             break
-        name, equals, _ = word.partition("=")
-        (ours if name in takes else own).append(word)
-        maybe = takes.get(name) == "on|off"         # its value may be left out
-        if takes.get(name) and not equals and left and not (maybe and (left[0][:1] == "-" or left[0] in COMMANDS)):
-            ours.append(left.popleft())
+        name, equals, text = word.partition("=")
+        if name not in takes:
+            own.append(word)
+        elif equals:
+            ours.append((name, text))
+        elif not takes[name] or not left or left[0].startswith("-") or takes[name] == "on|off" and left[0] in COMMANDS:
+            ours.append((name, None))
+        else:
+            ours.append((name, left.popleft()))
     first = next((word for word in own if not word.startswith("-")), "serve")
     if first == "wait" and not command:
         return split_words(argv, first)
@@ -14901,23 +14905,18 @@ def split_words(argv: Sequence[str], command: str = "") -> Tuple[str, List[str],
     return first, ours, own
 
 
-def given_options(words: Sequence[str]) -> Dict[str, Any]:
-    """Return {field: text, or list of texts} of the words that are options of ours; UsageError."""
+def given_options(ours: Iterable[Tuple[str, Optional[str]]]) -> Dict[str, Any]:
+    """Return {field: text, or list of texts} of options; UsageError."""
     fields = dict(option_fields(), help={"metavar": "", "many": False}, version={"metavar": "", "many": False})
     given: Dict[str, Any] = {}
-    left = collections.deque(words)
-    while left:
-        option, equals, text = left.popleft().partition("=")
+    for option, text in ours:
         name = option[2:].replace("-", "_")
         kind = fields[name]["metavar"]
-        if equals and not kind:
+        if text is not None and not kind:
             raise UsageError("%s: takes no value" % option)
-        if kind and not equals and left and not left[0].startswith("-"):
-            text = left.popleft()
-        elif not equals and kind in ("", "on|off"):
-            text = "on"
-        elif not equals:
+        if text is None and kind not in ("", "on|off"):
             raise UsageError("%s: needs a value: %s" % (option, kind))
+        text = "on" if text is None else text
         given[name] = given.get(name, []) + [text] if fields[name]["many"] else text
     return given
 
@@ -15048,12 +15047,6 @@ def escape_output() -> None:
         reconfigure(errors="backslashreplace")
 
 
-def wants_json(ours: Sequence[str]) -> bool:
-    """Return whether errors are to be JSON, as far as that can be told before the options are understood."""
-    line = " ".join(ours)
-    return "--log json" in line or "--log=json" in line or "--log" not in line and os.environ.get("MINIMAIL_LOG") == "json"
-
-
 def run_command(words: Sequence[str]) -> int:
     """Do what a command line asks for; return the exit status. UsageError, CannotRun, OSError."""
     command, own, given = parse_command_line(words)
@@ -15085,7 +15078,7 @@ def main(argv: Optional[List[str]] = None) -> int:
     words = program_words(sys.argv) if argv is None else list(argv)
     command, ours, _ = split_words(words)
     usage, cannot = (64, 75) if command == "sendmail" else (2, 1)
-    json_wanted = wants_json(ours)
+    json_wanted = dict(ours).get("--log", os.environ.get("MINIMAIL_LOG")) == "json"     # before they are understood
 
     def fail(status: int, text: str) -> int:
         text = printable(text, 2000)
