@@ -15245,34 +15245,23 @@ def become_owner(data: str) -> None:
     except OSError:
         return
     if hasattr(os, "geteuid") and os.geteuid() == 0 and owner.st_uid != 0:
+        import pwd
+        try:
+            account = pwd.getpwuid(owner.st_uid)
+        except KeyError:                            # nobody knows the user
+            account = pwd.struct_passwd((str(owner.st_uid), "", owner.st_uid, owner.st_gid, "", "/", ""))
         import_all()
-        change_home(owner.st_uid)
-        groups = groups_of(owner.st_uid, owner.st_gid)
-        os.setgroups(groups)
-        os.setgid(groups[0])
-        os.setuid(owner.st_uid)
+        become(account)
 
 
-def groups_of(uid: int, gid: int) -> List[int]:
-    """Return a user's groups, as --run-as would have them, the main one first; `gid` where nobody knows the user."""
-    import pwd
-    try:
-        account = pwd.getpwuid(uid)
-    except KeyError:
-        return [gid]
-    return [account.pw_gid, *(group for group in os.getgrouplist(account.pw_name, account.pw_gid) if group != account.pw_gid)]
-
-
-def change_home(uid: int) -> None:
-    """Let the environment name the user that we become: what looks for files in root's HOME could not read them."""
-    import pwd
-    try:
-        name, home = pwd.getpwuid(uid).pw_name, pwd.getpwuid(uid).pw_dir
-    except KeyError:
-        name, home = str(uid), "/"
-    os.environ.update(HOME=home, USER=name, LOGNAME=name)
+def become(account: Any) -> None:
+    """Be the user of an entry of pwd, also in groups and home: what looks for files in root's could not read them. OSError."""
+    os.environ.update(HOME=account.pw_dir, USER=account.pw_name, LOGNAME=account.pw_name)
     for variable in [name for name in os.environ if name == "MAIL" or name.startswith(("XDG_", "SUDO_"))]:
         del os.environ[variable]
+    os.initgroups(account.pw_name, account.pw_gid)
+    os.setgid(account.pw_gid)
+    os.setuid(account.pw_uid)
 
 
 def announce(node: Node) -> None:
@@ -15298,10 +15287,7 @@ def drop_privileges(user: str, data: str) -> None:
         if not os.path.exists(data):
             os.makedirs(data, mode=0o700)
             os.chown(data, account.pw_uid, account.pw_gid)
-        change_home(account.pw_uid)
-        os.initgroups(user, account.pw_gid)
-        os.setgid(account.pw_gid)
-        os.setuid(account.pw_uid)
+        become(account)
     except OSError as error:
         raise CannotRun("--run-as %s: %s; only root can become another user" % (user, reason_of(error))) from None
     if account.pw_uid != 0:

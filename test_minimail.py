@@ -12889,11 +12889,17 @@ class CommandLine(Case):
         status, out, err = run_main_forked("mail", "--data", data)
         self.assertEqual((status, out, err.count("\n")), (1, "", 1), err)
         code = ("import minimail, os, sys; minimail.become_owner(sys.argv[1]); "
-                "print(os.getuid(), os.getgroups(), os.environ['HOME'] != '/root', os.environ['USER'] != 'root')")
-        ran = run_python("-c", code, data, cwd=COMPILED.name, env=dict(os.environ, HOME="/root", USER="root", XDG_RUNTIME_DIR="/run/root"))
-        self.assertEqual(ran.stdout.decode(), "65534 %s True True\n" % minimail.groups_of(65534, 65534))
-        self.assertNotIn(0, minimail.groups_of(65534, 65534))
-        self.assertEqual(minimail.groups_of(3999999, 4000), [4000])
+                "print(os.getuid(), os.getgid(), sorted(os.getgroups()), os.environ['HOME'], os.environ['USER'], 'XDG_RUNTIME_DIR' in os.environ)")
+        import pwd
+        nobody = pwd.getpwuid(65534)
+        groups = sorted(os.getgrouplist(nobody.pw_name, nobody.pw_gid))
+        for uid, gid, name, home, taken in ((65534, nobody.pw_gid, nobody.pw_name, nobody.pw_dir, groups),
+                                            (3999999, 4000, "3999999", "/", [4000])):
+            os.chown(data, uid, 4000)
+            ran = run_python("-c", code, data, cwd=COMPILED.name,
+                             env=dict(os.environ, HOME="/root", USER="root", XDG_RUNTIME_DIR="/run/root"))
+            self.assertEqual(ran.stdout.decode(), "%d %d %s %s %s False\n" % (uid, gid, taken, home, name))
+        self.assertNotIn(0, groups)
 
     def test_what_is_left_for_commands_has_no_password(self):
         program = self.start("--smtp", "127.0.0.1:0", "--domain", "x.example", "--smarthost", "smtp://me:hunter2@127.0.0.1:1",
