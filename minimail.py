@@ -11580,6 +11580,10 @@ class Query:
         except FileNotFoundError:                   # removed while we looked
             return False
 
+    def among(self, letters: Iterable[Any]) -> List[Any]:
+        """Return the messages that are meant."""
+        return [letter for letter in letters if self.matches(letter)]
+
     @classmethod
     def fits(cls, found: Searched, letter: Any, term: Tuple[bool, str, str, float]) -> bool:
         """Return whether one term holds. Where the text is cut, nobody can say that something is not in it."""
@@ -12572,24 +12576,18 @@ class Inbox(Letters):
         for session in list(self.visitors):
             session.hurry()
 
-    def letters(self, viewer: Viewer = EVERYTHING) -> List[Letter]:
-        """Return all messages that the viewer may see, newest first."""
-        return self.newest_first(viewer.own)
-
     def letter(self, request: Request, id: str) -> Letter:
         """Return the message with an id, or the latest; KeyError."""
-        letters = self.letters(request.viewer)
+        letters = self.newest_first(request.viewer.own)
         if id == "latest":
-            wanted = Query(request.query.get("query", ""))
-            return self._the(id, (letter for letter in letters if wanted.matches(letter)))
-        known = None if request.viewer.own else self.index.get(id)
-        return known or self._the(id, (letter for letter in letters if letter.id == id))
-
-    @staticmethod
-    def _the(id: str, found: Iterator[Letter]) -> Letter:
-        for letter in found:
-            return letter
-        raise KeyError(id)
+            found = next(filter(Query(request.query.get("query", "")).matches, letters), None)
+        elif request.viewer.own:
+            found = next((letter for letter in letters if letter.id == id), None)
+        else:
+            found = self.index.get(id)
+        if found is None:
+            raise KeyError(id)
+        return found
 
     # Requests.
 
@@ -12640,7 +12638,7 @@ class Inbox(Letters):
             "Content-Security-Policy": policy, "X-Frame-Options": "DENY", "Cross-Origin-Opener-Policy": "same-origin"})
 
     def info(self, request: Request) -> Answered:
-        letters, node, config = self.letters(request.viewer), self.node, self.site.config
+        letters, node, config = self.newest_first(request.viewer.own), self.node, self.site.config
         smtp, pop3 = ([show_endpoint(endpoint) for name, endpoint in node.endpoints() if name == kind]
                       for kind in ("smtp", "pop3"))
         release = config.release if config.capture else None
@@ -12656,20 +12654,14 @@ class Inbox(Letters):
                              "SMTPRejected": 0, "SMTPIgnored": 0}})
 
     def list_messages(self, request: Request) -> Answered:
-        letters = self.letters(request.viewer)
+        letters = self.newest_first(request.viewer.own)
         return self._list(letters, letters, request)
 
     def search(self, request: Request) -> Answered:
-        letters = self.letters(request.viewer)
-        return self._list(self._found(letters, request.query.get("query", "")), letters, request)
-
-    @staticmethod
-    def _found(letters: List[Letter], text: str, exact: bool = False) -> List[Letter]:
-        """Return the messages that a search means; ValueError when it is empty or, with `exact`, says what we do not know."""
-        wanted = Query(text).certain() if exact else Query(text)
+        letters, wanted = self.newest_first(request.viewer.own), Query(request.query.get("query", ""))
         if not wanted.terms:
             raise ValueError("no search query")
-        return [letter for letter in letters if wanted.matches(letter)]
+        return self._list(wanted.among(letters), letters, request)
 
     def _list(self, found: List[Letter], every: List[Letter], request: Request) -> Answered:
         start, limit = request.number("start", 0), request.number("limit", 50) or 50
@@ -12750,9 +12742,9 @@ class Inbox(Letters):
             raise ValueError('expected {"IDs": [...]}')
         if ids and search:
             raise ValueError("either IDs or Search, not both")
-        letters = self.letters(request.viewer)
+        letters = self.newest_first(request.viewer.own)
         if search:
-            return self._found(letters, search, exact=True), given
+            return Query(search).certain().among(letters), given
         if ids:
             wanted = set(map(str, ids))
             return [letter for letter in letters if letter.id in wanted], given
@@ -12763,7 +12755,8 @@ class Inbox(Letters):
         return OK_ANSWER
 
     def delete_found(self, request: Request) -> Answered:
-        self._delete(self._found(self.letters(request.viewer), request.query.get("query", ""), exact=True))
+        wanted = Query(request.query.get("query", "")).certain()
+        self._delete(wanted.among(self.newest_first(request.viewer.own)))
         return OK_ANSWER
 
     def _delete(self, letters: List[Letter]) -> None:
@@ -12789,7 +12782,7 @@ class Inbox(Letters):
             self.tell("read")
 
     def get_tags(self, request: Request) -> Answered:
-        return json_answer(sorted({tag for letter in self.letters(request.viewer) for tag in letter.tags}))
+        return json_answer(sorted({tag for letter in self.newest_first(request.viewer.own) for tag in letter.tags}))
 
     def set_tags(self, request: Request) -> Answered:
         """Give messages these tags instead of those they have."""
@@ -12922,7 +12915,7 @@ class Inbox(Letters):
                   ("bytes_accepted_total", "counter", node.accepted_bytes),
                   ("connections_total", "counter", site.connections.served),
                   ("sessions", "gauge", len(site.sessions) + len(self.visitors)),
-                  ("messages", "gauge", len(self.letters()))]
+                  ("messages", "gauge", len(self.newest_first()))]
         relay = getattr(node, "relay", None)
         if relay:
             values += [("recipients_sent_total", "counter", relay.sent),
