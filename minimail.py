@@ -11130,6 +11130,7 @@ class Part:
                 "Size": len(data), "Checksums": sums}
 
     def tree(self) -> Dict[str, Any]:
+        """Return the part in few words, and the parts in it."""
         return {"PartID": self.id, "ContentType": self.kind, "FileName": self.name, "Size": self.end - self.start,
                 "Children": [child.tree() for child in self.children]}
 
@@ -11314,10 +11315,6 @@ class View:
     def attachments(self) -> List[Part]:
         return [part for part in self.others if not part.is_inline]
 
-    def files(self) -> Tuple[List[Dict[str, Any]], List[Dict[str, Any]]]:
-        """Return (inline parts, attachments): together with the texts, all parts there are."""
-        return [part.entry() for part in self.inlines], [part.entry() for part in self.attachments]
-
     def links(self) -> List[str]:
         """Return the URLs in the message, in order, each once."""
         found = itertools.chain(html_links(self.html[:MAX_RENDERED]), text_links(self.plain))
@@ -11370,10 +11367,6 @@ class View:
             wrong = ["no links in <> found"]
         return {"Header": header, "Links": good, "Errors": ", ".join(wrong),
                 "HeaderPost": self.header("list-unsubscribe-post")}
-
-    def tree(self) -> Dict[str, Any]:
-        """Return all parts as they lie in one another."""
-        return self.root.tree()
 
     def calendar(self) -> List[Dict[str, Any]]:
         """Return the events of invitations that came along."""
@@ -12164,13 +12157,14 @@ class Letter:
         """Return the message as GET /api/v1/message/ID gives it, and what more the page shows of it."""
         view = self.view()
         summary = self.summary(view)
-        inline, attached = view.files()
+        inline, attached = ([part.entry() for part in parts] for parts in (view.inlines, view.attachments))
         shown = {key: summary[key] for key in ("ID", "MessageID", "Read", "From", "To", "Cc", "Bcc", "ReplyTo", "Subject",
                                                "Tags", "Username", "Size")}
         people = {key: view.addresses(name) for key, name in (("To", "to"), ("Cc", "cc"), ("ReplyTo", "reply-to"))}
         return dict(shown, **people, ReturnPath=self.message().sender, Date=view.date(summary["Created"]), Text=view.text,
-                    HTML=view.html, Inline=inline, Attachments=attached, ListUnsubscribe=view.unsubscribe(),
-                    Links=view.links(), Calendar=view.calendar(), Tree=view.tree(), RemoteImages=view.has_remote, Cut=view.cut)
+                    HTML=view.html, Inline=inline, Attachments=attached,
+                    ListUnsubscribe=view.unsubscribe(), Links=view.links(), Calendar=view.calendar(), Tree=view.root.tree(),
+                    RemoteImages=view.has_remote, Cut=view.cut)
 
 
 class Index:
@@ -12513,17 +12507,16 @@ NOT_FOUND = text_answer(404, "404 page not found")
 OK_ANSWER = text_answer(200, "ok")
 SAFE_TYPES = ("image/png", "image/jpeg", "image/gif", "image/webp", "text/plain", "application/pdf", "audio/mpeg", "video/mp4")
 LINK = expression(r"<(a|area)(?=[ \t\n\r\f/>])", re.IGNORECASE | re.ASCII)
-FRAME = expression(r"<(?=(?:i?frame|frameset|object|embed)[ \t\n\r\f/>])", re.IGNORECASE | re.ASCII)
 SCREENS = "".join('<i id=minimail-%d style="position:absolute;top:%dvh"></i>' % (n, 90 * n) for n in range(60))
 
 
 def in_a_frame(html: str) -> str:
-    """Return HTML for a frame of the page: links open windows of their own and do not say where from, frames are none.
+    """Return HTML of View.framed() for a frame of the page: links open windows of their own and do not say where from.
 
     A tag's name goes up to a blank, "/" or ">", and of two equal attributes the first counts, so this needs no parser.
     At the end stand marks by which the page can scroll what it may not look into.
     """
-    return LINK.sub(r"<\1 target=_blank rel=noreferrer referrerpolicy=no-referrer ", FRAME.sub("<x-", html)) + SCREENS
+    return LINK.sub(r"<\1 target=_blank rel=noreferrer referrerpolicy=no-referrer ", html) + SCREENS
 
 
 class Inbox(Letters):
@@ -12641,14 +12634,13 @@ class Inbox(Letters):
         letters, node, config = self.newest_first(request.viewer.own), self.node, self.site.config
         smtp, pop3 = ([show_endpoint(endpoint) for name, endpoint in node.endpoints() if name == kind]
                       for kind in ("smtp", "pop3"))
-        release = config.release if config.capture else None
         return json_answer({
             "Version": "minimail " + __version__, "LatestVersion": "disabled",
             "Database": "" if request.viewer.own else node.data,
             "DatabaseSize": sum(letter.copies[0][1].size for letter in letters), "Messages": len(letters),
             "Unread": sum(not letter.read for letter in letters), "Tags": {}, "capture": config.capture,
             "user": request.viewer.user or "", "all": not request.viewer.own, "smtp": smtp, "pop3": pop3,
-            "release": show_endpoint((release.host, release.port)) if release else None,
+            "release": show_endpoint((config.release.host, config.release.port)) if config.release else None,
             "RuntimeStats": {"Uptime": int(time.time() - node.started_at), "Memory": 0, "MessagesDeleted": 0,
                              "SMTPAccepted": node.accepted, "SMTPAcceptedSize": node.accepted_bytes,
                              "SMTPRejected": 0, "SMTPIgnored": 0}})
@@ -12825,7 +12817,7 @@ class Inbox(Letters):
 
     def release(self, request: Request, id: str) -> Answered:
         """Send one captured message on, with the bytes it came with, to the server that --release names."""
-        if not self.site.config.capture or not self.site.config.release:
+        if not self.site.config.release:
             raise Rejected(403, "nothing leaves this machine; --release URL names a server for what shall")
         letter = self.letter(request, id)
         try:
@@ -12936,7 +12928,7 @@ class Inbox(Letters):
         return text_answer(400, "Chaos is not enabled")
 
     def webui(self, request: Request) -> Answered:
-        release = self.site.config.release if self.site.config.capture else None
+        release = self.site.config.release
         relay = {"Enabled": True, "SMTPServer": show_endpoint((release.host, release.port)), "ReturnPath": "",
                  "AllowedRecipients": "", "BlockedRecipients": ""} if release else {"Enabled": False}
         return json_answer({"Label": "", "MessageRelay": relay, "SpamAssassin": False, "ChaosEnabled": False,

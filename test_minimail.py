@@ -9916,9 +9916,9 @@ class ReadingParts(Case):
         view = minimail.View(mime(TEXT_PART, *parts))
         listed = {part.id for part in view.bodies + view.inlines + view.attachments}
         self.assertEqual(listed, {str(number) for number in range(1, 11)})
-        inline, attached = view.files()
+        inline, attached = ([part.entry() for part in parts] for parts in (view.inlines, view.attachments))
         self.assertEqual(len(inline) + len(attached), 7)
-        self.assertEqual([part["PartID"] for part in view.tree()["Children"]], [str(number) for number in range(1, 11)])
+        self.assertEqual([part["PartID"] for part in view.root.tree()["Children"]], [str(number) for number in range(1, 11)])
 
     def test_bodies_and_files(self):
         """Of each part after a plain text, whether it is a text, inline or an attachment."""
@@ -9983,7 +9983,7 @@ class ReadingParts(Case):
         self.assertTrue(view.text.endswith("[cut here: the part has %d bytes]\n" % (minimail.MAX_TEXT + 10)))
 
     def test_the_tree(self):
-        tree = minimail.View(mime(mime(TEXT_PART, TEXT_PART, kind=b"alternative", boundary=b"i"), b"Content-Type: a/b; name=n\r\n\r\nxyz")).tree()
+        tree = minimail.View(mime(mime(TEXT_PART, TEXT_PART, kind=b"alternative", boundary=b"i"), b"Content-Type: a/b; name=n\r\n\r\nxyz")).root.tree()
         self.assertEqual((tree["PartID"], tree["ContentType"]), ("", "multipart/mixed"))
         self.assertEqual([child["PartID"] for child in tree["Children"][0]["Children"]], ["1.1", "1.2"])
         self.assertEqual(tree["Children"][1], {"PartID": "2", "ContentType": "a/b", "FileName": "n", "Size": 3, "Children": []})
@@ -10078,8 +10078,8 @@ class ReadingAnything(Case):
                 raw[place:place + numbers.choice((0, 0, 9))] = numbers.choice(self.PIECES) * numbers.choice((1, 1, 20))
             view = minimail.View(bytes(raw))
             with self.subTest(raw=bytes(raw)):
-                json.dumps([view.header("subject"), view.headers(), view.addresses("to"), view.date(""), view.files(), view.links(), view.snippet(),
-                            view.unsubscribe(), view.calendar(), view.tree(), view.cut])
+                json.dumps([view.header("subject"), view.headers(), view.addresses("to"), view.date(""), [part.entry() for part in view.others], view.links(), view.snippet(),
+                            view.unsubscribe(), view.calendar(), view.root.tree(), view.cut])
                 (view.text + view.html + view.framed()).encode("utf-8")
                 self.assertEqual(set(view.parts), set(view.bodies + view.inlines + view.attachments))
                 for part in view.parts:
