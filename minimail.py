@@ -13928,16 +13928,9 @@ function when(text) {
 async function ask(path, method = "GET", body) {
   const headers = body ? {"Content-Type": "application/json"} : {};
   const answer = await fetch(path, {method, headers, body: body && JSON.stringify(body)});
-  if (!answer.ok) throw new Error(reason(await answer.text()) || answer.statusText);
+  const inJSON = answer.headers.get("Content-Type")?.startsWith("application/json");
+  if (!answer.ok) throw new Error((inJSON ? (await answer.json()).Error : await answer.text()) || answer.statusText);
   return answer;
-}
-
-function reason(text) {
-  try {
-    return JSON.parse(text).Error;
-  } catch {
-    return text;
-  }
 }
 
 const get = async path => (await ask(path)).json();
@@ -13993,8 +13986,8 @@ function row(message) {
     ...Snippet ? [line("span", "line faint", Snippet)] : [],
     el("span", {className: "people faint"}, "to ", ...joined(people.slice(0, more ? 3 : 4).map(who => [named(who)])),
       more ? " and " + more + " more" : ""),
-    faint(...(Tags || []).slice(0, 3).flatMap(tag => [el("bdi", {className: "tag"}, tag), " "]),
-      (Tags?.length > 3 ? "… " : "") + (Read ? "" : "unread · ") + files + size(Size))));
+    faint(...Tags.slice(0, 3).flatMap(tag => [el("bdi", {className: "tag"}, tag), " "]),
+      (Tags.length > 3 ? "… " : "") + (Read ? "" : "unread · ") + files + size(Size))));
 }
 
 function mark() {  // which message is open
@@ -14089,17 +14082,17 @@ function heads(message) {
   const tag = text => [el("button", {className: "tag", onclick: () => find('tag:"' + text + '"')}, own(text))];
   return table([["From", full(message.From)], ["To", people(message.To)], ["Cc", people(message.Cc)],
     ["Bcc", people(message.Bcc)], ["Reply to", people(message.ReplyTo)], ["Date", date + " · " + size(message.Size)],
-    ["Tags", (message.Tags || []).flatMap(tag)],
-    ["Cut", (message.Cut || []).map(text => el("div", {className: "warn"}, text))]]);
+    ["Tags", message.Tags.flatMap(tag)],
+    ["Cut", message.Cut.map(text => el("div", {className: "warn"}, text))]]);
 }
 
 function tabs(message, session) {
-  const path = pathOf(message.ID), links = message.Links || [], calendar = message.Calendar || [];
+  const path = pathOf(message.ID), links = message.Links, calendar = message.Calendar;
   const files = [...message.Attachments, ...message.Inline];
   const file = ({PartID, FileName, ContentType, Size}) => [
     el("a", {href: path + "/part/" + encodeURIComponent(PartID), download: ""}, own(short(FileName || ContentType))),
     faint(...FileName ? [" ", own(ContentType)] : [], " · " + size(Size))];
-  const branch = part => part.Children?.length ? [own(part.ContentType), list(part.Children.map(branch))] : file(part);
+  const branch = part => part.Children.length ? [own(part.ContentType), list(part.Children.map(branch))] : file(part);
   const fault = ({rule, text, rfc}) => [el("b", {}, rule), " " + text + " ", faint(rfc)];
   return [
     {name: "Calendar", there: calendar.length, show: () => calendar.slice(0, MANY).flatMap(happening)},
@@ -14107,7 +14100,7 @@ function tabs(message, session) {
     {name: "Text", there: message.Text || !message.HTML, show: () => written(message.Text)},
     {name: "Links", there: links.length, count: links.length, show: () => [list(links.map(href => [link(href)]))]},
     {name: "Files", there: files.length, count: files.length, show: () => [list(files.map(file))]},
-    {name: "Parts", there: Boolean(message.Tree), show: () => [list([branch(message.Tree)])]},
+    {name: "Parts", show: () => [list([branch(message.Tree)])]},
     {name: "Headers", show: () => headers(path)},
     {name: "Source", show: () => source(path)},
     {name: "Session", show: () => conversation(session)},
@@ -14179,9 +14172,9 @@ function written(text) {
 function happening({Method, Summary, Start, End, Location, Organizer, Attendees, Description}) {
   const method = {REQUEST: "Invitation", CANCEL: "Cancelled", REPLY: "Answer"}[Method];
   return [el("h3", {dir: "auto"}, (method ? method + ": " : ""), own(short(Summary || "(no title)"))), table([
-    ["When", span(Start || "", End || "")], ["Where", linked(short(Location || "", BLOCK))],
-    ["From", Organizer], ["Who", twenties((Attendees || []).map(who => [own(short(who))]))]]),
-    ...written(Description || "")];
+    ["When", span(Start, End)], ["Where", linked(short(Location, BLOCK))],
+    ["From", Organizer], ["Who", twenties(Attendees.map(who => [own(short(who))]))]]),
+    ...written(Description)];
 }
 
 function span(start, end) {  // days, or times in the reader's own zone; what names no offset is shown as it is written
@@ -14205,10 +14198,10 @@ async function source(path) {  // as much of it as anyone reads
 function conversation(session) {
   const lines = session.transcript.map(([side, text]) =>
     el("div", {}, el(side === "C" ? "b" : "span", {}, side + ": ", ...blocks(text).map(own))));
-  const envelope = [["MAIL FROM", "<" + (session.sender || "") + ">"],
+  const envelope = [["MAIL FROM", "<" + session.sender + ">"],
     ["RCPT TO", twenties(session.recipients.map(address => [own(address)]))],
-    ["Bcc", twenties((session.bcc || []).map(address => [own(address)]))], ["Client", session.client],
-    ["Greeting", session.helo], ["Protocol", session.protocol], ["TLS", session.tls ? String(session.tls) : "no"]];
+    ["Bcc", twenties(session.bcc.map(address => [own(address)]))], ["Client", session.client],
+    ["Greeting", session.helo], ["Protocol", session.protocol], ["TLS", session.tls ? "true" : "no"]];
   return [table(envelope), el("pre", {}, ...lines.length ? lines : ["The conversation was not kept."])];
 }
 
