@@ -11034,14 +11034,13 @@ REMOTE = expression(r"(?:\b(?:src|srcset|background|poster)\s{0,20}=\s{0,20}(?:[
                     r"url\(\s{0,20}(?:[\"']|&quot;|&#3[49];)?)(?:https?:)?(?://|&#47;&#47;)", re.IGNORECASE)
 META_CHARSET = expression(rb"<meta\b[^>]{0,500}?charset\s{0,20}=\s{0,20}[\"']?\s{0,20}([\w.:-]{1,40})", re.IGNORECASE)
 DOCTYPE = expression(r"\s{0,100}<!doctype[^>]{0,500}>", re.IGNORECASE)
-IMAGES = {                                          # those that browsers show: how they begin
-    "image/png": b"\x89PNG", "image/jpeg": b"\xff\xd8\xff", "image/gif": b"GIF8", "image/bmp": b"BM", "image/webp": b"RIFF",
-    "image/svg+xml": b"<svg", "image/avif": b"\0\0\0", "image/x-icon": b"\0\0\1\0"}
 IMAGE_NAMES = {"image/jpg": "image/jpeg", "image/pjpeg": "image/jpeg", "image/jpe": "image/jpeg", "image/x-png": "image/png",
                "image/x-citrix-jpeg": "image/jpeg", "image/x-citrix-png": "image/png", "image/svg": "image/svg+xml",
                "image/apng": "image/png", "image/x-ms-bmp": "image/bmp", "image/vnd.microsoft.icon": "image/x-icon"}
 SUFFIXES = {".png": "image/png", ".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".gif": "image/gif", ".webp": "image/webp",
             ".svg": "image/svg+xml", ".bmp": "image/bmp", ".avif": "image/avif"}
+IMAGES = {*SUFFIXES.values(), "image/x-icon"}       # those that browsers show, and ...
+IMAGE_STARTS = {b"\x89PNG": "image/png", b"\xff\xd8\xff": "image/jpeg", b"GIF8": "image/gif"}      # ... how some begin
 
 
 class Part:
@@ -11115,9 +11114,8 @@ class Part:
             return kind
         if kind not in ("application/octet-stream", "image/*"):
             return ""
-        suffix, start = os.path.splitext(self.name.lower())[1], self.data(16)
-        return SUFFIXES.get(suffix) or next((kind for kind in ("image/png", "image/jpeg", "image/gif")
-                                             if start.startswith(IMAGES[kind])), "")
+        suffix, data = os.path.splitext(self.name.lower())[1], self.data(16)
+        return SUFFIXES.get(suffix) or next((IMAGE_STARTS[start] for start in IMAGE_STARTS if data.startswith(start)), "")
 
     def entry(self) -> Dict[str, Any]:
         """Return the part as an attachment in Mailpit's JSON."""
@@ -12505,7 +12503,7 @@ def text_answer(status: int, text: str) -> Answered:
 
 NOT_FOUND = text_answer(404, "404 page not found")
 OK_ANSWER = text_answer(200, "ok")
-SAFE_TYPES = ("image/png", "image/jpeg", "image/gif", "image/webp", "text/plain", "application/pdf", "audio/mpeg", "video/mp4")
+SAFE_TYPES = ("text/plain", "application/pdf", "audio/mpeg", "video/mp4")     # beside images
 LINK = expression(r"<(a|area)(?=[ \t\n\r\f/>])", re.IGNORECASE | re.ASCII)
 SCREENS = "".join('<i id=minimail-%d style="position:absolute;top:%dvh"></i>' % (n, 90 * n) for n in range(60))
 
@@ -13184,9 +13182,6 @@ class Conversation(io.RawIOBase):
             buffer[:len(data)] = data
             return len(data)
         return self._attempt(self.sock.recv_into, buffer)
-
-    def writable(self) -> bool:
-        return True
 
     def write(self, data: Any) -> int:
         view = memoryview(data)
