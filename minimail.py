@@ -13399,15 +13399,16 @@ class WebSession(HTTPHandler):
 
     def body_blocks(self, limit: int) -> Iterator[bytes]:
         """Yield the body as it comes; Rejected when it has more than `limit` bytes, before any are read if it says so."""
-        total = self.length or 0
-        if total <= limit and (self.headers.get("Expect") or "").lower() == "100-continue":
+        too_long = Rejected(413, "more than %d bytes" % limit)
+        if (self.length or 0) > limit:
+            raise too_long
+        if (self.headers.get("Expect") or "").lower() == "100-continue":
             self.wfile.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        blocks = self.chunks() if self.length is None else self.exactly(self.length)
-        while total <= limit:
-            block = next(blocks, b"")
-            if not block:
-                return
-            total += len(block) if self.length is None else 0
+        total = 0
+        for block in self.chunks() if self.length is None else self.exactly(self.length):
+            total += len(block)
+            if total > limit:
+                raise too_long
             yield block
         raise Rejected(413, "more than %d bytes" % limit)
 
