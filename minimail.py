@@ -12242,24 +12242,20 @@ class Index:
         if before == after:
             return
         for uid in before.keys() - after.keys():
-            self._remove(mailbox, message_id(before[uid]))
+            self._note(mailbox, message_id(before[uid]), ())
         for uid, item in after.items():
             if before.get(uid) != item:
-                self._put(mailbox, item)
+                self._note(mailbox, message_id(item), ((mailbox, item),))
 
-    def _put(self, mailbox: str, item: Item) -> None:
-        id = message_id(item)
+    def _note(self, mailbox: str, id: str, there: Copies) -> None:
+        """Note that of a message this is in the mailbox: one copy or none."""
         letter = self._letters.get(id)
-        if letter is None:
-            self._letters[id] = self.make(id, ((mailbox, item),))
+        elsewhere = tuple(copy for copy in letter.copies if copy[0] != mailbox) if letter else ()
+        if letter and (elsewhere or there):
+            letter.hold(elsewhere + there)
+        elif there:
+            self._letters[id] = self.make(id, there)
             self._newest = None
-        else:
-            letter.hold(tuple(copy for copy in letter.copies if copy[0] != mailbox) + ((mailbox, item),))
-
-    def _remove(self, mailbox: str, id: str) -> None:
-        copies = tuple(copy for copy in self._letters[id].copies if copy[0] != mailbox) if id in self._letters else ()
-        if copies:
-            self._letters[id].hold(copies)
         elif self._letters.pop(id, None):
             self._newest = None
             self.forget(id)
@@ -12867,10 +12863,9 @@ class Inbox(Letters):
                 kinds.append("new")
             if happened:
                 seen = happened[-1][0]
-            if kinds:
-                if request.viewer.own:              # what others get is not for everybody's ears
-                    before, own = own, self.mailboxes.listing(request.viewer.own)
-                    kinds = [kind for kind in kinds if own != before or kind == "stop"]
+            if kinds and request.viewer.own:        # what others get is not for everybody's ears
+                before, own = own, self.mailboxes.listing(request.viewer.own)
+                kinds = [kind for kind in kinds if own != before or kind == "stop"]
             if kinds or time.monotonic() > said + 15:
                 said = time.monotonic()
                 text = "".join("event: %s\ndata: {}\n\n" % kind for kind in dict.fromkeys(kinds)) or ": still here\n\n"
@@ -13410,7 +13405,6 @@ class WebSession(HTTPHandler):
             if total > limit:
                 raise too_long
             yield block
-        raise Rejected(413, "more than %d bytes" % limit)
 
     def exactly(self, count: int) -> Iterator[bytes]:
         while count:
