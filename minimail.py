@@ -11462,11 +11462,8 @@ def read_calendar(text: str) -> Iterator[Dict[str, Any]]:
 
 class Searched(NamedTuple):
     """What a message is searched by, in lower case, white space made one blank; computed once for each message."""
-    people: Dict[str, str]                          # from, to, cc, bcc, reply-to: names and addresses
-    subject: str
-    message_id: str
+    texts: Dict[str, str]                           # by the operator that asks for it; of people, names and addresses
     words: str                                      # people, subject, names of files: where words are besides the text
-    text: str
     headers: str                                    # a line each, "name: value"
     created: float                                  # seconds
     size: int
@@ -11476,7 +11473,7 @@ class Searched(NamedTuple):
 
     def cost(self) -> int:
         """Return about how many bytes of memory it takes."""
-        texts = list(self.people.values()) + [self.subject, self.message_id, self.words, self.text, self.headers]
+        texts = [*self.texts.values(), self.words, self.headers]
         return 1000 + sum(len(text) if text.isascii() else 4 * len(text) for text in texts)
 
 
@@ -11484,18 +11481,19 @@ def searched(view: View, summary: Dict[str, Any], created: float) -> Searched:
     """Return what a message is searched by, from its view and its entry in the list."""
     def names(people: Iterable[Dict[str, str]]) -> str:
         return "\n".join("%(Name)s %(Address)s" % person for person in people).lower()
-    people = {name: names(view.addresses(name)) for name in ("from", "to", "cc", "reply-to")}
-    people["from"] = people["from"] or names([summary["From"]])
-    people["bcc"] = names(summary["Bcc"])
-    people["to"] += "\n" + people["bcc"]            # whom it is to, though no header says so
-    text = squeeze(view.plain.lower()) + "\n" + squeeze(view.rendered.lower())
+    texts = {name: names(view.addresses(name)) for name in ("from", "to", "cc", "reply-to")}
+    texts["from"] = texts["from"] or names([summary["From"]])
+    texts["bcc"] = names(summary["Bcc"])
+    texts["to"] += "\n" + texts["bcc"]              # whom it is to, though no header says so
+    texts["subject"] = squeeze(view.header("subject").lower())
+    texts["message-id"] = view.header("message-id").lower()
+    texts["text"] = squeeze(view.plain.lower()) + "\n" + squeeze(view.rendered.lower())
+    words = [texts[name] for name in ("subject", "from", "to", "cc", "reply-to")]
+    words += [squeeze(part.shown_name.lower()) for part in view.others]
     headers = "\n".join("%s: %s" % (name, decode_words(raw.partition(b":")[2])) for name, raw in view.fields).lower()
-    files = [squeeze(part.shown_name.lower()) for part in view.others]
-    subject = squeeze(view.header("subject").lower())
     long = any(part.end - part.start > MAX_TEXT for part in view.bodies) or len(view.html) > MAX_RENDERED
-    return Searched(people, subject, view.header("message-id").lower(),
-                    "\n".join([subject, people["from"], people["to"], people["cc"], people["reply-to"]] + files),
-                    text, headers, created, summary["Size"], len(view.attachments), len(view.inlines), bool(view.cut or long))
+    return Searched(texts, "\n".join(words), headers, created, summary["Size"], len(view.attachments), len(view.inlines),
+                    bool(view.cut or long))
 
 
 def summary_cost(summary: Dict[str, Any]) -> int:
@@ -11512,9 +11510,9 @@ class Query:
     takes them as words, but nobody should delete by them.
     """
 
-    PEOPLE = ("from", "to", "cc", "bcc", "reply-to", "addressed")
-    OPERATORS = PEOPLE + ("subject", "message-id", "text", "header", "tag", "is", "has", "before", "after", "larger",
-                          "smaller")
+    PEOPLE = ("from", "to", "cc", "bcc", "reply-to")
+    OPERATORS = PEOPLE + ("addressed", "subject", "message-id", "text", "header", "tag", "is", "has", "before", "after",
+                          "larger", "smaller")
     STATES = {"is": ("read", "unread", "tagged"), "has": ("attachment", "attachments", "inline", "inlines")}
 
     def __init__(self, text: str = "", **fields: str) -> None:
@@ -11583,27 +11581,26 @@ class Query:
             return not negated
         return negated and not (found.cut and key in ("", "text", "header"))
 
-    @staticmethod
-    def holds(found: Searched, letter: Any, key: str, value: str, number: float) -> bool:
+    @classmethod
+    def holds(cls, found: Searched, letter: Any, key: str, value: str, number: float) -> bool:
         if not key:
-            return value in found.words or value in found.text
+            return value in found.words or value in found.texts["text"]
+        if key in found.texts:
+            return value in found.texts[key]
         if key == "addressed":
-            return any(value in people for people in found.people.values())
-        if key in found.people:
-            return value in found.people[key]
+            return any(value in found.texts[name] for name in cls.PEOPLE)
         if key == "header":
             name, equals, wanted = value.partition("=")
             return any(line.startswith(name + ":") and wanted in line[len(name) + 1:] for line in found.headers.split("\n"))
         if key == "tag":
             return value in (tag.lower() for tag in letter.tags)
-        simple: Dict[str, Callable[[], bool]] = {
-            "subject": lambda: value in found.subject, "message-id": lambda: value in found.message_id,
-            "text": lambda: value in found.text,
-            "is": lambda: bool(letter.tags) if value == "tagged" else bool(letter.read) is (value == "read"),
-            "has": lambda: bool(found.inlines if value.startswith("inline") else found.attachments),
-            "before": lambda: found.created <= number, "after": lambda: found.created >= number,
-            "larger": lambda: found.size > number, "smaller": lambda: found.size < number}
-        return simple[key]()
+        if key == "is":
+            return bool(letter.tags) if value == "tagged" else bool(letter.read) is (value == "read")
+        if key == "has":
+            return bool(found.inlines if value.startswith("inline") else found.attachments)
+        if key in ("before", "after"):
+            return found.created <= number if key == "before" else found.created >= number
+        return found.size > number if key == "larger" else found.size < number
 
 
 def parse_when(text: str) -> Optional[float]:
