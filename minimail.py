@@ -11060,8 +11060,7 @@ class Part:
     @property
     def name(self) -> str:
         """The file name as it was sent, "" when there is none."""
-        name = self._place.get("filename") or self.parameters.get("name") or ""
-        return name if len(name) <= MAX_NAME_SHOWN else name[:MAX_NAME_SHOWN] + "... (cut)"
+        return shorten(self._place.get("filename") or self.parameters.get("name") or "", MAX_NAME_SHOWN)
 
     @property
     def content_id(self) -> str:
@@ -11389,8 +11388,8 @@ def first_people(people: Iterable[Dict[str, str]], limit: int) -> List[Dict[str,
     return found + ([{"Name": "... and %d more" % more, "Address": ""}] if more else [])
 
 
-def shorten(text: str) -> str:
-    return text if len(text) <= MAX_ADDRESS else text[:MAX_ADDRESS] + "... (cut)"
+def shorten(text: str, limit: int = MAX_ADDRESS) -> str:
+    return text if len(text) <= limit else text[:limit] + "... (cut)"
 
 
 def download_name(name: str) -> str:
@@ -12475,15 +12474,13 @@ def read_json(body: bytes) -> Any:
             raise ValueError("more than %d values in the JSON" % MAX_JSON_VALUES)
         at = bare.find(b'"', end + 1) + 1 or -1
     del bare
-    return json.loads(body, parse_int=short_number(int), parse_float=short_number(float))
+    return json.loads(body, parse_int=functools.partial(short_number, int), parse_float=functools.partial(short_number, float))
 
 
-def short_number(kind: Callable[[str], Any]) -> Callable[[str], Any]:
-    def parse(text: str) -> Any:
-        if len(text) > 30:                          # to turn digits into a number takes the square of their count
-            raise ValueError("a number of %d digits" % len(text))
-        return kind(text)
-    return parse
+def short_number(kind: Callable[[str], Any], text: str) -> Any:
+    if len(text) > 30:                              # to turn digits into a number takes the square of their count
+        raise ValueError("a number of %d digits" % len(text))
+    return kind(text)
 
 
 def json_answer(value: Any, status: int = 200) -> Answered:
@@ -12513,9 +12510,9 @@ def in_a_frame(html: str) -> str:
 class Inbox(Letters):
     """Turns HTTP requests into answers; knows no socket. Routes are the methods named in ROUTES."""
 
-    def __init__(self, site: Any, node: Any) -> None:
-        super().__init__(site.mailboxes, site.recorder)
-        self.site, self.node = site, node
+    def __init__(self, node: Any) -> None:
+        super().__init__(node.site.mailboxes, node.site.recorder)
+        self.site, self.node = node.site, node
         self.desk = threading.BoundedSemaphore(MAX_DESKS)   # see at_desk()
         self.changed = threading.Condition()
         self.events: "collections.deque[Tuple[int, str]]" = collections.deque(maxlen=1000)
@@ -13685,9 +13682,8 @@ class WebExtension(Extension):
                 for name, endpoints in (("web", config.web or ()), ("webs", config.webs)) for endpoint in endpoints]
 
     def equip(self, node: Any) -> None:
-        site, config = node.site, node.config
-        if config.web or config.webs or config.webhook:
-            site.inbox = Inbox(site, node)
+        if node.config.web or node.config.webs or node.config.webhook:
+            node.site.inbox = Inbox(node)
 
     def start(self, node: Any) -> None:
         if node.config.webhook:
@@ -15108,7 +15104,7 @@ def serve_command(config: Config, given: Dict[str, Any]) -> int:
     if config.run_as:
         drop_privileges(config.run_as, config.data)
     if config.workers > 1:
-        return Workers(node, config.workers, given).run()
+        return Workers(node, given).run()
     node.serve()
     leave_options(node, given)
     announce(node)
@@ -15261,9 +15257,8 @@ def drop_privileges(user: str, data: str) -> None:
 class Workers:
     """Processes that share a node's listeners: each serves on its own, one that dies is replaced, all end with the parent."""
 
-    def __init__(self, node: Node, count: int, given: Dict[str, Any]) -> None:
+    def __init__(self, node: Node, given: Dict[str, Any]) -> None:
         self.node = node
-        self.count = count
         self.given = given
         self.alive, self.leash = os.pipe()          # children read, only the parent can write: its end is its death
         self.ready_read, self.ready_write = os.pipe()       # a byte from each that serves, and at the end
@@ -15277,7 +15272,7 @@ class Workers:
             signal.signal(signum, self.stop)
         signal.signal(signal.SIGHUP, lambda *_: self.tell(signal.SIGHUP))
         signal.pthread_sigmask(signal.SIG_UNBLOCK, held_signals())      # whoever started us may have blocked them
-        for number in range(self.count):
+        for number in range(self.node.config.workers):
             self.fork(number)
         if not self.are_ready():
             os.close(self.leash)
@@ -15300,7 +15295,7 @@ class Workers:
     def are_ready(self) -> bool:
         """Return when all workers serve; False when one of them has ended instead, and said why."""
         ready = 0
-        while ready < self.count:
+        while ready < self.node.config.workers:
             if is_ready(self.ready_read, READ, 0.1):
                 ready += len(os.read(self.ready_read, 64))
             elif any(os.waitpid(pid, os.WNOHANG)[0] for pid in self.children):
