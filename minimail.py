@@ -13283,7 +13283,7 @@ class WebSession(HTTPHandler):
     def parse_request(self) -> bool:
         """Parse a request's head as the library does, if there is only one way to read it (RFC 9112 sections 5 and 6)."""
         self.command, self.request_version, self.allowed_origin, self.unread = "", "HTTP/1.1", "", False
-        conversation, answer = self.rfile, None
+        conversation = self.rfile
         try:
             if not REQUEST_LINE.fullmatch(self.raw_requestline):
                 raise Rejected(400, "no request of HTTP/1.0 or 1.1")
@@ -13293,12 +13293,11 @@ class WebSession(HTTPHandler):
             self.length = self.body_length()
             return True
         except Rejected as rejected:
-            answer = rejected.answer
+            self.unread = self.close_connection = True
+            self.give(rejected.answer)
+            return False
         finally:
             self.rfile = conversation
-        self.unread = self.close_connection = True
-        self.give(answer)
-        return False
 
     def read_head(self) -> bytes:
         """Return the header fields as they came, none of them folded or odd, up to the empty line; Rejected."""
