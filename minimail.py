@@ -1448,8 +1448,9 @@ def split_values(text: str, meta: Any) -> Any:
     return [part.strip() for part in re.split(meta["comma"], text) if part.strip()]
 
 
-NEEDS = {"tls_key": "tls_cert", "smtps": "tls_cert", "pop3s": "tls_cert", "webs": "tls_cert",      # option: what it needs
-         "catch_all": "domain", "web_admin": "domain"}
+NEEDS = {                                           # option: what it needs
+    "tls_key": "tls_cert", "smtps": "tls_cert", "pop3s": "tls_cert", "webs": "tls_cert",
+    "catch_all": "domain", "web_admin": "domain"}
 
 OPTIONS_OF = {                                      # optional section: what is nothing without it
     "pop3": ("pop3", "pop3s"), "transcripts": ("transcripts",), "faults": ("fault",), "standing": ("dkim",),
@@ -2579,10 +2580,11 @@ class Draft:
     An error of the disk is kept and raised by complete(), so that the rest of the content can be read past it.
     """
 
-    __slots__ = ("id", "limit", "size", "path", "head", "keep_head", "eightbit", "error", "ends_with_newline", "written", "fd",
-                 "_open_file", "_buffer", "_buffered")
+    __slots__ = ("id", "limit", "size", "path", "head", "keep_head", "eightbit", "error", "ends_with_newline",
+                 "written", "fd", "_open_file", "_buffer", "_buffered")
 
-    def __init__(self, id: str, header: bytes, limit: int, open_file: Callable[[], Tuple[int, str]], keep_head: int) -> None:
+    def __init__(self, id: str, header: bytes, limit: int, open_file: Callable[[], Tuple[int, str]],
+                 keep_head: int) -> None:
         self.id = id
         self.limit = limit                          # bytes of content
         self.size = 0                               # bytes of content so far
@@ -3083,7 +3085,7 @@ class Mailboxes:
             return open_regular(self.find(mailbox, item))
 
     def start_of(self, mailbox: str, item: Item, count: Optional[int] = None) -> bytes:
-        """Return the first `count` bytes of an item's file, else all of it up to one byte more than its size; OSError."""
+        """Return the first `count` bytes of an item's file; without it, up to one byte more than its size. OSError."""
         try:
             fd = os.open(os.sep.join((self.path(mailbox), item.place, item.name)), os.O_RDONLY | O_PLAIN)
         except FileNotFoundError:
@@ -3533,7 +3535,7 @@ class AddressBook:
         self._looked = 0.0                          # when the files were last found unchanged
         self.own_names = {"localhost", "localhost.localdomain", ascii_domain(hostname), machine_name()}
         self._remembered = Remembered({}, {})
-        self._recent: Callable[[Address], Destinations]     # keeps some of any kind, as those that cost nothing may be many
+        self._recent: Callable[[Address], Destinations]     # keeps few of any kind: those that cost nothing may be many
 
     def is_stale(self) -> bool:
         """Return whether files have to be read before the next answer: better not on the loop."""
