@@ -3783,7 +3783,7 @@ class Post:
                     except Exception as error:
                         results[index] = self._undo(parcel, error)
             failed = self.storage.flush(itertools.chain(*wanted.values()))
-            for index, things in wanted.items():
+            for index, things in wanted.items() if failed else ():
                 errors = [failed[thing] for thing in things if thing in failed]
                 if errors:
                     results[index] = self._undo(parcels[index], errors[0])
