@@ -6010,8 +6010,7 @@ class Destination:
 class Relay:
     """Takes due entries from the queue into memory, a bounded number, and sends them."""
 
-    def __init__(self, config: Config, stores: Stores, resolver: Any, own: Sequence[Endpoint] = (),
-                 clock: Callable[[], float] = time.time,
+    def __init__(self, config: Config, stores: Stores, resolver: Any, own: Sequence[Endpoint], clock: Callable[[], float],
                  connect: Callable[..., socket.socket] = socket.create_connection,
                  options: Optional[Callable[[], Config]] = None) -> None:
         self.config = config
@@ -7486,12 +7485,12 @@ def random_prime(bits: int) -> int:
             return n
 
 
-def is_prime(n: int, rounds: int = 20) -> bool:
-    """Return whether an odd number is a prime, wrong at most once in 4**rounds (Miller and Rabin)."""
+def is_prime(n: int) -> bool:
+    """Return whether an odd number is a prime, wrong at most once in 4**20 (Miller and Rabin)."""
     odd, twos = n - 1, 0
     while not odd & 1:
         odd, twos = odd >> 1, twos + 1
-    for _ in range(rounds):
+    for _ in range(20):
         x = pow(secrets.randbelow(n - 3) + 2, odd, n)
         if x in (1, n - 1):
             continue
@@ -8459,13 +8458,11 @@ class Doctor:
     ORDER = ("hostname", "mx", "ptr", "spf", "dkim", "dmarc", "mta_sts", "certificate", "addresses", "port")
     MACHINE = ("clock", "data", "queue")
 
-    def __init__(self, config: Config, hostname: str, resolver: Any, connect: bool = False,
-                 clock: Callable[[], float] = time.time) -> None:
+    def __init__(self, config: Config, hostname: str, resolver: Any, connect: bool = False) -> None:
         self.config = config
         self.hostname = hostname
         self.resolver = resolver
         self.connect = connect
-        self.clock = clock
         self.domain = self.check = ""               # what is looked at
         self.addresses: List[str] = []              # of the hostname
         self.keyring = Keyring(config, hostname)
@@ -8636,13 +8633,13 @@ class Doctor:
             return
         if not parse_sts_record(texts):
             yield self.wrong("the record at _mta-sts.%s is wrong" % self.domain, "publish in its place",
-                             zone_record("_mta-sts." + self.domain, "v=STSv1; id=%d" % self.clock()))
+                             zone_record("_mta-sts." + self.domain, "v=STSv1; id=%d" % time.time()))
             return
         if not self.connect:
             yield self.note("published; the policy itself is fetched with --connect only")
             return
         try:
-            policy = STS(self.config.data, self.resolver, lambda path, data: None, self.clock).fetch(self.domain, "check")
+            policy = STS(self.config.data, self.resolver, lambda path, data: None).fetch(self.domain, "check")
         except (OSError, ValueError, DNSError, CannotRun) as error:
             yield self.wrong("the policy of %s cannot be fetched: %s" % (self.domain, reason_of(error)),
                              "let https://mta-sts.%s/.well-known/mta-sts.txt answer with it" % self.domain)
@@ -8664,7 +8661,7 @@ class Doctor:
         except (OSError, ValueError) as error:
             yield self.wrong("%s: %s" % (self.config.tls_cert, reason_of(error)), "give a certificate in PEM form")
             return
-        days = (certificate.not_after - self.clock()) / 86400
+        days = (certificate.not_after - time.time()) / 86400
         fits = STSPolicy("", "", certificate.names, 0).allows(self.hostname)
         text = "for %s, %d days left" % (", ".join(certificate.names[:5]) or "nobody", days)
         if days <= 0 or not fits:
@@ -9331,7 +9328,7 @@ class Session(socketserver.BaseRequestHandler, Task):
 
     # Misbehaviour on purpose.
 
-    def fault(self, stage: str, subject: str = "") -> Optional[str]:
+    def fault(self, stage: str, subject: str) -> Optional[str]:
         """Return the answer that a fault rule gives instead of the right one; Disconnected, Stalled when it gives none."""
         action: Optional[str] = self.site.faults.take(stage, subject) if self.site.faults else None
         if action is None:
@@ -9410,9 +9407,9 @@ class Session(socketserver.BaseRequestHandler, Task):
         """Do what is due when the connection is closed."""
 
 
-def sasl_plain(response: bytes, lenient: bool = False) -> Tuple[str, str]:
+def sasl_plain(response: bytes, lenient: bool) -> Tuple[str, str]:
     """Return (name, password) of an AUTH PLAIN response, still base64 (RFC 4616); ValueError. `lenient`: whatever they are."""
-    parts = base64.b64decode(response, validate=True).split(b"\0")
+    parts = base64.b64decode(b"" if response == b"=" else response, validate=True).split(b"\0")     # RFC 4954 section 4
     if lenient:
         return sasl_text(parts[1 if len(parts) > 1 else 0], True), sasl_text(parts[-1], True)
     if len(parts) != 3 or not parts[1]:
@@ -9423,7 +9420,7 @@ def sasl_plain(response: bytes, lenient: bool = False) -> Tuple[str, str]:
     return name, password
 
 
-def sasl_text(data: bytes, lenient: bool = False) -> str:
+def sasl_text(data: bytes, lenient: bool) -> str:
     """Return a name or password as text; ValueError for what is not UTF-8, unless `lenient`."""
     try:
         return data.decode("utf-8")
@@ -9629,7 +9626,7 @@ class SMTPSession(Session):
     def ended(self) -> None:
         self.drop_transaction()
 
-    def faulty(self, stage: str, subject: str = "") -> Optional[Reply]:
+    def faulty(self, stage: str, subject: str) -> Optional[Reply]:
         """Return the reply that a fault rule wants here."""
         text = self.fault(stage, subject)
         if text is None:
@@ -9640,7 +9637,7 @@ class SMTPSession(Session):
         return Reply(int(code), "" if stage in ("connect", "helo") else enhanced, words or "because a fault rule says so",
                      close=code == "421")
 
-    def raise_fault(self, stage: str, subject: str = "") -> None:
+    def raise_fault(self, stage: str, subject: str) -> None:
         if self.site.faults:
             reply = self.faulty(stage, subject)
             if reply:
@@ -9708,7 +9705,7 @@ class SMTPSession(Session):
         try:
             if mechanism.upper() == "PLAIN":
                 response = initial.encode() if initial else await self.challenge(b"334 ")
-                name, password = sasl_plain(b"" if response == b"=" else response, capture)
+                name, password = sasl_plain(response, capture)
             elif mechanism.upper() == "LOGIN":
                 response = initial.encode() if initial else await self.challenge(b"334 " + base64.b64encode(b"Username:"))
                 name = sasl_text(base64.b64decode(response, validate=True), capture)
@@ -9969,7 +9966,7 @@ class SMTPSession(Session):
 CONTROL = expression(r"[\x00-\x1f\x7f]")
 
 
-def decode_argument(argument: bytes, lenient: bool = False) -> str:
+def decode_argument(argument: bytes, lenient: bool) -> str:
     """Return a command's argument as text; Refused 501 for what is not UTF-8 or has control characters (RFC 6531).
 
     With `lenient`, what is not UTF-8 is Latin-1.
@@ -10045,7 +10042,7 @@ class POP3Session(Session):
     def tell(self, answer: bytes) -> None:
         self.wire.send(answer)
 
-    def raise_fault(self, stage: str, subject: str = "") -> None:
+    def raise_fault(self, stage: str, subject: str) -> None:
         text = self.fault(stage, subject)
         if text is not None:
             raise Refused(500, "", text.partition(" ")[2] or "because a fault rule says so", close=text.startswith("421"))
@@ -10100,7 +10097,7 @@ class POP3Session(Session):
         if not response:
             response = await self.challenge(b"+ ")
         try:
-            name, password = sasl_plain(b"" if response == b"=" else response, self.site.config.capture)
+            name, password = sasl_plain(response, self.site.config.capture)
         except ValueError:
             raise Refused(500, "", "bad AUTH response") from None
         return await self.open_mailbox(name, password)
