@@ -6477,14 +6477,14 @@ class Relay:
     def open_peer(self, destination: Destination, host: str, address: str) -> Peer:
         """Return a connection ready for MAIL; PeerFailed."""
         server = destination.target.server
-        demanded = self.security(destination.target, host, address, server)
+        demanded = self.security(destination.target, host, address)
         tries = [(demanded, False), (demanded, True)]
         if demanded.verify and not demanded.require and not server:
             tries.insert(1, (Security(False, False), False))    # better TLS that was not verified than none
         for demands, plain in tries:
             peer = self._connect(host, address, server)
             try:
-                run_blocking(peer.wire, self._prepare(peer, host or address, address, server, demands, plain))
+                run_blocking(peer.wire, self._prepare(peer, address, demands, plain))
                 destination.peers.add(peer)
                 return peer
             except OpportunityMissed as missed:
@@ -6496,13 +6496,13 @@ class Relay:
                 raise
         raise AssertionError
 
-    def security(self, target: Target, host: str, address: str, server: Optional[Server]) -> Security:
+    def security(self, target: Target, host: str, address: str) -> Security:
         """Return what is demanded of a connection: by --relay-tls, for a password's sake, or by the destination itself.
 
         A password is shown to nobody whose certificate was not verified, unless the URL says so, and never in clear but
         to this machine.
         """
-        demanded = Security(False, False)
+        server, demanded = target.server, Security(False, False)
         if self.config.relay_tls == "require":
             demanded = Security(True, server is None or server.verify, "--relay-tls require")
         if server and server.user:
@@ -6528,9 +6528,9 @@ class Relay:
         end_when_gone(sock, self.timeout)
         return Peer(sock, name, self.hostname, self.timeout, host, server)
 
-    async def _prepare(self, peer: Peer, name: str, address: str, server: Optional[Server], demanded: Security,
-                       plain: bool) -> None:
+    async def _prepare(self, peer: Peer, address: str, demanded: Security, plain: bool) -> None:
         """Greet, secure the connection and log in; PeerFailed, OpportunityMissed."""
+        server = peer.server
         if server and server.tls:
             try:
                 await peer.handshake(tls_context(demanded.verify), server.host)
@@ -6538,7 +6538,7 @@ class Relay:
                 raise PeerFailed(451, "4.7.4", str(error)) from None
         await peer.greet()
         if not peer.wire.tls and not plain:
-            await self._secure(peer, name, demanded)
+            await self._secure(peer, peer.host or address, demanded)
         if server and server.user:
             if not peer.wire.tls and not is_loopback(address):
                 raise PeerFailed(451, "4.7.0", peer.name + " offers no TLS: the password is not sent in clear")
