@@ -2242,6 +2242,19 @@ def list_directory(path: str) -> List[str]:
         return []
 
 
+def reach(path: str) -> None:
+    """Ask for what only the servers of a file system know, so that nothing answers from what it remembers; OSError.
+
+    A client of CephFS answers stat() itself while nobody elsewhere writes there, also when its cable is pulled.
+    """
+    try:
+        if hasattr(os, "statvfs"):
+            os.statvfs(path)
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM, errno.EACCES):
+            raise
+
+
 def device_beneath(path: str) -> Optional[int]:
     """Return the device on which the mount point of a directory's file system lies; None for the root's own. OSError."""
     device = os.stat(path).st_dev
@@ -2269,6 +2282,7 @@ class Storage:
     """
 
     LOOK = 0.1                                      # seconds between looks at a stamp
+    REACH = 1.0                                     # seconds for which an answer of the servers counts
     SILENCE = 5.0                                   # seconds without an answer, then the file system is out of reach
 
     def __init__(self, root: str, sync: bool = True) -> None:
@@ -2281,6 +2295,7 @@ class Storage:
         self._complained: Set[str] = set()
         self._beneath: Optional[int] = None         # the device that the mount point of the directory lies on
         self._asked: Dict[int, float] = {}          # threads that wait for an answer about a stamp, and since when
+        self._reached = -self.REACH                 # when its servers answered last
         self.away = 0.0                             # since when it is out of reach; 0: it is there
 
     def open(self) -> None:
@@ -2395,9 +2410,12 @@ class Storage:
 
     def stamp(self, kind: str) -> int:
         """Return a number that changes when somebody calls wake(kind)."""
-        me = threading.get_ident()
-        self._asked[me] = time.monotonic()
+        me, now = threading.get_ident(), time.monotonic()
+        self._asked[me] = now
         try:
+            if now >= self._reached + self.REACH:
+                reach(self.root)
+                self._reached = now
             found = os.stat(os.path.join(self.run, kind)).st_mtime_ns
         except FileNotFoundError:
             found = 0
@@ -2416,6 +2434,7 @@ class Storage:
         """Return whether the whole directory is out of reach, after a look at it."""
         try:
             self._refuse_beneath()
+            reach(self.root)
         except OSError as error:
             return self._note(reason_of(error))
         return self._note(None)
@@ -2484,12 +2503,27 @@ class Storage:
 
     @staticmethod
     def rename(source: str, target: str) -> None:
-        """Put a file of ours in its place, and of one that is there; OSError."""
+        """Put a file of ours that is open in its place, and of one that is there; OSError.
+
+        Of a closed file that CephFS renames our host keeps all rights: who wants it on another host waits for the next tick
+        of the metadata server, 5 seconds by default.
+        """
         try:
             os.replace(source, target)
         except FileNotFoundError:
             if not os.path.exists(target):
                 raise
+
+    def move(self, source: str, target: str) -> None:
+        """Rename a file that nobody of us has open; OSError."""
+        fd = -1
+        with contextlib.suppress(OSError):
+            fd = open_regular(source)
+        try:
+            self.rename(source, target)
+        finally:
+            if fd >= 0:
+                close_quietly(fd)
 
     def make_directory(self, path: str) -> None:
         """Make a directory (0700) and what is missing above it, durably; OSError."""
@@ -3112,7 +3146,7 @@ class Mailboxes:
         file = self.find(mailbox, item)
         base, _, flags = os.path.basename(file).partition(FLAGS)
         flags = "".join(sorted(set(flags) - {"S"} | ({"S"} if seen else set())))
-        os.rename(file, os.path.join(self.path(mailbox), "cur", base + FLAGS + flags))
+        self.storage.move(file, os.path.join(self.path(mailbox), "cur", base + FLAGS + flags))
 
     def lock(self, mailbox: str) -> int:
         """Hold a mailbox for one POP3 session (RFC 1939 section 4); returns an fd to close, -1 when it does not exist.
@@ -4823,9 +4857,9 @@ class Queue:
 
     def publish(self, dispatch: Dispatch) -> List[Union[int, str]]:
         """Put the envelope in place, now that it and the message are on disk; return the directories to flush. OSError."""
+        self.storage.rename(self.path(dispatch.entry.id, "env.tmp"), self.path(dispatch.entry.id, "env"))
         close_quietly(dispatch.draft)
         dispatch.draft = -1
-        self.storage.rename(self.path(dispatch.entry.id, "env.tmp"), self.path(dispatch.entry.id, "env"))
         return [self.root]
 
     def withdraw(self, dispatch: Dispatch) -> None:
@@ -4921,7 +4955,7 @@ class Queue:
         for _ in range(10):                         # whoever emptied the directory may be removing it
             try:
                 if dispatch.hint:
-                    os.rename(dispatch.hint, hint)
+                    self.storage.move(dispatch.hint, hint)
                 else:
                     os.close(os.open(hint, os.O_CREAT | os.O_WRONLY | O_EXTRA, 0o600))
                 break
@@ -5039,7 +5073,7 @@ class Queue:
         for hint in self.hints():
             id = os.path.basename(hint)
             if id + ".env" not in names and os.path.getsize(hint) and os.path.exists(self.path(id)) and not self.exists(id):
-                os.rename(hint, self.path(id, "env"))
+                self.storage.move(hint, self.path(id, "env"))
                 self.storage.sync_directory(self.root)
 
 

@@ -341,6 +341,7 @@ osd_heartbeat_interval = 2
 osd_heartbeat_grace = 6
 mon_osd_adjust_heartbeat_grace = false
 mon_data_avail_crit = 1
+mds_tick_interval = 0.5
 client_reconnect_stale = true
 mds_session_blocklist_on_timeout = false
 """.format(uuid.uuid4(), STORE, place))
@@ -605,6 +606,7 @@ class Growth(check_crash.Case):
     def test_f_cable(self):
         """A host's cable is pulled under load, and plugged in again."""
         with self.outage() as one:
+            self.addCleanup(self.cables.plug, "one", True)      # without it no node could be ended
             self.cables.plug("one", False)
             lab.until(lambda: "out of reach" in one.log(), 60, "a word of it in the log")
             threading.Event().wait(3)               # in which nothing more is to be said
