@@ -305,7 +305,10 @@ class MooseFS(Engine):
 
 
 class CephFS(Engine):
-    """A monitor, a metadata server, and two OSDs that both have everything."""
+    """A monitor, a metadata server, and two OSDs that both have everything.
+
+    What waits for a change that is not in the metadata server's journal yet may wait for its tick: by default 5 seconds.
+    """
 
     programs = ("ceph-mon", "ceph-osd", "ceph-mds", "ceph-fuse", "ceph")
     servers = ("osd0", "osd1")
