@@ -5592,11 +5592,9 @@ class Peer:
 
     async def quit(self) -> None:
         """Say goodbye, if there is still somebody to hear it."""
-        try:
-            self.wire.timeout = min(self.wire.timeout, 5.0)
+        self.wire.timeout = min(self.wire.timeout, 5.0)
+        with contextlib.suppress(PeerFailed):
             await self.command("QUIT")
-        except PeerFailed:
-            pass
         self.wire.close()
 
 
