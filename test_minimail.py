@@ -2104,6 +2104,24 @@ class DurableFiles(Case):
         texts = [record.getMessage().partition(" is ")[2].partition(" after")[0].partition(";")[0] for record in logs.records]
         self.assertEqual(texts, ["out of reach: not connected", "back", "out of reach: it does not answer", "back"])
 
+    @unittest.skipUnless(hasattr(os, "statvfs"), "there is no such call")
+    def test_a_client_that_answers_for_servers_it_does_not_reach(self):
+        """As that of CephFS does: what only the servers know is asked for once a second; that some do not know it is no fault."""
+        storage = self.storage()
+        storage.wake("mail")
+        with mock.patch.object(os, "statvfs") as asked:
+            for _ in range(9):
+                storage.stamp("mail")
+            self.assertEqual(asked.call_count, 1)
+        for error, away in ((errno.ENOTCONN, True), (errno.ENOSYS, False)):
+            with mock.patch.object(os, "statvfs", side_effect=OSError(error, "no")), mock.patch.object(storage, "REACH", 0.0), \
+                    self.assertLogs("minimail") if away else contextlib.nullcontext():
+                self.assertEqual((storage.stamp("mail") == 0, storage.away > 0), (away, away))
+                self.assertEqual(storage.is_away(), away)
+            with self.assertLogs("minimail") if away else contextlib.nullcontext():
+                self.assertTrue(storage.stamp("mail"))
+                self.assertFalse(storage.away)
+
     @mock.patch.object(minimail.Reloaded, "PAUSE", 0.0)
     def test_reloaded(self):
         path = self.file("f", "# comment\none\n\ntwo\n  more of two\n")
