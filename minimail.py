@@ -3962,6 +3962,8 @@ class Door:
         try:
             for block in [content] if isinstance(content, bytes) else content:
                 parcel.draft.write(block)
+                if parcel.draft.too_large:          # commit() refuses it: the rest need not be read
+                    break
             self.finish(parcel)
         except BaseException:
             parcel.draft.discard()
@@ -6251,8 +6253,7 @@ class Relay:
             return
         entry = self.queue.read(id)
         if entry is None:
-            with contextlib.suppress(OSError):
-                os.unlink(hint)
+            unlink_quietly(hint)
         elif self.queue.is_later(entry.next_attempt, now):  # tried a moment ago, or a crash came before it was hinted at
             self.queue.place_hint(Dispatch(entry, hint), self.queue.due_directory(entry.next_attempt))
         else:
@@ -7101,14 +7102,10 @@ class Submission:
         values = [unfold(field.partition(b":")[2]) for name, field in self.fields if name in names]
         return [address for value in values for _, address in read_addresses(value) if address]
 
-    def body(self, limit: int) -> Iterator[bytes]:
-        """Yield the body, and of one that is larger than `limit` bytes no more than shows it."""
-        size = 0
-        for block in itertools.chain([bytes(self._ahead)], self._blocks):
+    def body(self) -> Iterator[bytes]:
+        yield bytes(self._ahead).replace(b"\n", b"\r\n")
+        for block in self._blocks:
             yield block.replace(b"\n", b"\r\n")
-            size += len(block)
-            if size > limit:
-                return
 
 
 def submit(stores: Stores, flags: List[Tuple[str, str]], words: Sequence[str]) -> int:
@@ -7166,7 +7163,7 @@ def sort_recipients(stores: Stores, envelope: Envelope, names: Sequence[str]) \
 
 def store(stores: Stores, envelope: Envelope, destinations: List[Destinations], head: bytes, message: Submission) -> str:
     """Write the message to disk as it comes in and return its id; NotSent."""
-    content = itertools.chain([head + b"\r\n"], message.body(stores.post.max_size))
+    content = itertools.chain([head + b"\r\n"], message.body())
     try:
         parcel = stores.door.post_all(envelope, destinations, content)
     except Refused as refused:
@@ -8825,8 +8822,7 @@ def broken_promises(root: str) -> List[str]:
             missing.append(name)
     close_quietly(fd)
     for path in first, second, first + "x":
-        with contextlib.suppress(OSError):
-            os.unlink(path)
+        unlink_quietly(path)
     return missing
 
 
@@ -11900,7 +11896,7 @@ class Recorder:
     def _begin(self) -> None:
         self._end()
         self._own, self._size = "%s-%d" % (self.storage.token, next(self._numbers)), 0
-        self._fd = os.open(self._path(self._own), os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_APPEND | O_EXTRA, 0o600)
+        self._fd = self.storage.make(self._path(self._own))
         with contextlib.suppress(OSError):          # no locks here: then others may remove it too early
             if fcntl:
                 lock_file(self._fd)

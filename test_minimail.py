@@ -6510,7 +6510,7 @@ class SendmailTest(ScriptedCase):
                 came = []
                 for file in io.BytesIO(text), Dripping(text):
                     message = minimail.Submission(file, dots)
-                    came.append((message.fields, b"".join(message.body(1 << 30))))
+                    came.append((message.fields, b"".join(message.body())))
                 self.assertEqual(came[0], came[1], text)
 
     def test_passed_on(self):
@@ -6591,7 +6591,7 @@ class SendmailTest(ScriptedCase):
                 message = minimail.Submission(io.BytesIO(shape(size)), False)
                 for _, field in message.fields:
                     minimail.qualify_field(field, "here.test")
-                for _ in message.body(1 << 30):
+                for _ in message.body():
                     pass
                 cost.append(time.process_time() - began)
             self.assertLess(cost[1], 8 * cost[0] + 0.1)
