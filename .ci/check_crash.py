@@ -309,12 +309,11 @@ class Node(lab.Node):
 
     def queue(self):
         """Return every file in the queue."""
-        places = os.walk(self.data / "queue")       # rglob() fails where a folder vanishes meanwhile
-        return [Path(place, name) for place, _, names in places for name in names]
+        return lab.files(self.data / "queue")
 
     def drafts(self):
         """Return every file in a tmp/."""
-        return list((self.data / "mail").glob("*/*/tmp/*"))
+        return [path for path in lab.files(self.data / "mail") if path.parent.name == "tmp"]
 
     def say(self, *words):
         """Run one of the other commands on the data and return what it prints."""
@@ -585,7 +584,7 @@ class KilledInBetween(Case):
         letters = self.send_all(node.smtp, [OwnLetter("S%d" % n, [FAR]) for n in range(5)] + [Letter("forward", [TEAM])])
         due = node.data / "queue" / "due"
         for _ in range(3):
-            lab.until(lambda: len(list(due.glob("*/*"))) == len(letters), 10, "letters that wait for another attempt")
+            lab.until(lambda: len(lab.files(due)) == len(letters), 10, "letters that wait for another attempt")
             node.kill()
             node.start()
         later.set()
@@ -1345,7 +1344,7 @@ class Disks(Case):
         sink.script = lambda verb, line, helo: b"450 4.2.0 later" if verb == "RCPT" and not later.is_set() else None
         node = self.node(*node_mode(sink))
         self.send_all(node.smtp, [Letter("X%d" % n, [FAR]) for n in range(5)])
-        lab.until(lambda: list((node.data / "queue" / "due").glob("*/*")), 10, "a letter that waits")
+        lab.until(lambda: lab.files(node.data / "queue" / "due"), 10, "a letter that waits")
         remove(node.data / "queue")
         later.set()
         self.send_all(node.smtp, [Letter("Y%d" % n, [FAR]) for n in range(5)])
@@ -1383,7 +1382,7 @@ class Clocks(Case):
     def waiting(self, count):
         """Return once so many letters wait for another attempt."""
         due = self.served.data / "queue" / "due"
-        lab.until(lambda: len(list(due.glob("*/*"))) == count, 10, "%d letters that wait" % count)
+        lab.until(lambda: len(lab.files(due)) == count, 10, "%d letters that wait" % count)
 
     def check_jump(self, seconds):
         """Letters wait, the clock jumps, letters come: all are sent, names stay unique."""

@@ -11,7 +11,6 @@ named.
 import collections
 import contextlib
 import itertools
-import os
 import smtplib
 import time
 import typing
@@ -157,7 +156,7 @@ virtual_alias_maps = inline:{{ {3} }}
                                      "deaf unix - - n - - smtp -o smtp_discard_ehlo_keywords=dsn\n")
 
     def is_empty(self):
-        return not any(has_files(self.folder / "queue" / name) for name in ("maildrop", "incoming", "active", "deferred"))
+        return not any(lab.files(self.folder / "queue" / name) for name in ("maildrop", "incoming", "active", "deferred"))
 
 
 class Later:
@@ -225,12 +224,7 @@ def submit(client, letter):
 
 def is_over():
     """Return whether no server has anything left; looked at again and again, as mail may be on its way between two looks."""
-    return all(postfix.is_empty() and not has_files(node.data / "queue") for _ in range(5))
-
-
-def has_files(folder):
-    """Return whether there are files somewhere in a folder; what vanishes meanwhile does not matter to os.walk()."""
-    return any(files for _, _, files in os.walk(str(folder)))
+    return all(postfix.is_empty() and not lab.files(node.data / "queue") for _ in range(5))
 
 
 class Notices(unittest.TestCase):

@@ -336,7 +336,7 @@ class Trips(Judges):
         peer = self.peer(lambda line: "451 4.2.0 come back later" if line == "." and not later.is_set() else None)
         node = self.node("a", "--route", "far.test=smtp://" + SINK, *self.signing(*self.KEYS))
         self.send(node, 25)
-        lab.until(lambda: len(list((node.data / "queue" / "due").glob("*/*"))) == len(CORPUS), 60, "the first attempts")
+        lab.until(lambda: len(lab.files(node.data / "queue" / "due")) == len(CORPUS), 60, "the first attempts")
         node.cut()
         node.options = [word for word in node.options if word not in self.signing(*self.KEYS)] + self.signing("ours")
         node.start()

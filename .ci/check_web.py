@@ -61,8 +61,9 @@ class Browser:
         self.url, self.session = "http://127.0.0.1:%d" % port, None
         try:
             lab.until(lambda: lab.accepts(port), 20, "chromedriver")
-            flags = ["headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-background-networking",
-                     "disable-component-update", "disable-sync", "lang=en-US", "user-data-dir=%s" % (self.place / "profile")]
+            flags = ["headless", "no-sandbox", "disable-gpu", "disable-quic", "disable-smooth-scrolling", "no-first-run",
+                     "disable-background-networking", "disable-component-update", "disable-sync", "lang=en-US",
+                     "user-data-dir=%s" % (self.place / "profile")]
             flags += ["log-net-log=%s" % (self.place / "net.json")] if netlog else []
             options = {"browserName": "chrome", "goog:loggingPrefs": {"browser": "ALL", "performance": "ALL"},
                        "goog:chromeOptions": {"args": ["--" + flag for flag in flags]}, "unhandledPromptBehavior": "ignore"}

@@ -63,6 +63,14 @@ def folder(owner=None):
         shutil.rmtree(path, ignore_errors=True)
 
 
+def files(place, folders=False):
+    """Return every file below a folder (and every folder, too) that somebody else is at work in.
+
+    There pathlib's glob() fails once a folder vanishes between the look at its name and the look into it; os.walk() goes on.
+    """
+    return [Path(above, name) for above, inner, names in os.walk(str(place)) for name in names + inner * folders]
+
+
 # Other programs
 
 def clean_environment(home, **extra):
@@ -257,7 +265,8 @@ class Node:
 
     def stored(self, address):
         """Return the files of an address's messages, oldest name first."""
-        return sorted(path for sub in ("new", "cur") for path in (self.mailbox(address) / sub).glob("[!.]*"))
+        found = [*files(self.mailbox(address) / "new"), *files(self.mailbox(address) / "cur")]
+        return sorted(path for path in found if not path.name.startswith("."))
 
 
 def primary_group(user):

@@ -437,7 +437,7 @@ max_idle = 1s
     def stored(self, address):
         """Return the contents of an address's messages."""
         local, _, domain = address.partition("@")
-        return [path.read_bytes() for path in (self.mail / domain / local / "new").glob("*")]
+        return [path.read_bytes() for path in lab.files(self.mail / domain / local / "new")]
 
     def log(self):
         """Return what it logged."""
