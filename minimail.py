@@ -3098,18 +3098,29 @@ class Mailboxes:
         except (OSError, Refused):
             return Listing()
 
+    def locate(self, mailbox: str, items: Iterable[Item]) -> Iterator[Tuple[Item, str]]:
+        """Yield items with where their files are now; last, after one look for all, those that another program moved.
+
+        Those that are gone are left out.
+        """
+        path, moved = self.path(mailbox), {}
+        for item in items:
+            file = os.path.join(path, item.place, item.name)
+            if os.path.lexists(file):
+                yield item, file
+            else:
+                moved[item.name.partition(FLAGS)[0]] = item
+        for place in ("new", "cur") if moved else ():
+            for name in list_directory(os.path.join(path, place)):
+                found = moved.pop(name.partition(FLAGS)[0], None)
+                if found:
+                    yield found, os.path.join(path, place, name)
+
     def find(self, mailbox: str, item: Item) -> str:
         """Return where an item's file is now, if another program moved it or changed its flags; FileNotFoundError."""
-        path = self.path(mailbox)
-        file = os.path.join(path, item.place, item.name)
-        if os.path.lexists(file):
+        for _, file in self.locate(mailbox, [item]):
             return file
-        base = item.name.partition(FLAGS)[0]
-        for place in ("new", "cur"):
-            for name in list_directory(os.path.join(path, place)):
-                if name.partition(FLAGS)[0] == base:
-                    return os.path.join(path, place, name)
-        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), file)
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), item.name)
 
     def open(self, mailbox: str, item: Item) -> int:
         """Open an item's file for reading and return its fd; OSError."""
@@ -3129,10 +3140,14 @@ class Mailboxes:
         finally:
             os.close(fd)
 
-    def delete(self, mailbox: str, item: Item) -> bool:
-        """Remove an item, and return True; False when it is gone already, which is no error. OSError."""
+    def delete(self, mailbox: str, items: Iterable[Item]) -> None:
+        """Remove items; OSError at the first that cannot be."""
+        for item, file in self.locate(mailbox, items):
+            self.delete_at(file, item)
+
+    def delete_at(self, file: str, item: Item) -> bool:
+        """Remove an item that was located, and return True; False when it is gone already, which is no error. OSError."""
         try:
-            file = self.find(mailbox, item)
             last = self.forget and os.lstat(file).st_nlink == 1
             os.unlink(file)
         except FileNotFoundError:
@@ -3174,10 +3189,11 @@ class Mailboxes:
         """Delete all but the newest `keep` messages, and those older than `max_age` seconds, logging each; OSError."""
         items = self.listing(mailbox)
         oldest = time.time() - max_age if max_age else 0.0
-        for index, item in enumerate(items):
-            if (keep and index < len(items) - keep) or item_time(item) < oldest:
-                if self.delete(mailbox, item):      # another thread, or node, may be at it, too
-                    event("pruned", mailbox=mailbox, uid=item.uid, size=item.size)
+        old = [item for index, item in enumerate(items)
+               if (keep and index < len(items) - keep) or item_time(item) < oldest]
+        for item, file in self.locate(mailbox, old):
+            if self.delete_at(file, item):          # another thread, or node, may be at it, too
+                event("pruned", mailbox=mailbox, uid=item.uid, size=item.size)
 
     def sweep(self) -> None:
         """Remove what dead processes and, after 36 hours, other programs left in tmp/."""
@@ -3302,7 +3318,7 @@ class Message:
 
     def delete(self) -> None:
         """Remove the message from this mailbox; OSError."""
-        self._mailboxes.delete(self.recipient, self._item)
+        self._mailboxes.delete(self.recipient, [self._item])
 
 
 SCRYPT = {"n": 1 << 14, "r": 8, "p": 1}             # 16 MiB and some 50 ms per password (RFC 7914)
@@ -3915,7 +3931,7 @@ class Door:
             log.exception("policy %s failed", hook)
             raise Refused(451, "4.3.0", "cannot decide now, try again later") from None
 
-    def check_sender(self, envelope: Envelope, sender: Optional[Address], user: Optional[str]) -> None:
+    def check_sender(self, sender: Optional[Address], user: Optional[str]) -> None:
         """Refused when `user`, if one logged in, may not send as `sender` (None: the null reverse-path)."""
         if sender and user is not None and not self.config.capture and not self.book.owns(user, sender):
             raise Refused(553, "5.7.1", "you may not send as this address")
@@ -3952,7 +3968,7 @@ class Door:
              user: Optional[str] = None) -> Parcel:
         """Take a whole message over, in blocks or one, from somebody trusted; return the parcel that is on disk; Refused."""
         envelope.trusted = True
-        self.check_sender(envelope, parse_address(envelope.sender) if envelope.sender else None, user)
+        self.check_sender(parse_address(envelope.sender) if envelope.sender else None, user)
         self.ask("on_mail", envelope.client, envelope.sender, user)
         return self.post_all(envelope, [self.recipient(envelope, address, True) for address in recipients], content)
 
@@ -9765,7 +9781,7 @@ class SMTPSession(Session):
             self.take_parameters(envelope, parameters)
         if not envelope.sender.isascii() and not envelope.smtputf8:
             raise Refused(553, "5.6.7", "this address needs SMTPUTF8")
-        self.site.door.check_sender(envelope, sender, self.user)
+        self.site.door.check_sender(sender, self.user)
         self.raise_fault("mail", envelope.sender)
         self.site.door.ask("on_mail", self.client, envelope.sender, self.user)
         envelope.protocol = with_keyword(self.esmtp, self.wire.tls, self.user is not None, envelope.smtputf8)
@@ -10281,7 +10297,7 @@ class POP3Session(Session):
         self.raise_fault("pop3-quit", self.user)
         if len(self.deleted) > MAX_REMOVED or self.deleted and self.site.mailboxes.forget:
             await wait(self.remove)                 # what is known of messages may have to be looked for first
-        else:
+        elif self.deleted:
             self.remove()
         failed = len(self.deleted) - self.removed
         self.release()
@@ -10290,12 +10306,13 @@ class POP3Session(Session):
         return b"+OK\r\n"
 
     def remove(self) -> None:
-        for index in self.deleted:
+        self.removed = len(self.deleted)
+        for item, file in self.site.mailboxes.locate(self.user or "", [self.items[index] for index in self.deleted]):
             try:
-                self.site.mailboxes.delete(self.user or "", self.items[index])
-                self.removed += 1
+                self.site.mailboxes.delete_at(file, item)
             except OSError as error:
-                log.warning("cannot remove %s: %s", self.items[index].name, error)
+                self.removed -= 1
+                log.warning("cannot remove %s: %s", item.name, error)
 
     def release(self) -> None:
         if self.lock >= 0:
@@ -12767,9 +12784,13 @@ class Inbox(Letters):
         return OK_ANSWER
 
     def _delete(self, letters: List[Letter]) -> None:
+        copies: Dict[str, List[Item]] = {}
         for letter in letters:
             for mailbox, item in letter.copies:
-                self.mailboxes.delete(mailbox, item)
+                copies.setdefault(mailbox, []).append(item)
+        for mailbox, items in copies.items():
+            self.mailboxes.delete(mailbox, items)
+        for letter in letters:
             self.forget(letter.key)
         if letters:
             self.tell("delete")
