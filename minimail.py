@@ -2242,6 +2242,22 @@ def list_directory(path: str) -> List[str]:
         return []
 
 
+@contextlib.contextmanager
+def opened_directory(path: str) -> Iterator[Tuple[str, Optional[int]]]:
+    """Yield what to put before a name in a directory, and a `dir_fd`: so those above it are not asked for again each time.
+
+    On a network file system that is most of what a call takes. Without a directory, or such calls, it is the path, and None.
+    """
+    try:
+        fd = os.open(path, os.O_RDONLY | O_EXTRA) if os.unlink in os.supports_dir_fd else -1
+    except OSError:
+        fd = -1
+    try:
+        yield ("", fd) if fd >= 0 else (path + os.sep, None)
+    finally:
+        close_quietly(fd)
+
+
 def reach(path: str) -> None:
     """Ask for what only the servers of a file system know, so that nothing answers from what it remembers; OSError.
 
@@ -3098,29 +3114,23 @@ class Mailboxes:
         except (OSError, Refused):
             return Listing()
 
-    def locate(self, mailbox: str, items: Iterable[Item]) -> Iterator[Tuple[Item, str]]:
-        """Yield items with where their files are now; last, after one look for all, those that another program moved.
-
-        Those that are gone are left out.
-        """
-        path, moved = self.path(mailbox), {}
-        for item in items:
-            file = os.path.join(path, item.place, item.name)
-            if os.path.lexists(file):
-                yield item, file
-            else:
-                moved[item.name.partition(FLAGS)[0]] = item
-        for place in ("new", "cur") if moved else ():
-            for name in list_directory(os.path.join(path, place)):
-                found = moved.pop(name.partition(FLAGS)[0], None)
-                if found:
-                    yield found, os.path.join(path, place, name)
+    def moved(self, mailbox: str, items: Iterable[Item]) -> Iterator[Tuple[Item, str]]:
+        """Yield those of the items that another program moved, or changed the flags of, with where their files are now."""
+        wanted = {item.name.partition(FLAGS)[0]: item for item in items}
+        for place in ("new", "cur") if wanted else ():
+            for name in list_directory(os.path.join(self.path(mailbox), place)):
+                item = wanted.pop(name.partition(FLAGS)[0], None)
+                if item:
+                    yield item, os.path.join(self.path(mailbox), place, name)
 
     def find(self, mailbox: str, item: Item) -> str:
         """Return where an item's file is now, if another program moved it or changed its flags; FileNotFoundError."""
-        for _, file in self.locate(mailbox, [item]):
+        file = os.path.join(self.path(mailbox), item.place, item.name)
+        if os.path.lexists(file):
             return file
-        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), item.name)
+        for _, file in self.moved(mailbox, [item]):
+            return file
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), file)
 
     def open(self, mailbox: str, item: Item) -> int:
         """Open an item's file for reading and return its fd; OSError."""
@@ -3140,21 +3150,28 @@ class Mailboxes:
         finally:
             os.close(fd)
 
-    def delete(self, mailbox: str, items: Iterable[Item]) -> None:
-        """Remove items; OSError at the first that cannot be."""
-        for item, file in self.locate(mailbox, items):
-            self.delete_at(file, item)
+    def delete(self, mailbox: str, items: Iterable[Item]) -> Iterator[Tuple[Item, Optional[OSError]]]:
+        """Remove items; yield each that is removed, and each that cannot be, with the error.
 
-    def delete_at(self, file: str, item: Item) -> bool:
-        """Remove an item that was located, and return True; False when it is gone already, which is no error. OSError."""
-        try:
-            last = self.forget and os.lstat(file).st_nlink == 1
-            os.unlink(file)
-        except FileNotFoundError:
-            return False
-        if self.forget and last:
-            self.forget(message_id(item))
-        return True
+        One that is gone already is no error: another thread, or node, may be at it, too.
+        """
+        missing: List[Item] = []
+        with contextlib.ExitStack() as opened:
+            places = {place: opened.enter_context(opened_directory(os.path.join(self.path(mailbox), place)))
+                      for place in ("new", "cur")}
+            known = ((item, places[item.place][0] + item.name, places[item.place][1]) for item in items)
+            moved = ((item, file, None) for item, file in self.moved(mailbox, missing))     # begun once all others are done
+            for item, file, fd in itertools.chain(known, moved):
+                try:
+                    last = self.forget and os.stat(file, dir_fd=fd, follow_symlinks=False).st_nlink == 1
+                    os.unlink(file, dir_fd=fd)
+                    if self.forget and last:
+                        self.forget(message_id(item))
+                    yield item, None
+                except FileNotFoundError:
+                    missing.append(item)
+                except OSError as error:
+                    yield item, error
 
     def set_seen(self, mailbox: str, item: Item, seen: bool = True) -> None:
         """Move an item to cur/ with or without the flag S, as maildir(5) asks; OSError."""
@@ -3189,11 +3206,12 @@ class Mailboxes:
         """Delete all but the newest `keep` messages, and those older than `max_age` seconds, logging each; OSError."""
         items = self.listing(mailbox)
         oldest = time.time() - max_age if max_age else 0.0
-        old = [item for index, item in enumerate(items)
-               if (keep and index < len(items) - keep) or item_time(item) < oldest]
-        for item, file in self.locate(mailbox, old):
-            if self.delete_at(file, item):          # another thread, or node, may be at it, too
-                event("pruned", mailbox=mailbox, uid=item.uid, size=item.size)
+        old = (item for index, item in enumerate(items)
+               if (keep and index < len(items) - keep) or item_time(item) < oldest)
+        for item, error in self.delete(mailbox, old):
+            if error:
+                raise error
+            event("pruned", mailbox=mailbox, uid=item.uid, size=item.size)
 
     def sweep(self) -> None:
         """Remove what dead processes and, after 36 hours, other programs left in tmp/."""
@@ -3318,7 +3336,9 @@ class Message:
 
     def delete(self) -> None:
         """Remove the message from this mailbox; OSError."""
-        self._mailboxes.delete(self.recipient, [self._item])
+        for _, error in self._mailboxes.delete(self.recipient, [self._item]):
+            if error:
+                raise error
 
 
 SCRYPT = {"n": 1 << 14, "r": 8, "p": 1}             # 16 MiB and some 50 ms per password (RFC 7914)
@@ -10307,10 +10327,8 @@ class POP3Session(Session):
 
     def remove(self) -> None:
         self.removed = len(self.deleted)
-        for item, file in self.site.mailboxes.locate(self.user or "", [self.items[index] for index in self.deleted]):
-            try:
-                self.site.mailboxes.delete_at(file, item)
-            except OSError as error:
+        for item, error in self.site.mailboxes.delete(self.user or "", (self.items[index] for index in self.deleted)):
+            if error:
                 self.removed -= 1
                 log.warning("cannot remove %s: %s", item.name, error)
 
@@ -12789,7 +12807,9 @@ class Inbox(Letters):
             for mailbox, item in letter.copies:
                 copies.setdefault(mailbox, []).append(item)
         for mailbox, items in copies.items():
-            self.mailboxes.delete(mailbox, items)
+            for _, error in self.mailboxes.delete(mailbox, items):
+                if error:
+                    raise error
         for letter in letters:
             self.forget(letter.key)
         if letters:
