@@ -15222,7 +15222,7 @@ def next_signal(node: Node) -> int:
         return signal.sigwait(held_signals())
     while True:
         found = signal.sigtimedwait(held_signals(), 1.0)
-        if found:
+        if found and found.si_signo in held_signals():      # not what a debugger that attaches leaves there: any number
             return found.si_signo
         if node.stores:
             node.stores.storage.watch()

@@ -13038,6 +13038,13 @@ class RootGivenUp(Case):
         ran = run_python("-c", code)
         self.assertEqual((ran.returncode, ran.stdout), (0, b""))
 
+    @unittest.skipUnless(hasattr(signal, "sigtimedwait"), "no sigtimedwait()")
+    def test_a_debugger_is_no_signal(self):
+        """Where one attaches or leaves, sigtimedwait() may return with what nobody wrote: py-spy ended a node by that."""
+        came = [mock.Mock(si_signo=number) for number in (-2000487592, signal.SIGUSR1, signal.SIGTERM)]
+        with mock.patch.object(signal, "sigtimedwait", side_effect=came):
+            self.assertEqual(minimail.next_signal(mock.Mock(stores=None)), signal.SIGTERM)
+
     def test_workers_whose_signals_were_blocked(self):
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
         try:
