@@ -7,6 +7,7 @@ import contextlib
 import os
 import pty
 import pwd
+import random
 import select
 import shutil
 import signal
@@ -42,11 +43,23 @@ def accepts(port, host="127.0.0.1"):
     return False
 
 
+reserved = []
+
+
 def free_port():
-    """Return a TCP port that is free now, for servers that cannot pick one themselves."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """Return a TCP port for servers that cannot pick one themselves, or come back to it.
+
+    It is not among those that the kernel gives to whoever asks for any, and as long as this process lives it has a UDP socket
+    of that number, so that no other check takes it.
+    """
+    first = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    while True:
+        address = "127.0.0.1", random.SystemRandom().randrange(10000, first)
+        reserved.append(socket.socket(type=socket.SOCK_DGRAM))
+        with contextlib.suppress(OSError), socket.socket() as probe:
+            reserved[-1].bind(address)
+            probe.bind(address)
+            return address[1]
 
 
 # Folders
