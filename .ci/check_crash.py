@@ -99,7 +99,7 @@ class Load:
 
     def join(self, seconds=60):
         """Return when all clients are done."""
-        deadline = time.monotonic() + seconds
+        deadline = time.monotonic() + lab.SLOWER * seconds
         for thread in self.threads:
             thread.join(max(0, deadline - time.monotonic()))
             assert not thread.is_alive(), "a client hangs"
@@ -638,7 +638,8 @@ class KilledInBetween(Case):
                          "load@sender.test", *letter.recipients]
                 inject = ["strace", "-D", "-f", "-qq", "-o", "/dev/null", "-e", "trace=" + call,
                           "-e", "inject=%s:signal=KILL:when=%d" % (call, number)] if call != "none" else []
-                ended = subprocess.run([*inject, *map(str, words)], input=letter.content(), capture_output=True, timeout=30)
+                ended = subprocess.run([*inject, *map(str, words)], input=letter.content(), capture_output=True,
+                                       timeout=lab.SLOWER * 30)
                 self.assertIn(ended.returncode, (0, -signal.SIGKILL), ended.stderr)
                 letter.answered = ended.returncode == 0
                 letters.append(letter)
@@ -667,7 +668,7 @@ class KilledInBetween(Case):
             if number % 4:                          # else it dies as soon as it has answered
                 killer.start()
             with contextlib.suppress(OSError, http.client.HTTPException):
-                with urllib.request.urlopen(request, timeout=10) as answer:
+                with urllib.request.urlopen(request, timeout=60) as answer:
                     letter.answered = answer.status == 200
             if number % 4:
                 killer.join()
@@ -946,7 +947,7 @@ class Workers(Case):
         workers = self.workers(node)
         os.kill(node.process.pid, signal.SIGKILL)
         node.process.wait(5)
-        lab.until(lambda: not any(map(is_alive, workers)), 12, "the end of all workers")
+        lab.within(lambda: not any(map(is_alive, workers)), 12, "the end of all workers")
         self.assertEqual(said(node), [], "the workers left in good order")
         node.start()
 
@@ -1333,7 +1334,7 @@ class Disks(Case):
         # Another process can still wake it.
         lab.run([sys.executable, lab.MINIMAIL, *node_mode(sink), "--data", node.data,
                  "sendmail", "-i", "-f", "load@sender.test", FAR], Letter("woken", [FAR]).content())
-        lab.until(lambda: sink.count()["woken", FAR], 10, "a letter that another process queued")
+        lab.within(lambda: sink.count()["woken", FAR], 10, "a letter that another process queued")
         client.quit()
         self.check_clean(node)
 
@@ -1457,7 +1458,7 @@ class DovecotMeanwhile(Case):
                 reader.start()
             load.join()
             for reader in readers:
-                reader.join(60)
+                reader.join(lab.SLOWER * 60)
         self.assertEqual(len(load.answered), 900)
         for box in seen:
             self.assertEqual(len(seen[box]), wanted[box], "%s: not all were seen" % box)
@@ -1474,7 +1475,7 @@ class DovecotMeanwhile(Case):
         client = imaplib.IMAP4("127.0.0.1", dovecot.imap)
         client.login(box, "any")
         client.select("INBOX")
-        highest, deadline = 0, time.monotonic() + 60
+        highest, deadline = 0, time.monotonic() + lab.SLOWER * 60
         while len(seen[box]) < wanted[box] and time.monotonic() < deadline:
             client.noop()
             for uid in client.uid("search", "UID %d:*" % (highest + 1))[1][0].split():
@@ -1486,7 +1487,7 @@ class DovecotMeanwhile(Case):
 
     def read_pop3(self, dovecot, box, seen, wanted):
         """Fetch and delete, session after session, until all have been seen."""
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + lab.SLOWER * 60
         while len(seen[box]) < wanted[box] and time.monotonic() < deadline:
             client = poplib.POP3("127.0.0.1", dovecot.pop3, timeout=30)
             client.user(box)

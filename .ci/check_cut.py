@@ -112,7 +112,7 @@ class Copies(unittest.TestCase):
             client.sendmail("a@x", ["bob@x"], "Subject: hi\r\n\r\nhello\r\n")
         self.assertEqual(len(os.listdir(place / "data/mail/x/bob/new")), 1)
         process.terminate()
-        output, errors = process.communicate(timeout=30)
+        output, errors = process.communicate(timeout=lab.SLOWER * 30)
         self.assertEqual((process.returncode, output, errors), (0, b"", b""))
 
     def test_cut_again(self):

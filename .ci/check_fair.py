@@ -291,7 +291,7 @@ def waits_beside(load):
     probes = [Probe(node.smtp), Probe(node.pop3)]
     lab.until(lambda: all(probe.count or probe.error for probe in probes), 10, "clients that say NOOP")
     process.start()
-    process.join(60)
+    process.join(lab.SLOWER * 60)
     for probe in probes:
         probe.over.set()
     for probe in probes:

@@ -24,14 +24,23 @@ MINIMAIL = REPO / "minimail.py"
 
 # Waiting
 
+SLOWER = 5                  # times: what a machine may need that has much else to do
+
+
 def until(predicate, seconds=10.0, what="the condition"):
-    """Return the first true value of predicate(); AssertionError when there was none within the time."""
+    """Return the first true value of predicate(), for which an idle machine needs less than the time; see within()."""
+    return within(predicate, SLOWER * seconds, what)
+
+
+def within(predicate, seconds, what):
+    """Return the first true value of predicate(); AssertionError when there was none within the time, nor right after it."""
     deadline = time.monotonic() + seconds
     while True:
+        late = time.monotonic() > deadline
         value = predicate()
         if value:
             return value
-        if time.monotonic() > deadline:
+        if late:
             raise AssertionError("%s: not within %g seconds" % (what, seconds))
         time.sleep(0.01)  # the pause between two looks, not a guess how long it takes
 
@@ -126,11 +135,11 @@ def run(command, stdin=b"", seconds=60, environment=None, expect=0, cwd=None):
     process = start(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                     env=environment, cwd=cwd)
     try:
-        output, errors = process.communicate(stdin, timeout=seconds)
+        output, errors = process.communicate(stdin, timeout=SLOWER * seconds)
     except subprocess.TimeoutExpired:
         end_group(process)
         output, errors = process.communicate()
-        raise AssertionError("not done after %g seconds: %s" % (seconds, told(command, output, errors))) from None
+        raise AssertionError("not done after %g seconds: %s" % (SLOWER * seconds, told(command, output, errors))) from None
     if process.returncode != expect:
         raise AssertionError("status %d: %s" % (process.returncode, told(command, output, errors)))
     return output
@@ -152,11 +161,11 @@ def run_in_terminal(command, seconds=60, environment=None, cwd=None):
     os.close(theirs)
     painted = bytearray()
     try:
-        read_until_closed(ours, painted, time.monotonic() + seconds)
-        status = process.wait(5)
+        read_until_closed(ours, painted, time.monotonic() + SLOWER * seconds)
+        status = process.wait(SLOWER * 5)
     except (AssertionError, subprocess.TimeoutExpired):
         end_group(process)
-        raise AssertionError("not done after %g seconds: %s" % (seconds, told(command, painted))) from None
+        raise AssertionError("not done after %g seconds: %s" % (SLOWER * seconds, told(command, painted))) from None
     finally:
         os.close(ours)
     if status != 0:
