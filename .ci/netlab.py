@@ -84,8 +84,15 @@ class Network:
                     lines.append("addr add %s/64 dev eth0 nodad" % address)
             ip(["-n", self.name(host)], lines)
             settings = Path("/etc/netns", self.name(host))
-            settings.mkdir(parents=True)
+            lab.until(lambda: self.made(settings), what=settings)  # noqa: B023
             (settings / "resolv.conf").write_text("nameserver %s\n" % RESOLVER)
+
+    @staticmethod
+    def made(folder):
+        """Make a folder; False when another network took the one above away just before."""
+        with contextlib.suppress(FileNotFoundError):
+            folder.mkdir(parents=True)
+        return folder.exists()
 
     def remove(self):
         """Remove every trace of build(), however far it came."""
