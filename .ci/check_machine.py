@@ -576,9 +576,9 @@ class Elsewhere(Case):
         answer, took = guess(465)
         self.assertRegex(answer, "^535 5.7.8 ")
         self.assertGreater(took, 0.2)
-        answer, longer = guess(995)
+        answer, took = guess(995)
         self.assertRegex(answer, r"^-ERR \[AUTH\]")
-        self.assertGreater(longer, took)
+        self.assertGreater(took, 0.45)              # 0.25 s more than at first, whatever the machine added then
         with concurrent.futures.ThreadPoolExecutor(8) as pool:
             futures = [pool.submit(guess, port) for port in (465, 995) * 4]
             with self.network.inside("sender"):
@@ -702,7 +702,8 @@ class Exposure(Case):
                         self.assertEqual(int(fields["CapEff"], 16), 0)
                         self.assertEqual(int(fields["CapPrm"], 16), 0)
                 for path in lab.files(node.data, folders=True):
-                    self.assertEqual(path.stat().st_uid, user.pw_uid, path)
+                    with contextlib.suppress(FileNotFoundError):    # the end of the session is noted meanwhile
+                        self.assertEqual(path.stat().st_uid, user.pw_uid, path)
                 with Raw(node.smtps, tls=True) as client:
                     self.assertRegex(client.ask("EHLO x"), "^250")
 
@@ -812,7 +813,7 @@ class Hostile(Case):
         with concurrent.futures.ThreadPoolExecutor(len(attacks)) as pool:
             running = [pool.submit(self.flood, address, beginning, block, tls=address in (node.smtps, node.pop3s))
                        for address, beginning, block in attacks]
-            lab.until(lambda: all(future.running() for future in running), 5)
+            lab.until(lambda: all(future.running() or future.done() for future in running), 5)
             for _ in range(5):
                 self.deliver(node)
             for future in running:
@@ -827,7 +828,7 @@ class Hostile(Case):
         used = memory(node)
         chunk = b"BDAT 500000000000\r\n" + lines
         attacks = [((*envelope, "DATA"), lines), (envelope, chunk), (("EHLO x",), chunk)]
-        results = at_once([lambda words=words, block=block: self.flood(node.smtp, words, block, most=200 << 20)
+        results = at_once([lambda words=words, block=block: self.flood(node.smtp, words, block, seconds=60, most=200 << 20)
                            for words, block in attacks] + [lambda: self.deliver(node)])
         for took, count, _ in results[:-1]:
             self.assertGreater(count, 32 << 20, "hung up before there was any need: %g s" % took)
