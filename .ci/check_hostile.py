@@ -355,13 +355,17 @@ class Costs(unittest.TestCase):
         """The dearest shapes, looked at again and again, hold up nobody."""
         check_fair.node = self.node
         names = {name for _, name in self.worst.values()} & set(SHAPES) or set(sorted(SHAPES)[::9])
-        usual = check_fair.waits_beside(lambda: [self.costs(body(b"an ordinary line\r\n")(1 << 20)) for _ in range(3)])
+
+        def ordinary():
+            return check_fair.waits_beside(lambda: [self.costs(body(b"an ordinary line\r\n")(1 << 20)) for _ in range(3)])
+        usual = ordinary()
         for name in sorted(names):
             content = SHAPES[name](1 << 20)
-            for _ in range(3):
+            for _ in range(6):
                 waits = check_fair.waits_beside(lambda: self.costs(content))  # noqa: B023
                 if max(waits) <= 3 * max(check_fair.FLOOR, *usual):
                     break
+                usual = ordinary()                  # the machine may have more to do now than it had
             else:
                 self.fail("%s: NOOP waited %s s, beside ordinary mail %s s" % (name, waits, usual))
 
@@ -381,7 +385,7 @@ class Page(unittest.TestCase):
         self.costs = Costs("test_shapes")
         self.browser = check_web.Browser()
         self.addCleanup(self.browser.close)
-        self.browser.call("POST", "", cmd="Performance.enable")
+        self.browser.call("POST", "", cmd="Performance.enable", timeDomain="threadTicks")
         found = []
         for name in ("encoded words", "addresses", "groups", "parts", "many fields", "links", "a long link", "ats in text",
                      "quotations", "HTML: open tags", "HTML: nested", "HTML: quotes", "HTML: entities", "HTML: sources",
