@@ -1675,6 +1675,7 @@ class Loops(Case):
 class Crews(Case):
     def crew(self, size):
         crew = minimail.Crew(size, "minimail-test")
+        self.addCleanup(self.eventually, lambda: not self.threads())    # or the next test would count them
         self.addCleanup(crew.close)
         return crew
 
