@@ -544,6 +544,7 @@ ELSEWHERE = tempfile.TemporaryDirectory(prefix="test-minimail-")
 
 def setUpModule():
     os.chdir(ELSEWHERE.name)                        # where no test shall leave anything
+    os.umask(0o022)                                 # a data directory that a test makes is one that others cannot write to
     sys.unraisablehook = lambda what: UNRAISABLE.append("%r in %r" % (what.exc_value, what.object))
     threading.excepthook = lambda what: UNRAISABLE.append("%r in %r" % (what.exc_value, what.thread))
 
