@@ -2100,7 +2100,7 @@ class DurableFiles(Case):
             self.assertFalse(storage.away)
             answer, real = threading.Event(), os.stat
             with mock.patch.object(storage, "SILENCE", 0.01), \
-                    mock.patch.object(os, "stat", lambda path: answer.wait(10) and real(path)):
+                    mock.patch.object(os, "stat", lambda path: answer.wait(PATIENCE) and real(path)):
                 asking = self.in_background(lambda: storage.stamp("queue"))
                 self.eventually(lambda: storage.watch() or storage.away)
                 storage.watch()
@@ -2111,6 +2111,7 @@ class DurableFiles(Case):
         self.assertEqual(texts, ["out of reach: not connected", "back", "out of reach: it does not answer", "back"])
 
     @unittest.skipUnless(hasattr(os, "statvfs"), "there is no such call")
+    @mock.patch.object(time, "monotonic", Clock())  # which stands still: the nine questions come within one second
     def test_a_client_that_answers_for_servers_it_does_not_reach(self):
         """As that of CephFS does: what only the servers know is asked for once a second; that some do not know it is no fault."""
         storage = self.storage()
