@@ -3432,7 +3432,7 @@ class DNSPacketTest(unittest.TestCase):
 class ResolverTest(unittest.TestCase):
     """Each test's server is asked for example.com, whose true answer is 192.0.2.1."""
 
-    def resolver(self, *servers, timeout=5.0, attempts=1, clock=time.monotonic):
+    def resolver(self, *servers, timeout=PATIENCE, attempts=1, clock=time.monotonic):
         return minimail.Resolver([server.address for server in servers], timeout=timeout, attempts=attempts, clock=clock)
 
     def ask(self, *servers, type=minimail.A, **options):
@@ -3468,14 +3468,14 @@ class ResolverTest(unittest.TestCase):
 
     def test_silence_then_the_next_server(self):
         with ScriptedDNS(lambda query: None) as silent, ScriptedDNS(self.truth) as server:
-            self.assertEqual(self.ask(silent, server, timeout=0.1), ["192.0.2.1"])
+            self.assertEqual(self.ask(silent, server, timeout=0.1, attempts=99), ["192.0.2.1"])     # the other may be slow
 
     def test_a_stream_of_lies_does_not_move_the_deadline(self):
         with ScriptedDNS(lambda query: [b"\xff" * 40] * 50) as liar:
             started = time.monotonic()
             with self.assertRaises(minimail.DNSFailure):
                 self.ask(liar, timeout=0.1)
-            self.assertLess(time.monotonic() - started, 3.0)
+            self.assertLess(time.monotonic() - started, PATIENCE)
 
     def test_server_that_is_not_there(self):
         with ScriptedDNS(self.truth) as server:
@@ -4752,7 +4752,7 @@ class ClientTest(ScriptedCase):
         started = time.monotonic()
         with self.assertRaises(minimail.PeerFailed):
             run_peer(client, client.greet())
-        self.assertLess(time.monotonic() - started, 5)
+        self.assertLess(time.monotonic() - started, PATIENCE)
         stop.set()
         dripping.join(PATIENCE)
         for sock in ours, client.wire:
