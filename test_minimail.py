@@ -496,6 +496,24 @@ def run_python(*arguments, timeout=120, **keywords):
                           stderr=subprocess.STDOUT, timeout=timeout, **keywords)
 
 
+def in_child(function):
+    """Return the text of what function() returns in a forked process, None when that ended before."""
+    readable, writable = os.pipe()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")             # Python 3.12: other threads; the child uses none of them
+        child = os.fork()
+    if not child:
+        try:
+            os.write(writable, str(function()).encode())
+        finally:
+            os._exit(0)
+    os.close(writable)
+    with open(readable, "rb") as file:
+        text = file.read().decode()
+    os.waitpid(child, 0)
+    return text or None
+
+
 class Program:
     """minimail.py in a process of its own."""
 
@@ -6697,24 +6715,6 @@ class CrashTest(ScriptedCase):
             file.write("".join(name + ":$pbkdf2$1$AAAA$AAAA\n" for name in self.PEOPLE))
         return ScriptedWorld(self, FAR, hosts, data=self.root, no_sync=False, catch_all="one@here.test")
 
-    @staticmethod
-    def in_child(action):
-        """Return the text that action() returns in a forked process, None when that ended before."""
-        readable, writable = os.pipe()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")         # Python 3.12: other threads; the child uses none of them
-            child = os.fork()
-        if not child:
-            try:
-                os.write(writable, action().encode())
-            finally:
-                os._exit(0)
-        os.close(writable)
-        with open(readable, "rb") as file:
-            text = file.read().decode()
-        os.waitpid(child, 0)
-        return text or None
-
     def every_step(self, act, check, prepare=lambda: None):
         """For each fault and each n: prepare(), act(disk) with the n-th file operation failing, check(outcome, fault).
 
@@ -6733,7 +6733,7 @@ class CrashTest(ScriptedCase):
                 disk = ScriptedDisk(self.root, n, error)
                 with self.subTest(fault, n=n, where="%s %s" % where):
                     prepare()
-                    outcome = self.in_child(lambda disk=disk: act(disk)) if error is None else act(disk)
+                    outcome = in_child(lambda disk=disk: act(disk)) if error is None else act(disk)
                     self.assertTrue(disk.tripped or (error is None and outcome is None))
                     check(outcome or "crashed", fault)
                 shutil.rmtree(self.root)
@@ -8053,21 +8053,6 @@ class SeenFromHere(Case):
 class Counting(Case):
     """Connections and wrong passwords are counted in tables that processes share."""
 
-    def in_child(self, function):
-        """Return what function() gives in a process forked from this one, as text."""
-        ours, theirs = os.pipe()
-        pid = os.fork()
-        if not pid:
-            try:
-                os.write(theirs, str(function()).encode())
-            finally:
-                os._exit(0)
-        os.close(theirs)
-        with open(ours, "rb") as file:
-            answer = file.read().decode()
-        os.waitpid(pid, 0)
-        return answer
-
     def test_connections_from_one_address(self):
         connections = minimail.Connections(10, 2)
         self.assertEqual([bool(connections.enter("192.0.2.1")) for _ in range(3)], [False, False, True])
@@ -8104,7 +8089,7 @@ class Counting(Case):
         def child():
             connections.owner = 1
             return [bool(connections.enter(client)) for client in ("192.0.2.1", "192.0.2.1", "192.0.2.2", "192.0.2.3")]
-        self.assertEqual(self.in_child(child), "[False, True, False, True]")
+        self.assertEqual(in_child(child), "[False, True, False, True]")
         self.assertTrue(connections.enter("192.0.2.4"), "what the other has counts")
         connections.free_all(1)                     # it is dead
         self.assertFalse(connections.enter("192.0.2.1"))
@@ -8167,7 +8152,7 @@ class Counting(Case):
     @unittest.skipUnless(hasattr(os, "fork"), "no processes to share with")
     def test_processes_share_what_they_know(self):
         throttle = minimail.Throttle()
-        self.assertEqual(self.in_child(lambda: [throttle.charge("192.0.2.1", "bob") for _ in range(10)].count(True)), "10")
+        self.assertEqual(in_child(lambda: [throttle.charge("192.0.2.1", "bob") for _ in range(10)].count(True)), "10")
         self.assertTrue(throttle.shut_out("192.0.2.1"))
 
 
