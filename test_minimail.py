@@ -11742,13 +11742,13 @@ class WebRequests(WebCase):
         node = self.web_node(max_connections=8)
         with contextlib.ExitStack() as held:
             talks = [held.enter_context(Talk(node.web_address)) for _ in range(4)]
-            self.eventually(lambda: len(node.site.inbox.visitors) == 4)
+            self.eventually(lambda: len(node.site.inbox.threads) == 4)
             with Talk(node.web_address) as one_more:
                 self.assertIn(" 503 ", one_more.send(b"GET /livez HTTP/1.1\r\nHost: localhost\r\n\r\n").line())
             for _ in range(3):
                 self.deliver(node, b"x\r\n", "b@x")
             talks[0].close()
-            self.eventually(lambda: len(node.site.inbox.visitors) == 3)
+            self.eventually(lambda: len(node.site.inbox.threads) == 3)
             self.ask(node, "/livez")
 
     def test_without_more_threads(self):
