@@ -9131,11 +9131,13 @@ class TLS(Case):
         self.dialog(talk, "S: 220\nC: EHLO x\nS: 250\n" + "C: NOOP\n" * 900 + "S: 250 2.0.0 ok\n" * 900)
 
     def test_handshakes_that_do_not_come(self):
-        node = self.start(timeout=0.3)
+        node = self.start()
+        clock = node.site.loop.clock = RunningClock()
         silent = [self.talk(node.smtps_address, hello=False) for _ in range(10)]
         noise = self.talk(node.smtps_address, hello=False)
         noise.send("EHLO not tls\r\n")
         self.dialog(self.tls_talk(node.smtps_address), "S: 220\nC: QUIT\nS: 221\nS: closed")
+        clock.ahead += 1000
         for talk in silent + [noise]:
             while talk.line() != "closed":
                 pass
