@@ -8683,7 +8683,7 @@ class Dialogs(Case):
             self.dialog(talk, envelope())
             talk.send(content)
             talk.close()
-            self.eventually(lambda node=node: not node.site.sessions)
+            self.eventually(lambda node=node: not node.site.loop.talking)
             self.assertNothingLeft(node.data)
 
     def test_recipients(self):
