@@ -88,7 +88,7 @@ except ImportError:
     ssl = None
 
 SOURCE = os.path.join(HERE, "minimail.py")
-PATIENCE = 30.0                                     # seconds until something that does not come is missed
+PATIENCE = 120.0                                    # seconds until something that does not come is missed
 RAM_DISK = "/dev/shm" if os.access("/dev/shm", os.W_OK) and "TMPDIR" not in os.environ else None
 tempfile.tempdir = RAM_DISK                         # thousands of small files are made and removed
 COMPILED = tempfile.TemporaryDirectory(prefix="test-minimail-")     # a copy that is compiled once, not by each child
@@ -489,7 +489,7 @@ def run_main_forked(*argv):
     return ran.returncode, ran.stdout.decode(), ran.stderr.decode()
 
 
-def run_python(*arguments, timeout=120, **keywords):
+def run_python(*arguments, timeout=PATIENCE, **keywords):
     """Return the ended process of another Python."""
     return subprocess.run([sys.executable, *arguments], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
                           stderr=subprocess.STDOUT, timeout=timeout, **keywords)
@@ -10759,7 +10759,7 @@ class WaitForMail(WebCase):
         self.deliver(node, b"Subject: early\r\n\r\nx\r\n", "b@x")
         self.assertEqual(self.ask(node, "/api/v1/wait?query=subject:early&timeout=9").json["Subject"], "early", "also if it came before")
         self.assertEqual(self.ask(node, "/api/v1/wait").json["Subject"], "early")
-        results = [self.in_background(self.ask, node, "/api/v1/wait?query=to:c@x%20subject:late&timeout=30") for _ in range(3)]
+        results = [self.in_background(self.ask, node, "/api/v1/wait?query=to:c@x%20subject:late&timeout=120") for _ in range(3)]
         self.eventually(lambda: self.asleep(node) == 3)
         self.deliver(node, b"Subject: late\r\nTo: b@x\r\n\r\nx\r\n", "b@x")
         self.deliver(node, b"Subject: other\r\nTo: c@x\r\n\r\nx\r\n", "c@x")
@@ -10826,9 +10826,9 @@ class WaitForMail(WebCase):
         html = (b"From: Shop <shop@x>\r\nSubject: Sign up\r\nContent-Type: multipart/alternative; boundary=b\r\n\r\n--b\r\n"
                 b"Content-Type: text/plain; charset=utf-8\r\n\r\nh\xc3\xa4llo http://a.test/1\r\n--b\r\nContent-Type: text/html\r\n\r\n"
                 b"<a href='http://a.test/2?a=1&amp;b=2'>x</a>\r\n--b--\r\n")
-        processes = [self.wait(node.data, "--subject", "sign", "--print", "raw", "--timeout", "30"),
-                     self.wait(node.data, "B@x", "--from", "shop", "--text", "hällo", "--print", "links", "--timeout", "30"),
-                     self.wait(node.data, "c@x", "--timeout", "30")]
+        processes = [self.wait(node.data, "--subject", "sign", "--print", "raw", "--timeout", "120"),
+                     self.wait(node.data, "B@x", "--from", "shop", "--text", "hällo", "--print", "links", "--timeout", "120"),
+                     self.wait(node.data, "c@x", "--timeout", "120")]
         self.deliver(node, b"Subject: other\r\n\r\nx\r\n", "b@x")
         self.assertTrue(all(process.poll() is None for process in processes))
         self.deliver(node, html, "b@x")
@@ -10888,7 +10888,7 @@ class WaitForMail(WebCase):
         other = self.node(data=node.data)
         waiting = [self.in_background(node.wait_for, "box%d@x" % box, timeout=PATIENCE, count=10, match=lambda message: message.size > 1) for box in range(20)]
         waiting += [self.in_background(node.wait_for, "box%d@x" % box, timeout=PATIENCE, match="subject:last") for box in range(0, 20, 4)]
-        asking = [self.in_background(self.ask, node, "/api/v1/wait?query=to:box%d@x%%20subject:last&timeout=30" % box)
+        asking = [self.in_background(self.ask, node, "/api/v1/wait?query=to:box%d@x%%20subject:last&timeout=120" % box)
                   for box in range(0, 20, 5) if HAS_WEB]
         letters = [("box%d@x" % box, "last" if number == 9 else "x%d" % number) for number in range(10) for box in range(20)]
         sending = [self.in_background(self.send_many, (node, other)[half], letters[half::2]) for half in (0, 1)]
@@ -12184,12 +12184,12 @@ class WebIndex(WebCase):
         judged = []
         matches = minimail.Query.matches
         with mock.patch.object(minimail.Query, "matches", lambda query, letter: judged.append(letter.id) or matches(query, letter)):
-            result = self.in_background(self.ask, node, "/api/v1/wait?query=subject:last&timeout=30")
+            result = self.in_background(self.ask, node, "/api/v1/wait?query=subject:last&timeout=120")
             self.eventually(lambda: len(judged) == 5)
             ids = [self.deliver(node, b"Subject: %s\r\n\r\nx\r\n" % subject, "b@x") for subject in (b"other", b"last")]
             self.assertEqual(result().json["ID"], ids[1])
         self.assertEqual(len(judged), len(set(judged)))
-        result = self.in_background(self.ask, node, "/api/v1/wait?query=is:read%20subject:s1&timeout=30")
+        result = self.in_background(self.ask, node, "/api/v1/wait?query=is:read%20subject:s1&timeout=120")
         self.ask(node, "/api/v1/messages", "PUT", {"Search": "subject:s1", "Read": True})
         self.assertEqual(result().json["Subject"], "s1", "another flag is another question")
 
@@ -12691,7 +12691,7 @@ class CommandLine(Case):
 
         def run(*words):
             ran = subprocess.run([sys.executable, "-X", "importtime", *words], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                                 stderr=subprocess.PIPE, timeout=120, cwd=elsewhere, env=environ)
+                                 stderr=subprocess.PIPE, timeout=PATIENCE, cwd=elsewhere, env=environ)
             self.assertEqual(ran.returncode, 0, ran.stderr)
             return ran.stdout, bool(re.search(rb"\| +minimail$", ran.stderr, re.M))
         version = b"minimail %s\n" % minimail.__version__.encode()
