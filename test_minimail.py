@@ -3231,6 +3231,9 @@ class ScriptedWorld:
                       "timeout": PATIENCE, "data": case.data}, **options)
         self.clock = clock or ScriptedClock()
         given = {name: value for name, value in given.items() if value is not None}
+        stint = mock.patch.object(minimail, "STINT", PATIENCE)      # or a step would end before all that is due is taken up
+        stint.start()
+        case.addCleanup(stint.stop)
         self.config = minimail.Config(**minimail.read_options(given, str))
         self.stores = minimail.open_stores(self.config, self.clock)
         self.queue = self.stores.post.queue
