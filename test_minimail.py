@@ -89,7 +89,8 @@ except ImportError:
 
 SOURCE = os.path.join(HERE, "minimail.py")
 PATIENCE = 120.0                                    # seconds until something that does not come is missed
-RAM_DISK = "/dev/shm" if os.access("/dev/shm", os.W_OK) and "TMPDIR" not in os.environ else None
+RAM_DISK = "/dev/shm" if os.access("/dev/shm", os.W_OK) and "TMPDIR" not in os.environ and shutil.disk_usage(
+    "/dev/shm").free > 1 << 30 else None            # a container's has 64 MB, less than some tests need
 tempfile.tempdir = RAM_DISK                         # thousands of small files are made and removed
 COMPILED = tempfile.TemporaryDirectory(prefix="test-minimail-")     # a copy that is compiled once, not by each child
 atexit.register(COMPILED.cleanup)
