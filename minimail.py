@@ -9050,8 +9050,8 @@ class Throttle:
         """Return how many tries are remembered, `more` added."""
         counts, now = [], self.clock()
         digest = hashlib.blake2b(("%s %s" % (kind, name)).encode("utf-8", "replace"), digest_size=8, key=self._key).digest()
-        for number in struct.unpack("II", digest):
-            place = 16 * (number % self.BUCKETS)
+        for half, number in enumerate(struct.unpack("II", digest)):     # never one bucket for both
+            place = 16 * (2 * (number % (self.BUCKETS // 2)) + half)
             count, since = struct.unpack_from("dd", self._table, place)
             count = max(0.0, count - (now - since) * LOGIN_FAILURES / LOGIN_WINDOW)
             if more:

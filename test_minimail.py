@@ -8154,6 +8154,12 @@ class Counting(Case):
         strangers = sum(throttle.shut_out("2001:db9:%x::1" % client) for client in range(3000))
         self.assertEqual(strangers, 0, "a stranger is not taken for somebody else")
 
+    @mock.patch.object(minimail.Throttle, "BUCKETS", 2)
+    def test_a_try_counts_once(self):
+        for _ in range(20):                         # each has a key of its own
+            throttle = minimail.Throttle(Clock())
+            self.assertEqual([throttle._count("client", "192.0.2.1", 1.0) for _ in range(3)], [1.0, 2.0, 3.0])
+
     @unittest.skipUnless(hasattr(os, "fork"), "no processes to share with")
     def test_processes_share_what_they_know(self):
         throttle = minimail.Throttle()
