@@ -508,6 +508,8 @@ NO_CHARACTER = expression("[\ud800-\udfff\x80-\x9f]")     # lone surrogates and 
 BLANK_LINE = expression(rb"\n\r?\n")
 FOLD = expression(rb"\r?\n[ \t]+")
 FIELD = expression(rb"[^\n]*(?:\n[ \t][^\n]*)*\n?")
+TWO_BYTES = expression(rb"[\xc2-\xf4][\x80-\xbf]")     # as characters in UTF-8 begin, and hardly anything else
+UNINDENTED = expression(rb"(;[ \t]{0,20}\r?)\n(?=[\w*-]{1,40}=)")      # a parameter that should have begun with a blank
 FIELD_START = expression(rb"[!-9;-~]{1,200}[ \t]{0,20}:")
 ADDRESS_WORD = expression(r"=\?[^?\s]{1,60}\?[bq]\?[^?\s]*\?=|@\[[^\[\]\s]{1,60}\]|"
                           r"[^\s\"(<>,;:@=\[]+(?:@[^\s\"(<>,;:@=\[]+)?|[@=>\[]|\s+", re.IGNORECASE)
@@ -877,7 +879,7 @@ def decode_unknown(data: bytes) -> str:
     except UnicodeDecodeError:
         text = data.decode("utf-8-sig", "replace")
     bad = text.count("\ufffd")
-    good = len(text) - bad - len(text.encode("ascii", "ignore"))
+    good = sum(1 for _ in TWO_BYTES.finditer(data))
     return text if good >= bad else data.decode("cp1252", "replace")
 
 
@@ -932,7 +934,7 @@ def phrase(tokens: Sequence[Token]) -> str:
 def clean_address(text: str) -> str:
     """Return what stands in angle brackets without blanks, source route and `mailto:`."""
     if not text.lstrip().startswith('"'):
-        text = "".join(text.split())
+        text = "".join(re.sub(r"\([^()]*\)", "", text).split())
     route = SOURCE_ROUTE.match(text)
     text = (text[route.end():] if route else text).strip()
     return text[7:] if text[:7].lower() == "mailto:" else text
@@ -941,17 +943,18 @@ def clean_address(text: str) -> str:
 def bare_addresses(tokens: Sequence[Token], comment: str) -> Iterator[Tuple[str, str]]:
     """Yield the addresses of an entry without angle brackets: `bob`, `bob@x (Bob)`, `Bob bob@x`, `bob @ x`."""
     words: List[List[str]] = [[]]
+    blank = False
     for token in tokens:
-        last = words[-1][-1] if words[-1] else ""
-        if token.kind != "blank":
-            words[-1].append(token.text)
-        elif last and last != "@":
-            words.append([])
-        if token.text.startswith("@") and len(words) > 1 and len(words[-1]) == 1:
-            words[-2:] = [words[-2] + words[-1]]    # a blank before the @ is none
+        if token.kind == "blank":
+            blank = True
+            continue
+        if blank and words[-1] and words[-1][-1] not in ("@", ".") and not token.text.startswith(("@", ".")):
+            words.append([])                        # a blank beside an @ or a dot is none
+        words[-1].append(token.text)
+        blank = False
     texts = ["".join(word) for word in words if word]
     found = [text for text in texts if "@" in text] or (texts if len(texts) == 1 else [])
-    name = comment or " ".join(text for text in texts if text not in found)[:MAX_ADDRESS]
+    name = comment or " ".join(text for text in texts if "@" not in text and len(texts) > 1)[:MAX_ADDRESS]
     for address in found:
         yield name, address.strip(">")
         name = ""
@@ -10719,7 +10722,8 @@ CHARSETS = {                                        # codecs of Python, tried in
     "big5hkscs cp950": "big5hkscs",
     "cp932 shift_jis_2004": "shiftjis sjis xsjis csshiftjis ms932 mskanji windows31j cswindows31j cp932 windows932",
     "euc_jp euc_jis_2004": "eucjp xeucjp xeuc cseucpkdfmtjapanese ujis",
-    "iso2022_jp": "iso2022jp csiso2022jp iso2022jp1 iso2022jp2 iso2022jp3 iso2022jpext iso2022jpms cp50220 cp50221 jis",
+    "iso2022_jp iso2022_jp_2 iso2022_jp_3 iso2022_jp_2004": "iso2022jp csiso2022jp iso2022jp1 iso2022jp2 iso2022jp3 "
+                                                            "iso2022jpext iso2022jpms cp50220 cp50221 jis",
     "cp949": "euckr cseuckr korean ksc56011987 ksc56011989 ksc5601 csksc56011987 isoir149 cp949 uhc windows949 ms949",
     "johab": "johab cp1361", "iso2022_kr": "iso2022kr csiso2022kr", "utf-7": "utf7 unicode11utf7 csunicode11utf7",
     "utf-16-le": "utf16 utf16le ucs2 iso10646ucs2 unicode csunicode unicodefeff", "utf-16-be": "utf16be unicodefffe",
@@ -10727,7 +10731,8 @@ CHARSETS = {                                        # codecs of Python, tried in
 }
 CODECS = {label: tuple(codecs.split()) for codecs, labels in CHARSETS.items() for label in labels.split()}
 CODE_PAGES = {"437", "720", "737", "775", "850", "852", "855", "857", "858", "860", "861", "862", "863", "864", "865", "866",
-              "869", "874", "1125", "1250", "1251", "1252", "1253", "1254", "1255", "1256", "1257", "1258"}
+              "869", "874", "932", "936", "949", "950", "1125", "1250", "1251", "1252", "1253", "1254", "1255", "1256", "1257",
+              "1258"}
 JIS_ESCAPE = expression(rb"(\x1b(?:\$[@B]|\$\(D|\([BJIH]))")
 
 
@@ -10740,10 +10745,19 @@ def find_codecs(charset: str) -> Tuple[str, ...]:
     if label in CODECS:
         return CODECS[label]
     if page and page.group(1) in CODE_PAGES:
-        return ("cp" + page.group(1),)
+        return CODECS.get("cp" + page.group(1), ("cp" + page.group(1),))
     if part and part.group(1) in {"2", "3", "4", "5", "6", "7", "8", "10", "13", "14", "15", "16"}:
         return ("iso8859-" + part.group(1),)
-    return ("cp1252",) if part and part.group(1) == "1" else ("cp1254",) if part and part.group(1) == "9" else ()
+    if part and part.group(1) in {"1", "9"}:
+        return ("cp1252",) if part.group(1) == "1" else ("cp1254",)
+    other = python_name(charset)
+    return find_codecs(other) if other else ()
+
+
+def python_name(charset: str) -> str:
+    """Return what Python calls a charset, "" when it has no other name for it."""
+    from encodings.aliases import aliases
+    return aliases.get(re.sub(r"[^a-z0-9]+", "_", charset[:60].lower()), "")
 
 
 def decode_text(data: bytes, charset: str) -> str:
@@ -10806,7 +10820,10 @@ def whole_characters(text: str) -> str:
 
 ENCODED_WORD = expression(r"=\?([^?\s*]{1,60})(?:\*[^?\s]{0,40})?\?([bq])\?((?:[^?]*(?<!=)\?(?!=)){0,8}[^?]*)\?=",
                           re.IGNORECASE)
-PARAMETER = expression(r'([^\s=;"()]{1,80})\s{0,20}=\s{0,20}("[^"\\]*(?:\\.[^"\\]*)*"|[^;]*)', re.DOTALL)
+VALUE_END = r"(?=\s{0,20}(?:[;(]|\Z|[\w*-]{1,40}\s{0,20}=))"
+PARAMETER = expression(                             # a quotation mark within a value ends it only where the value can end
+    r'([^\s=;"()]{1,80})\s{0,20}=\s{0,20}("[^"\\]*(?:(?:\\.|"(?!' + VALUE_END + r'))[^"\\]*)*"' + VALUE_END +
+    r'|"[^"\\]*(?:\\.[^"\\]*)*"|[^;]*)', re.DOTALL)
 PARAMETER_BLANK = expression(r"[\s;]*")
 PARAMETER_VALUE = expression(r"\s(?=[\w*-]{1,40}=)")
 SECTION = expression(r"(.*?)(?:\*(\d{1,3}))?(\*?)", re.DOTALL | re.ASCII)
@@ -10845,7 +10862,7 @@ def word_bytes(encoding: str, text: str) -> Optional[bytes]:
 
 
 def known_charset(charset: str) -> bool:
-    return bool(find_codecs(charset)) or charset.lower() in ("us-ascii", "ascii", "ansi_x3.4-1968", "iso-ir-6", "646")
+    return bool(find_codecs(charset)) or bool({"ascii", "unknown-8bit"} & {charset.lower(), python_name(charset)})
 
 
 def read_parameters(text: str) -> Tuple[str, Dict[str, str]]:
@@ -10902,12 +10919,17 @@ def skip_comments(text: str, position: int) -> int:
 def join_sections(sections: Dict[int, Tuple[bool, str]]) -> str:
     """Return the value of a parameter that came in sections, percent-encoded or not (RFC 2231 sections 3 and 4)."""
     from urllib.parse import unquote_to_bytes
-    charset, data = "", []
+    charset, texts = "", []
     for number, (encoded, text) in sorted(sections.items()):
         if encoded and number == min(sections) and text.count("'") >= 2:
             charset, _, text = text.split("'", 2)
-        data.append(unquote_to_bytes(text) if encoded else text.encode("utf-8"))
-    whole = b"".join(data)
+        elif encoded and charset:                   # some say it again
+            text = re.sub(r"(?i)\A%s'[^']*'" % re.escape(charset), "", text)
+        texts.append((encoded, text))
+    whole = b""
+    for encoded, run in itertools.groupby(texts, lambda section: section[0]):
+        text = "".join(text for _, text in run)     # a percent sign and its digits may be cut in two
+        whole += unquote_to_bytes(text) if encoded else text.encode("utf-8")
     return decode_text(whole, charset) if charset else decode_words(decode_unknown(whole))
 
 
@@ -10915,11 +10937,12 @@ def parse_date(text: str) -> Any:
     """Return a Date header as an aware datetime, None when it is none; without a zone, or with one unknown, it is UTC."""
     import datetime
     try:
-        given = email.utils.parsedate_tz(text[:DATE_LIMIT])
+        text = re.sub(r"\s(?:(?:GMT|UTC?)\s?)?([+-]\d\d):?(\d\d)\b", r" \1\2", text[:DATE_LIMIT])   # +01:00, GMT+0100
+        given = email.utils.parsedate_tz(text)
         if given is None:
             return None
         zone = datetime.timezone(datetime.timedelta(seconds=given[9] or 0))
-        return datetime.datetime(*given[:6], tzinfo=zone)
+        return datetime.datetime(*given[:5], min(given[5], 59), tzinfo=zone)       # a leap second
     except (ValueError, TypeError, IndexError, OverflowError):
         return None
 
@@ -10979,7 +11002,16 @@ MAX_ENTITY = 40                                     # characters, and more than 
 ENTITY = expression(r"&(?:#\d{1,7}|#[xX][0-9a-fA-F]{1,6}|[A-Za-z]\w{1,31});?", re.ASCII)
 ATTRIBUTE = expression(r"([^\s=>\"'/]{1,80})[ \t\r\n\f]*(?:=[ \t\r\n\f]*(\"[^\"]*\"|'[^']*'|[^\s\"'>]+))?")
 SENTENCE_MARKS = ".,;:!?'*_`}\u3001\u3002\uff0c\uff09\u300d\u201d\u2019"
-URL = expression(r"(?<![A-Za-z0-9])https?://[^\s<>\"\x00-\x1f\x7f]+", re.IGNORECASE)
+URL = expression(r"(?<=<)https?://[^\s<>\"]+(?:\r?\n[^\s<>\"]+)+(?=>)|"       # RFC 3986 appendix C: wrapped
+                 r"(?<![A-Za-z0-9])https?://[^\s<>\"\x00-\x1f\x7f]+", re.IGNORECASE)
+
+
+def attribute_entity(match: Any) -> str:
+    """Return what a reference in an attribute means: without a semicolon it is none before "=", letters, digits."""
+    from html.entities import html5
+    name = match.group()[1:]
+    known = name[0] == "#" or (name in html5 and not match.string.startswith("=", match.end()))
+    return unescape(match.group()) if known else str(match.group())
 
 
 def unescape(text: str) -> str:
@@ -11055,7 +11087,8 @@ def html_links(html: str) -> Iterator[str]:
     for name, attributes in html_tokens(html):
         found = ATTRIBUTE.finditer(attributes[:MAX_LINK * 2]) if name in ("a", "area") else ()
         value = next((match.group(2) or "" for match in found if match.group(1).lower() == "href"), "")
-        link = re.sub(r"[\t\r\n]", "", unescape(value[1:-1] if value[:1] in ("'", '"') else value)).strip(" ")
+        value = value[1:-1] if value[:1] in ("'", '"') else value
+        link = re.sub(r"[\t\r\n]", "", ENTITY.sub(attribute_entity, value)).strip(" ")
         if re.match(r"https?://", link, re.IGNORECASE):
             yield link.replace(" ", "%20")
 
@@ -11063,7 +11096,7 @@ def html_links(html: str) -> Iterator[str]:
 def text_links(text: str) -> Iterator[str]:
     """Yield the URLs that stand in text, without the punctuation of the sentence around them."""
     for match in URL.finditer(text):
-        link = match.group()[:MAX_LINK]
+        link = "".join(match.group()[:MAX_LINK].split())
         opened = {")": link.count("(") - link.count(")"), "]": link.count("[") - link.count("]")}
         end = len(link)
         while end and (link[end - 1] in SENTENCE_MARKS or opened.get(link[end - 1], 0) < 0):
@@ -11112,9 +11145,11 @@ class Part:
         self.raw, self.id, self.fields, self.start, self.end = raw, id, fields, start, len(raw)
         self.children: List["Part"] = []
         kind, self.parameters = read_parameters(self.field("content-type"))
-        self.kind = kind if re.fullmatch(r"[!-.0-~]{1,100}/[!-.0-~]{1,100}", kind) else default
+        type = re.match(r"(?:multipart/(?=multipart/))?([!-.0-~]{1,100}/[!-.0-~]{1,100})(?:/|\Z)", kind)
+        self.kind = type.group(1) if type else default
         self.disposition, self._place = read_parameters(self.field("content-disposition"))
-        self.boundary = self.parameters.get("boundary", "").encode("utf-8") if self.kind.startswith("multipart/") else b""
+        boundary = self.parameters.get("boundary", "").rstrip() if self.kind.startswith("multipart/") else ""
+        self.boundary = boundary.encode("utf-8")
 
     def field(self, name: str) -> str:
         return next((unfold(raw.partition(b":")[2]) for field, raw in self.fields if field == name), "")
@@ -11122,7 +11157,8 @@ class Part:
     @property
     def name(self) -> str:
         """The file name as it was sent, "" when there is none."""
-        return shorten(self._place.get("filename") or self.parameters.get("name") or "", MAX_NAME_SHOWN)
+        return shorten(self._place.get("filename") or self.parameters.get("name") or self._place.get("name") or
+                       self.parameters.get("filename") or "", MAX_NAME_SHOWN)
 
     @property
     def content_id(self) -> str:
@@ -11131,7 +11167,8 @@ class Part:
     @property
     def encoding(self) -> str:
         """The transfer encoding's name; what stands around it does not count."""
-        name = re.search(r"[\w-]{1,40}", self.field("content-transfer-encoding")[:MAX_ADDRESS])
+        text = self.field("content-transfer-encoding")[:MAX_ADDRESS]
+        name = re.compile(r"[\w-]{1,40}").search(text, skip_comments(text, 0))
         return name.group().lower() if name else ""
 
     @property
@@ -11173,10 +11210,12 @@ class Part:
         kind = IMAGE_NAMES.get(self.kind, self.kind)
         if kind in IMAGES:
             return kind
-        if kind not in ("application/octet-stream", "image/*"):
-            return ""
-        suffix, data = os.path.splitext(self.name.lower())[1], self.data(16)
-        return SUFFIXES.get(suffix) or next((IMAGE_STARTS[start] for start in IMAGE_STARTS if data.startswith(start)), "")
+        data = self.data(16) if not self.kind.startswith("text/") else b""
+        for start in IMAGE_STARTS:
+            if data.startswith(start):
+                return IMAGE_STARTS[start]
+        suffix = os.path.splitext(self.name.lower())[1]
+        return SUFFIXES.get(suffix, "") if kind in ("application/octet-stream", "image/*") else ""
 
     def entry(self) -> Dict[str, Any]:
         """Return the part as an attachment in Mailpit's JSON."""
@@ -11203,7 +11242,7 @@ def read_header(raw: bytes, start: int, stop: int, cut: List[str]) -> Tuple[List
         return [], raw.index(b"\n", start) + 1
     blank = BLANK_LINE.search(raw, start, stop)
     head, body = (raw[start:blank.start() + 1], blank.end()) if blank else (raw[start:stop], stop)
-    fields = split_headers(head[:MAX_HEAD], MAX_FIELDS + 1)[0]
+    fields = split_headers(UNINDENTED.sub(rb"\1 ", head[:MAX_HEAD]), MAX_FIELDS + 1)[0]
     seen = stray = sum(len(field) for _, field in fields)
     while fields and not FIELD_START.match(fields[-1][1]):
         stray -= len(fields.pop()[1])
@@ -11322,8 +11361,11 @@ class View:
         """Return who stands in the headers of a name. Names are decoded last, so that they do not look like addresses."""
         if name not in self._people:
             text = ",".join(unfold(raw.partition(b":")[2]) for field, raw in self.fields if field == name)[:MAX_FIELD]
-            people = ({"Name": shorten(decode_words(who)), "Address": shorten(address)}
-                      for who, address in read_addresses(text))
+            found = read_addresses(text)
+            found = itertools.chain.from_iterable(  # some encode the address along with the name
+                read_addresses(decode_words(address)) if address.startswith("=?") and not who else [(who, address)]
+                for who, address in found)
+            people = ({"Name": shorten(decode_words(who)), "Address": shorten(address)} for who, address in found)
             self._people[name] = first_people(people, MAX_ADDRESSES)
         return self._people[name]
 
@@ -11397,8 +11439,9 @@ class View:
             nonlocal room
             from urllib.parse import unquote
             whole = match.group(2)
-            for id in (whole, whole.partition(")")[0]):
-                name = lower(unquote(unescape(id)).strip("<>"))
+            ids = [unescape(id) for id in (whole, whole.partition(")")[0])]
+            for id in [*map(unquote, ids), *ids]:   # a Content-ID may have a percent sign of its own
+                name = lower("".join(id.split()).strip("<>"))
                 part = parts.get(name)
                 kind = part.image_type() if part else ""
                 if part and kind:
@@ -11550,6 +11593,7 @@ def searched(view: View, summary: Dict[str, Any], created: float) -> Searched:
     texts["message-id"] = view.header("message-id").lower()
     texts["text"] = squeeze(view.plain.lower()) + "\n" + squeeze(view.rendered.lower())
     words = [texts[name] for name in ("subject", "from", "to", "cc", "reply-to")]
+    words += [link.lower() for link in view.links()]
     words += [squeeze(part.shown_name.lower()) for part in view.others]
     headers = "\n".join("%s: %s" % (name, decode_words(raw.partition(b":")[2])) for name, raw in view.fields).lower()
     long = any(part.end - part.start > MAX_TEXT for part in view.bodies) or len(view.html) > MAX_RENDERED
@@ -11584,13 +11628,14 @@ class Query:
         for key, value in fields.items():
             if value:
                 self.terms.append((False, key, squeeze(value.lower()), 0.0))
-        for negation, term in re.findall(r'([-!]?)((?:"[^"]*"?|[^\s"])+)', text):
-            self._add(bool(negation), term)
+        for negation, term in re.findall(r'([-!]*)((?:"[^"]*"?|[^\s"])+)', text):
+            self._add(negation, term)
         self.terms = list(dict.fromkeys(self.terms))
         if len(self.terms) > MAX_TERMS:
             raise ValueError("a search has at most %d terms" % MAX_TERMS)
 
-    def _add(self, negated: bool, term: str) -> None:
+    def _add(self, negation: str, term: str) -> None:
+        negated = bool(negation)
         key, colon, value = term.replace('"', "").partition(":")
         key, value = key.lower(), squeeze(value.lower())
         number = self.number(key, value)
@@ -11598,7 +11643,8 @@ class Query:
             self.terms.append((negated, key, value, number))
             return
         operator = key in self.OPERATORS or (not term.startswith('"') and re.fullmatch(r"[a-z][a-z_-]*", key))
-        if colon and operator and not value.startswith("//"):
+        blank = negated and term.isascii() and not any(map(str.isalnum, term))     # what hardly any message has
+        if blank or len(negation) > 1 or (colon and operator and not value.startswith("//")):
             self.unknown.append(term)
         words = squeeze(term.replace('"', "").lower())
         if words and not (colon and key in self.OPERATORS and not value):       # somebody is still writing it
@@ -15245,8 +15291,8 @@ def wait_for_signal(node: Node) -> None:
 
 
 IMPORTED_LATE = ("argparse", "calendar", "ctypes", "datetime", "difflib", "email.generator", "email.header", "email.parser",
-                 "email.policy", "getpass", "html", "http.client", "http.server", "mmap", "poplib", "pwd", "resource",
-                 "signal", "smtplib", "ssl", "syslog", "unicodedata", "urllib.parse")
+                 "email.policy", "encodings.aliases", "getpass", "html", "html.entities", "http.client", "http.server", "mmap",
+                 "poplib", "pwd", "resource", "signal", "smtplib", "ssl", "syslog", "unicodedata", "urllib.parse")
 
 
 def import_all() -> None:
