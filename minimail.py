@@ -233,6 +233,7 @@ if not TYPE_CHECKING:
 
 MAX_RECIPIENTS = 1000               # in one transaction (RFC 5321 section 4.5.3.1.8 asks for at least 100)
 MAX_COMMAND = 4096                  # bytes in a command line; the RFC's 512 do not hold for long UTF-8 addresses
+MAX_PATH = 1024                     # characters in an address, of which the RFC has 256
 MAX_AUTH_LINE = 12288               # RFC 4954 section 4
 MAX_ERRORS = 10                     # wrong commands in one session, then 421 (RFC 5321 section 4.3.2)
 MAX_REFUSALS = 100                  # refused recipients in one session, then 421: somebody is guessing names
@@ -270,7 +271,8 @@ BIG_BLOCK = 1 << 18                 # ... while content flows
 MAX_TURN = 50                       # commands a session may have answered before others have their turn
 MAX_HELPERS = 32                    # threads for what conversations wait for and the loop does not do itself
 MAX_TRANSCRIPT = 1 << 16            # bytes of a conversation that are kept with a message, and ...
-MAX_INTRODUCTION = 20               # ... lines of what was said before the first one
+MAX_INTRODUCTION = 20               # ... lines of what was said before the first one, ...
+MAX_INTRODUCED = 100                # ... characters in each: they are kept with every message of the connection
 MAX_STEP = 1000                     # messages POP3 lists before others have their turn
 MAX_LISTED = 1_000_000              # messages in mailboxes whose lists stay in memory, some 85 bytes each
 MAX_REMOVED = 50                    # messages a POP3 QUIT removes without a thread of its own
@@ -333,7 +335,6 @@ FINAL_WAIT = 600.0                  # seconds for the reply to the final dot (RF
 MAX_PAUSE = 300.0                   # seconds a destination that cannot be reached is left alone
 NARROW = 300.0                      # seconds one that refused a connection too many gets no more of them
 MAX_REWRITTEN = 1 << 18             # bytes of headers in which --rewrite looks for From
-MAX_PATH = 1024                     # bytes in an address it looks at
 TICK = 0.1                          # seconds between two looks at what other processes did
 STINT = 0.5                         # seconds of taking up what is due, then what came meanwhile has its turn
 LINGER = 0.2                        # seconds an outbound connection is kept for the next message
@@ -630,6 +631,8 @@ def parse_path(text: str, lenient: bool = False) -> Tuple[Optional[Address], str
     path, rest = match.group(1), text[match.end():]
     if not path:
         return None, rest.strip(" ")
+    if len(path) > MAX_PATH:
+        raise Refused(501, "5.1.3", "an address has at most %d characters" % MAX_PATH)
     route = SOURCE_ROUTE.match(path)
     return parse_address(path[route.end():] if route else path, lenient), rest.strip(" ")
 
@@ -891,10 +894,10 @@ class Token(NamedTuple):
     text: str
 
 
-def comment_end(text: str, position: int) -> int:
-    """Return where the comment at position ends, comments in it included; -1 when it never does (RFC 5322 section 3.2.2)."""
+def comment_end(text: str, position: int, stop: int = sys.maxsize) -> int:
+    """Return where the comment at position ends, comments in it included; -1 when not before stop (RFC 5322 section 3.2.2)."""
     depth = 0
-    for match in PARENTHESIS.finditer(text, position):
+    for match in PARENTHESIS.finditer(text, position, stop):
         depth += {"(": 1, ")": -1}.get(match.group(), 0)
         if depth == 0:
             return match.end()
@@ -1894,7 +1897,6 @@ def is_ready(sock: Union[socket.socket, int], events: int, seconds: float) -> bo
 END_OF_DATA = b"\r\n.\r\n"
 UNDECIDED = (b"\r\n.\r", b"\r\n.", b"\r\n", b"\r", b"\n.", b"\n")     # what a block may end with and say nothing yet
 LEADING_DOT = expression(rb"\n[.]")                         # memchr finds the newlines: faster than find(), than (?=\.) too
-BARE_NEWLINE = expression(rb"\r\n|\r|\n")
 
 
 def has_bare_newline(block: bytes) -> bool:
@@ -1941,7 +1943,7 @@ class Content:
             self.bare = True
             if self.dots:                           # whoever takes a bare LF for a line end doubles dots there, too
                 data = re.sub(rb"(?<!\r)\n\.\.", b"\n.", data)
-            data = BARE_NEWLINE.sub(b"\r\n", data)
+            data = data.replace(b"\r\n", b"\n").replace(b"\r", b"\n").replace(b"\n", b"\r\n")
         return data
 
     def end(self) -> bytes:
@@ -2165,7 +2167,8 @@ def pread(fd: int, count: int, offset: int) -> bytes:
 # ======================================================================================================================
 
 O_EXTRA = getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
-O_PLAIN = O_EXTRA | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+O_LINKED = O_EXTRA | getattr(os, "O_NONBLOCK", 0)
+O_PLAIN = O_LINKED | getattr(os, "O_NOFOLLOW", 0)
 
 NO_LINKS = {getattr(errno, name, -1) for name in ("EPERM", "EACCES", "EOPNOTSUPP", "ENOTSUP", "ENOSYS", "EMLINK", "EXDEV",
                                                   "EINVAL")}    # from os.link() where a file cannot have another name
@@ -2228,9 +2231,10 @@ def copy_all(source: str, fd: int) -> None:
             write_all(fd, block)
 
 
-def open_regular(path: str, flags: int = os.O_RDONLY) -> int:
-    """Open a file that others may have put there and return its fd: no link is followed, no FIFO waited for. OSError."""
-    fd = os.open(path, flags | O_PLAIN)
+def open_regular(path: str, flags: int = os.O_RDONLY, links: bool = False) -> int:
+    """Open a file that others may have put there and return its fd: no FIFO is waited for, no link followed, unless `links`
+    says that who named the file may use one. OSError."""
+    fd = os.open(path, flags | (O_LINKED if links else O_PLAIN))
     if stat.S_ISREG(os.fstat(fd).st_mode):
         return fd
     os.close(fd)
@@ -2793,7 +2797,7 @@ class Reloaded(Watched):
     def lines(self) -> List[Tuple[int, str]]:
         """Return the file as numbered lines without comments; one that begins with a space continues the line above."""
         try:
-            with open(self.path, encoding="utf-8", errors="replace") as file:
+            with open(open_regular(self.path, links=True), encoding="utf-8", errors="replace") as file:
                 raw = file.read().splitlines()
         except FileNotFoundError:
             return []
@@ -3126,14 +3130,17 @@ class Mailboxes:
                 if item:
                     yield item, os.path.join(self.path(mailbox), place, name)
 
+    def is_in_place(self, mailbox: str, item: Item) -> bool:
+        """Return whether an item's file is where it was: then to open it takes no time."""
+        return os.path.lexists(os.path.join(self.path(mailbox), item.place, item.name))
+
     def find(self, mailbox: str, item: Item) -> str:
         """Return where an item's file is now, if another program moved it or changed its flags; FileNotFoundError."""
-        file = os.path.join(self.path(mailbox), item.place, item.name)
-        if os.path.lexists(file):
-            return file
+        if self.is_in_place(mailbox, item):
+            return os.path.join(self.path(mailbox), item.place, item.name)
         for _, file in self.moved(mailbox, [item]):
             return file
-        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), file)
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), item.name)
 
     def open(self, mailbox: str, item: Item) -> int:
         """Open an item's file for reading and return its fd; OSError."""
@@ -3606,7 +3613,8 @@ class AddressBook:
         self.aliases = Reloaded(aliases_path, functools.partial(parse_aliases, home=self.home))
         self.catch_all = catch_all
         self._looked = 0.0                          # when the files were last found unchanged
-        self.own_names = {"localhost", "localhost.localdomain", ascii_domain(hostname), machine_name()}
+        self.own_names = {"localhost", "localhost.localdomain", ascii_domain(hostname), machine_name(),
+                          *("localhost." + domain for domain in self.domains)}
         self._remembered = Remembered({}, {})
         self._recent: Callable[[Address], Destinations]     # keeps few of any kind: those that cost nothing may be many
 
@@ -3652,7 +3660,7 @@ class AddressBook:
         return "%s@%s" % (lower(address.local), self.domains.get(ascii_domain(domain), domain))
 
     def resolve(self, address: Address) -> Destinations:
-        """Return the destinations of one recipient; Refused 550 when it is local and unknown, or an alias loops.
+        """Return the destinations of one recipient; Refused 550 when it is local and unknown, or an alias loops; OSError.
 
         What came of an alias is remembered, refusals too: a client may name the same list a thousand times.
         """
@@ -3965,7 +3973,11 @@ class Door:
             raise Refused(452, "4.5.3", "more than %d recipients" % MAX_RECIPIENTS)
         if not trusted and not self.book.is_local(address):
             raise Refused(550, "5.7.1", "relaying denied: log in first")
-        found = self.book.resolve(self.origin(address) or address)
+        try:
+            found = self.book.resolve(self.origin(address) or address)
+        except OSError as error:
+            log.warning("cannot tell who lives here: %s", error)
+            raise Refused(451, "4.3.0", "cannot look up this address now, try again later") from None
         if found.remote:
             self._check_remote(found.remote)
         return found
@@ -4606,10 +4618,10 @@ class Resolver:
         if self.clock() >= server.plain_until:
             with contextlib.suppress(OSError, ValueError):
                 answer = self._question(server, name, type, True, settings.timeout / 2, settings.tcp)
-                if answer.rcode not in NO_EDNS:
+                if conclude(answer, name, type):
                     return answer
         answer = self._question(server, name, type, False, settings.timeout, settings.tcp)
-        if answer.rcode not in NO_EDNS and self.clock() >= server.plain_until:
+        if conclude(answer, name, type) and self.clock() >= server.plain_until:
             server.plain_until = self.clock() + EDNS_PAUSE
         return answer
 
@@ -4931,7 +4943,7 @@ class Queue:
     def read(self, id: str) -> Optional[Entry]:
         """Return an entry; None when it is not there any more, or no envelope that we understand. OSError."""
         try:
-            with open(self.path(id, "env"), "rb") as file:
+            with open(open_regular(self.path(id, "env")), "rb") as file:
                 return Entry.decode(file.read())
         except FileNotFoundError:
             return None
@@ -5334,9 +5346,12 @@ class Peer:
                         texts[-2:] = b"...", match.group(3) or b""
         lines = list(map(self._shown, texts))
         if not 200 <= code <= 599:
-            raise PeerFailed(451, "4.5.0", "%s: not an SMTP reply: %d %s" % (self.name, code, lines[-1][:100]))
+            reply = Reply(451, "4.5.0", "%s: not an SMTP reply: %d %s" % (self.name, code, lines[-1][:100]))
+            if what == "RCPT":
+                return reply
+            raise PeerFailed(reply)
         reply = with_enhanced_code(code, lines)
-        if code == 421:
+        if code == 421 and what != "RCPT":          # that may be about the one recipient: who means all closes
             raise PeerFailed(self.said(reply))
         return reply
 
@@ -5530,12 +5545,13 @@ class Peer:
             answer = answers[0] if self.mail_refused else answers[number] if number < len(answers) else final
             if answer.code // 100 == 2:
                 answer = final
-            elif taken and answer.code in (452, 552):   # RFC 5321 section 4.5.3.1.10: the rest in another transaction
+            elif taken and (answer.code in (452, 552) or answer.enhanced[1:] == ".5.3"):
+                # RFC 5321 section 4.5.3.1.10, RFC 3463 section 3.6: the rest in another transaction.
                 surplus.append(recipient)
                 answer = answer._replace(code=452, enhanced="4" + answer.enhanced[1:])
             replies[recipient] = answer if lost and answer is final else self.said(answer)
         if lost and not any(reply.code // 100 == 5 for reply in replies.values()):
-            raise lost
+            raise next((PeerFailed(self.said(answer)) for answer in answers[1:] if answer.code == 421), lost)
         return replies, surplus if final.code // 100 != 4 else []
 
     def commands(self, message: Outgoing, recipients: List[str]) -> List[str]:
@@ -5590,16 +5606,16 @@ class Peer:
     async def content(self, message: Outgoing, answers: List[Reply], data: Reply) -> Reply:
         """Send the content if somebody is to get it; return the final reply. PeerFailed."""
         taken = answers[0].code // 100 == 2 and any(answer.code // 100 == 2 for answer in answers[1:])
-        if data.code == 354 and taken:
+        if data.code // 100 == 3 and taken:
             final = await self.send_content(message)
         else:                                       # RFC 2920 section 3.1: nobody is to get it, but DATA may have been taken
-            final = await self.command(".") if data.code == 354 else data
+            final = await self.command(".") if data.code // 100 == 3 else data
             try:
                 await self.command("RSET")
             except PeerFailed:                      # what it said before still counts
                 self.broken = True
                 self.wire.close()
-        if final.code // 100 in (4, 5) or (data.code == 354 and final.code // 100 == 2):
+        if final.code // 100 in (4, 5) or (data.code // 100 == 3 and final.code // 100 == 2):
             return final
         return Reply(451, "4.5.0", "unexpected reply: %s" % str(final))
 
@@ -5889,17 +5905,17 @@ class Routes:
         return hosts
 
     def _given(self, server: Server) -> List[Exchanger]:
-        host = server.host.rstrip(".")
+        host, addresses = server.host.rstrip("."), []
+        failure = Undeliverable(451, "4.4.4", "%s has no address" % host)
         try:
             addresses = [address for address, _ in self.resolver.addresses(host)]
         except NoSuchDomain:
-            addresses = local_addresses(host)
+            pass
         except DNSError as error:
-            addresses = local_addresses(host)
-            if not addresses:
-                raise Undeliverable(451, "4.4.3", "%s: %s" % (host, error)) from None
+            failure = Undeliverable(451, "4.4.3", "%s: %s" % (host, error))
+        addresses = addresses or local_addresses(host)
         if not addresses:
-            raise Undeliverable(451, "4.4.4", "%s has no address" % host)
+            raise failure
         if self.leads_here(addresses, server.port):
             raise Undeliverable(554, "5.4.6", "mail loop: %s is this host, which does not keep this mail" % str(server))
         return [Exchanger(0, host, addresses)]
@@ -6411,6 +6427,8 @@ class Relay:
             self._part_over(dispatch)
             return peer
         recipients = [recipient for recipient in dispatch.entry.waiting() if recipient["address"] in job.addresses]
+        if dispatch.entry.attempts:
+            secrets.SystemRandom().shuffle(recipients)  # who ends the conversation stands in nobody's way for ever, ...
         if destination.pauses(started) and (dispatch.entry.attempts or self.queue.age(dispatch.entry) < self.config.give_up):
             destination.overflow, dispatch.aside = True, destination.name
             self._part_over(dispatch)                   # an attempt that was not made is not counted
@@ -6418,7 +6436,8 @@ class Relay:
         replies: Dict[str, Reply] = {}
         try:
             message = self._message(dispatch)._replace(recipients=[recipient["address"] for recipient in recipients])
-            peer, replies = self.deliver(destination, peer, message)
+            at_once = len(recipients) >> min(dispatch.entry.attempts, 20)       # ... as fewer and fewer go together
+            peer, replies = self.deliver(destination, peer, message, at_once)
         except OneTooMany:
             destination.give_back(job, self.clock())
             raise
@@ -6471,14 +6490,14 @@ class Relay:
             made: Outgoing = dispatch.message
             return made
 
-    def deliver(self, destination: Destination, peer: Optional[Peer], message: Outgoing) -> Tuple[
+    def deliver(self, destination: Destination, peer: Optional[Peer], message: Outgoing, at_once: int) -> Tuple[
             Optional[Peer], Dict[str, Reply]]:
         """Send over `peer`, else over the exchangers in turn; return (connection, {recipient: reply}).
 
         What a host answers 4xx is tried at the next one; a connection lost after the final dot counts as not sent.
         Undeliverable when nobody there could be talked to; OneTooMany.
         """
-        at_once = destination.limit.recipients or 1
+        at_once = max(1, min(at_once, destination.limit.recipients or 1))
         destination.target = self.routes.renewed(destination.target)
         server = destination.target.server
         if peer and peer.server and server and peer.server[:4] != server[:4]:   # another smarthost, or log-in, since
@@ -6558,6 +6577,8 @@ class Relay:
             try:
                 run_blocking(peer.wire, self._prepare(peer, address, demands, plain))
                 destination.peers.add(peer)
+                destination.allowed = max(destination.allowed, min(destination.ceiling, len(destination.peers) + 1))
+                self._tell(self._staff, destination)    # however long this one takes, others need not wait for it
                 return peer
             except OpportunityMissed as missed:
                 peer.wire.close()                   # TLS was only an opportunity: once more without
@@ -6907,6 +6928,7 @@ def mx_command(config: Config, arguments: List[str]) -> int:
         raise UsageError("mx %s: %s" % (printable(where), error)) from None
     hostname = config.hostname or machine_name()
     book = AddressBook(config.domain, Accounts(config.file("users")), config.file("aliases"), config.catch_all, hostname)
+    address = book.qualified(address) if config.domain else address
     if config.domain and book.is_local(address):
         return explain_local(book, address, "@" in where)
     routes = Routes(config, hostname, Resolver(config.dns), config.smtp)
@@ -7856,8 +7878,13 @@ def sign_content(blocks: Iterable[bytes], choose: Callable[[Fields], Sequence[Tu
 
 
 def author_domains(fields: Fields) -> List[str]:
-    """Return the domains of the addresses in From, lower case as A-labels; of what is no address, none."""
-    value = b",".join(field.partition(b":")[2] for name, field in fields if name == "from")[:MAX_COMMAND]
+    """Return the domains of the addresses in From, lower case as A-labels; of what is no address, none.
+
+    Of one that is too long, "": who stands at its end is not known, and is not said to be one of ours.
+    """
+    value = b",".join(field.partition(b":")[2] for name, field in fields if name == "from")
+    if len(value) > MAX_COMMAND:
+        return [""]
     found = (address.rpartition("@")[2].partition("(") for _, address in read_addresses(unfold(value)) if "@" in address)
     domains: List[str] = []
     for domain, _, _ in found:
@@ -7946,7 +7973,7 @@ class Keyring:
         known = self._read.get(file)
         if known and known[0] == stamp and known[1]:
             return known[1]
-        with open(file, "rb") as opened:
+        with open(open_regular(file, links=True), "rb") as opened:
             key = read_key(opened.read(MAX_KEY_FILE + 1))
         self._read[file] = stamp, key
         return key
@@ -8217,7 +8244,7 @@ class STS:
         who can make them vanish must not win by it.
         """
         now = self.clock()
-        known = self.kept(domain)
+        known = self.kept(encode_name(domain))
         try:
             id = parse_sts_record(self.resolver.lookup("_mta-sts." + domain, TXT))
         except DNSError:
@@ -8234,14 +8261,23 @@ class STS:
                 event("sts-failed", domain=domain, reason=printable(reason_of(error), 200))
         return known if known and known.mode != "none" else None
 
-    def kept(self, domain: str) -> Optional[STSPolicy]:
-        """Return the policy that was kept, if it is not too old."""
+    def kept(self, name: str) -> Optional[STSPolicy]:
+        """Return the policy that was kept for a domain, by the name of its file; one that is too old is removed."""
+        path = os.path.join(self.root, name)
         try:
-            with open(os.path.join(self.root, encode_name(domain)), "rb") as file:
+            with open(open_regular(path), "rb") as file:
                 policy = STSPolicy(**json.loads(file.read(4 * MAX_STS_POLICY)))
-            return policy if 0 <= self.clock() - policy.fetched_at <= policy.max_age else None
+            if 0 <= self.clock() - policy.fetched_at <= policy.max_age:
+                return policy
+            unlink_quietly(path)
         except (OSError, ValueError, TypeError):
-            return None
+            pass
+        return None
+
+    def sweep(self) -> None:
+        """Remove what is too old: strangers say which domains are asked for."""
+        for name in list_directory(self.root):
+            self.kept(name)
 
     def keep(self, domain: str, policy: STSPolicy) -> None:
         """Keep a policy over restarts; when that fails it holds for this time only."""
@@ -8497,9 +8533,7 @@ class SPF:
             from urllib.parse import quote
             return quote(value, safe="") if letter.isupper() else value
         expanded = SPF_MACRO.sub(replace, text).lower().rstrip(".")
-        while len(expanded) > 253 and "." in expanded:
-            expanded = expanded.partition(".")[2]
-        return expanded
+        return expanded if len(expanded) <= 253 else expanded[-254:].partition(".")[2]
 
 
 # The doctor.
@@ -8907,6 +8941,7 @@ class Standing(Outbound):
         self.keyring = Keyring(config, hostname)
         self.srs = SRS(config, storage)
         self.sts = STS(storage.root, resolver, storage.write)
+        self.sts.sweep()
         storage.sweep(self.sts.root)
 
     def dress(self, entry: Entry, message: Outgoing) -> Outgoing:
@@ -9162,13 +9197,14 @@ class Site:
 
         TooManyGuesses when they are not even looked at.
         """
-        if not self.throttle.charge(client, lower(name)):
+        account = account_key(name) or lower(name)  # however it is spelled
+        if not self.throttle.charge(client, account):
             raise TooManyGuesses
         key = self.accounts.verify(name, password)
         if key is None:
             event("login-failed", client=client, user=printable(name, 100))
         else:
-            self.throttle.refund(client, lower(name))
+            self.throttle.refund(client, account)
         return key
 
 
@@ -10044,6 +10080,7 @@ def decode_argument(argument: bytes, lenient: bool) -> str:
         if not lenient:
             raise Refused(501, "5.5.2", "not UTF-8") from None
         text = argument.decode("latin-1").rstrip(" \t")
+    text = re.sub(r":\t+", ": ", text) if lenient else text     # before an address, as Postfix takes it
     if not text.isprintable() and CONTROL.search(text):
         raise Refused(501, "5.5.2", "control characters")
     return text
@@ -10224,7 +10261,7 @@ class POP3Session(Session):
     async def do_RETR(self, argument: bytes) -> bytes:
         item = self.item(argument)[1]
         self.raise_fault("pop3-retr", self.user or "")
-        content = self.of_file(self.site.mailboxes.start_of, item) if item.size <= BLOCK else b""
+        content = await self.of_file(self.site.mailboxes.start_of, item) if item.size <= BLOCK else b""
         if len(content) == item.size and content.endswith(b"\r\n"):
             answer = b"+OK %d octets\r\n%s.\r\n" % (item.size, stuff_dots(content, True))
         else:
@@ -10235,16 +10272,19 @@ class POP3Session(Session):
         self.bytes += item.size
         return answer
 
-    def of_file(self, get: Callable[[str, Item], Any], item: Item) -> Any:
+    async def of_file(self, get: Callable[[str, Item], Any], item: Item) -> Any:
         """Return what a function of the mailboxes gives for a message; Refused when it is gone, OSError."""
+        user = self.user or ""
         try:
-            return get(self.user or "", item)
+            if self.site.mailboxes.is_in_place(user, item):
+                return get(user, item)
+            return await wait(lambda: get(user, item))      # looks for it
         except FileNotFoundError:
             raise Refused(500, "", "[SYS/TEMP] the message is gone: another program removed it") from None
 
     async def send_message(self, item: Item) -> None:
         """Send a message that is large, or not as its name says, without the final dot."""
-        fd = self.of_file(self.site.mailboxes.open, item)
+        fd = await self.of_file(self.site.mailboxes.open, item)
         try:
             native = os.fstat(fd).st_size == item.size and pread(fd, 2, max(0, item.size - 2)) == b"\r\n"
             self.wire.send(b"+OK %d octets\r\n" % item.size)
@@ -10290,7 +10330,7 @@ class POP3Session(Session):
         words = argument.split()
         if len(words) != 2 or not words[1].isdigit() or len(words[1]) > 9:
             raise Refused(500, "", "TOP message lines")
-        fd = self.of_file(self.site.mailboxes.open, self.item(words[0])[1])
+        fd = await self.of_file(self.site.mailboxes.open, self.item(words[0])[1])
         try:
             self.wire.send(b"+OK\r\n")
             await self.send_converted(fd, int(words[1]))
@@ -10909,7 +10949,7 @@ def skip_comments(text: str, position: int) -> int:
     """Return where the next parameter begins: after semicolons, blanks and comments."""
     for _ in range(MAX_PARAMETERS):
         position = PARAMETER_BLANK.match(text, position).end()      # type: ignore[union-attr]
-        end = comment_end(text, position) if text.startswith("(", position) else -1
+        end = comment_end(text, position, position + MAX_ADDRESS) if text.startswith("(", position) else -1
         if end < 0:
             break
         position = end
@@ -11014,23 +11054,26 @@ def attribute_entity(match: Any) -> str:
     return unescape(match.group()) if known else str(match.group())
 
 
-def unescape(text: str) -> str:
-    """Return text with its character references resolved; those of endless length are none.
+def in_pieces(text: str, mark: str, near: int = BLOCK) -> Iterator[str]:
+    """Yield text in pieces of BLOCK characters, or less where a mark stands near the end of one: the next begins with it.
 
-    In pieces, as nobody else gets a turn while one call goes over all of it; none ends within a reference.
+    Nobody else gets a turn while one call of an expression goes over a whole text.
     """
-    import html
-    if "&" not in text:
-        return text
-    found: List[str] = []
     start = 0
     while start < len(text):
         stop = start + BLOCK
-        last = text.rfind("&", max(start + 1, stop - MAX_ENTITY), stop) if stop < len(text) else -1
+        last = text.rfind(mark, max(start + 1, stop - near), stop) if stop < len(text) else -1
         stop = last if last > 0 else stop
-        found.append(ENTITY.sub(lambda match: html.unescape(match.group()), text[start:stop]))
+        yield text[start:stop]
         start = stop
-    return "".join(found)
+
+
+def unescape(text: str) -> str:
+    """Return text with its character references resolved; those of endless length are none."""
+    import html
+    if "&" not in text:
+        return text
+    return "".join(ENTITY.sub(lambda match: html.unescape(match.group()), piece) for piece in in_pieces(text, "&", MAX_ENTITY))
 
 
 def tag_end(html: str, position: int) -> int:
@@ -11082,13 +11125,18 @@ def html_text(html: str) -> str:
     return re.sub(r"\n{3,}", "\n\n", text).strip() + ("\n[cut here]" if len(html) > MAX_RENDERED else "")
 
 
+def printable_start(text: str) -> str:
+    """Return text up to the first character that does something: to a terminal, to the order of what is shown."""
+    return "".join(itertools.takewhile(str.isprintable, text))
+
+
 def html_links(html: str) -> Iterator[str]:
     """Yield where the links of some HTML lead, as browsers take them: blanks around and line ends within do not count."""
     for name, attributes in html_tokens(html):
         found = ATTRIBUTE.finditer(attributes[:MAX_LINK * 2]) if name in ("a", "area") else ()
         value = next((match.group(2) or "" for match in found if match.group(1).lower() == "href"), "")
         value = value[1:-1] if value[:1] in ("'", '"') else value
-        link = re.sub(r"[\t\r\n]", "", ENTITY.sub(attribute_entity, value)).strip(" ")
+        link = printable_start(re.sub(r"[\t\r\n]", "", ENTITY.sub(attribute_entity, value)).strip(" "))
         if re.match(r"https?://", link, re.IGNORECASE):
             yield link.replace(" ", "%20")
 
@@ -11096,7 +11144,7 @@ def html_links(html: str) -> Iterator[str]:
 def text_links(text: str) -> Iterator[str]:
     """Yield the URLs that stand in text, without the punctuation of the sentence around them."""
     for match in URL.finditer(text):
-        link = "".join(match.group()[:MAX_LINK].split())
+        link = printable_start("".join(match.group()[:MAX_LINK].split()))
         opened = {")": link.count("(") - link.count(")"), "]": link.count("[") - link.count("]")}
         end = len(link)
         while end and (link[end - 1] in SENTENCE_MARKS or opened.get(link[end - 1], 0) < 0):
@@ -11122,7 +11170,7 @@ def squeeze(text: str) -> str:
 
 # A message and its parts.
 
-CID = expression(r"((?:[=(,]|url\()\s{0,20}(?:[\"']|&quot;|&apos;|&#0*3[49];|&#x0*2[27];)?\s{0,20})"
+CID = expression(r"((?:[=(,]|url\()\s{0,20}(?:(?:[\"']|&quot;|&apos;|&#0*3[49];|&#x0*2[27];)\s{0,20})?)"
                  r"cid(?::|&#0*58;|&#x0*3a;|&colon;)((?:[^\s\"'<>&]|&(?!quot|apos|#0*3[49]|#x0*2[27])){1,998})", re.IGNORECASE)
 ACTIVE = expression(r"<(?=/?(?:link|meta|base|i?frame|frameset|object|embed)[\s/>])(/?)", re.IGNORECASE)
 REMOTE = expression(r"(?:\b(?:src|srcset|background|poster)\s{0,20}=\s{0,20}(?:[\"']\s{0,20})?|"
@@ -11149,7 +11197,7 @@ class Part:
         self.kind = type.group(1) if type else default
         self.disposition, self._place = read_parameters(self.field("content-disposition"))
         boundary = self.parameters.get("boundary", "").rstrip() if self.kind.startswith("multipart/") else ""
-        self.boundary = boundary.encode("utf-8")
+        self.boundary = boundary.encode("utf-8") if len(boundary) < MAX_COMMAND else b""     # longer than what is looked at
 
     def field(self, name: str) -> str:
         return next((unfold(raw.partition(b":")[2]) for field, raw in self.fields if field == name), "")
@@ -11424,7 +11472,8 @@ class View:
     @functools.cached_property
     def has_remote(self) -> bool:
         """Whether the HTML would load something from elsewhere."""
-        return bool(REMOTE.search(self.html))
+        starts = range(0, len(self.html), BLOCK)    # in pieces that overlap
+        return any(REMOTE.search(self.html, start, start + BLOCK + MAX_ADDRESS) for start in starts)
 
     def framed(self) -> str:
         """Return the HTML with the images that came along. Links open new windows; what would connect by itself is no tag.
@@ -11439,9 +11488,9 @@ class View:
             nonlocal room
             from urllib.parse import unquote
             whole = match.group(2)
-            ids = [unescape(id) for id in (whole, whole.partition(")")[0])]
-            for id in [*map(unquote, ids), *ids]:   # a Content-ID may have a percent sign of its own
-                name = lower("".join(id.split()).strip("<>"))
+            ids = (whole, whole.partition(")")[0])
+            for id, text in [(id, read(unescape(id))) for id in ids for read in (unquote, str)]:    # "%" may be its own
+                name = lower("".join(text.split()).strip("<>"))
                 part = parts.get(name)
                 kind = part.image_type() if part else ""
                 if part and kind:
@@ -11449,7 +11498,7 @@ class View:
                     room -= len(urls[name])
                     return str(match.group(1) + urls[name] + whole[len(id):]) if room >= 0 else str(match.group())
             return str(match.group())
-        html = CID.sub(put, ACTIVE.sub(r"<\1x-", self.html))
+        html = "".join(CID.sub(put, ACTIVE.sub(r"<\1x-", piece)) for piece in in_pieces(self.html, "<"))
         doctype = DOCTYPE.match(html)
         start = doctype.end() if doctype else 0
         return html[:start] + '<base target="_blank">' + html[start:]
@@ -11474,7 +11523,8 @@ class View:
         """Return the events of invitations that came along."""
         kinds = ("text/calendar", "application/ics")
         texts = [part.text() for part in self.parts if part.kind in kinds or part.name.lower().endswith(".ics")][:MAX_EVENTS]
-        return [found for text in dict.fromkeys(texts) for found in read_calendar(text[:MAX_RENDERED])][:MAX_EVENTS]
+        events = (found for text in dict.fromkeys(texts) for found in read_calendar(text[:MAX_RENDERED]))
+        return list(itertools.islice(events, MAX_EVENTS))
 
 
 def leaves(part: Part) -> Iterator[Part]:
@@ -11790,7 +11840,8 @@ class Tape:
         if more:
             self.habits.add("pipelining")
         if line[:4].upper() == b"MAIL" and not self.introduction:
-            self.introduction, self.lines = self.lines[-MAX_INTRODUCTION:], []
+            self.introduction = [(side, text[:MAX_INTRODUCED]) for side, text in self.lines[-MAX_INTRODUCTION:]]
+            self.lines = []
         self.add("C", line)
 
     def said(self, data: bytes) -> None:
@@ -11800,8 +11851,9 @@ class Tape:
     def add(self, side: str, line: bytes) -> None:
         if self.room <= 0:
             return
-        self.room -= len(line) + 50                 # what a line costs in the file, about
-        self.lines.append((side, printable(line, 2000)) if self.room > 0 else ("S", "(the rest was not kept)"))
+        text = printable(line, 2000)
+        self.room -= (1 if text.isascii() else 12) * len(text) + 50     # what a line costs in the file, at most
+        self.lines.append((side, text) if self.room > 0 else ("S", "(the rest was not kept)"))
 
     def begin(self) -> None:
         """Content begins."""
@@ -11817,7 +11869,8 @@ class Tape:
         else:
             self.longest = max(self.longest, self.column + first)
             if len(block) > 1000:
-                self.longest = max(self.longest, max(map(len, block.split(b"\n"))))
+                long = LONG_LINE.search(block)
+                self.longest = max(self.longest, len(long.group()) if long else 0)
             self.column = len(block) - block.rfind(b"\n") - 1
         self.longest = max(self.longest, self.column)
 
@@ -11835,6 +11888,7 @@ class Tape:
         self.habits.discard("pipelining")
 
 
+LONG_LINE = expression(rb"(?:(?<=\n)|\A)[^\n]{1000,}")
 LINT = {                                            # rule: (what is wrong, where it says so)
     "bare-newline": ("A CR or LF stands alone in the content; lines end with CRLF.", "RFC 5321 section 2.3.8"),
     "8bit": ("The content has 8-bit bytes but MAIL did not say BODY=8BITMIME.", "RFC 6152 section 3"),
@@ -11852,7 +11906,7 @@ LINT = {                                            # rule: (what is wrong, wher
 
 def lint(envelope: Envelope, content: Content, draft: Draft, head: bytes, longest: int) -> List[str]:
     """Return the rules (keys of LINT) that a message breaks."""
-    fields, _ = split_headers(head)
+    fields, _ = split_headers(head, MAX_FIELDS)
     names = [name for name, _ in fields]
     raw = b"".join(value for _, value in fields)
     rest = re.sub(rb"=\?[\w-]+(\*\w+)?\?([Bb]\?[\w+/]+=*|[Qq]\?[!->@-~]+)\?=", b"", raw)   # without good encoded words
@@ -12252,8 +12306,9 @@ class Letter:
         return {"ID": self.id, "MessageID": shorten(view.header("message-id").strip("<>")),
                 "From": (named["from"] or [{"Name": shorten(view.header("from")), "Address": ""}])[0], "To": listed["to"],
                 "Cc": listed["cc"], "Bcc": listed["bcc"], "ReplyTo": listed["reply-to"],
-                "Subject": view.header("subject"), "Created": iso_time(message.received_at.timestamp()), "Username": "",
-                "Tags": [], "Size": message.size, "Attachments": len(view.attachments), "Snippet": view.snippet()}
+                "Subject": shorten(view.header("subject"), MAX_LINK),
+                "Created": iso_time(message.received_at.timestamp()), "Username": "", "Tags": [], "Size": message.size,
+                "Attachments": len(view.attachments), "Snippet": view.snippet()}
 
     def whole(self) -> Dict[str, Any]:
         """Return the message as GET /api/v1/message/ID gives it, and what more the page shows of it."""
@@ -12456,7 +12511,10 @@ def show_letter(letter: Letter, kind: Optional[str]) -> None:
         sys.stdout.buffer.write(letter.message().read())
         sys.stdout.buffer.flush()
     elif kind == "text":
-        print(letter.view().text)
+        text = letter.view().text
+        if sys.stdout.isatty():                     # which obeys control characters
+            text = "\n".join(printable(line, len(line)) for line in text.splitlines())
+        print(text)
     elif kind == "links":
         print("".join(link + "\n" for link in letter.view().links()), end="")
     elif kind == "json":
@@ -12612,7 +12670,8 @@ def in_a_frame(html: str) -> str:
     A tag's name goes up to a blank, "/" or ">", and of two equal attributes the first counts, so this needs no parser.
     At the end stand marks by which the page can scroll what it may not look into.
     """
-    return LINK.sub(r"<\1 target=_blank rel=noreferrer referrerpolicy=no-referrer ", html) + SCREENS
+    marked = r"<\1 target=_blank rel=noreferrer referrerpolicy=no-referrer "
+    return "".join(LINK.sub(marked, piece) for piece in in_pieces(html, "<")) + SCREENS
 
 
 class Inbox(Letters):
@@ -13188,8 +13247,8 @@ def multipart(kind: str, parts: Sequence[Iterator[bytes]]) -> Iterator[bytes]:
 
 
 def text_part(kind: str, text: str) -> Iterator[bytes]:
-    data = "\n".join(text.split("\r\n")).replace("\r", "\n").encode("utf-8", "replace")
-    plain = data.isascii() and b"\0" not in data and len(max(data.split(b"\n"), key=len)) < 900
+    data = text.replace("\r\n", "\n").replace("\r", "\n").encode("utf-8", "replace")
+    plain = data.isascii() and b"\0" not in data and not LONG_LINE.search(data)
     yield b"Content-Type: text/%s; charset=utf-8\r\nContent-Transfer-Encoding: %s\r\n\r\n" % (
         kind.encode(), b"7bit" if plain else b"quoted-printable")
     if not plain:
@@ -13202,7 +13261,7 @@ def attachment(entry: Dict[str, Any]) -> Tuple[bool, Iterator[bytes]]:
     content = str(entry["Content"])
     if content.startswith("data:"):
         content = content[content.find(",", 0, 1000) + 1:]
-    content = "".join(content.split())
+    content = content.translate(dict.fromkeys(map(ord, " \t\r\n")))
     if len(content) % 4 or not re.fullmatch(r"[A-Za-z0-9+/]*={0,2}", content):
         raise ValueError("an attachment's Content is not base64")
     kind = str(entry.get("ContentType") or "application/octet-stream")
@@ -15509,9 +15568,11 @@ def smtp_on_standard_input(config: Config) -> int:
 
 def copy_input(sock: socket.socket) -> None:
     """Send standard input, past Python's buffer, which a thread may not hold when the process ends."""
+    bare = None                                     # a local program may end all lines in LF
     with contextlib.suppress(OSError):
         for block in iter(lambda: os.read(0, BLOCK), b""):
-            sock.sendall(block)
+            bare = b"\r\n" not in block if bare is None else bare
+            sock.sendall(block.replace(b"\n", b"\r\n") if bare else block)
         sock.shutdown(socket.SHUT_WR)
 
 
