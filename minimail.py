@@ -7878,13 +7878,10 @@ def sign_content(blocks: Iterable[bytes], choose: Callable[[Fields], Sequence[Tu
 
 
 def author_domains(fields: Fields) -> List[str]:
-    """Return the domains of the addresses in From, lower case as A-labels; of what is no address, none.
-
-    Of one that is too long, "": who stands at its end is not known, and is not said to be one of ours.
-    """
+    """Return the domains of the addresses in From, lower case as A-labels; of what is no address, or too long, none."""
     value = b",".join(field.partition(b":")[2] for name, field in fields if name == "from")
-    if len(value) > MAX_COMMAND:
-        return [""]
+    if len(value) > MAX_COMMAND:                    # who stands at its end would not be known
+        return []
     found = (address.rpartition("@")[2].partition("(") for _, address in read_addresses(unfold(value)) if "@" in address)
     domains: List[str] = []
     for domain, _, _ in found:
@@ -13248,7 +13245,7 @@ def multipart(kind: str, parts: Sequence[Iterator[bytes]]) -> Iterator[bytes]:
 
 def text_part(kind: str, text: str) -> Iterator[bytes]:
     data = text.replace("\r\n", "\n").replace("\r", "\n").encode("utf-8", "replace")
-    plain = data.isascii() and b"\0" not in data and not LONG_LINE.search(data)
+    plain = data.isascii() and b"\0" not in data and not LONG_LINE.search(data.replace(b"\n", b"\r\n") + b"\r")
     yield b"Content-Type: text/%s; charset=utf-8\r\nContent-Transfer-Encoding: %s\r\n\r\n" % (
         kind.encode(), b"7bit" if plain else b"quoted-printable")
     if not plain:

@@ -133,7 +133,7 @@ class NodeCase(unittest.TestCase):
 
     def pop3(self, address):
         """Return a POP3 session with an address's mailbox."""
-        client = poplib.POP3(*self.node.pop3, timeout=30)
+        client = poplib.POP3(*self.node.pop3, timeout=150)
         self.addCleanup(client.close)
         client.user(address)
         client.pass_("any")
@@ -535,7 +535,7 @@ class DovecotReads(NodeCase):
     def test_pop3_gives_the_same(self):
         self.deliver(["dovecot-pop3@example.com"], SAMPLES.values())
         ours = self.minimail_contents("dovecot-pop3@example.com")
-        client = poplib.POP3("127.0.0.1", self.dovecot.pop3, timeout=30)
+        client = poplib.POP3("127.0.0.1", self.dovecot.pop3, timeout=150)
         self.addCleanup(client.close)
         client.user("dovecot-pop3@example.com")
         client.pass_("any")

@@ -145,7 +145,7 @@ class Load:
         return [letter for letter in self.letters if letter.answered]
 
 
-def connect(address, timeout=30):
+def connect(address, timeout=150):
     """Return an smtplib client that has said EHLO."""
     client = smtplib.SMTP(*address, local_hostname="load.test", timeout=timeout)
     client.ehlo()
@@ -325,7 +325,7 @@ class Node(lab.Node):
 
     def fetch(self, address, password=PASSWORD):
         """Return a POP3 client that is logged in."""
-        client = poplib.POP3(*self.pop3, timeout=30)
+        client = poplib.POP3(*self.pop3, timeout=150)
         try:
             client.user(address)
             client.pass_(password)
@@ -672,7 +672,7 @@ class KilledInBetween(Case):
             if number % 4:                          # else it dies as soon as it has answered
                 killer.start()
             with contextlib.suppress(OSError, http.client.HTTPException):
-                with urllib.request.urlopen(request, timeout=60) as answer:
+                with urllib.request.urlopen(request, timeout=150) as answer:
                     letter.answered = answer.status == 200
             if number % 4:
                 killer.join()
@@ -1498,7 +1498,7 @@ class DovecotMeanwhile(Case):
         """Fetch and delete, session after session, until all have been seen."""
         deadline = time.monotonic() + lab.SLOWER * 60
         while len(seen[box]) < wanted[box] and time.monotonic() < deadline:
-            client = poplib.POP3("127.0.0.1", dovecot.pop3, timeout=30)
+            client = poplib.POP3("127.0.0.1", dovecot.pop3, timeout=150)
             client.user(box)
             client.pass_("any")
             names = []

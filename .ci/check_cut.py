@@ -108,7 +108,7 @@ class Copies(unittest.TestCase):
         while not lines or lines[-1] not in ("ready", ""):
             lines.append(process.stdout.readline().decode().rstrip("\n"))
         self.assertEqual([line.split()[1] for line in lines[:-1]], listeners, lines)
-        with smtplib.SMTP("127.0.0.1", int(lines[0].rpartition(":")[2]), timeout=20) as client:
+        with smtplib.SMTP("127.0.0.1", int(lines[0].rpartition(":")[2]), timeout=150) as client:
             client.sendmail("a@x", ["bob@x"], "Subject: hi\r\n\r\nhello\r\n")
         self.assertEqual(len(os.listdir(place / "data/mail/x/bob/new")), 1)
         process.terminate()

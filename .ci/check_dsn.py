@@ -190,7 +190,7 @@ def setUpModule():
     postfix = Postfix(network, domains, users, netlab.make_certificate(network.folder, THEIRS.name))
     node = stack.enter_context(start_node(network))
     for side in SIDES:
-        with network.inside(side.host), smtplib.SMTP("127.0.0.1", 25, "mailer.test", 30) as client:
+        with network.inside(side.host), smtplib.SMTP("127.0.0.1", 25, "mailer.test", 150) as client:
             client.ehlo()
             for letter in LETTERS:
                 if letter.side is side:

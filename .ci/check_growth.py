@@ -530,7 +530,7 @@ class Growth(check_crash.Case):
 
     def wait_at(self, port, name, waits):
         """Ask a node for a letter that has not come yet; note when it said so."""
-        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=150)
         connection.request("GET", "/api/v1/wait?timeout=20&query=subject:" + name)
         if connection.getresponse().status == 200:
             waits.append(time.monotonic())

@@ -233,7 +233,7 @@ class Costs(unittest.TestCase):
     # The entrances.
 
     def get(self, path, method="GET", given=None):
-        connection = http.client.HTTPConnection(*self.web, timeout=60)
+        connection = http.client.HTTPConnection(*self.web, timeout=150)
         try:
             connection.request(method, path, given)
             answer = connection.getresponse()

@@ -262,7 +262,7 @@ class Case(unittest.TestCase):
     def deliver(self, node, recipient="bob@a.test", seconds=5.0):
         """Send an ordinary message; it must be answered soon and be there."""
         before, began = set(node.stored(recipient)), time.monotonic()
-        with smtplib.SMTP(*node.smtp, "client.example", 15) as client:
+        with smtplib.SMTP(*node.smtp, "client.example", 150) as client:
             self.assertEqual(client.sendmail("ann@example.org", [recipient], message("ordinary", b"Hello\r\n")), {})
         self.assertLess(time.monotonic() - began, seconds, "an ordinary message waited too long")
         self.assertEqual(len(set(node.stored(recipient)) - before), 1)
@@ -551,7 +551,7 @@ class Elsewhere(Case):
     def test_postfix_relays_in(self):
         """A real Postfix that insists on TLS and verifies the certificate hands mail over."""
         postfix = Postfix(self.network, ["other.test"], [], certificate)
-        with self.network.inside("mx"), smtplib.SMTP("127.0.0.1", 25, "mx.test", 30) as client:
+        with self.network.inside("mx"), smtplib.SMTP("127.0.0.1", 25, "mx.test", 150) as client:
             client.sendmail("carol@other.test", [ANN, BOB], message("postfix", b"Hello\r\n.\r\n"))
         for address in (ANN, BOB):
             stored = lab.until(lambda address=address: [
@@ -651,7 +651,7 @@ smtp_tls_loglevel = 1
 
 @contextlib.contextmanager
 def smtplib_on(network, host):
-    with network.inside(host), smtplib.SMTP(SERVER, 25, "client.example", 30) as client:
+    with network.inside(host), smtplib.SMTP(SERVER, 25, "client.example", 150) as client:
         yield client
 
 

@@ -122,7 +122,7 @@ class Case(unittest.TestCase):
     def send(self, recipients, content, sender=ANN, to=None, host="sender", options=()):
         """Send a message from a host to a node (`a`, if no address is given), as a mailer does."""
         recipients = [recipients] if isinstance(recipients, str) else recipients
-        with network.inside(host), smtplib.SMTP(to or a.address, 25, "mailer.test", 30) as client:
+        with network.inside(host), smtplib.SMTP(to or a.address, 25, "mailer.test", 150) as client:
             self.assertEqual(client.sendmail(sender, recipients, content, options), {})
 
     def at_postfix(self, address, sent, seconds=30):
@@ -141,7 +141,7 @@ class Case(unittest.TestCase):
     def fetch(self, node, address):
         """Return the messages of a mailbox, as POP3 on the node's own machine gives them."""
         with network.inside(node.host):
-            client = poplib.POP3("127.0.0.1", 110, timeout=30)
+            client = poplib.POP3("127.0.0.1", 110, timeout=150)
         try:
             client.user(address)
             client.pass_(PASSWORD)
@@ -234,7 +234,7 @@ class Journey(Case):
         self.send("amy@a.test", answer, "first@postfix.test", "127.0.0.1", "mx")
         lab.until(lambda: a.stored("amy@a.test"), 30, "the answer")
         with network.inside("sender"):
-            client = poplib.POP3(a.address, 110, timeout=30)
+            client = poplib.POP3(a.address, 110, timeout=150)
             self.addCleanup(client.close)
             client.stls(ssl._create_unverified_context())
         client.user("amy@a.test")
@@ -938,7 +938,7 @@ class Strangers(Case):
 
     def open(self):
         with network.inside("stranger"):
-            client = smtplib.SMTP(b.address, 25, "stranger.test", 30)
+            client = smtplib.SMTP(b.address, 25, "stranger.test", 150)
         self.addCleanup(client.close)
         return client
 
@@ -1039,7 +1039,7 @@ class Strangers(Case):
         self.assertFalse(client.has_extn("auth"))
         self.assertTrue(client.has_extn("starttls"))
         with network.inside("stranger"):
-            reader = poplib.POP3(b.address, 110, timeout=10)
+            reader = poplib.POP3(b.address, 110, timeout=150)
         self.addCleanup(reader.close)
         with self.assertRaises(poplib.error_proto):
             reader.user("bob@b.test")
@@ -1141,7 +1141,7 @@ class TwoExchangers(Case):
             body = b"%0100x\r\n" % random_source.getrandbits(400) * random_source.randrange(1, 100)
             content = message("load-%d" % number, body)
             contents[message_id(content)] = content
-        with network.inside(sender_host), smtplib.SMTP("127.0.0.1", 25, "load.test", 30) as client:
+        with network.inside(sender_host), smtplib.SMTP("127.0.0.1", 25, "load.test", 150) as client:
             for number, content in enumerate(contents.values()):
                 if number == self.COUNT // 3:
                     lab.until(lambda: nodes[0].stored("box@pair.test"), 20, "the first message at the first exchanger")

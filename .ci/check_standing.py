@@ -319,7 +319,7 @@ class Trips(Judges):
 
     def send(self, node, port):
         """Send each message of the corpus to a recipient of its own."""
-        with network()[0].inside(node.host), smtplib.SMTP("127.0.0.1", port, "mailer.here.test", 30) as client:
+        with network()[0].inside(node.host), smtplib.SMTP("127.0.0.1", port, "mailer.here.test", 150) as client:
             for number, content in enumerate(CORPUS.values()):
                 client.sendmail("ann@here.test", ["c%d@far.test" % number], content, ["BODY=8BITMIME"])
 
@@ -724,7 +724,7 @@ class PoliciesOfANode(unittest.TestCase):
                            SSL_CERT_FILE=self.authority[0], **more)
 
     def send(self, subject, *recipients):
-        with self.network.inside("q"), smtplib.SMTP("127.0.0.1", 25, "mailer.q.test", 30) as client:
+        with self.network.inside("q"), smtplib.SMTP("127.0.0.1", 25, "mailer.q.test", 150) as client:
             client.sendmail("ann@q.test", recipients, "From: ann@q.test\r\nSubject: %s\r\n\r\nx\r\n" % subject)
 
     def has(self, recipient, subject):

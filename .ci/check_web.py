@@ -95,7 +95,7 @@ class Browser:
         request = urllib.request.Request(self.url + path, None if method != "POST" else json.dumps(body or {}).encode(),
                                          {"Content-Type": "application/json"}, method=method)
         try:
-            with urllib.request.urlopen(request, timeout=60) as answer:
+            with urllib.request.urlopen(request, timeout=150) as answer:
                 return json.load(answer)["value"]
         except urllib.error.HTTPError as problem:
             raise AssertionError("%s %s: %s" % (method, path, json.load(problem)["value"]["message"][:1000])) from None
@@ -345,13 +345,13 @@ class InboxCase(unittest.TestCase):
         """Ask the API as a program would; JSON is returned as what it means."""
         request = urllib.request.Request(self.url + "api/v1/" + path, json.dumps(body).encode() if body else None,
                                          {"Content-Type": "application/json"} if body else {}, method=method)
-        with urllib.request.urlopen(request, timeout=20) as answer:
+        with urllib.request.urlopen(request, timeout=150) as answer:
             content = answer.read()
             return json.loads(content) if answer.headers["Content-Type"].startswith("application/json") else content
 
     def send(self, *messages, sender="ann@example.org", to=("bob@example.com",)):
         """Send messages (bytes or EmailMessage) in one SMTP session."""
-        with smtplib.SMTP(*self.node.smtp, local_hostname="client.example.org", timeout=20) as client:
+        with smtplib.SMTP(*self.node.smtp, local_hostname="client.example.org", timeout=150) as client:
             for message in messages:
                 content = message if isinstance(message, bytes) else message.as_bytes(policy=email.policy.SMTP)
                 client.sendmail(sender, to, content)
@@ -1149,7 +1149,7 @@ class Lasting(unittest.TestCase):
             browser.until("document.querySelector('#live').textContent.includes('not connected')")
             node.start()
             browser.until("document.querySelector('#live').textContent.includes('● live')", seconds=20)
-            with smtplib.SMTP(*node.smtp, timeout=20) as client:
+            with smtplib.SMTP(*node.smtp, timeout=150) as client:
                 client.sendmail("a@example.org", ["b@example.com"], "Subject: back\r\n\r\n")
             browser.until("document.querySelector('#list').textContent.includes('back')")
 
@@ -1183,7 +1183,7 @@ class Lasting(unittest.TestCase):
 
 def fill(address, count):
     """Send many small messages fast."""
-    with smtplib.SMTP(*address, timeout=60) as client:
+    with smtplib.SMTP(*address, timeout=150) as client:
         for number in range(count):
             client.sendmail("ann@example.org", ["bob@example.com"], "From: Ann <ann@example.org>\r\nTo: bob@example.com\r\n"
                             "Subject: number %d\r\n\r\nHello\r\n" % number)
@@ -1239,7 +1239,7 @@ class OtherOrigins(unittest.TestCase):
             address = "127.0.0.1", node.listening["web"][0][1]
             text = json.dumps({"From": {"Email": "jürgen@bücher.example"}, "To": [{"Email": "用户@例え.example"}],
                                "Subject": "Grüße " * 100, "Text": "x" * 200000}).encode()
-            with contextlib.closing(http.client.HTTPConnection(*address, timeout=20)) as connection:
+            with contextlib.closing(http.client.HTTPConnection(*address, timeout=150)) as connection:
                 pieces = (text[at:at + 999] for at in range(0, len(text), 999))
                 connection.request("POST", "/api/v1/send", pieces, {"Transfer-Encoding": "chunked"}, encode_chunked=True)
                 self.assertEqual(connection.getresponse().status, 200)
