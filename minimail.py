@@ -10760,7 +10760,7 @@ CHARSETS = {                                        # codecs of Python, tried in
     "cp932 shift_jis_2004": "shiftjis sjis xsjis csshiftjis ms932 mskanji windows31j cswindows31j cp932 windows932",
     "euc_jp euc_jis_2004": "eucjp xeucjp xeuc cseucpkdfmtjapanese ujis",
     "iso2022_jp iso2022_jp_2 iso2022_jp_3 iso2022_jp_2004": "iso2022jp csiso2022jp iso2022jp1 iso2022jp2 iso2022jp3 "
-                                                            "iso2022jpext iso2022jpms cp50220 cp50221 jis",
+                                                            "iso2022jp2004 iso2022jpext iso2022jpms cp50220 cp50221 jis",
     "cp949": "euckr cseuckr korean ksc56011987 ksc56011989 ksc5601 csksc56011987 isoir149 cp949 uhc windows949 ms949",
     "johab": "johab cp1361", "iso2022_kr": "iso2022kr csiso2022kr", "utf-7": "utf7 unicode11utf7 csunicode11utf7",
     "utf-16-le": "utf16 utf16le ucs2 iso10646ucs2 unicode csunicode unicodefeff", "utf-16-be": "utf16be unicodefffe",
@@ -10859,7 +10859,7 @@ ENCODED_WORD = expression(r"=\?([^?\s*]{1,60})(?:\*[^?\s]{0,40})?\?([bq])\?((?:[
                           re.IGNORECASE)
 VALUE_END = r"(?=\s{0,20}(?:[;(]|\Z|[\w*-]{1,40}\s{0,20}=))"
 PARAMETER = expression(                             # a quotation mark within a value ends it only where the value can end
-    r'([^\s=;"()]{1,80})\s{0,20}=\s{0,20}("[^"\\]*(?:(?:\\.|"(?!' + VALUE_END + r'))[^"\\]*)*"' + VALUE_END +
+    r'([^\s=;"()]{1,80})\s{0,20}=\s{0,20}("[^"\\]*(?:(?:\\.|"(?!' + VALUE_END + r'))[^"\\]*){0,8}"' + VALUE_END +
     r'|"[^"\\]*(?:\\.[^"\\]*)*"|[^;]*)', re.DOTALL)
 PARAMETER_BLANK = expression(r"[\s;]*")
 PARAMETER_VALUE = expression(r"\s(?=[\w*-]{1,40}=)")
@@ -11345,7 +11345,7 @@ class TreeReader:
             if line == boundary:
                 self.close(depth + 1, at)
                 return self.begin(self.open[-1], end + 1)
-            if line == boundary + b"--":
+            if line.endswith(b"--") and line[:-2].rstrip(b" \t") == boundary:
                 self.close(depth, at)
                 return end - 1
         for depth in range(len(self.open) - 1, -1, -1):
@@ -11683,6 +11683,9 @@ class Query:
 
     def _add(self, negation: str, term: str) -> None:
         negated = bool(negation)
+        blank = term.isascii() and not any(map(str.isalnum, term))
+        if len(negation) > 1 or (negated and blank):            # not what is meant, or what hardly any message has
+            self.unknown.append(term)
         key, colon, value = term.replace('"', "").partition(":")
         key, value = key.lower(), squeeze(value.lower())
         number = self.number(key, value)
@@ -11690,8 +11693,7 @@ class Query:
             self.terms.append((negated, key, value, number))
             return
         operator = key in self.OPERATORS or (not term.startswith('"') and re.fullmatch(r"[a-z][a-z_-]*", key))
-        blank = negated and term.isascii() and not any(map(str.isalnum, term))     # what hardly any message has
-        if blank or len(negation) > 1 or (colon and operator and not value.startswith("//")):
+        if colon and operator and not value.startswith("//"):
             self.unknown.append(term)
         words = squeeze(term.replace('"', "").lower())
         if words and not (colon and key in self.OPERATORS and not value):       # somebody is still writing it
