@@ -11851,7 +11851,7 @@ class Tape:
         if self.room <= 0:
             return
         text = printable(line, 2000)
-        self.room -= (1 if text.isascii() else 12) * len(text) + 50     # what a line costs in the file, at most
+        self.room -= (1 if text.isascii() else 12) * len(text) + 50     # what a line costs in the file, about
         self.lines.append((side, text) if self.room > 0 else ("S", "(the rest was not kept)"))
 
     def begin(self) -> None:
@@ -12512,7 +12512,8 @@ def show_letter(letter: Letter, kind: Optional[str]) -> None:
     elif kind == "text":
         text = letter.view().text
         if sys.stdout.isatty():                     # which obeys control characters
-            text = "\n".join(printable(line, len(line)) for line in text.splitlines())
+            text = "".join(char if char.isprintable() or char in "\t\n\xa0" else printable(char)
+                           for char in text.replace("\r\n", "\n"))
         print(text)
     elif kind == "links":
         print("".join(link + "\n" for link in letter.view().links()), end="")
