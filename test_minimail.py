@@ -931,7 +931,7 @@ class Addresses(Case):
                      '<"a@x>', '<"a"b@x>', '<"a\rb"@x>', "<a\nb@x>", "<a\0b@x>", '<"a\0"@x>', "<a\x85b@x>", "<\udcff@x>",
                      "<b@x y>",
                      "<b@%s.example>" % ("a" * 64), "<b@%s>" % ".".join(["abcdefgh"] * 30), "<<b@x>>", "<b(c)@x>",
-                     "<b@x/../y>"):
+                     "<b@x/../y>", "<%s@x>" % ("a" * minimail.MAX_PATH), '<"%s"@x>' % ("\\a" * 600)):
             with self.subTest(text):
                 self.refused("501 5.1.3", minimail.parse_path, text)
         self.refused("553 5.1.3", minimail.parse_path, "<bob>")
@@ -1000,6 +1000,7 @@ class Addresses(Case):
         content = b"A: 1\r\nB: 2\r\n\t3\r\nnonsense\r\n\r\nbody\r\n\r\nmore"
         self.assertEqual(minimail.split_headers(content), ([("a", b"A: 1\r\n"), ("b", b"B: 2\r\n\t3\r\n"),
                                                             ("nonsense", b"nonsense\r\n")], b"body\r\n\r\nmore"))
+        self.assertEqual(minimail.split_headers(content, 1), ([("a", b"A: 1\r\n")], b"body\r\n\r\nmore"))
         self.assertEqual(minimail.split_headers(b"\r\nbody"), ([], b"body"))
         self.assertEqual(minimail.split_headers(b""), ([], b""))
 
@@ -4234,6 +4235,18 @@ class QueueTest(ScriptedCase):
         self.assertEqual(len([name for name in world.files() if name.endswith(".env")]), len(bad), "left alone")
         self.assertEqual(scripted_command("queue", "--json", "--data", self.data)[0], 0)
 
+    @unittest.skipUnless(hasattr(os, "mkfifo"), "needs pipes with names")
+    def test_a_pipe_is_no_envelope(self):
+        peer = ScriptedPeer()
+        world = ScriptedWorld(self, FAR, {"192.0.2.25": peer})
+        world.submit("bob@far.test")
+        for name in "0-0-1.msg", "new/0-0-1":
+            with open(os.path.join(world.queue.root, name), "w"):
+                pass
+        os.mkfifo(os.path.join(world.queue.root, "0-0-1.env"))
+        self.in_background(world.step)()
+        self.assertEqual((len(peer.messages), "0-0-1.env" in world.files()), (1, True))
+
     def test_odd_names_stop_nothing(self):
         """What a file manager, a backup or a slip of the hand put there: files for directories, directories for files."""
         peer = ScriptedPeer({"connect": ["421 busy", "220 hi"]})
@@ -7250,6 +7263,17 @@ class DKIMSignatures(Case):
                 (["x.example", "mx.there.test"], "here.test", False, ""), (["x.example"], "y.test", False, "")):
             self.assertEqual(ring.signing_domain(authors, sender, trusted), domain, (authors, sender, trusted))
 
+    def test_a_from_that_is_too_long_is_not_ours(self):
+        """Who stands at its end is shown, and was not read: our reverse-path, as a forward has, vouches for none of it."""
+        ring = self.keyring(dkim=(("", "o", self.file("o.pem", minimail.pem("PRIVATE KEY", self.KEYS[1][2].encode()))),))
+        for authors, trusted, signed in (
+                (b'a@evil.example,\r\n "%s" <ceo@here.test>' % (b"A" * minimail.MAX_COMMAND), False, False),
+                (b"a@evil.example,\r\n" + (b" " * 70 + b"\r\n") * 60 + b" ceo@here.test", False, False),
+                (b"a@evil.example", False, True), (b'"%s" <ceo@here.test>' % (b"A" * 1000), True, True)):
+            message = b"From: " + authors + b"\r\nSubject: x\r\n\r\nx\r\n"
+            found = ring.sign([message], "SRS0=aaaa=bb=evil.example=a@here.test", trusted, 1e9)
+            self.assertEqual(b"d=here.test;" in found, signed, authors[:50])
+
     def test_keys_of_the_data_directory_and_of_options(self):
         data = self.directory()
         pem = minimail.pem("PRIVATE KEY", self.KEYS[1][2].encode())
@@ -7458,6 +7482,17 @@ class STSPolicies(Case):
         self.assertIsNone(later.policy("far.test"))
         self.assertEqual(self.fetched, [])
 
+    def test_what_is_too_old_is_removed(self):
+        sts = self.sts()
+        os.mkdir(sts.root)
+        for domain, days in (("old.test", 9), ("asked.test", 9), ("new.test", 6)):
+            sts.keep(domain, minimail.parse_sts_policy(self.POLICY, "1", self.now - days * 86400))
+        self.assertIsNone(sts.kept("asked.test"))
+        self.assertEqual(sorted(os.listdir(sts.root)), ["new.test", "old.test"])
+        sts.sweep()
+        self.assertEqual(os.listdir(sts.root), ["new.test"])
+        self.assertEqual(sts.kept("new.test").mode, "enforce")
+
     def test_fetched_anew(self):
         weaker = self.POLICY.replace(b"enforce", b"testing")
         sts = self.sts(None, [self.POLICY, OSError("down"), weaker, self.POLICY, weaker.replace(b"testing", b"none")])
@@ -7543,6 +7578,18 @@ class SPFReading(Case):
         self.assertEqual(self.spf("203.0.113.9", "inc.test")[1].lookups, 2)
         self.assertEqual(self.spf("203.0.113.9", "ip.test")[1].lookups, 0)
         self.assertIn("more than 10", self.spf("192.0.2.1", "many.test")[1].reason)
+
+    def test_long_names_lose_labels_on_the_left(self):
+        """RFC 7208 section 7.3, in one step: a record may name the domain a thousand times."""
+        spf = minimail.SPF(None, "192.0.2.1", "ann@x.test")
+        for text in ("%{d}." * 40 + "x.test", "a" * 63 + "." + "b.c." * 48 + "x", "aa." * 84 + "b",
+                     "z." + "aa." * 84 + "b"):
+            whole = text.replace("%{d}", "d.example").split(".")
+            while len(".".join(whole)) > 253:
+                del whole[0]
+            self.assertEqual(spf._expand(text, "d.example").split("."), whole)
+        small, large = (cpu_of(functools.partial(spf._expand, "%{d}." * size, "a." * 100 + "test")) for size in (500, 2000))
+        self.assertLess(large, 8 * small + 0.05)
 
     def test_wrong_terms(self):
         for term in ("all:x", "ip4:1.2.3", "ip4:1.2.3.4/33", "ip4:1.2.3.4/", "ip4", "ip6:1.2.3.4", "include", "include:", "exists", "a:",
@@ -9016,6 +9063,16 @@ class NodeMode(Case):
         if HAS_POP3:
             self.dialog(node.pop3_address, "S: +OK\nC: USER bob@example.org\nS: -ERR [AUTH]\nS: closed")
 
+    def test_spellings_of_an_account_count_together(self):
+        site = self.start().site
+        with mock.patch.object(minimail, "check_password", lambda password, record: False):
+            for number in range(minimail.ACCOUNT_FAILURES):
+                name = ('"\\bob"@example.org', '"b\\ob"@example.org', "bob@EXAMPLE.org.", "bob@example.org")[number % 4]
+                self.assertIsNone(site.verify("192.0.2.%d" % number, name, "guess"))
+            for name in ('"bo\\b"@example.org', "bob@example.org"):
+                self.assertRaises(minimail.TooManyGuesses, site.verify, "198.51.100.1", name, "guess")
+            self.assertIsNone(site.verify("198.51.100.1", "eve@example.org", "guess"))
+
     def test_no_password_in_clear_from_afar(self):
         node = self.start()
         with mock.patch.object(minimail, "is_loopback", lambda host: False):
@@ -9334,8 +9391,13 @@ class POP3(Case):
         os.rename(second.path, second.path.replace("/new/", "/cur/") + ":2,S")
         with open(third.path, "wb"):
             pass                                    # truncated by somebody
-        self.dialog(talk, "C: RETR 1\nS: -ERR\nC: TOP 1 0\nS: -ERR")
-        self.assertEqual(len(talk.listing("RETR 2")), self.sizes[1])
+        threads, moved = [], minimail.Mailboxes.moved
+        with mock.patch.object(minimail.Mailboxes, "moved", lambda *arguments: threads.append(
+                threading.current_thread().name) or moved(*arguments)):
+            self.dialog(talk, "C: RETR 1\nS: -ERR\nC: TOP 1 0\nS: -ERR")
+            self.assertEqual(len(talk.listing("RETR 2")), self.sizes[1])
+            self.assertTrue(talk.listing("TOP 2 0"))
+        self.assertEqual((len(threads), "minimail-loop" in threads), (4, False), "others go on while it is looked for")
         talk.send("RETR 3\r\nNOOP\r\n")
         talk.line()
         talk.listing()
@@ -12806,6 +12868,21 @@ class CommandLine(Case):
         self.assertEqual(len(program.lines), 3 + HAS_POP3, "nothing else on standard output")
         events = [json.loads(line)["event"] for line in errors.splitlines()]
         self.assertEqual([name for name in ("connect", "message", "stopping") if name not in events], [])
+
+    @unittest.skipUnless(hasattr(os, "mkfifo"), "needs pipes with names")
+    def test_a_pipe_is_no_users_file(self):
+        """Nobody writes into it: a start that waited would wait for ever. A link is what its target is."""
+        for name in ("users", "aliases"):
+            data, real = self.directory(), self.file(name, "")
+            os.mkfifo(os.path.join(data, name))
+            arguments = ("--data", data, "--smtp", "127.0.0.1:0", "--pop3", "off", "--web", "off", "--domain", "example.org")
+            status, out, err = run_main_forked(*arguments)
+            self.assertEqual((status, out, err.count("\n")), (1, "", 1), err)
+            self.assertIn("not a regular file", err)
+            os.symlink(real, os.path.join(data, "link"))
+            program = Program(*arguments, "--no-sync", "--" + name, os.path.join(data, "link"), *(
+                ("--users", real) if name == "aliases" else ("--aliases", real)))
+            self.assertEqual((program.end()[0], program.lines[-1:]), (0, ["ready"]))
 
     def test_interrupt(self):
         program = self.start("--smtp", "127.0.0.1:0", "--quiet")
