@@ -10070,6 +10070,7 @@ class ReadingParts(Case):
                 (mime(TEXT_PART).replace(b"--b--", b"--b-->junk"), ["body"]),
                 (mime(mime(b"\r\none", boundary=b"o"), b"\r\ntwo", boundary=b"o--x"), ["one", "two"]),
                 (b"Content-Type: multipart/mixed\r\n\r\n--x\r\n\r\nhello", ["--x\r\n\r\nhello"]),
+                (mime(TEXT_PART, boundary=b"b" * 4000), ["body"]),
                 (b"Content-Type: multipart/mixed; boundary=x\r\n\r\nhello", ["hello"]),
                 (b'Content-Type: multipart/mixed;\r\nboundary="abc"\r\n\r\n--abc\r\n\r\nx\r\n--abc--', ["x"]),
                 (mime(b"Content-Transfer-Encoding: base64\r\nContent-Type: text/plain;\r\ncharset=utf-8\r\n\r\naGVsbG8="),
@@ -10130,6 +10131,10 @@ class ReadingParts(Case):
         crowd = minimail.View(b"Content-Type: text/calendar\r\n\r\nBEGIN:VEVENT\r\n" + b"ATTENDEE:mailto:a@x\r\n" * 500 + b"END:VEVENT\r\n")
         self.assertEqual(crowd.calendar()[0]["Attendees"][-1], "... (cut)")
         self.assertEqual(minimail.View(b"Content-Type: text/calendar\r\n\r\nnonsense").calendar(), [])
+        made = itertools.count()
+        with mock.patch.object(minimail, "read_calendar", lambda text: ({"Summary": str(next(made))} for _ in range(1000))):
+            self.assertEqual(len(crowd.calendar()), minimail.MAX_EVENTS)
+        self.assertEqual(next(made), minimail.MAX_EVENTS, "what is not shown is not read")
 
 
 class ReadingHTML(Case):
@@ -10160,6 +10165,13 @@ class ReadingHTML(Case):
         self.assertEqual(minimail.View(b"Content-Type: text/plain; charset=utf-8\r\n\r\n" + text.encode()).links(), [
             "https://a.example/x", "https://b.example/y_(z)", "https://c.example/", "https://d.example/it's",
             "https://e.example/?q=[1]", "https://f.example/longrest"])
+        for mark in ("\x1b]0;", "\x9b2J", "\u202egpj", "&#x202e;"):
+            for kind, text in ("html", "<a href='https://a.example/x%sy'>z</a>" % mark), ("plain", "https://a.example/x%sy" % (
+                    minimail.unescape(mark))):
+                view = minimail.View(("Content-Type: text/%s; charset=utf-8\r\n\r\n%s" % (kind, text)).encode())
+                self.assertEqual(view.links(), ["https://a.example/x"], text)
+        view = minimail.View(b"Content-Type: text/html\r\n\r\n<a href=https://a.example/&#27;&#155;x>z</a>")
+        self.assertTrue(view.links()[0].isprintable(), "as HTML reads these, they are other characters, or none")
 
     def framed(self, html, *parts):
         return minimail.View(mime(b"Content-Type: text/html; charset=utf-8\r\n\r\n" + html, *parts, kind=b"related")).framed()
@@ -10199,6 +10211,26 @@ class ReadingHTML(Case):
         for html, expected in ((b"<img src='http://x/'>", True), (b"<img src=//x/>", True), (b"<p style='background:url(https://x)'>", True),
                                (b"<a href='http://x'>", False), (b"<img src=cid:a>", False), (b"http://x", False)):
             self.assertIs(minimail.View(b"Content-Type: text/html\r\n\r\n" + html).has_remote, expected, html)
+        for place in range(minimail.BLOCK - 12, minimail.BLOCK + 2):
+            html = b"x" * (place - 1) + b" src=" + b" " * 9 + b"//h>"
+            self.assertTrue(minimail.View(b"Content-Type: text/html\r\n\r\n" + html).has_remote, place)
+
+    def test_pieces_are_as_the_whole(self):
+        numbers = random.Random(7)
+        pieces = ["<img src=cid:a>", "<LINK rel=x>", "</link>", "<a href=x>", "<area\n", "<img src='cid:a'", ">", "<", "text ",
+                  "&amp;", "\u20ac" * 99, "<iframe ", "<!doctype html>", "src = ",
+                  '<p style="background:url(&quot;cid:a&quot;)">']
+        part = b"Content-Type: image/png\r\nContent-ID: <a>\r\n\r\n" + PNG_START
+        for size in (1000, 40_000):
+            html = "".join(numbers.choices(pieces, k=size))
+            raw = mime(b"Content-Type: text/html; charset=utf-8\r\n\r\n" + html.encode(), part, kind=b"related")
+            found = []
+            for block in (minimail.BLOCK if size > 1000 else 200, 1 << 24):
+                with mock.patch.object(minimail, "BLOCK", block):
+                    view = minimail.View(raw)
+                    found.append((view.framed(), view.has_remote, minimail.in_a_frame(view.framed()) if HAS_WEB else ""))
+            self.assertIn("data:image/png", found[0][0])
+            self.assertTrue(found[0] == found[1], size)
 
 
 class ReadingAnything(Case):
@@ -10353,6 +10385,13 @@ class CheapToRead(Case):
         for text, people in (('a@x,, ;b@x', ["a@x", "b@x"]), ('"\\"a@x', ['"\\"a@x']), ("(\\(a@x", ["(\\(a@x"]), ("g:: a@x;", ["a@x"]),
                              ("a@x , , b@x", ["a@x", "b@x"]), ("a: b@x, c@x; d@x", ["b@x", "c@x", "d@x"]), (",", [])):
             self.assertEqual([address for _, address in minimail.read_addresses(text)], people, text)
+
+    def test_parameters_and_boundaries(self):
+        head = b"Content-Type: multipart/mixed; boundary="
+        for read, shape in ((minimail.read_parameters, lambda n: "x" + (";" + "(" * 2560) * n),
+                            (minimail.View, lambda n: head + b"b" * 2500 * n + b"\r\n" + b"\r\n--bb" * 400 * n)):
+            small, large = (cpu_of(functools.partial(read, shape(n))) for n in (25, 100))
+            self.assertLess(large, 8 * small + 0.05, read)
 
     def test_references_at_the_edge_of_a_piece(self):
         for size in range(minimail.BLOCK - 45, minimail.BLOCK + 3):
@@ -10519,6 +10558,21 @@ class WebTranscripts(WebCase):
         for message in node.messages("b@x"):
             self.assertLess(len(json.dumps(self.session(node, message.id))), 8000 + 20 * 600)
 
+    def test_what_a_line_costs(self):
+        """In the file, where a character may have twelve bytes; an introduction is there with each message."""
+        tape = minimail.Tape(None, mock.Mock())
+        for count in range(200):
+            tape.heard(b"NOOP " + b"x" * count, False)
+        tape.heard(b"MAIL FROM:<a@x>", False)
+        self.assertEqual([len(text) for _, text in tape.introduction], [minimail.MAX_INTRODUCED] * minimail.MAX_INTRODUCTION)
+        for character in "x", "\xe9", "\u20ac", "\U0001f4e7":
+            tape.restart()
+            for _ in range(200):
+                tape.heard(("RCPT TO:<%s@x>" % (character * 900)).encode(), False)
+                tape.said(b"250 2.1.5 ok\r\n")
+            self.assertEqual(tape.lines[-1], ("S", "(the rest was not kept)"))
+            self.assertLess(len(json.dumps(tape.lines)), minimail.MAX_TRANSCRIPT, character)
+
     def test_they_go_with_the_message(self):
         node = self.web_node(pop3=self.OPTIONS["pop3"], data=self.directory())
         for case in ["api"] * HAS_WEB + ["library"] + ["pop3"] * HAS_POP3:
@@ -10621,6 +10675,7 @@ class LintRules(WebCase):
                 ("long-line", CLEAN + b"x" * 999 + b"\r\n", {}), ("", CLEAN + b"x" * 998 + b"\r\n", {}),
                 ("long-line", CLEAN + b"y\r\n" * 30000 + b"x" * 999 + b"\r\n" + b"y\r\n" * 30000, {}),
                 ("", CLEAN + (b"x" * 998 + b"\r\n") * 300, {}),
+                ("", CLEAN.replace(b"\r\n\r\n", b"\r\n" + b"a:\r\n" * 20_000 + b"X: =?utf-8?x?abc?=\r\n\r\n"), {}),
                 ("", CLEAN, {"mail": " SIZE=%d" % len(CLEAN)}), ("size", CLEAN, {"mail": " SIZE=1000"}), ("size", CLEAN * 9, {"mail": " SIZE=10"}),
                 ("header-encoding", raw, {"mail": " BODY=8BITMIME"}), ("", raw, {"mail": " BODY=8BITMIME SMTPUTF8"}),
                 ("", subject(b"=?utf-8?q?h=C3=A9?= =?ISO-8859-1*de?B?6Q==?= a=b?c"), {}), ("header-encoding", subject(b"=?utf-8?q?h =C3=A9?="), {}),
@@ -10629,6 +10684,17 @@ class LintRules(WebCase):
                 ("pipelining", CLEAN, {"pipeline": True}), ("", CLEAN, {"before": "HELO c\r\n"})):
             with self.subTest(rule=rule, content=content[-40:], **more):
                 self.assertEqual(self.lint(node, content, **more), [rule] if rule else [])
+
+    def test_long_lines_however_they_are_cut(self):
+        for size, lines in itertools.product((998, 999, 1000, 1001), (b"%s\r\n", b"y\r\n%s\r\nz\r\n", b"%s\ny", b"y\n%s")):
+            content = lines % (b"x" * size)
+            wanted = max(map(len, content.split(b"\n"))) > 999
+            for cut in {0, 1, 3, 4, 500, size, size + 1, size + 2, size + 3}:
+                tape = minimail.Tape(None, mock.Mock())
+                tape.begin()
+                tape.block(content[:cut])
+                tape.block(content[cut:])
+                self.assertEqual(tape.longest > 999, wanted, (lines, size, cut))
 
     def test_before_its_turn(self):
         node = self.web_node()
@@ -11075,6 +11141,12 @@ class WebAPI(WebCase):
             "Subject": "a folded one", "Username": "", "Tags": [], "Size": message.size, "Attachments": 0,
             "Snippet": "first second <b>"})
 
+    def test_a_long_subject_is_cut_in_the_list(self):
+        node = self.web_node()
+        self.deliver(node, b"Subject: " + (b"x" * 900 + b"\r\n ") * 20 + b"end\r\n\r\nx\r\n", "bob@x")
+        entry, = self.ask(node, "/api/v1/messages").json["messages"]
+        self.assertEqual((len(entry["Subject"]), entry["Subject"][-10:]), (minimail.MAX_LINK + 9, "x... (cut)"))
+
     def test_one_entry_however_many_recipients(self):
         for transcripts in (True, False):
             with self.subTest(transcripts=transcripts):
@@ -11285,6 +11357,16 @@ class WebAPI(WebCase):
         headers = self.ask(node, "/api/v1/message/%s/headers" % id).json
         self.assertEqual(headers["X-Own"], ["yes"])
         self.assertTrue(headers["Date"] and headers["Message-Id"])
+        content = bytes(range(256))
+        for size, encoding in ((998, b"7bit"), (999, b"quoted-printable"), (1000, b"quoted-printable")):
+            given.update(Text="%s\na\n" % ("x" * size), HTML="", Attachments=[{"Filename": "n", "Content": " \r\n\t".join(
+                base64.b64encode(content).decode())}])
+            id = self.ask(node, "/api/v1/send", "POST", given).json["ID"]
+            self.assertEqual(self.ask(node, "/api/v1/message/%s/part/2" % id).body, content)
+            raw = self.ask(node, "/api/v1/message/%s/raw" % id).body
+            self.assertIn(b"Content-Transfer-Encoding: " + encoding, raw)
+            self.assertLessEqual(max(map(len, raw.split(b"\r\n"))), 998)
+            self.assertIn("x" * size, self.ask(node, "/api/v1/message/" + id).json["Text"])
         good = {"From": {"Email": "a@x"}, "To": [{"Email": "b@x"}]}
         node.clear()
         for wrong in (
