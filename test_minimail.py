@@ -11048,6 +11048,14 @@ class WaitForMail(WebCase):
             status, out, err = run_main("wait", "--data", node.data, *wrong)
             self.assertEqual((status, out, len(err.splitlines())), (2, "", 1), wrong)
 
+    def test_a_terminal_gets_no_control_characters(self):
+        view = minimail.View("Content-Type: text/plain; charset=utf-8\r\n\r\na\x1b[2J\u202e\r\nb\x9bc".encode())
+        for terminal, shown in ((True, "a\\x1b[2J\\u202e\nb\\x9bc\n"), (False, "a\x1b[2J\u202e\r\nb\x9bc\n")):
+            with contextlib.redirect_stdout(io.StringIO()) as out:
+                out.isatty = lambda terminal=terminal: terminal
+                minimail.show_letter(mock.Mock(view=lambda: view), "text")
+            self.assertEqual(out.getvalue(), shown)
+
     @needs("relay")
     def test_woken_by_another_process(self):
         node = self.node(data=self.directory())
