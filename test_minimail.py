@@ -3164,7 +3164,7 @@ class ScriptedPeer:
                 sender, recipients = line[len("MAIL FROM:"):] if reply.startswith("250") else "", []
             elif verb == "RCPT" and reply.startswith("250"):
                 recipients.append(line[len("RCPT TO:"):])
-            elif verb == "DATA" and reply.startswith("354"):
+            elif verb == "DATA" and reply.startswith("3"):
                 buffer[:0] = b"\r\n"
                 content = self._until(box[0], buffer, b"\r\n.\r\n")[2:] + b"\r\n"
                 self.contents.append(content)
@@ -4903,6 +4903,21 @@ class ClientTest(ScriptedCase):
             with self.subTest(stage):
                 self.assertEqual(self.fails({stage: "421 4.3.2 shutting down\nDROP"}).code, 421)
 
+    def test_what_is_said_to_one_recipient_is_about_that_one(self):
+        """421 may be, too; who means all of them closes, and then its words are the reason."""
+        people = "bob@far.test", "eve@far.test", "sam@far.test"
+        for name, extensions in self.BOTH.items():
+            for words, expected in ("421 4.7.0 slow down", "421 4.7.0"), ("600 what", "451 4.5.0"), ("150 what", "451 4.5.0"):
+                with self.subTest(name, words=words):
+                    replies, peer = self.send({"RCPT TO:<eve@far.test>": words}, extensions=extensions, recipients=people)
+                    self.assertEqual(replies, {people[0]: "250 2.0.0", people[1]: expected, people[2]: "250 2.0.0"})
+                    self.assertEqual([message[1] for message in peer.messages], [["<bob@far.test>", "<sam@far.test>"]])
+            for last in people:
+                with self.subTest(name, last=last):
+                    reply = self.fails({"RCPT TO:<%s>" % last: "421 4.7.0 slow down\nDROP"}, extensions=extensions,
+                                       recipients=people)
+                    self.assertEqual((reply.code, reply.text), (421, "mx.far.test[192.0.2.25]:25 said: 421 4.7.0 slow down"))
+
     def test_refusals_at_each_verb(self):
         for name, extensions in self.BOTH.items():
             for stage in "MAIL", "RCPT", "DATA", "end":
@@ -4950,6 +4965,14 @@ class ClientTest(ScriptedCase):
                         self.assertEqual(replies["bob@far.test"][0], "4")
                         self.assertEqual(peer.messages, [])
 
+    def test_any_3xx_to_data_asks_for_the_content(self):
+        """RFC 5321 section 4.2.1: the first digit decides."""
+        for name, extensions in self.BOTH.items():
+            with self.subTest(name):
+                replies, peer = self.send({"DATA": "350 go"}, extensions=extensions)
+                self.assertEqual(replies, {"bob@far.test": "250 2.0.0"})
+                self.assertEqual([message[2] for message in peer.messages], [self.CONTENT])
+
     def test_a_3xx_after_the_content_is_no_delivery(self):
         self.assertEqual(self.send({"end": "354 more"})[0]["bob@far.test"][0], "4")
 
@@ -4968,8 +4991,9 @@ class ClientTest(ScriptedCase):
                                           recipients=("bob@far.test", "eve@far.test"))
                 self.assertEqual(set(replies.values()), {"250 2.0.0"})
                 self.assertEqual([message[1] for message in peer.messages], [["<bob@far.test>"], ["<eve@far.test>"]])
-        replies, peer = self.send({"RCPT": "452 4.5.3 too many"})
-        self.assertEqual((replies, peer.verbs().count("MAIL")), ({"bob@far.test": "452 4.5.3"}, 1))
+        for refusal in "452 4.5.3", "550 5.5.3":
+            replies, peer = self.send({"RCPT": refusal + " too many"})
+            self.assertEqual((replies, peer.verbs().count("MAIL")), ({"bob@far.test": refusal}, 1))
 
     def test_what_one_transaction_delivered_is_not_forgotten_in_the_next(self):
         """The connection is lost in the second transaction: the first one's recipients have the message."""
@@ -5492,6 +5516,38 @@ class RelayTest(ScriptedCase):
         self.assertEqual([message[1] for message in first.messages], [["<bob@far.test>"], ["<eve@far.test>"]])
         self.assertEqual(world.files(), [])
 
+    def test_who_ends_the_conversation_stands_in_nobodys_way_for_ever(self):
+        people = ["u%d@far.test" % number for number in range(12)]
+
+        def too_many(reply):
+            """Return a function that answers 5 recipients of a transaction with 250, or DATA with 354, else with `reply`."""
+            def answer():
+                named = "\n".join(peer.lines).rpartition("MAIL")[2].count("RCPT")
+                return reply if named > 5 else "354 go" if peer.lines[-1] == "DATA" else "250 ok"
+            return answer
+        for name, stage, reply, bad in (
+                ("421 to one", "RCPT TO:<u5@far.test>", "421 4.7.0 not that one\nDROP", 1),
+                ("hangs up at one", "RCPT TO:<u5@far.test>", "DROP", 1),
+                ("421 past the fifth", "RCPT", too_many("421 4.7.0 enough\nDROP"), 0),
+                ("hangs up past the fifth", "RCPT", too_many("DROP"), 0),
+                ("DATA", "DATA", too_many("452 4.5.3 too many recipients"), 0)):
+            with self.subTest(name):
+                peer = ScriptedPeer({stage: reply})
+                world = ScriptedWorld(self, FAR, {"192.0.2.25": peer}, retry="60", data=os.path.join(self.data, name))
+                world.submit(*people)
+                attempts, got = 0, []
+                while len(got) < 12 - bad and attempts < 60:    # shuffled: one in 2 ** 56 goes on longer
+                    world.step()
+                    world.clock.now += 120
+                    attempts += 1
+                    got = [recipient.strip("<>") for message in peer.messages for recipient in message[1]]
+                self.assertEqual(sorted(got), sorted(set(people) - ({"u5@far.test"} if bad else set())))
+                self.assertLessEqual(attempts, 60 if bad else 3, "half as many at once each time")
+                self.assertEqual([r["address"] for entry in world.entries() for r in entry.recipients], ["u5@far.test"] * bad)
+                world.clock.now += 6 * 86400
+                world.step()
+                self.assertEqual((len(world.mail()), world.files()), (bad, []), "and that one bounces")
+
     def test_one_transaction_and_one_connection_for_many(self):
         """All recipients of a message at one destination in one transaction; many messages over one connection."""
         peer = ScriptedPeer()
@@ -5731,8 +5787,11 @@ class PressureTest(ScriptedCase):
         self.assertEqual(([len(message[1]) for message in self.peer.messages], world.files()), ([4, 4, 2], []))
 
     def test_surplus_recipients_take_another_transaction(self):
-        """452, and what RFC 5321 section 4.5.3.1.10 has for it from older times, 552; but a full mailbox is a full mailbox."""
-        for code in "452 4.5.3", "552 5.5.3":
+        """452; what RFC 5321 section 4.5.3.1.10 has for it from older times, 552; and x.5.3 (RFC 3463 section 3.6).
+
+        But a full mailbox is a full mailbox.
+        """
+        for code in "452 4.5.3", "552 5.5.3", "550 5.5.3", "554 5.5.3", "451 4.5.3":
             count = []
 
             def rcpt(code=code, count=count):
@@ -6038,6 +6097,29 @@ class RunningRelayTest(ScriptedCase):
             return len(slow.messages) == 21 and not world.files()
         self.eventually(everything)
         self.assertLess(slow.connections, 21, "connections are reused")
+
+    def test_a_message_that_hangs_holds_up_no_other_for_that_host(self):
+        for stage in "end", "RCPT TO:<slow@far.test>":
+            with self.subTest(stage):
+                release, stuck = threading.Event(), threading.Event()
+
+                def think(release=release, stuck=stuck):
+                    first = not stuck.is_set()
+                    stuck.set()
+                    return "250 ok" if not first or release.wait(PATIENCE) else "DROP"
+                peer = ScriptedPeer({stage: think})
+                world = self.running(FAR, {"192.0.2.25": peer}, data=os.path.join(self.data, stage[:4]))
+                world.relay.start()
+                try:
+                    world.submit("slow@far.test")
+                    self.assertTrue(stuck.wait(PATIENCE))
+                    for number in range(4):
+                        world.submit("bob%d@far.test" % number)
+                    self.eventually(lambda peer=peer: len(peer.messages) == 4, "the others")
+                finally:
+                    release.set()
+                self.eventually(lambda world=world: not world.files())
+                self.assertEqual(len(peer.messages), 5)
 
     def test_a_bounded_number_of_connections(self):
         """30 destinations with two messages each: three connections at a time, and all is sent in the end."""
