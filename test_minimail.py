@@ -2624,10 +2624,13 @@ class AddressBooks(Case):
         for name, wanted in (("root", "root@example.org"), ("Bob@LocalHost", "Bob@example.org"), ("x@localhost.localdomain", "x@example.org"),
                              ("x@127.0.0.1", "x@127.0.0.1"), ("x@[127.0.0.1]", "x@example.org"), ("x@[192.0.2.1]", "x@[192.0.2.1]"),
                              ("x@[IPv6:::1]", "x@example.org"), ("x@[0.0.0.0]", "x@example.org"), ("x@second.example", "x@second.example"),
-                             ("x@elsewhere.example", "x@elsewhere.example"), ("x@" + minimail.machine_name(), "x@example.org")):
+                             ("x@elsewhere.example", "x@elsewhere.example"), ("x@" + minimail.machine_name(), "x@example.org"),
+                             ("x@localhost.example.org", "x@example.org"), ("x@LocalHost.second.example", "x@example.org"),
+                             ("x@localhost.elsewhere.example", "x@localhost.elsewhere.example")):
             self.assertEqual(str(book.qualified(minimail.parse_address(name, lenient=True))), wanted)
         self.check(book, "root@example.org", [], ["admin@elsewhere.example"])
         self.check(book, "abuse@example.org", ["eve@example.org"])
+        self.assertTrue(book.is_local(book.qualified(Address("root", "localhost.example.org"))))
         for name in ("hostmaster@example.org", "mailer-daemon@example.org", "root@second.example", "Abuse@second.example"):
             self.check(book, name, ["bob@example.org"])
         self.check(self.book(), "root@second.example", ["postmaster@example.org"])
@@ -2864,6 +2867,21 @@ class Doors(Case):
             self.assertEqual(list(map(str, envelope.recipients)), [] if answer else [recipient])
         self.assertEqual(self.answer(self.door(relay_to=("other.example",)).recipient, minimail.Envelope(),
                                      Address("sales", "example.org"), True), "550 5.7.1", "--relay-to holds for aliases, too")
+
+    def test_who_lives_here_cannot_be_read(self):
+        """Nothing is known yet: later, not "no such user", and no error of ours."""
+        def ask():
+            return self.answer(door.recipient, minimail.Envelope(), Address("bob", "example.org"), True)
+        for name, content in ("users", "bob@example.org:%s\n" % cheap_hash("x")), ("aliases", ""):
+            path = os.path.join(self.directory(), name)
+            os.mkdir(path)
+            door = self.door(**{name: path})
+            with self.assertLogs("minimail"):
+                self.assertEqual(ask(), "451 4.3.0")
+            os.rmdir(path)
+            with open(path, "w") as file:
+                file.write(content)
+            self.assertEqual(ask(), "")
 
     def test_how_much(self):
         door, envelope = self.door(), minimail.Envelope("a@x", [Address("u%d" % i, "x") for i in range(minimail.MAX_RECIPIENTS)])
@@ -3678,6 +3696,7 @@ class NameServersTest(unittest.TestCase):
     ODD = {"no answer": lambda query: None,
            "FORMERR": lambda query: scripted_packet(query, 1), "SERVFAIL": lambda query: scripted_packet(query, 2),
            "NOTIMP": lambda query: scripted_packet(query, 4), "REFUSED": lambda query: scripted_packet(query, 5),
+           "NOTAUTH": lambda query: scripted_packet(query, 9), "nothing": lambda query: scripted_packet(query, flags=0x8100),
            "BADVERS": lambda query: scripted_packet(query, additional=[BAD_VERSION]),
            "a bare header, FORMERR": lambda query: query[:2] + b"\x81\x81" + bytes(8),
            "a bare header, NOTIMP": lambda query: query[:2] + b"\x81\x84\0\1" + bytes(6),
@@ -4674,6 +4693,19 @@ class BounceTest(ScriptedCase):
         world.step()
         self.assertEqual((len(world.entries()), len(world.mail())), (0, 1))
 
+    def test_the_entry_stays_while_nobody_can_tell_who_lives_here(self):
+        hosts = {"192.0.2.25": ScriptedPeer({"RCPT": "550 no"})}
+        ScriptedWorld(self, FAR).submit("bob@far.test")
+        users = os.path.join(self.data, "users")
+        os.mkdir(users)
+        world = ScriptedWorld(self, FAR, hosts)     # after a restart
+        world.step()
+        self.assertEqual((len(world.entries()), world.mail()), (1, []))
+        os.rmdir(users)
+        world.clock.now += 3600
+        world.step()
+        self.assertEqual((world.files(), len(world.mail())), ([], 1))
+
 
 # ======================================================================================================================
 # 11  SMTP client.  Against a peer that fails at every stage.
@@ -5394,6 +5426,15 @@ class RoutesTest(ScriptedCase):
         self.assertEqual(self.hosts({}, smarthost="smtp://localhost")[0][1], "localhost", "the machine's own tables")
         self.assertEqual(self.hosts({"relay.test": "SERVFAIL"}, smarthost="smtp://relay.test"), "451 4.4.3")
         self.assertEqual(self.hosts({}, smarthost="smtp://gone.invalid")[0], "4", "a mistyped smarthost bounces nothing")
+
+    def test_a_smarthost_in_the_machines_own_tables(self):
+        for records, failure in ([], "451 4.4.4"), (None, "451 4.4.4"), ("SERVFAIL", "451 4.4.3"), (["TXT x"], "451 4.4.4"):
+            names = {} if records is None else {"relay.test": records}
+            for known in [], ["192.0.2.30"]:
+                tables = mock.patch.object(minimail, "local_addresses", lambda host, known=known: known)
+                with self.subTest(records, known=known), tables:
+                    self.assertEqual(self.hosts(names, smarthost="smtp://relay.test"),
+                                     [(0, "relay.test", known)] if known else failure)
 
 
 class RelayTest(ScriptedCase):
@@ -6790,7 +6831,10 @@ class MXCommandTest(ScriptedCase):
                 ("here.test", 0, "local", []), ("HERE.test", 0, "local", []),
                 ("bob@here.test", 0, "local mailbox", ["0 mailbox bob@here.test"]),
                 ("team@here.test", 0, "alias", ["0 mailbox bob@here.test", "0 remote eve@far.test"]),
-                ("nobody@here.test", 1, "5.1.1", [])):
+                ("localhost", 0, "local", []), ("mx.here.test", 0, "local", []), ("localhost.here.test", 0, "local", []),
+                ("root@localhost", 0, "alias", ["0 mailbox postmaster@here.test"]),
+                ("bob@mx.here.test", 0, "local mailbox", ["0 mailbox bob@here.test"]),
+                ("nobody@here.test", 1, "5.1.1", []), ("nobody@localhost", 1, "5.1.1", [])):
             with self.subTest(where):
                 found = self.mx(where, "--domain", "here.test")
                 self.assertEqual((found[0], found[2]), (status, lines))
