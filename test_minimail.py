@@ -6724,15 +6724,31 @@ class SendmailTest(ScriptedCase):
         self.assertRegex(out, r"bob@far.test: deliverable\nno@here.test: 550 5.1.1 .*\n\Z")
 
     def test_smtp_on_standard_input(self):
-        """What Symfony, Laravel and nmh start unasked; nothing is sent by this process, and input may end without QUIT."""
-        for end in b"QUIT\r\n", b"":
+        """What Symfony, Laravel and nmh start unasked; nothing is sent by this process, and input may end without QUIT.
+
+        Lines of a local program may end in LF, but then all of them.
+        """
+        said = (b"EHLO x\r\nMAIL FROM:<me@here.test>\r\nRCPT TO:<bob@far.test>\r\nDATA\r\n"
+                b"Subject: x\r\n\r\n.x\r\n.\r\n")
+        for end, newline in (b"QUIT\r\n", b"\r\n"), (b"", b"\r\n"), (b"QUIT\r\n", b"\n"):
             ran = subprocess.run([sys.executable, PROGRAM, "sendmail", "-bs", "--data", self.data, "--domain", "here.test", "--trust", "192.0.2.1"],
-                                 input=b"EHLO x\r\nMAIL FROM:<me@here.test>\r\nRCPT TO:<bob@far.test>\r\nDATA\r\nSubject: x\r\n\r\n.x\r\n.\r\n" + end,
+                                 input=(said + end).replace(b"\r\n", newline),
                                  stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=PATIENCE)
             self.assertEqual((ran.returncode, ran.stderr), (0, b""))
             self.assertRegex(ran.stdout, rb"(?s)\A220 .*\r\n354 .*\r\n250 2.0.0 .*")
         queue = minimail.Queue(minimail.Storage(self.data), minimail.Config())
-        self.assertEqual([entry.attempts for entry in queue.entries()], [0, 0])
+        self.assertEqual([entry.attempts for entry in queue.entries()], [0, 0, 0])
+
+    def test_line_ends_on_standard_input(self):
+        """Blocks as they come in, what goes on."""
+        for blocks, wanted in (([b"EHLO x\n", b"DATA\n\n", b".\n"], b"EHLO x\r\nDATA\r\n\r\n.\r\n"),
+                               ([b"EHLO x\nNO", b"OP\n"], b"EHLO x\r\nNOOP\r\n"),
+                               ([b"EHLO x\r\na\nb", b"\nc\r\n"], b"EHLO x\r\na\nb\nc\r\n"),
+                               ([b"EHLO x\r\n", b"a\n"], b"EHLO x\r\na\n")):
+            sock, left = mock.Mock(), iter(blocks + [b""])
+            with self.subTest(blocks), mock.patch.object(minimail, "os", mock.Mock(read=lambda *_, left=left: next(left))):
+                minimail.copy_input(sock)
+                self.assertEqual(b"".join(call[0][0] for call in sock.sendall.call_args_list), wanted)
 
     @unittest.skipUnless(os.path.exists("/proc/self/status"), "no /proc here")
     def test_memory_does_not_grow_with_the_message(self):
@@ -9069,7 +9085,8 @@ class AsOthersTakeIt(Case):
     AFTER_EHLO = (
         ("MAIL FROM:a@x", "250", "501"), ("MAIL FROM: a@x", "250", "501"), ("MAIL FROM:a..b@x", "250", "501"),
         ("MAIL FROM:<.a.@x>", "250", "501"), ("MAIL FROM:<a@x>\r\nRCPT TO:<bob>\r\nRCPT TO:eve", "250", "250"), ("MAIL FROM:<bob>", "250", "553"), ("MAIL FROM:<a@x", "501", "501"),
-        ("AUTH PLAIN !", "501", "501"), ("AUTH PLAIN =", "235", "501"))
+        ("MAIL FROM:\t<a@x>\r\nRCPT TO:\t<bob>", "250", "501"), ("MAIL FROM:\t\t a@x", "250", "501"),
+        ("MAIL FROM:<a\tb@x>", "501", "501"), ("AUTH PLAIN !", "501", "501"), ("AUTH PLAIN =", "235", "501"))
 
     def check(self, address, lines, column):
         for line, *replies in lines:
