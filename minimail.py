@@ -5346,10 +5346,10 @@ class Peer:
                         texts[-2:] = b"...", match.group(3) or b""
         lines = list(map(self._shown, texts))
         if not 200 <= code <= 599:
-            reply = Reply(451, "4.5.0", "%s: not an SMTP reply: %d %s" % (self.name, code, lines[-1][:100]))
+            wrong = "not an SMTP reply: %d %s" % (code, lines[-1][:100])
             if what == "RCPT":
-                return reply
-            raise PeerFailed(reply)
+                return Reply(451, "4.5.0", wrong)
+            raise PeerFailed(451, "4.5.0", "%s: %s" % (self.name, wrong))
         reply = with_enhanced_code(code, lines)
         if code == 421 and what != "RCPT":          # that may be about the one recipient: who means all closes
             raise PeerFailed(self.said(reply))
@@ -6427,8 +6427,9 @@ class Relay:
             self._part_over(dispatch)
             return peer
         recipients = [recipient for recipient in dispatch.entry.waiting() if recipient["address"] in job.addresses]
-        if dispatch.entry.attempts:
-            secrets.SystemRandom().shuffle(recipients)  # who ends the conversation stands in nobody's way for ever, ...
+        narrow = dispatch.entry.extra.get("narrow", 0)  # how often a conversation ended, or there were too many
+        if narrow:
+            secrets.SystemRandom().shuffle(recipients)  # who ends it stands in nobody's way for ever, ...
         if destination.pauses(started) and (dispatch.entry.attempts or self.queue.age(dispatch.entry) < self.config.give_up):
             destination.overflow, dispatch.aside = True, destination.name
             self._part_over(dispatch)                   # an attempt that was not made is not counted
@@ -6436,8 +6437,9 @@ class Relay:
         replies: Dict[str, Reply] = {}
         try:
             message = self._message(dispatch)._replace(recipients=[recipient["address"] for recipient in recipients])
-            at_once = len(recipients) >> min(dispatch.entry.attempts, 20)       # ... as fewer and fewer go together
-            peer, replies = self.deliver(destination, peer, message, at_once)
+            peer, replies = self.deliver(destination, peer, message, len(recipients) >> narrow)   # ... as fewer go together
+            if peer is None or any(reply.code == 452 or reply.enhanced[1:] == ".5.3" for reply in replies.values()):
+                dispatch.entry.extra["narrow"] = min(narrow + 1, 20)
         except OneTooMany:
             destination.give_back(job, self.clock())
             raise
@@ -15568,10 +15570,12 @@ def smtp_on_standard_input(config: Config) -> int:
 
 def copy_input(sock: socket.socket) -> None:
     """Send standard input, past Python's buffer, which a thread may not hold when the process ends."""
-    bare = None                                     # a local program may end all lines in LF
+    bare, last = None, b" "                         # a local program may end all lines in LF: the first one tells
     with contextlib.suppress(OSError):
         for block in iter(lambda: os.read(0, BLOCK), b""):
-            bare = b"\r\n" not in block if bare is None else bare
+            if bare is None and b"\n" in block:
+                bare = (last + block)[block.index(b"\n")] != ord("\r")
+            last = block[-1:]
             sock.sendall(block.replace(b"\n", b"\r\n") if bare else block)
         sock.shutdown(socket.SHUT_WR)
 

@@ -5589,6 +5589,18 @@ class RelayTest(ScriptedCase):
                 world.step()
                 self.assertEqual((len(world.mail()), world.files()), (bad, []), "and that one bounces")
 
+    def test_who_was_away_gets_all_at_once(self):
+        people, peer = ["u%d@far.test" % number for number in range(12)], ScriptedPeer({"RCPT": "451 4.7.1 greylisted"})
+        world = ScriptedWorld(self, FAR, {})
+        world.submit(*people)
+        for hosts in {}, {"192.0.2.25": peer}, {"192.0.2.25": peer}:
+            world.hosts.update(hosts)
+            world.step()
+            world.clock.now = max(entry.next_attempt for entry in world.entries()) + 400
+        peer.script["RCPT"] = "250 ok"
+        world.step()
+        self.assertEqual([len(message[1]) for message in peer.messages], [12])
+
     def test_one_transaction_and_one_connection_for_many(self):
         """All recipients of a message at one destination in one transaction; many messages over one connection."""
         peer = ScriptedPeer()
@@ -6744,7 +6756,9 @@ class SendmailTest(ScriptedCase):
         for blocks, wanted in (([b"EHLO x\n", b"DATA\n\n", b".\n"], b"EHLO x\r\nDATA\r\n\r\n.\r\n"),
                                ([b"EHLO x\nNO", b"OP\n"], b"EHLO x\r\nNOOP\r\n"),
                                ([b"EHLO x\r\na\nb", b"\nc\r\n"], b"EHLO x\r\na\nb\nc\r\n"),
-                               ([b"EHLO x\r\n", b"a\n"], b"EHLO x\r\na\n")):
+                               ([b"EHLO x\r\n", b"a\n"], b"EHLO x\r\na\n"),
+                               ([b"EHLO x", b"\r\nNOOP\r\n"], b"EHLO x\r\nNOOP\r\n"),
+                               ([b"EHLO x\r", b"\nNOOP\r\n"], b"EHLO x\r\nNOOP\r\n")):
             sock, left = mock.Mock(), iter(blocks + [b""])
             with self.subTest(blocks), mock.patch.object(minimail, "os", mock.Mock(read=lambda *_, left=left: next(left))):
                 minimail.copy_input(sock)
