@@ -1897,6 +1897,7 @@ def is_ready(sock: Union[socket.socket, int], events: int, seconds: float) -> bo
 END_OF_DATA = b"\r\n.\r\n"
 UNDECIDED = (b"\r\n.\r", b"\r\n.", b"\r\n", b"\r", b"\n.", b"\n")     # what a block may end with and say nothing yet
 LEADING_DOT = expression(rb"\n[.]")                         # memchr finds the newlines: faster than find(), than (?=\.) too
+LONG_LINE = expression(rb"(?:(?<=\n)|\A)[^\n]{1000,}")      # its CR included: more than RFC 5322 section 2.1.1 allows
 
 
 def has_bare_newline(block: bytes) -> bool:
@@ -11889,7 +11890,6 @@ class Tape:
         self.habits.discard("pipelining")
 
 
-LONG_LINE = expression(rb"(?:(?<=\n)|\A)[^\n]{1000,}")
 LINT = {                                            # rule: (what is wrong, where it says so)
     "bare-newline": ("A CR or LF stands alone in the content; lines end with CRLF.", "RFC 5321 section 2.3.8"),
     "8bit": ("The content has 8-bit bytes but MAIL did not say BODY=8BITMIME.", "RFC 6152 section 3"),
