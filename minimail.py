@@ -8267,9 +8267,11 @@ class STS:
         try:
             with open(open_regular(path), "rb") as file:
                 policy = STSPolicy(**json.loads(file.read(4 * MAX_STS_POLICY)))
-            if 0 <= self.clock() - policy.fetched_at <= policy.max_age:
+            age = self.clock() - policy.fetched_at
+            if age > policy.max_age:
+                unlink_quietly(path)
+            elif age >= 0:                          # else the clock was set back: it may come to its senses
                 return policy
-            unlink_quietly(path)
         except (OSError, ValueError, TypeError):
             pass
         return None

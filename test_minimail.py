@@ -7646,6 +7646,9 @@ class STSPolicies(Case):
         self.assertIsNone(sts.kept("asked.test"))
         self.assertEqual(sorted(os.listdir(sts.root)), ["new.test", "old.test"])
         sts.sweep()
+        self.now -= 365 * 86400                     # a clock that was set back takes no policy away
+        sts.sweep()
+        self.now += 365 * 86400
         self.assertEqual(os.listdir(sts.root), ["new.test"])
         self.assertEqual(sts.kept("new.test").mode, "enforce")
 
