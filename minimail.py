@@ -3131,31 +3131,30 @@ class Mailboxes:
                 if item:
                     yield item, os.path.join(self.path(mailbox), place, name)
 
-    def is_in_place(self, mailbox: str, item: Item) -> bool:
-        """Return whether an item's file is where it was: then to open it takes no time."""
-        return os.path.lexists(os.path.join(self.path(mailbox), item.place, item.name))
-
     def find(self, mailbox: str, item: Item) -> str:
         """Return where an item's file is now, if another program moved it or changed its flags; FileNotFoundError."""
-        if self.is_in_place(mailbox, item):
-            return os.path.join(self.path(mailbox), item.place, item.name)
+        file = os.path.join(self.path(mailbox), item.place, item.name)
+        if os.path.lexists(file):
+            return file
         for _, file in self.moved(mailbox, [item]):
             return file
-        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), item.name)
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), file)
 
-    def open(self, mailbox: str, item: Item) -> int:
-        """Open an item's file for reading and return its fd; OSError."""
+    def open(self, mailbox: str, item: Item, search: bool = True) -> int:
+        """Open an item's file for reading and return its fd; OSError. To search for one that was moved may take long."""
         try:
             return open_regular(os.path.join(self.path(mailbox), item.place, item.name))
         except FileNotFoundError:
+            if not search:
+                raise
             return open_regular(self.find(mailbox, item))
 
-    def start_of(self, mailbox: str, item: Item, count: Optional[int] = None) -> bytes:
+    def start_of(self, mailbox: str, item: Item, count: Optional[int] = None, search: bool = True) -> bytes:
         """Return the first `count` bytes of an item's file; without it, up to one byte more than its size. OSError."""
         try:
             fd = os.open(os.sep.join((self.path(mailbox), item.place, item.name)), os.O_RDONLY | O_PLAIN)
         except FileNotFoundError:
-            fd = self.open(mailbox, item)
+            fd = self.open(mailbox, item, search)
         try:
             return pread(fd, item.size + 1 if count is None else count, 0)      # from a pipe this fails: no need to ask
         finally:
@@ -10274,13 +10273,14 @@ class POP3Session(Session):
         self.bytes += item.size
         return answer
 
-    async def of_file(self, get: Callable[[str, Item], Any], item: Item) -> Any:
+    async def of_file(self, get: Callable[..., Any], item: Item) -> Any:
         """Return what a function of the mailboxes gives for a message; Refused when it is gone, OSError."""
         user = self.user or ""
         try:
-            if self.site.mailboxes.is_in_place(user, item):
-                return get(user, item)
-            return await wait(lambda: get(user, item))      # looks for it
+            try:
+                return get(user, item, search=False)
+            except FileNotFoundError:
+                return await wait(lambda: get(user, item))
         except FileNotFoundError:
             raise Refused(500, "", "[SYS/TEMP] the message is gone: another program removed it") from None
 
