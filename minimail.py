@@ -10081,9 +10081,10 @@ def decode_argument(argument: bytes, lenient: bool) -> str:
         if not lenient:
             raise Refused(501, "5.5.2", "not UTF-8") from None
         text = argument.decode("latin-1").rstrip(" \t")
-    text = re.sub(r":\t+", ": ", text) if lenient else text     # before an address, as Postfix takes it
-    if not text.isprintable() and CONTROL.search(text):
-        raise Refused(501, "5.5.2", "control characters")
+    if not text.isprintable():
+        text = re.sub(r":\t+", ": ", text) if lenient else text    # before an address, as Postfix takes it
+        if CONTROL.search(text):
+            raise Refused(501, "5.5.2", "control characters")
     return text
 
 
