@@ -320,10 +320,11 @@ EDNS_PAUSE = 900                    # seconds for which one that cannot cope wit
 
 # The queue, and mail that leaves.
 MAX_QUEUE = 1_000_000               # messages in the queue, then 452: something is badly wrong
-MAX_ACTIVE = 2000                   # entries held in memory; the others wait on disk
+MAX_ACTIVE = 2000                   # entries of one sender held in memory; the others wait on disk
 MAX_WAITING = 500                   # of them for one destination, so that a slow one does not fill them all
-MAX_SENDERS = 128                   # outbound connections at once, and ...
-MAX_SENDERS_PER_HOST = 10           # ... to one destination; --limit says otherwise, as it does of the next two
+MAX_SENDERS = 128                   # outbound connections at once for one sender's mail; for all there are ...
+SHARES = 2                          # ... so many times as much of both, of which nobody has more than are free for others
+MAX_SENDERS_PER_HOST = 10           # to one destination; --limit says otherwise, as it does of the next two
 MAX_MESSAGES = 100                  # on one connection: many hosts take no more
 MAX_RECIPIENTS_AT_ONCE = 100        # in one transaction: what each host has to take (RFC 5321 section 4.5.3.1.8)
 MAX_EXCHANGERS = 10                 # hosts tried for one delivery attempt, and addresses of each
@@ -6117,10 +6118,12 @@ class Relay:
         self._inbox: "SimpleQueue[Tuple[Callable[..., None], Tuple[Any, ...]]]" = SimpleQueue()
         self._active: Dict[str, Dispatch] = {}          # id -> what is in memory
         self._destinations: Dict[str, Destination] = {}
-        self._hungry: Dict[str, Destination] = {}   # those that have jobs, but got no worker
+        self._hungry: Dict[str, Dict[str, Destination]] = {}    # by sender: those that have jobs, but got no worker
         self._later: List[Tuple[float, Callable[..., None], Tuple[Any, ...]]] = []      # what failed, to be done again
         self._threads = Threads("minimail-relay")
         self._workers = 0
+        self._working: Dict[str, int] = {}          # sender -> workers that began for it, and ...
+        self._held: Dict[str, int] = {}             # ... its entries in memory
         self._starved = False                       # no thread was to be had
         self._rescan = True
         self._more = False                          # there was no room for all that is due
@@ -6152,7 +6155,8 @@ class Relay:
 
     def submitted(self, dispatch: Dispatch) -> bool:
         """Take up an entry that this process has just put into the queue; False when it has to wait on disk."""
-        if self._stopping or len(self._active) + self._inbox.qsize() >= MAX_ACTIVE:
+        held = self._held.get(dispatch.entry.sender, 0)     # what is still in the inbox may be the same sender's
+        if self._stopping or held + len(self._active) + SHARES * self._inbox.qsize() >= SHARES * MAX_ACTIVE:
             self._more = True
             return False
         self._tell(self._admit, dispatch)
@@ -6335,6 +6339,7 @@ class Relay:
             self.queue.place_hint(dispatch, os.path.join(self.queue.busy, dispatch.aside))
             return
         self._active[entry.id] = dispatch
+        tally(self._held, entry.sender, 1)
         dispatch.pending = len(open_to)
         if not groups:                              # served, but a crash came before it was removed
             self._part_over(dispatch)
@@ -6356,11 +6361,12 @@ class Relay:
         with destination.turn:
             if destination.lingering >= len(destination.jobs):
                 return destination.turn.notify(len(destination.jobs))
-        if self._workers >= MAX_SENDERS:
-            self._hungry[destination.name] = destination
+            sender = min({job.dispatch.entry.sender for job in destination.jobs}, key=lambda name: self._working.get(name, 0))
+        if not self._has_place(sender):
+            self._hungry.setdefault(sender, {})[destination.name] = destination
             return
         try:
-            self._threads.start(functools.partial(self._work, destination))
+            self._threads.start(functools.partial(self._work, destination, sender))
         except (RuntimeError, MemoryError) as error:
             if not self._starved:                   # said once; tried again at each tick
                 log.warning("no thread for mail to %s now: %s", printable(str(destination.target)), error)
@@ -6369,18 +6375,28 @@ class Relay:
         self._starved = False
         destination.workers += 1
         self._workers += 1
+        tally(self._working, sender, 1)
 
-    def _left(self, destination: Destination) -> None:
+    def _has_place(self, sender: str) -> bool:
+        """Return whether one more worker may begin for a sender: anybody's hosts may take hours over each step."""
+        return self._working.get(sender, 0) + self._workers < SHARES * MAX_SENDERS
+
+    def _left(self, destination: Destination, sender: str) -> None:
         """Count off a worker, and see who wants its place."""
         destination.workers -= 1
         self._workers -= 1
+        tally(self._working, sender, -1)
         self._staff(destination)
-        while self._hungry and self._workers < MAX_SENDERS:
-            self._staff(self._hungry.pop(next(iter(self._hungry))))
+        for name, hungry in list(self._hungry.items()):
+            while hungry and self._has_place(name):
+                self._staff(hungry.pop(next(iter(hungry))))
+            if not hungry:
+                del self._hungry[name]
 
     def _done(self, dispatch: Dispatch, sent: int, bounced: int, deferred: int) -> None:
         """Forget an entry: it is recorded on disk, or somebody else's; OSError."""
-        self._active.pop(dispatch.entry.id, None)
+        if self._active.pop(dispatch.entry.id, None):
+            tally(self._held, dispatch.entry.sender, -1)
         self.sent, self.bounced, self.deferred = self.sent + sent, self.bounced + bounced, self.deferred + deferred
         if dispatch.lost:
             self._look_at(self.clock() + 1.0)       # see what became of it
@@ -6391,7 +6407,7 @@ class Relay:
 
     # A worker.
 
-    def _work(self, destination: Destination) -> None:
+    def _work(self, destination: Destination, sender: str) -> None:
         """Send what waits for one destination, over one connection as long as there is more."""
         peer: Optional[Peer] = None
         try:
@@ -6408,7 +6424,7 @@ class Relay:
         except OneTooMany:
             pass
         finally:
-            self._tell(self._left, destination)
+            self._tell(self._left, destination, sender)
 
     def _leave(self, destination: Destination, peer: Peer) -> None:
         if peer.broken:
@@ -6812,6 +6828,13 @@ class Relay:
 
 
 NO_REPLY = Reply(451, "4.4.1", "not tried")
+
+
+def tally(counts: Dict[str, int], name: str, more: int) -> None:
+    """Count, and keep nothing of who has none."""
+    counts[name] = counts.get(name, 0) + more
+    if not counts[name]:
+        del counts[name]
 
 
 def end_when_gone(sock: socket.socket, seconds: float) -> None:
@@ -15297,7 +15320,7 @@ def raise_descriptor_limit(config: Config) -> None:
         import resource
     except ImportError:                             # Windows has no such limit
         return
-    wanted = 2 * config.max_connections + 2 * MAX_SENDERS + SPARE_DESCRIPTORS
+    wanted = 2 * config.max_connections + 2 * SHARES * MAX_SENDERS + SPARE_DESCRIPTORS
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY or soft >= wanted:
         return

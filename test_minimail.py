@@ -3291,7 +3291,8 @@ class ScriptedWorld:
         for destination in list(relay._destinations.values()):
             destination.workers += 1
             relay._workers += 1
-            relay._work(destination)
+            minimail.tally(relay._working, "", 1)
+            relay._work(destination, "")
         while not relay._inbox.empty():
             function, arguments = relay._inbox.get_nowait()
             relay._guarded(function, *arguments)
@@ -6209,6 +6210,33 @@ class RunningRelayTest(ScriptedCase):
             self.eventually(everything)
         self.assertEqual([len(peer.messages) for peer in peers], [2] * 30)
         self.assertEqual(max(most), 3)
+        self.eventually(lambda: not (world.relay._working or world.relay._held or world.relay._hungry))
+
+    def test_hosts_that_say_nothing_hold_up_only_who_sends_to_them(self):
+        """A stranger's notices go to many domains of his, whose hosts greet after hours: our users' mail goes out at once."""
+        for limit in "MAX_SENDERS", "MAX_ACTIVE":
+            with self.subTest(limit), mock.patch.object(minimail, limit, 5):
+                release, held = threading.Event(), []
+
+                def greet(release=release, held=held):
+                    held.append(1)
+                    release.wait(PATIENCE)
+                    return "220 at last"
+                slow, fast = ScriptedPeer({"connect": greet}), ScriptedPeer()
+                names = dict({"d%d.test" % n: ["A 192.0.2.25"] for n in range(10)}, **NEAR)
+                world = self.running(names, {"192.0.2.25": slow, "192.0.2.26": fast}, data=os.path.join(self.data, limit))
+                world.relay.start()
+                try:
+                    self.eventually(lambda world=world: world.queue.submitted == world.relay.submitted)
+                    for n in range(10):
+                        world.submit("x@d%d.test" % n, sender="")
+                    self.eventually(lambda held=held: len(held) == 5)
+                    world.submit("bob@near.test")
+                    self.eventually(lambda fast=fast: len(fast.messages) == 1, "the other's")
+                    self.assertEqual(len(held), 5)
+                finally:
+                    release.set()
+                self.eventually(lambda world=world: not world.files())
 
     def test_what_is_being_sent_goes_to_its_end(self):
         """Told to stop while a peer thinks about the final dot: its 250 is waited for, recorded, and nothing new begins."""
