@@ -13332,7 +13332,8 @@ PAGES = expression(r"/|/view/[^/]+\.(html|txt)")
 class Conversation(io.RawIOBase):
     """The bytes of an HTTP connection, both ways, within a deadline for the whole request rather than for each read.
 
-    The deadline moves with what is transferred, at WEB_RATE: who drips runs into it.
+    The deadline moves with what is transferred, at WEB_RATE: who drips runs into it, and so does who was quick and then
+    says, or takes, nothing.
     """
 
     STEP = 1.0                                      # seconds after which a waiting thread looks at the deadline again
@@ -13340,9 +13341,10 @@ class Conversation(io.RawIOBase):
     def __init__(self, sock: socket.socket) -> None:
         self.sock = sock
         self.ahead = b""                            # read to see whether the client is there
-        self.deadline = self.latest = float("inf")
+        self.seconds = self.deadline = self.latest = float("inf")
 
     def renew(self, seconds: float) -> None:
+        self.seconds = seconds
         self.deadline = min(time.monotonic() + seconds, self.latest)
 
     def hurry(self, seconds: float) -> None:
@@ -13360,7 +13362,7 @@ class Conversation(io.RawIOBase):
                 count = operation(*arguments)
             except socket.timeout:
                 continue
-            self.deadline += count / WEB_RATE
+            self.deadline = min(self.deadline + count / WEB_RATE, time.monotonic() + self.seconds)
             return count
 
     def readable(self) -> bool:

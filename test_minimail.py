@@ -12157,6 +12157,21 @@ class WebRequests(WebCase):
                 self.assertLess(time.monotonic(), deadline, begin)
         self.eventually(lambda: not node.site.inbox.visitors)
 
+    def test_who_is_quick_and_then_silent_is_cut_off(self):
+        """What came fast is no credit: half a body, or half an answer, does not keep a thread for half an hour."""
+        node, half = self.web_node(timeout=1.0), 8 << 20
+        self.deliver(node, b"Subject: large\r\n\r\n" + (b"x" * 70 + b"\r\n") * (2 * half // 72), "b@x")
+        with Talk(node.web_address) as talk:
+            talk.send(self.HEAD.replace(b"PUT /api/v1/messages", b"POST /api/v1/send") +
+                      b"Content-Length: %d\r\n\r\n" % (2 * half) + b" " * half)
+            self.eventually(lambda: not node.site.inbox.visitors, "the end of who sent half")
+        with Talk(node.web_address) as talk:
+            talk.send(b"GET /api/v1/message/latest/raw HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            taken = 0
+            while taken < half:
+                taken += len(talk.sock.recv(1 << 16))
+            self.eventually(lambda: not node.site.inbox.visitors, "the end of who took half")
+
     def test_a_share_of_the_connections(self):
         """What the web has is bounded: mail goes on when it is used up, and who left makes room."""
         node = self.web_node(max_connections=8)
