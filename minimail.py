@@ -4822,6 +4822,9 @@ class Dispatch:
         self.aside = ""                             # a destination that has not been tried
         self.message: Any = None                    # section 11's Outgoing, once made
         self.mutex = threading.Lock()               # destinations of one message may be served at the same time
+        self.served = 0                             # of them, those that have it, ...
+        self.saved = 0                              # ... as far as that is on disk
+        self.saving = threading.Lock()              # held while it is written
 
 
 class Queue:
@@ -4988,8 +4991,10 @@ class Queue:
     def save(self, dispatch: Dispatch) -> None:
         """Replace the envelope of a claimed entry, durably; OSError."""
         entry = dispatch.entry
-        entry.age, entry.noted = self.age(entry), [self.boot, self.steady(), self.clock()]
-        self.storage.write(self.path(entry.id, "env"), entry.encode())
+        with dispatch.mutex:                        # another destination's worker may be noting what came of it
+            entry.age, entry.noted = self.age(entry), [self.boot, self.steady(), self.clock()]
+            text = entry.encode()
+        self.storage.write(self.path(entry.id, "env"), text)
 
     def postpone(self, dispatch: Dispatch, until: float) -> None:
         """Record a claimed entry as due at `until` and hint at it there; OSError."""
@@ -6699,18 +6704,34 @@ class Relay:
     def _part_over(self, dispatch: Dispatch, delivered: bool = False) -> None:
         """One of an entry's destinations is done with; after the last one, nobody else works on it."""
         with dispatch.mutex:
+            dispatch.served += delivered
+            served, several = dispatch.served, dispatch.pending > 1
+        if delivered and several:
+            self._save(dispatch, served)            # while it counts as pending: nobody removes the entry meanwhile
+        with dispatch.mutex:
             dispatch.pending -= 1
             if dispatch.pending > 0:
-                if delivered:
-                    try:
-                        self.queue.save(dispatch)       # never again to those who have it
-                    except OSError as error:
-                        self.storage.report("queue entry %s not recorded, later once more: %s", dispatch.entry.id, error)
                 return
         if self._claim(dispatch):
             self._settle(dispatch)
         else:
             self._tell(self._done, dispatch, 0, 0, 0)
+
+    def _save(self, dispatch: Dispatch, served: int) -> None:
+        """See that so many destinations are recorded as served: never again to those who have it.
+
+        Who comes while another writes is written with all who came meanwhile: a thousand destinations do not write the
+        envelope of a thousand recipients a thousand times.
+        """
+        with dispatch.saving:
+            if dispatch.saved >= served:
+                return
+            counted = dispatch.served
+            try:
+                self.queue.save(dispatch)
+                dispatch.saved = counted
+            except OSError as error:
+                self.storage.report("queue entry %s not recorded, later once more: %s", dispatch.entry.id, error)
 
     def _settle(self, dispatch: Dispatch) -> None:
         """Bounce what failed, postpone what may still work, remove what is done. Nobody else works on the entry now.

@@ -6212,6 +6212,24 @@ class RunningRelayTest(ScriptedCase):
         self.assertEqual(max(most), 3)
         self.eventually(lambda: not (world.relay._working or world.relay._held or world.relay._hungry))
 
+    def test_many_destinations_are_recorded_together(self):
+        """A message for ten domains: who has it is on disk before the next step, but not in ten envelopes of ten recipients."""
+        peers, saves = [ScriptedPeer() for _ in range(10)], []
+        world = self.running({"d%d.test" % n: ["A 192.0.2.%d" % (n + 100)] for n in range(10)},
+                             {"192.0.2.%d" % (n + 100): peer for n, peer in enumerate(peers)})
+        save = world.queue.save
+
+        def late(dispatch):
+            saves.append(dispatch)
+            if len(saves) == 1:                     # the first is slow: all others come meanwhile
+                self.eventually(lambda: all(peer.contents for peer in peers) and getattr(dispatch, "served", 10) == 10)
+            save(dispatch)
+        with mock.patch.object(world.queue, "save", late):
+            world.submit(*("bob@d%d.test" % n for n in range(10)))
+            world.relay.start()
+            self.eventually(lambda: not world.files())
+        self.assertEqual(([len(peer.messages) for peer in peers], len(saves)), ([1] * 10, 2))
+
     def test_hosts_that_say_nothing_hold_up_only_who_sends_to_them(self):
         """A stranger's notices go to many domains of his, whose hosts greet after hours: our users' mail goes out at once."""
         for limit in "MAX_SENDERS", "MAX_ACTIVE":
