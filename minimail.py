@@ -6456,9 +6456,11 @@ class Relay:
             self._part_over(dispatch)                   # an attempt that was not made is not counted
             return peer
         replies: Dict[str, Reply] = {}
+        speakers: Dict[str, Peer] = {}
         try:
             message = self._message(dispatch)._replace(recipients=[recipient["address"] for recipient in recipients])
-            peer, replies = self.deliver(destination, peer, message, len(recipients) >> narrow)   # ... as fewer go together
+            at_once = len(recipients) >> narrow         # ... as fewer go together
+            peer, replies, speakers = self.deliver(destination, peer, message, at_once)
             if peer is None or any(reply.code == 452 or reply.enhanced[1:] == ".5.3" for reply in replies.values()):
                 dispatch.entry.extra["narrow"] = min(narrow + 1, 20)
         except OneTooMany:
@@ -6478,9 +6480,7 @@ class Relay:
             destination.succeed(self.clock())
             if destination.jobs and destination.workers < destination.allowed:
                 self._tell(self._staff, destination)
-        for recipient in recipients:                # whoever knows DSN reports success itself (RFC 3461 section 5.2.2)
-            recipient["informed"] = bool(peer and "DSN" in peer.extensions)
-        self._record(dispatch, recipients, replies, peer.name if peer else "", self.clock() - started)
+        self._record(dispatch, recipients, replies, speakers, self.clock() - started)
         if peer and (peer.broken or peer.messages >= (destination.limit.messages or 1)):
             self._leave(destination, peer)
             return None
@@ -6514,8 +6514,8 @@ class Relay:
             return made
 
     def deliver(self, destination: Destination, peer: Optional[Peer], message: Outgoing, at_once: int) -> Tuple[
-            Optional[Peer], Dict[str, Reply]]:
-        """Send over `peer`, else over the exchangers in turn; return (connection, {recipient: reply}).
+            Optional[Peer], Dict[str, Reply], Dict[str, Peer]]:
+        """Send over `peer`, else over the exchangers in turn; return (connection, {recipient: reply}, {recipient: whose}).
 
         What a host answers 4xx is tried at the next one; a connection lost after the final dot counts as not sent.
         Undeliverable when nobody there could be talked to; OneTooMany.
@@ -6527,9 +6527,11 @@ class Relay:
             self._leave(destination, peer)
             peer = None
         replies: Dict[str, Reply] = {}
+        speakers: Dict[str, Peer] = {}
         tried, failure = None, NO_REPLY
         if peer:
             replies = self._go_on(destination, peer, message, at_once)
+            speakers = dict.fromkeys(replies, peer)
             peer, tried = (peer, peer.host) if replies else (None, None)
         left = [recipient for recipient in message.recipients if replies.get(recipient, NO_REPLY).code // 100 == 4]
         for exchanger, address in self._hosts(destination.target, left, replies):
@@ -6545,6 +6547,7 @@ class Relay:
             except PeerFailed as error:             # what it said was about this message
                 self._drop(destination, fresh)
                 replies.update(dict.fromkeys(left, error.reply))
+                speakers.update(dict.fromkeys(left, fresh))
                 continue
             except BaseException:
                 self._drop(destination, fresh)
@@ -6553,9 +6556,10 @@ class Relay:
                 self._leave(destination, peer)
             peer, tried = fresh, exchanger.host     # the same host at another address would say the same
             replies.update(some)
+            speakers.update(dict.fromkeys(some, fresh))
             left = [recipient for recipient in left if replies[recipient].code // 100 == 4]
         if replies:
-            return peer, replies
+            return peer, replies, speakers
         if destination.peers:
             raise OneTooMany
         raise Undeliverable(failure)
@@ -6685,19 +6689,21 @@ class Relay:
 
     # What came of it.
 
-    def _record(self, dispatch: Dispatch, recipients: List[Dict[str, Any]], replies: Dict[str, Reply], remote: str,
-                seconds: float) -> None:
+    def _record(self, dispatch: Dispatch, recipients: List[Dict[str, Any]], replies: Dict[str, Reply],
+                speakers: Dict[str, Peer], seconds: float) -> None:
         """Note the replies; when all destinations have been tried, settle the entry."""
         with dispatch.mutex:                        # another destination's worker may be writing the envelope
             for recipient in recipients:
-                reply = replies.get(recipient["address"]) or NO_REPLY
-                recipient.update(
+                reply, peer = replies.get(recipient["address"]) or NO_REPLY, speakers.get(recipient["address"])
+                recipient.update(                   # whoever knows DSN reports success itself (RFC 3461 section 5.2.2)
                     last_reply=printable(str(reply.text if " said: " in reply.text else reply), 1000), status=reply.enhanced,
-                    remote=remote.partition("[")[0], state={2: "delivered", 5: "failed"}.get(reply.code // 100, "waiting"))
+                    remote=peer.name.partition("[")[0] if peer else "", informed=bool(peer and "DSN" in peer.extensions),
+                    state={2: "delivered", 5: "failed"}.get(reply.code // 100, "waiting"))
                 dispatch.tried = dispatch.tried or recipient["state"] == "waiting"
         for recipient in recipients:
+            peer = speakers.get(recipient["address"])
             event({"delivered": "sent", "failed": "failed", "waiting": "deferred"}[recipient["state"]], id=dispatch.entry.id,
-                  recipient=printable(recipient["address"]), remote=remote, reply=recipient["last_reply"],
+                  recipient=printable(recipient["address"]), remote=peer.name if peer else "", reply=recipient["last_reply"],
                   seconds=round(seconds, 3))
         self._part_over(dispatch, any(recipient["state"] == "delivered" for recipient in recipients))
 

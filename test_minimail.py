@@ -5545,6 +5545,27 @@ class RelayTest(ScriptedCase):
                          [["<bob@far.test>"], ["<eve@far.test>"]])
         self.assertEqual((world.entries(), len(world.mail())), ([], 1))
 
+    def test_each_recipient_is_told_of_by_what_its_own_exchanger_said(self):
+        """Who refused it, and whether who took it reports that itself (RFC 3461 section 5.2.2)."""
+        people = "bob@far.test", "eve@far.test", "sam@far.test"
+        for knows, wanted in ("a.test", "eve@far.test"), ("b.test", "bob@far.test"):
+            with self.subTest(knows):
+                asked = " NOTIFY=SUCCESS,FAILURE" if knows == "a.test" else ""
+                first = ScriptedPeer({"RCPT TO:<eve@far.test>" + asked: "451 later", "RCPT TO:<sam@far.test>" + asked: "550 no"},
+                                     extensions=["DSN"] if knows == "a.test" else [])
+                second = ScriptedPeer(extensions=["DSN"] if knows == "b.test" else [])
+                world = ScriptedWorld(self, self.TWO, {"192.0.2.10": first, "192.0.2.11": second},
+                                      data=os.path.join(self.data, knows))
+                addresses = list(map(minimail.parse_address, people))
+                wishes = {address.key: minimail.Wish("SUCCESS,FAILURE", "") for address in addresses}
+                world.stores.door.send(minimail.Envelope(sender="me@here.test", wishes=wishes), addresses, LETTER)
+                world.step()
+                told = [list(report.iter_parts())[1].get_payload()[1:] for report in world.mail()]
+                self.assertEqual([(status["Final-Recipient"], status["Action"], status["Remote-MTA"])
+                                  for part in told for status in part if status["Final-Recipient"]], [
+                    ("rfc822; sam@far.test", "failed", "dns; a.test"),
+                    ("rfc822; " + wanted, "relayed", "dns; " + ("b.test" if knows == "a.test" else "a.test"))])
+
     def test_all_addresses_of_an_exchanger_are_tried(self):
         peer = ScriptedPeer()
         world = ScriptedWorld(self, {"far.test": ["A 192.0.2.10", "A 192.0.2.11", "AAAA 2001:db8::1"]}, {"2001:db8::1": peer})
