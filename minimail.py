@@ -5555,7 +5555,10 @@ class Peer:
                 # RFC 5321 section 4.5.3.1.10, RFC 3463 section 3.6: the rest in another transaction.
                 surplus.append(recipient)
                 answer = answer._replace(code=452, enhanced="4" + answer.enhanced[1:])
-            replies[recipient] = answer if lost and answer is final else self.said(answer)
+            if answer.code == 530 and "STARTTLS" in self.extensions and not self.wire.tls:
+                replies[recipient] = self.away(answer).reply    # RFC 3207 section 4: TLS, which failed, may work again
+            else:
+                replies[recipient] = answer if lost and answer is final else self.said(answer)
         if lost and not any(reply.code // 100 == 5 for reply in replies.values()):
             raise next((PeerFailed(self.said(answer)) for answer in answers[1:] if answer.code == 421), lost)
         return replies, surplus if final.code // 100 != 4 else []

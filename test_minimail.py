@@ -5196,6 +5196,21 @@ class ClientTLSTest(ScriptedCase):
         self.world(peer)
         self.assertEqual((peer.connections, len(peer.messages)), (1, 1))
 
+    def test_who_takes_nothing_without_tls_is_tried_again_with_it(self):
+        """Its STARTTLS failed for once: that 530 speaks of this conversation, not of the message."""
+        context, _ = scripted_certificate(self)
+        for name, starttls in ("refused", "454 4.7.0 not now"), ("lost", "220 go\nDROP"):
+            with self.subTest(name):
+                peer = ScriptedPeer({"STARTTLS": [starttls, "220 go"], "MAIL": ["530 5.7.0 Must issue STARTTLS first", "250 ok"]},
+                                    extensions=["STARTTLS", "PIPELINING"], tls=context)
+                world = self.world(peer, data=os.path.join(self.data, name))
+                entry, = world.entries()
+                self.assertIn("said: 530 5.7.0 Must issue STARTTLS first", entry.recipients[0]["last_reply"])
+                self.assertEqual((entry.recipients[0]["status"], peer.messages), ("4.7.0", []))
+                world.clock.now = entry.next_attempt + 60
+                world.step()
+                self.assertEqual((peer.secured, len(peer.messages), world.files(), world.mail()), (1, 1, [], []))
+
     def test_require_verifies_and_never_falls_back(self):
         context, cert = scripted_certificate(self)
         for name, offered, trusted, host in ("not offered", [], cert, "mx.far.test"), \
