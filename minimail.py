@@ -6772,13 +6772,13 @@ class Relay:
                                and not recipient.get("informed")])
         entry.recipients = entry.waiting()
         left = len(entry.recipients)
-        self._warn(dispatch)
+        warned = self._warn(dispatch)
         if not left:
             self.queue.finish(dispatch)
         elif dispatch.tried or not dispatch.aside:
             self._postpone(dispatch)
         else:
-            if left < before:
+            if left < before or warned:
                 self.queue.save(dispatch)
             self.queue.place_hint(dispatch, os.path.join(self.queue.busy, dispatch.aside))
         return before - len(failed) - left, len(failed), left if dispatch.tried else 0
@@ -6795,15 +6795,19 @@ class Relay:
         entry.attempts += 1
         self.queue.postpone(dispatch, now + min(wait, max(1.0, self.config.give_up - self.queue.age(entry))))
 
-    def _warn(self, dispatch: Dispatch) -> None:
-        """Tell the sender, once, that its message is late: who asked for that, and our own users (--warn). OSError."""
+    def _warn(self, dispatch: Dispatch) -> bool:
+        """Tell the sender, once, that its message is late: who asked for that, and our own users (--warn); OSError.
+
+        Returns whether that has to be recorded now.
+        """
         entry, warn = dispatch.entry, self.config.warn
         if not entry.sender or warn is None or entry.extra.get("warned") or self.queue.age(entry) < warn:
-            return
+            return False
         own = self.stores.book.is_local(parse_address(entry.sender))
         late = [dict(recipient, action="delayed") for recipient in entry.waiting() if wish_of(recipient).wants("DELAY", own)]
         self.report(dispatch, late)
         entry.extra["warned"] = True
+        return True
 
     def report(self, dispatch: Dispatch, recipients: List[Dict[str, Any]]) -> None:
         """Tell the sender about recipients, each with its action; OSError when that cannot be stored now.

@@ -8119,6 +8119,18 @@ class Notices(OneByOne):
             warned = self.reports(world) if "here" in sender else [e for e in world.entries() if not e.sender]
             self.assertEqual(len(warned), told, (options, sender, notify))
 
+    def test_who_waits_for_a_destination_that_pauses_is_warned_once(self):
+        """Also of a message that was never the one that tries: what it was told is recorded without an attempt."""
+        world = ScriptedWorld(self, FAR, warn=1000, retry="60,300")
+        for number in range(5):
+            world.submit("bob%d@far.test" % number)
+        for _ in range(20):
+            world.step()
+            world.clock.now += 151
+        told = [list(report.iter_parts())[1].get_payload()[1] for report in world.mail()]
+        self.assertEqual(sorted((status["Action"], status["Final-Recipient"]) for status in told),
+                         [("delayed", "rfc822; bob%d@far.test" % number) for number in range(5)])
+
     def test_the_whole_message_when_it_is_asked_for(self):
         body = b"From: me@here.test\r\n\r\n" + b"0123456789\r\n" * 50_000
         for ret, whole in ("FULL", True), ("HDRS", False), ("", False):
