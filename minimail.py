@@ -5203,7 +5203,8 @@ def report_message(report: Report, recipients: Sequence[Dict[str, Any]], headers
     null reverse-path, so that nobody answers it.
     """
     original = headers.rstrip(b"\r\n") + b"\r\n"
-    boundary = "=_%s.%s" % (report.id, hashlib.sha256(original + report.id.encode()).hexdigest()[:16])
+    told = "\n".join([report.id] + [recipient["address"] for recipient in recipients])    # other reports are of others
+    boundary = "=_%s.%s" % (report.id, hashlib.sha256(original + told.encode("utf-8", "surrogateescape")).hexdigest()[:16])
     utf8 = not (report.sender.isascii() and all(recipient["address"].isascii() for recipient in recipients))
     clean = not utf8 and original.isascii() and not (report.full and report.eightbit)
     encoding = "Content-Transfer-Encoding: %s" % ("7bit" if clean else "8bit")

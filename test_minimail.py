@@ -4551,6 +4551,11 @@ class BounceTest(ScriptedCase):
         content = b"".join(minimail.report_message(report, failed, headers))
         return content, email.message_from_bytes(content, policy=email.policy.default)
 
+    def test_reports_of_one_message_have_their_own_ids(self):
+        """One recipient fails now, another later: who sees the same Message-ID again keeps the first only."""
+        ids = [str(self.bounce([recipient])[1]["Message-ID"]) for recipient in self.FAILED]
+        self.assertNotEqual(*ids)
+
     def test_report(self):
         content, report = self.bounce(self.FAILED)
         self.assertTrue(content.isascii())
