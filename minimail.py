@@ -11085,7 +11085,7 @@ def decode_transfer(data: bytes, encoding: str) -> bytes:
     if encoding == "base64":
         return decode_base64(data)
     if encoding == "quoted-printable":
-        return binascii.a2b_qp(re.sub(rb"=[ \t]+(\r?\n|\Z)", rb"=\1", data))
+        return binascii.a2b_qp(re.sub(rb"=[ \t]*(?:\r?\n|\Z)", b"", data))     # some cut an octet's `=XX` in two
     return decode_uu(data) if encoding in ("x-uuencode", "uuencode", "x-uue", "uue") else data
 
 

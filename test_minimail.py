@@ -10286,6 +10286,7 @@ class ReadingParts(Case):
                 (b'"base64"', b"aGVsbG8=", b"hello"), (b"base64;", b"aGVsbG8=", b"hello"), (b"base64", b"aGk=aGk=\r\naA==aGVs", b"hihihhel"),
                 (b"base64", b"aGVsA", b"hel"), (b"base64", b"a!G%V s", b"hel"), (b"base64", b"", b""), (b"base64", b"====", b""),
                 (b"quoted-printable", b"a=3Db=\r\nc= \r\nd =XX=", b"a=bcd =XX"), (b"Quoted-Printable (x)", b"=C3=BC", b"\xc3\xbc"),
+                (b"quoted-printable", b"=C3=\r\n=BC =0=\n9=\r\n= \r\n=4=\r\n1", b"\xc3\xbc \tA"),
                 (b"x-uuencode", b"begin 644 x\r\n%:&5L;&\\\r\n`\r\nend\r\n", b"hello"), (b"x-uuencode", b"no such thing", b"no such thing"),
                 (b"8bit", b"\xff", b"\xff"), (b"nonsense", b"x", b"x"), (b"", b"x", b"x"),
                 (b"(c) base64", b"aGVsbG8=", b"hello")):
