@@ -11474,6 +11474,8 @@ class View:
             found = itertools.chain.from_iterable(  # some encode the address along with the name
                 read_addresses(decode_words(address)) if address.startswith("=?") and not who else [(who, address)]
                 for who, address in found)
+            if name in ("from", "reply-to"):        # recipients can be bare names
+                found = whole_names(found)
             people = ({"Name": shorten(decode_words(who)), "Address": shorten(address)} for who, address in found)
             self._people[name] = first_people(people, MAX_ADDRESSES)
         return self._people[name]
@@ -11594,6 +11596,22 @@ def leaves(part: Part) -> Iterator[Part]:
         yield part
     for child in part.children:
         yield from leaves(child)
+
+
+def whole_names(people: Iterable[Tuple[str, str]]) -> Iterator[Tuple[str, str]]:
+    """Yield (name, address) of people of whom each has an @: what comes before `Inc. <a@x>` is the name up to its comma."""
+    pieces: List[Tuple[str, str]] = []
+    for who, address in people:
+        if "@" not in address and not (who and address):
+            pieces.append((who, address))
+            continue
+        if who and pieces:
+            who = ", ".join([*map("".join, pieces), who])
+            pieces = []
+        yield from pieces
+        yield who, address
+        pieces = []
+    yield from pieces
 
 
 def first_people(people: Iterable[Dict[str, str]], limit: int) -> List[Dict[str, str]]:

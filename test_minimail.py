@@ -10148,6 +10148,19 @@ class ReadingAddresses(Case):
                 found = [name + "|" * bool(name) + address for name, address in minimail.read_addresses(text)]
                 self.assertEqual(found, expected)
 
+    def test_a_comma_in_an_author_that_nobody_quoted(self):
+        for text, *expected in (
+                ("Acme, Inc. <i@x>", ("Acme, Inc.", "i@x")), ("Acme Corp, Inc, U.S. <i@x>", ("Acme Corp, Inc, U.S.", "i@x")),
+                ("a@x, Acme, Inc. <i@x>, b@x", ("", "a@x"), ("Acme, Inc.", "i@x"), ("", "b@x")), ("Acme, i@x", ("", "Acme"), ("", "i@x")),
+                ("root", ("", "root")), ("root, <i@x>", ("", "root"), ("", "i@x")), ("root, Acme Corp", ("", "root"), ("Acme Corp", "")),
+                ("=?utf-8?q?D=C3=B6e?=, =?utf-8?q?J=2E?= <i@x>", ("D\u00f6e, J.", "i@x")),
+                ("=?utf-8?q?D=C3=B6e=2C_J=2E_=3Ci=40x=3E?=", ("D\u00f6e, J.", "i@x"))):
+            for header in ("From: ", "Reply-To: "):
+                found = minimail.View((header + text + "\r\n\r\n").encode()).addresses(header.lower()[:-2])
+                self.assertEqual([(person["Name"], person["Address"]) for person in found], expected, text)
+        found = minimail.View(b"To: bob, Alice <a@x>\r\n\r\n").addresses("to")
+        self.assertEqual([person["Address"] for person in found], ["bob", "a@x"])
+
     def test_thousands(self):
         text = ", ".join('"Doe, %d" <u%d@x.example>' % (i, i) for i in range(5000))
         found = minimail.View(b"To: " + text.encode() + b"\r\n\r\n").addresses("to")
