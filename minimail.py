@@ -10824,7 +10824,8 @@ CHARSETS = {                                        # codecs of Python, tried in
     "cp932 shift_jis_2004": "shiftjis sjis xsjis csshiftjis ms932 mskanji windows31j cswindows31j cp932 windows932",
     "euc_jp euc_jis_2004": "eucjp xeucjp xeuc cseucpkdfmtjapanese ujis",
     "iso2022_jp iso2022_jp_2 iso2022_jp_3 iso2022_jp_2004": "iso2022jp csiso2022jp iso2022jp1 iso2022jp2 iso2022jp3 "
-                                                            "iso2022jp2004 iso2022jpext iso2022jpms cp50220 cp50221 jis",
+                                                            "iso2022jp2004 iso2022jpext iso2022jpms xwindowsiso2022jp cp50220 "
+                                                            "cp50221 jis",
     "cp949": "euckr cseuckr korean ksc56011987 ksc56011989 ksc5601 csksc56011987 isoir149 cp949 uhc windows949 ms949",
     "johab": "johab cp1361", "iso2022_kr": "iso2022kr csiso2022kr", "utf-7": "utf7 unicode11utf7 csunicode11utf7",
     "utf-16-le": "utf16 utf16le ucs2 iso10646ucs2 unicode csunicode unicodefeff", "utf-16-be": "utf16be unicodefffe",

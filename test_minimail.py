@@ -10263,6 +10263,7 @@ class ReadingCharsets(Case):
                 ("gb2312", "\u9555\u56cd".encode("gb18030"), "\u9555\u56cd"), ("big5", "\u7881".encode("cp950"), "\u7881"),
                 ("Shift_JIS", "\u2460\u9ad9".encode("cp932"), "\u2460\u9ad9"), ("x-sjis", "\u65e5".encode("cp932"), "\u65e5"),
                 ("iso-2022-jp", b"\x1b$B-!F|K\\\x1b(B ok", "\u2460\u65e5\u672c ok"), ("iso-2022-jp", b"\x1b$B|b\x1b(B", "\u9ad9"),
+                ("x-windows-iso2022jp", b"\x1b$B-!F|\x1b(B", "\u2460\u65e5"),
                 ("iso-2022-jp", b"\x1b(I1\x1b(B\r\n", "\uff71\r\n"), ("windows-874", "\u0e2a".encode("cp874"), "\u0e2a"),
                 ("TIS-620", "\u0e2a".encode("cp874"), "\u0e2a"), ("iso-8859-8-i", "\u05e9".encode("iso8859-8"), "\u05e9"),
                 ("ISO_8859-1:1987", b"\xfc", "\u00fc"), ("latin1", b"\xfc", "\u00fc"), ("iso-8859-15", b"\xa4", "\u20ac"),
