@@ -11652,6 +11652,22 @@ def calendar_time(value: str, parameters: Dict[str, str]) -> str:
         " " + zone if zone and hour and not utc else "")
 
 
+def calendar_end(start: str, duration: str) -> str:
+    """Return when an event ends that says how long it takes (RFC 5545 section 3.3.6), "" when that is not clear."""
+    import datetime
+    match = re.fullmatch(r"\+?P(?:(\d{1,5})W)?(?:(\d{1,5})D)?(?:T(?:(\d{1,6})H)?(?:(\d{1,6})M)?(?:(\d{1,9})S)?)?",
+                         duration, re.ASCII)
+    if not match:
+        return ""
+    weeks, days, hours, minutes, seconds = (int(number or 0) for number in match.groups())
+    length = datetime.timedelta(days, seconds, minutes=minutes, hours=hours, weeks=weeks)
+    try:
+        moment = start[:19]                         # or a day
+        return (datetime.datetime.fromisoformat(moment) + length).isoformat()[:len(moment)] + start[19:]
+    except (ValueError, OverflowError):
+        return ""
+
+
 def calendar_person(value: str, parameters: Dict[str, str]) -> str:
     address = value.strip()[7:] if value.strip()[:7].lower() == "mailto:" else value.strip()
     return (("%s <%s>" % (parameters["cn"], address)) if parameters.get("cn", address) != address else address)[:MAX_ADDRESS]
@@ -11659,7 +11675,7 @@ def calendar_person(value: str, parameters: Dict[str, str]) -> str:
 
 def read_calendar(text: str) -> Iterator[Dict[str, Any]]:
     """Yield what, when, where and who of the events in a calendar."""
-    method = ""
+    method = duration = ""
     event_found: Optional[Dict[str, Any]] = None
     depth = 0                                       # of what stands inside of an event: alarms
     for line in re.sub(r"\r?\n[ \t]", "", text).splitlines():
@@ -11674,17 +11690,21 @@ def read_calendar(text: str) -> Iterator[Dict[str, Any]]:
         elif name == "begin" and plain.upper() == "VEVENT":
             event_found = {"Method": method, "Summary": "", "Start": "", "End": "", "Location": "", "Organizer": "",
                            "Attendees": [], "Description": ""}
+            duration = ""
         elif event_found is None:
             continue
         elif name in ("begin", "end") and plain.upper() != "VEVENT":
             depth += 1 if name == "begin" else -1
         elif name == "end":
+            event_found["End"] = event_found["End"] or calendar_end(event_found["Start"], duration)
             yield event_found
             event_found, depth = None, 0
         elif depth == 0 and name in ("summary", "location", "description"):
             event_found[name.capitalize()] = plain
         elif depth == 0 and name in ("dtstart", "dtend"):
             event_found[name[2:].capitalize()] = calendar_time(value, parameters)
+        elif depth == 0 and name == "duration":
+            duration = plain
         elif depth == 0 and name == "organizer":
             event_found["Organizer"] = calendar_person(value, parameters)
         elif depth == 0 and name == "attendee" and len(event_found["Attendees"]) <= MAX_ATTENDEES:

@@ -10408,6 +10408,15 @@ class ReadingParts(Case):
         self.assertEqual(view.calendar(), [{
             "Method": "REQUEST", "Summary": "Kaffee, Kuchen und mehr", "Start": "2026-11-26T10:00:00 Europe/Berlin", "End": "2026-11-26T11:00:00Z",
             "Location": "Bar; hinten", "Organizer": "Ann: A. <ann@x>", "Attendees": ["Bob <bob@x>", "c@x"], "Description": ""}])
+        for start, duration, end in (
+                (b"DTSTART:20261231T230000Z", b"DURATION:PT1H30M", "2027-01-01T00:30:00Z"), (b"DTSTART;VALUE=DATE:20261126", b"DURATION:P1D", "2026-11-27"),
+                (b"DTSTART;TZID=Europe/Berlin:20261126T1000", b"DURATION:P1WT5S", "2026-12-03T10:00:05 Europe/Berlin"),
+                (b"DTSTART:20261126T100000", b"DURATION:PT1H\r\nDTEND:20261126T120000", "2026-11-26T12:00:00"),
+                (b"DTSTART:20261126T100000", b"BEGIN:VALARM\r\nDURATION:PT5M\r\nEND:VALARM", ""), (b"DTSTART:soon", b"DURATION:PT1H", ""),
+                (b"DTSTART:99991231T230000Z", b"DURATION:P99999W", ""), (b"DTSTART:20261126T100000Z", b"DURATION:an hour", "")):
+            calendar = b"BEGIN:VEVENT\r\n" + duration + b"\r\n" + start + b"\r\nEND:VEVENT\r\nBEGIN:VEVENT\r\n" + start + b"\r\nEND:VEVENT\r\n"
+            events = minimail.View(b"Content-Type: text/calendar\r\n\r\n" + calendar).calendar()
+            self.assertEqual([event["End"] for event in events], [end, ""], duration)
         crowd = minimail.View(b"Content-Type: text/calendar\r\n\r\nBEGIN:VEVENT\r\n" + b"ATTENDEE:mailto:a@x\r\n" * 500 + b"END:VEVENT\r\n")
         self.assertEqual(crowd.calendar()[0]["Attendees"][-1], "... (cut)")
         self.assertEqual(minimail.View(b"Content-Type: text/calendar\r\n\r\nnonsense").calendar(), [])
