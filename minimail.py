@@ -6053,7 +6053,6 @@ class Destination:
         self.narrow_until = 0.0                     # ... for a while after a connection too many
         self.failures = 0                           # in a row, to reach any host
         self.paused_until = 0.0
-        self.reason = Reply(451, "4.4.1", "no answer")
         self.overflow = False                       # more of it waits in busy/
 
     def pauses(self, now: float) -> bool:
@@ -6102,7 +6101,7 @@ class Destination:
         """Pause: it cannot be reached, or nobody there wants to talk. The longer the more often that was so."""
         seconds = min(retry[min(self.failures, len(retry) - 1)] / 2, MAX_PAUSE)
         self.failures += 1
-        self.allowed, self.reason, self.paused_until = 1, reply, now + seconds
+        self.allowed, self.paused_until = 1, now + seconds
         event("paused", destination=printable(str(self.target)), seconds=round(seconds), reply=printable(reply.text, 1000))
 
 
@@ -9203,6 +9202,7 @@ class Certificates(Watched):
             raise ValueError("this Python has no ssl module; leave the option out or use another Python") from None
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.minimum_version = ssl.TLSVersion.TLSv1_2
+        context.options |= getattr(ssl, "OP_NO_RENEGOTIATION", 0)   # OpenSSL 1.1 does it as often as a client likes
         cert, *key = self.files()
         context.load_cert_chain(cert, key[0] if key else None, password=lambda: b"")
         return context
@@ -13698,6 +13698,13 @@ class WebSession(HTTPHandler):
         self.read_head()                            # trailer fields: nobody wants them
 
     def give(self, answer: Answered) -> None:
+        with answer.file or contextlib.nullcontext():
+            self.send_head(answer)
+            if self.command != "HEAD":
+                self.conversation.renew(self.patience)
+                self.send_body(answer)
+
+    def send_head(self, answer: Answered) -> None:
         self.send_response(answer.status)
         headers = {"Content-Type": answer.type, "Cache-Control": "no-store", "X-Content-Type-Options": "nosniff",
                    "Referrer-Policy": "no-referrer", "X-DNS-Prefetch-Control": "off"}
@@ -13710,10 +13717,6 @@ class WebSession(HTTPHandler):
         for name, value in dict(headers, **answer.headers).items():
             self.send_header(name, value)
         self.end_headers()
-        with answer.file or contextlib.nullcontext():
-            if self.command != "HEAD":
-                self.conversation.renew(self.patience)
-                self.send_body(answer)
 
     def send_body(self, answer: Answered) -> None:
         self.wfile.write(answer.body)

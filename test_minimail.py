@@ -12157,6 +12157,19 @@ class WebRequests(WebCase):
 
     HEAD = b"PUT /api/v1/messages HTTP/1.1\r\nHost: localhost\r\n"
 
+    def test_a_file_is_closed_where_not_even_the_head_of_its_answer_can_be_sent(self):
+        class Gone(minimail.WebSession):
+            command, close_connection, allowed_origin = "GET", True, ""
+
+            def __init__(self):
+                pass
+
+            def send_head(self, answer):
+                raise BrokenPipeError
+        with tempfile.TemporaryFile() as file:
+            self.assertRaises(BrokenPipeError, Gone().give, minimail.Answered(200, "text/plain", file=file))
+            self.assertTrue(file.closed)
+
     def test_only_one_reading(self):
         """RFC 9112 sections 5 and 6.3: what two parsers could read differently is refused, and nothing after it is done."""
         node = self.web_node()
