@@ -448,13 +448,11 @@ QUIET = {"mkfs.ext4": ["-q", "-F", "-b", "4096", "-i", "4096", "-E", "lazy_itabl
 
 
 def make_image(name, path):
-    """Make a file system in a new file; unittest.SkipTest when there is no program for it, or no such file system here."""
+    """Make a file system in a new file; return its kind and mount options. unittest.SkipTest when this kernel has none."""
     size, (program, *words), options = FILE_SYSTEMS[name]
     kind = program[5:]
     if kind not in Path("/proc/filesystems").read_text().split():
         raise unittest.SkipTest("no %s in this kernel" % kind)
-    if not shutil.which(program):
-        raise unittest.SkipTest("%s is not installed: run .ci/install.sh first" % program)
     with open(str(path), "wb") as file:
         file.truncate(size << 20)
     journal = ["-J", "size=8"] if kind == "ext4" and "^has_journal" not in words else []    # small: it is full now and then
@@ -463,16 +461,22 @@ def make_image(name, path):
     return kind, options
 
 
+ALONE = ["unshare", "--mount", "--pid", "--fork", "--mount-proc", "--kill-child"]
+
+
 def cannot():
-    """Return why power cuts cannot be made on this machine, or None."""
-    for path in ("/dev/fuse", "/dev/loop-control"):
-        try:
-            os.close(os.open(path, os.O_RDWR))
-        except OSError as error:
-            return "%s: %s" % (path, error.strerror)
+    """Return why this machine does not let us have disks of our own; None when it does."""
     if "fuse" not in Path("/proc/filesystems").read_text().split():
         return "no FUSE in this kernel"
-    return None
+    try:
+        os.close(os.open("/dev/fuse", os.O_RDWR))
+    except OSError as error:
+        return "/dev/fuse: " + error.strerror
+    with lab.folder() as place:
+        image = place / "image"
+        lab.run(["mkfs.ext4", "-q", image, "1M"])
+        trial = subprocess.run([*ALONE, "mount", "-o", "loop", image, place], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        return "loop device: " + trial.stdout.decode().partition("\n")[0] if trial.returncode else None
 
 
 def repair(image):
@@ -504,8 +508,11 @@ class Found:
     def letter_in(self, path, inode, size):
         """Return the letter that a file has in whole; None, and a problem, when it has not."""
         if inode not in self.files:
-            with open(path, "rb") as file:
-                content = file.read()
+            try:
+                with open(path, "rb") as file:
+                    content = file.read()
+            except OSError as error:                # a repair may leave anything
+                content = str(error).encode()
             letter = self.letter_that_ends(content)
             self.files[inode] = letter if len(content) == size else None
             if not self.files[inode]:
@@ -749,7 +756,7 @@ class Power(unittest.TestCase):
             if problems:
                 bad.append("\n    " + what + told(problems))
         if bad:
-            self.fail("%s: %d of %d cuts broke something:%s" % (name, len(bad), CUTS, "".join(bad[:10])))
+            self.fail("%s: %d of %d cuts broke something:%s" % (name, len(bad), CUTS, "".join(bad[:5])))
 
     def is_found_out(self, kind, **lies):
         """A node that lies is found out."""
@@ -780,7 +787,8 @@ for each in FILE_SYSTEMS:
     setattr(Power, "test_on_" + each.replace("-", "_"), lambda self, name=each: self.survives(name))
 
 
-def main():
+def main(reason):
+    """Run the tests; they are skipped for a reason why they cannot."""
     global CUTS, SECONDS
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--minimail", type=Path, default=lab.MINIMAIL)
@@ -794,10 +802,9 @@ def main():
     else:
         for name in ONLY_IF_ASKED:
             delattr(Power, "test_on_" + name.replace("-", "_"))
-    print("seed %d" % SEED)
-    reason = cannot()
+    print("skipped: no disks of our own on this machine: " + reason if reason else "seed %d" % SEED)
     if reason:
-        Power.setUp = lambda self: self.skipTest("no disks of our own here: " + reason)
+        Power.setUp = lambda self: self.skipTest(reason)
     with check_crash.lab_folder:
         unittest.main(argv=[sys.argv[0], *rest])
 
@@ -807,12 +814,14 @@ if __name__ == "__main__":
         image, point, tape, seed = sys.argv[2:]
         libc.prctl(IO_FLUSHER, 1, 0, 0, 0)
         Server(image, point, int(tape), seed).serve()
-    elif os.getuid():
+        sys.exit()
+    for program in ("unshare", "losetup", "fallocate", "gcc", "e2fsck", "mkfs.ext4", "mkfs.xfs", "mkfs.btrfs"):
+        if not shutil.which(program):
+            sys.exit("%s is not installed: run .ci/install.sh first" % program)
+    if os.getuid():
         sys.exit("run this as root: it mounts file systems")
-    elif "POWER_ALONE" in os.environ:
-        main()
-    else:
-        os.environ["POWER_ALONE"] = "yes"
-        sys.stdout.flush()
-        os.execvp("unshare", ["unshare", "--mount", "--pid", "--fork", "--mount-proc", "--kill-child", sys.executable,
-                              __file__, *sys.argv[1:]])
+    why_not = cannot()
+    if why_not or "POWER_ALONE" in os.environ:
+        main(why_not)
+    os.environ["POWER_ALONE"] = "yes"
+    os.execvp(ALONE[0], [*ALONE, sys.executable, __file__, *sys.argv[1:]])

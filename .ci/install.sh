@@ -16,6 +16,8 @@ packages=(
     iproute2 strace faketime openssl netcat-openbsd procps python3-venv
     # signatures and forwards, judged by others
     opendkim opendkim-tools postsrsd
+    # disks whose power fails
+    e2fsprogs xfsprogs btrfs-progs
     # another Python; what the shared cases build their traps with
     pypy3 gcc libc6-dev
     # the web inbox
