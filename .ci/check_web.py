@@ -642,7 +642,8 @@ class Doing(InboxCase):
         self.pick("files")
         self.tab("Files")
         self.browser.run("document.querySelector('#panel a').click()")
-        got = lab.until(lambda: list((self.browser.place / "got").glob("*.bin")), what="the file")
+        files = (self.browser.place / "got").glob              # the name is made before the file is there
+        got = lab.until(lambda: [path for path in files("*.bin") if path.stat().st_size], what="the file")
         self.assertEqual(got[0].read_bytes(), content)
         self.assertEqual(list(self.browser.place.parent.glob("evil*")), [])
         identity = self.api("messages")["messages"][0]["ID"]
