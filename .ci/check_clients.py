@@ -415,7 +415,7 @@ def mutt_copies(case, folder, into, command, *settings):
 
 # Programs that read the store
 
-class Dovecot:
+class Dovecot(lab.Resourceful):
     """A Dovecot of our own, with POP3 and IMAP on free ports, whose mailboxes are minimail's; any password is right."""
 
     settings = """
@@ -460,8 +460,7 @@ class Dovecot:
     def __init__(self, mail, user):
         self.mail, self.user = mail, user
 
-    def __enter__(self):
-        self.resources = contextlib.ExitStack()
+    def enter(self):
         self.place = self.resources.enter_context(lab.folder(self.user))
         self.pop3, self.imap = lab.free_port(), lab.free_port()
         settings = self.place / "dovecot.conf"
@@ -473,12 +472,7 @@ class Dovecot:
             lab.until(lambda: lab.accepts(self.imap) and lab.accepts(self.pop3), 20, "Dovecot's ports")
         except AssertionError:
             sys.stderr.write(self.log())
-            self.resources.close()
             raise
-        return self
-
-    def __exit__(self, *_):
-        self.resources.close()
 
     def stop(self):
         self.process.terminate()
@@ -709,7 +703,7 @@ class MailboxReads(NodeCase):
 
 # What a 250 promises
 
-class Strace:
+class Strace(lab.Resourceful):
     """The system calls that matter to durability, of a running process, as (name, arguments, first line, last line)."""
 
     calls = "fsync,fdatasync,rename,renameat,renameat2,link,linkat,mkdir,mkdirat,sendto,sendmsg,write,writev"
@@ -717,18 +711,13 @@ class Strace:
     def __init__(self, process):
         self.process = process
 
-    def __enter__(self):
-        self.resources = contextlib.ExitStack()
+    def enter(self):
         self.output = self.resources.enter_context(lab.folder()) / "trace"
         errors = self.resources.enter_context(open(self.output.with_suffix(".errors"), "w+b"))
         self.strace = lab.start(["strace", "-f", "-y", "-s", "300", "-e", "trace=" + self.calls, "-e", "signal=none",
                                  "-o", self.output, "-p", self.process.pid], stderr=errors)
         self.resources.callback(self.end)
         lab.until(lambda: b"attached" in self.output.with_suffix(".errors").read_bytes(), 10, "strace attached")
-        return self
-
-    def __exit__(self, *_):
-        self.resources.close()
 
     def end(self):
         if self.strace.poll() is None:

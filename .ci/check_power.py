@@ -161,26 +161,14 @@ def unmount(point):
         raise
 
 
-class Disk:
+class Disk(lab.Resourceful):
     """A file system on a recorded disk, mounted at `point`; records() returns what was written, once it is unmounted."""
 
     def __init__(self, kind, options, image, place, seed):
         self.kind, self.options, self.image, self.seed = kind, options, image, seed
         self.file, self.point = place / "disk", place / "live"
-        self.resources = contextlib.ExitStack()
 
-    def __enter__(self):
-        try:
-            self.start()
-        except BaseException:
-            self.resources.close()
-            raise
-        return self
-
-    def __exit__(self, *_):
-        self.resources.close()
-
-    def start(self):
+    def enter(self):
         self.file.touch()
         self.point.mkdir()
         self.tape = os.memfd_create("tape")
@@ -372,26 +360,16 @@ class Client:
         letter.when, letter.answered = self.when, True
 
 
-class Load:
+class Load(check_crash.Load):
     """Clients that send as fast as they may, until the end of the `with`; `letters` by name."""
 
     def __init__(self, address, seed):
+        super().__init__(address, CLIENTS)
         self.address, self.seed, self.letters, self.problems = address, seed, {}, []
-        self.over = threading.Event()
-        self.threads = [threading.Thread(target=self.run, args=(number,), daemon=True) for number in range(CLIENTS)]
-
-    def __enter__(self):
-        for thread in self.threads:
-            thread.start()
-        return self
 
     def __exit__(self, kind, *_):
-        self.over.set()
-        for thread in self.threads:
-            thread.join(60)
-        if not kind:
-            assert not self.problems, self.problems
-            assert not any(thread.is_alive() for thread in self.threads), "a client hangs"
+        self.stop()
+        assert kind or not self.problems, self.problems
 
     def run(self, number):
         chance = random.Random("%s %d" % (self.seed, number))
@@ -407,8 +385,9 @@ class Load:
         except Exception as problem:
             self.problems.append(repr(problem))
 
+    @property
     def answered(self):
-        """Return all letters with a 250, in their order."""
+        """All letters with a 250, in their order."""
         return sorted((letter for letter in self.letters.values() if letter.answered), key=lambda letter: letter.when)
 
 
@@ -727,7 +706,7 @@ class Power(unittest.TestCase):
             load = take_mail(disk.point, str(chance.random()), seconds, **lies)
             disk.unmount()
             history = resources.enter_context(Past(disk, chance))
-            letters = load.answered()
+            letters = load.answered
             self.assertTrue(letters, "no letter has a 250")
             flushes = sum(record[1] == FLUSHED for record in history.records)
             loaded, starts = time.monotonic() - self.began, 0

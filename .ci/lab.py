@@ -190,7 +190,23 @@ def read_until_closed(descriptor, into, deadline):
 
 # minimail
 
-class Node:
+class Resourceful:
+    """For `with`: enter() puts into `resources` what is to be undone at the end, or when it fails half-way."""
+
+    def __enter__(self):
+        self.resources = contextlib.ExitStack()
+        try:
+            self.enter()
+        except BaseException:
+            self.resources.close()
+            raise
+        return self
+
+    def __exit__(self, *_):
+        self.resources.close()
+
+
+class Node(Resourceful):
     """A minimail process with SMTP and POP3 on free ports: `smtp` and `pop3` are (host, port), `data` its folder.
 
     With `user` it runs as that ordinary user, from a copy, since a clone may lie where only root can look.
@@ -201,16 +217,10 @@ class Node:
         self.options, self.user, self.python, self.environment = options, user, python, environment
         self.listening = {}
 
-    def __enter__(self):
-        self.resources = contextlib.ExitStack()
-        try:
-            self.place = self.resources.enter_context(folder(self.user))
-            self.data = self.place / "data"
-            self.start()
-        except BaseException:
-            self.resources.close()
-            raise
-        return self
+    def enter(self):
+        self.place = self.resources.enter_context(folder(self.user))
+        self.data = self.place / "data"
+        self.start()
 
     def __exit__(self, kind, value, trace):
         try:

@@ -42,25 +42,16 @@ IPV6 = Path("/proc/net/if_inet6").exists()
 
 # The network
 
-class Network:
+class Network(lab.Resourceful):
     """The namespaces, from `with` to its end; `folder` is for the files of what runs in there."""
 
-    def __enter__(self):
+    def enter(self):
         self.prefix = "minimail-%d-" % os.getpid()
-        self.resources = contextlib.ExitStack()
-        try:
-            self.folder = self.resources.enter_context(lab.folder())
-            self.folder.chmod(0o711)  # the servers' users must pass through
-            self.resources.callback(self.remove)
-            atexit.register(self.resources.close)  # also when an interrupt comes at a bad moment
-            self.build()
-        except BaseException:
-            self.resources.close()
-            raise
-        return self
-
-    def __exit__(self, *_):
-        self.resources.close()
+        self.folder = self.resources.enter_context(lab.folder())
+        self.folder.chmod(0o711)  # the servers' users must pass through
+        self.resources.callback(self.remove)
+        atexit.register(self.resources.close)  # also when an interrupt comes at a bad moment
+        self.build()
 
     def name(self, host):
         """Return the name of a host's namespace."""
