@@ -11608,8 +11608,8 @@ def whole_names(people: Iterable[Tuple[str, str]]) -> Iterator[Tuple[str, str]]:
             continue
         if who and pieces:
             who = ", ".join([*map("".join, pieces), who])
-            pieces = []
-        yield from pieces
+        else:
+            yield from pieces
         yield who, address
         pieces = []
     yield from pieces

@@ -6263,7 +6263,7 @@ class RunningRelayTest(ScriptedCase):
         def late(dispatch):
             saves.append(dispatch)
             if len(saves) == 1:                     # the first is slow: all others come meanwhile
-                self.eventually(lambda: all(peer.contents for peer in peers) and getattr(dispatch, "served", 10) == 10)
+                self.eventually(lambda: all(peer.contents for peer in peers) and dispatch.served == 10)
             save(dispatch)
         with mock.patch.object(world.queue, "save", late):
             world.submit(*("bob@d%d.test" % n for n in range(10)))
