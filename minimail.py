@@ -2999,8 +2999,8 @@ class Mailboxes:
 
     def exists(self, mailbox: str) -> bool:
         try:
-            return os.path.isdir(os.path.join(self.path(mailbox), "new"))
-        except Refused:
+            return bool(self._stamp(self.path(mailbox)))
+        except (OSError, Refused):
             return False
 
     def names(self) -> Iterator[str]:
@@ -3014,7 +3014,7 @@ class Mailboxes:
 
     def _make(self, mailbox: str, made: List[str]) -> None:
         """Make a mailbox's directories; those that must be flushed for it go into `made`. OSError."""
-        path = self.path(mailbox)                   # new/ last: a mailbox exists once it has that
+        path = self.path(mailbox)
         made += self.storage.make_directories([os.path.join(path, place) for place in ("tmp", "cur", "new")])
 
     def file_name(self, id: str) -> str:
@@ -3102,8 +3102,17 @@ class Mailboxes:
 
     @staticmethod
     def _stamp(path: str) -> List[Tuple[int, int, int]]:
-        """Return what changes when a message comes, goes or is renamed; OSError."""
-        found = [os.stat(os.path.join(path, place)) for place in ("new", "cur")]
+        """Return what changes when a message comes, goes or is renamed; OSError when that is no mailbox.
+
+        One of the two places is enough: a power cut, or a backup without empty directories, may leave no more of it.
+        """
+        found: List[os.stat_result] = []
+        for place in ("new", "cur"):
+            try:
+                found.append(os.stat(os.path.join(path, place, "")))
+            except (FileNotFoundError, NotADirectoryError):
+                if place == "cur" and not found:
+                    raise
         return [(place.st_mtime_ns, place.st_ctime_ns, place.st_ino) for place in found]
 
     def _recall(self, path: str, stamp: List[Tuple[int, int, int]]) -> Optional[Listing]:
@@ -3189,7 +3198,9 @@ class Mailboxes:
         file = self.find(mailbox, item)
         base, _, flags = os.path.basename(file).partition(FLAGS)
         flags = "".join(sorted(set(flags) - {"S"} | ({"S"} if seen else set())))
-        self.storage.move(file, os.path.join(self.path(mailbox), "cur", base + FLAGS + flags))
+        cur = os.path.join(self.path(mailbox), "cur")
+        self.storage.make_directory(cur)
+        self.storage.move(file, os.path.join(cur, base + FLAGS + flags))
 
     def lock(self, mailbox: str) -> int:
         """Hold a mailbox for one POP3 session (RFC 1939 section 4); returns an fd to close, -1 when it does not exist.

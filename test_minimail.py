@@ -2336,6 +2336,29 @@ class Maildirs(Case):
         with mock.patch.object(os, "supports_dir_fd", set()):       # as on Windows
             self.assertCountEqual(self.boxes.delete(self.box, listing[15:]), [(item, None) for item in listing[15:]])
 
+    def test_a_mailbox_of_which_one_place_is_left(self):
+        """As a power cut leaves it, which keeps what was flushed, or a backup without empty directories."""
+        for lost in "cur", "new":
+            self.put()
+            self.boxes.set_seen(self.box, self.boxes.listing(self.box)[0], lost == "new")
+            item, = self.boxes.listing(self.box)
+            if lost == "cur":                       # where set_seen() has put it
+                os.rename(self.boxes.find(self.box, item), os.path.join(self.path, "new", item.name))
+            os.rmdir(os.path.join(self.path, lost))
+            os.rmdir(os.path.join(self.path, "tmp"))
+            os.utime(self.path + ("/new" if lost == "cur" else "/cur"), (next(self.ages),) * 2)
+            self.assertEqual([found.uid for found in self.boxes.listing(self.box)], [item.uid], lost)
+            self.assertEqual([found.uid for found in self.boxes.remembered(self.box)], [item.uid], lost)
+            self.assertEqual(list(self.boxes.names()), [self.box])
+            os.close(self.boxes.lock(self.box))
+            self.boxes.set_seen(self.box, item)
+            self.assertTrue(self.boxes.find(self.box, item).endswith("/cur/" + item.name.partition(":")[0] + ":2,S"))
+            self.put()
+            self.assertEqual([error for _, error in self.boxes.delete(self.box, self.boxes.listing(self.box))], [None, None])
+        shutil.rmtree(self.path + "/new")
+        shutil.rmtree(self.path + "/cur")
+        self.assertEqual((list(self.boxes.names()), self.boxes.lock(self.box)), ([], -1), "a mailbox has one of them")
+
     def test_a_listing_is_made_of_blocks(self):
         """Many messages, with odd names and others' flags; some moved from new/ to cur/ while we looked are there twice."""
         chance, names = random.Random(2), []
