@@ -3005,12 +3005,14 @@ class Mailboxes:
 
     def names(self) -> Iterator[str]:
         """Yield every mailbox on disk."""
+        return filter(self.exists, self._begun())
+
+    def _begun(self) -> Iterator[str]:
+        """Yield the name of every directory that is a mailbox, or the beginning of one."""
         for domain in sorted(list_directory(self.root)):
             for local in sorted(list_directory(os.path.join(self.root, domain))):
                 with contextlib.suppress(ValueError, Refused):
-                    mailbox = decode_name(local) + "@" + decode_name(domain)
-                    if self.exists(mailbox):
-                        yield mailbox
+                    yield decode_name(local) + "@" + decode_name(domain)
 
     def _make(self, mailbox: str, made: List[str]) -> None:
         """Make a mailbox's directories; those that must be flushed for it go into `made`. OSError."""
@@ -3237,7 +3239,7 @@ class Mailboxes:
 
     def sweep(self) -> None:
         """Remove what dead processes and, after 36 hours, other programs left in tmp/."""
-        for mailbox in self.names():
+        for mailbox in self._begun():
             tmp = os.path.join(self.path(mailbox), "tmp")
             for name in list_directory(tmp):
                 path = os.path.join(tmp, name)
