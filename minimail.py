@@ -2789,11 +2789,14 @@ class Watched:
 class Reloaded(Watched):
     """A small text file, parsed when it is first needed and again whenever it changed.
 
-    `parse` gets the lines as [(number, text)] and a function to complain with; a line it cannot use locks nobody out.
+    `parse` gets the lines as [(number, text)] and a function to complain with; a line it cannot use locks nobody out. A file
+    that is not there has no lines, unless it is_away(): with the disk that it is on.
     """
 
-    def __init__(self, path: str, parse: Callable[[List[Tuple[int, str]], Callable[[int, str], None]], Any]) -> None:
+    def __init__(self, path: str, parse: Callable[[List[Tuple[int, str]], Callable[[int, str], None]], Any],
+                 is_away: Callable[[], bool] = lambda: False) -> None:
         self.path = path
+        self.is_away = is_away
         super().__init__([path], lambda: parse(self.lines(), functools.partial(log.warning, "%s line %d: %s", path)))
 
     def lines(self) -> List[Tuple[int, str]]:
@@ -2802,6 +2805,8 @@ class Reloaded(Watched):
             with open(open_regular(self.path, links=True), encoding="utf-8", errors="replace") as file:
                 raw = file.read().splitlines()
         except FileNotFoundError:
+            if self.is_away():
+                raise
             return []
         lines: List[Tuple[int, List[str]]] = []
         for number, line in enumerate(raw, 1):
@@ -3453,8 +3458,8 @@ def account_name(key: str) -> str:
 class Accounts:
     """The users file: who may log in, by full address."""
 
-    def __init__(self, path: str) -> None:
-        self.file = Reloaded(path, parse_users)
+    def __init__(self, path: str, is_away: Callable[[], bool] = lambda: False) -> None:
+        self.file = Reloaded(path, parse_users, is_away)
         threads = max(1, (os.cpu_count() or 2) // 2)    # so never all cores at once, nor 16 MiB for each thread there is
         self.hashing = Crew(threads, "minimail-password")
         self._turn = threading.Semaphore(threads)
@@ -3624,7 +3629,7 @@ class AddressBook:
         self.home = domains[0] if domains else hostname
         self.capture = not domains
         self.accounts = accounts
-        self.aliases = Reloaded(aliases_path, functools.partial(parse_aliases, home=self.home))
+        self.aliases = Reloaded(aliases_path, functools.partial(parse_aliases, home=self.home), accounts.file.is_away)
         self.catch_all = catch_all
         self._looked = 0.0                          # when the files were last found unchanged
         self.own_names = {"localhost", "localhost.localdomain", ascii_domain(hostname), machine_name(),
@@ -4069,7 +4074,7 @@ def open_stores(config: Config, clock: Callable[[], float] = time.time, policy: 
     storage = Storage(config.data, not config.no_sync)
     storage.open()
     mailboxes = Mailboxes(storage, hostname)
-    accounts = Accounts(config.file("users"))
+    accounts = Accounts(config.file("users"), storage.is_away)
     book = AddressBook(config.domain, accounts, config.file("aliases"), config.catch_all, hostname)
     queue = None
     if config.release or not config.capture:        # in capture mode only what is released by hand gets into it
@@ -8200,7 +8205,7 @@ class SRS:
         self.storage = storage
         self.path = os.path.join(storage.root, "srs")
         self.clock = clock
-        self._secrets = Reloaded(self.path, lambda lines, complain: [line for _, line in lines])
+        self._secrets = Reloaded(self.path, lambda lines, complain: [line for _, line in lines], storage.is_away)
 
     def secrets(self) -> List[str]:
         found: List[str] = self._secrets.get()

@@ -2850,6 +2850,30 @@ class Doors(Case):
         self.assertEqual(self.drafts(), [])
         self.assertNoMoreOpen(before)
 
+    @mock.patch.object(minimail.Watched, "PAUSE", 0.0)
+    def test_who_lives_here_while_the_disk_is_away(self):
+        """Those who did: that the files are not there says nothing where the disk beneath shows."""
+        door = self.door(users="", aliases="")
+        storage, envelope = self.data.storage, minimail.Envelope("ann@far.test")
+        users, aliases = (os.path.join(storage.root, name) for name in ("users", "aliases"))
+        for path, text in (users, "bob@example.org:%s\n" % cheap_hash("x")), (aliases, "sales@example.org: bob@example.org\n"):
+            with open(path, "w") as file:
+                file.write(text)
+
+        def found():
+            return [door.destinations(envelope, Address(name, "example.org"), False).mailboxes for name in ("bob", "sales")]
+        self.assertEqual(found(), [["bob@example.org"]] * 2)
+        os.unlink(users)
+        os.unlink(aliases)
+        beneath, storage._beneath = storage._beneath, os.stat(storage.root).st_dev      # as it is then
+        with self.assertLogs("minimail") as logs:
+            self.assertEqual(found() + found(), [["bob@example.org"]] * 4)
+            self.assertEqual(self.data.accounts.verify("bob@example.org", "x"), "bob@example.org")
+        self.assertEqual(len(logs.records), 3, "out of reach, and each file once")
+        storage._beneath = beneath
+        with self.assertLogs("minimail"):
+            self.assertRaises(Refused, found)       # it is there, and they are gone
+
     def test_no_policy_is_asked_about_what_is_too_large(self):
         asked = []
 
@@ -7600,6 +7624,15 @@ class SRSRewriting(Case):
             sender = srs.forward("ann@far.test")
         self.assertEqual(srs.reverse(minimail.parse_address(sender)), Address("ann", "far.test"))
         self.assertEqual(os.listdir(directory), ["srs"])
+
+    def test_a_secret_is_not_made_on_the_disk_beneath(self):
+        srs = self.srs()
+        ours = srs.forward("ann@far.test")
+        os.unlink(srs.path)
+        srs.storage._beneath = os.stat(srs.storage.root).st_dev     # as it is where the file system is not mounted any more
+        with mock.patch.object(minimail.Watched, "PAUSE", 0.0), self.assertLogs("minimail"):
+            self.assertEqual(str(srs.reverse(minimail.parse_address(ours))), "ann@far.test")
+        self.assertEqual(os.listdir(srs.storage.root), [])
 
     NOW = 1_700_000_000.0
 
