@@ -8215,15 +8215,18 @@ class SRS:
         return found
 
     def _make_secret(self) -> None:
-        """Make the file, which another process may be doing, too: the first one counts. OSError."""
+        """Make the file, which another process may be doing, too: the first one counts that has a secret. OSError."""
         self.storage.make_directory(self.storage.root)
         draft = self.path + "." + os.urandom(4).hex()
         self.storage.write(draft, os.urandom(24).hex().encode() + b"\n")
         try:
-            with contextlib.suppress(FileExistsError):
-                self.storage.link(draft, self.path)
+            self.storage.link(draft, self.path)
+        except FileExistsError:
+            if not self._secrets.get(fresh=True):
+                log.warning("%s had no secret left: what comes back to addresses made with it is refused", self.path)
+                self.storage.rename(draft, self.path)
         finally:
-            os.unlink(draft)
+            unlink_quietly(draft)
         self.storage.sync_directory(self.storage.root)
 
     def forward(self, sender: str) -> str:

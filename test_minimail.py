@@ -7625,6 +7625,18 @@ class SRSRewriting(Case):
         self.assertEqual(srs.reverse(minimail.parse_address(sender)), Address("ann", "far.test"))
         self.assertEqual(os.listdir(directory), ["srs"])
 
+    @mock.patch.object(minimail.Watched, "PAUSE", 0.0)
+    def test_a_file_without_a_secret(self):
+        """As a restore that ran out of room leaves it."""
+        srs = self.srs()
+        ours = srs.forward("ann@far.test")
+        os.truncate(srs.path, 0)
+        with self.assertLogs("minimail") as logs:
+            self.assertRaises(Refused, srs.reverse, minimail.parse_address(ours))
+        self.assertIn("had no secret left", logs.output[0])
+        self.assertEqual(str(srs.reverse(minimail.parse_address(srs.forward("ann@far.test")))), "ann@far.test")
+        self.assertEqual(os.listdir(srs.storage.root), ["srs"])
+
     def test_a_secret_is_not_made_on_the_disk_beneath(self):
         srs = self.srs()
         ours = srs.forward("ann@far.test")
