@@ -8036,8 +8036,11 @@ class Keyring:
         """Return (selector, file) of each key for a domain of ours."""
         given = [(selector, file) for own, selector, file in self.config.dkim if own in ("", domain)]
         directory = os.path.join(self.root, encode_name(ascii_domain(domain)))
-        made = [] if given else [(decode_name(name[:-4]), os.path.join(directory, name))
-                                 for name in sorted(list_directory(directory)) if name.endswith(".pem")]
+        made = []
+        for name in sorted(list_directory(directory)) if not given else ():
+            with contextlib.suppress(ValueError, Refused):      # "._mail.pem", "mail (copy).pem": no selector's
+                if name.endswith(".pem"):
+                    made.append((decode_name(name[:-4]), os.path.join(directory, name)))
         return (given or made)[:MAX_SIGNATURES]
 
     def load(self, file: str) -> SigningKey:

@@ -7586,6 +7586,9 @@ class DKIMSignatures(Case):
         self.assertEqual(ring.sign([b"From: a@there.test\r\n\r\n"], "a@there.test", True, 1e9), b"")
         with open(ring.file("here.test", "k2"), "wb") as file:
             file.write(pem)
+        for stray in "._k1.pem", "k1 (copy).pem", ".pem", "K\xfc.pem":     # as other systems and file managers leave
+            with open(os.path.join(os.path.dirname(ring.file("here.test", "k1")), stray), "wb"):
+                pass
         self.assertEqual(ring.sign(message, "a@here.test", True, 1e9).count(b"DKIM-Signature"), 2)
         given = self.keyring(data=data, dkim=(("", "o", self.file("o.pem", pem)), ("there.test", "t", self.file("t.pem", pem))))
         given.check()
