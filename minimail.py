@@ -3003,10 +3003,13 @@ class Mailboxes:
         return os.path.join(self.root, encode_name(domain), encode_name(local))
 
     def exists(self, mailbox: str) -> bool:
+        """Return whether there is such a mailbox, also when it cannot be read."""
         try:
             return bool(self._stamp(self.path(mailbox)))
-        except (OSError, Refused):
+        except (FileNotFoundError, NotADirectoryError, Refused):
             return False
+        except OSError:
+            return True
 
     def names(self) -> Iterator[str]:
         """Yield every mailbox on disk."""
@@ -3057,11 +3060,11 @@ class Mailboxes:
         draft.path = ""
 
     def listing(self, mailbox: str) -> Listing:
-        """Return a mailbox's messages, oldest first, from the file names alone; empty when there is no such mailbox."""
+        """Return a mailbox's messages, oldest first, from the file names alone; none when there is no mailbox. OSError."""
         try:
             path = self.path(mailbox)
             stamp = self._stamp(path)
-        except (OSError, Refused):
+        except (FileNotFoundError, NotADirectoryError, Refused):
             return Listing()
         cached = self._recall(path, stamp)
         if cached is not None:
@@ -3132,11 +3135,11 @@ class Mailboxes:
             return cached[1]
 
     def remembered(self, mailbox: str) -> Optional[Listing]:
-        """Return what listing() would, if that takes no time; None when it does."""
+        """Return what listing() would, if that takes no time; None when it does. OSError."""
         try:
             path = self.path(mailbox)
             return self._recall(path, self._stamp(path))
-        except (OSError, Refused):
+        except (FileNotFoundError, NotADirectoryError, Refused):
             return Listing()
 
     def moved(self, mailbox: str, items: Iterable[Item]) -> Iterator[Tuple[Item, str]]:
@@ -3245,8 +3248,10 @@ class Mailboxes:
     def sweep(self) -> None:
         """Remove what dead processes and, after 36 hours, other programs left in tmp/."""
         for mailbox in self._begun():
-            tmp = os.path.join(self.path(mailbox), "tmp")
-            for name in list_directory(tmp):
+            tmp, names = os.path.join(self.path(mailbox), "tmp"), []    # type: str, List[str]
+            with contextlib.suppress(PermissionError):      # somebody else's: nothing of ours is in it
+                names = list_directory(tmp)
+            for name in names:
                 path = os.path.join(tmp, name)
                 if OWN_NAME.match(name):
                     self.storage.remove_abandoned(path)
@@ -9023,8 +9028,9 @@ class Standing(Outbound):
         self.keyring = Keyring(config, hostname)
         self.srs = SRS(config, storage)
         self.sts = STS(storage.root, resolver, storage.write)
-        self.sts.sweep()
-        storage.sweep(self.sts.root)
+        with contextlib.suppress(PermissionError):  # what is kept there can be fetched again
+            self.sts.sweep()
+            storage.sweep(self.sts.root)
 
     def dress(self, entry: Entry, message: Outgoing) -> Outgoing:
         """Return a message with a reverse-path that SPF holds for, and signed; the signature is kept with the entry."""
@@ -10654,10 +10660,14 @@ class Node:
 
     def _sweep(self) -> None:
         """Clean up what dead processes left behind."""
-        if self.stores:
-            self.stores.mailboxes.sweep()
-        if self.site and self.site.recorder:
-            self.site.recorder.sweep()
+        site = self.site
+        try:
+            if site:
+                site.mailboxes.sweep()
+            if site and site.recorder:
+                site.recorder.sweep()
+        except OSError as error:                    # nothing is taken for gone that cannot be looked at
+            log.warning("not all that dead processes left is cleaned up: %s", error)
 
     def _expire(self, site: Site) -> None:
         """Remove what has become older than --max-age where nothing new comes, until the node stops."""
@@ -11849,7 +11859,7 @@ class Query:
         try:
             found = letter.searched()
             return all(self.fits(found, letter, term) for term in self.terms)
-        except FileNotFoundError:                   # removed while we looked
+        except (FileNotFoundError, PermissionError):    # removed while we looked, or somebody else's
             return False
 
     def among(self, letters: Iterable[Any]) -> List[Any]:
@@ -12167,7 +12177,11 @@ class Recorder:
 
     def _look(self) -> None:
         """Learn where the records are that were appended since the last time; remove files that have none any more."""
-        names = list_directory(self.root)
+        names: List[str] = []
+        try:
+            names = list_directory(self.root)
+        except PermissionError as error:
+            self.storage.complain("sessions", "how messages came is not known: %s" % error)
         gone = self._seen.keys() - set(names)
         if gone:                                    # others removed them
             self._seen = {name: seen for name, seen in self._seen.items() if name not in gone}
@@ -12401,16 +12415,22 @@ class Letter:
         if known is None:
             try:
                 known = self._summary(view or self.view())
+            except PermissionError as error:        # may change: nothing to remember
+                self.letters.mailboxes.storage.complain(self.id, "message %s cannot be shown: %s" % (self.id, error))
+                return dict(self._not_shown(), Read=self.read)
             except OSError:
                 raise
             except Exception as error:              # one message must not hide the others
                 log.warning("message %s cannot be shown: %s", self.id, error)
-                nobody = {"Name": "", "Address": ""}
-                known = {"ID": self.id, "MessageID": "", "From": nobody, "To": [], "Cc": [], "Bcc": [], "ReplyTo": [],
-                         "Subject": "(cannot be shown)", "Created": iso_time(self.message().received_at.timestamp()),
-                         "Username": "", "Tags": [], "Size": self.message().size, "Attachments": 0, "Snippet": ""}
+                known = self._not_shown()
             self.letters.summaries.put(self.key, known, summary_cost(known))
         return dict(known, Read=self.read, Tags=self.tags)
+
+    def _not_shown(self) -> Dict[str, Any]:
+        message, nobody = self.message(), {"Name": "", "Address": ""}
+        return {"ID": self.id, "MessageID": "", "From": nobody, "To": [], "Cc": [], "Bcc": [], "ReplyTo": [],
+                "Subject": "(cannot be shown)", "Created": iso_time(message.received_at.timestamp()),
+                "Username": "", "Tags": [], "Size": message.size, "Attachments": 0, "Snippet": ""}
 
     def searched(self) -> Searched:
         """Return what the message is searched by; computed once."""
@@ -12494,7 +12514,7 @@ class Index:
             for mailbox, new, cur in places:
                 stamp = directory_stamp(recent, new, cur)
                 if stamp is None or mailbox not in self._boxes or self._boxes[mailbox][0] != stamp:
-                    self._update(mailbox, stamp, self.mailboxes.listing(mailbox))
+                    self._update(mailbox, stamp, self._permitted(self.mailboxes.listing, mailbox))
             if len(places) < len(self._boxes):
                 for mailbox in self._boxes.keys() - {mailbox for mailbox, _, _ in places}:
                     self._update(mailbox, None, ())
@@ -12512,9 +12532,16 @@ class Index:
             found += known[1]
         return found
 
-    @staticmethod
-    def _places_in(domain: str, path: str) -> Iterator[Tuple[str, str, str]]:
-        for local in list_directory(path):
+    def _permitted(self, read: Callable[[str], Iterable[Any]], what: str) -> Iterable[Any]:
+        """Return what is in a mailbox, or a directory of them; nothing when that is not ours to read, which is said once."""
+        try:
+            return read(what)
+        except PermissionError as error:
+            self.mailboxes.storage.complain(what, "the mail in %s is not shown: %s" % (printable(what), error))
+            return ()
+
+    def _places_in(self, domain: str, path: str) -> Iterator[Tuple[str, str, str]]:
+        for local in self._permitted(list_directory, path):
             with contextlib.suppress(ValueError):
                 place = os.path.join(path, local)
                 yield decode_name(local) + "@" + decode_name(domain), os.path.join(place, "new"), os.path.join(place, "cur")
@@ -12875,6 +12902,9 @@ class Inbox(Letters):
             return text_answer(404, "Message not found")
         except (ValueError, TypeError, AttributeError, RecursionError) as error:
             return text_answer(400, "Error: " + printable(str(error)))
+        except OSError as error:
+            self.mailboxes.storage.report("%s %s failed: %s", request.method, printable(request.path), error)
+            return text_answer(500, "Error: " + reason_of(error))
         except Exception:
             log.exception("%s %s failed", request.method, printable(request.path))
             return text_answer(500, "something went wrong here")

@@ -381,6 +381,24 @@ class Case(unittest.TestCase):
                               if "/run" not in place and "users" not in name and "aliases" not in name])
 
 
+@contextlib.contextmanager
+def of_somebody_else(*paths):
+    """Let nobody into a file or directory, as if another user had put it there and we were not root."""
+    stat_it = os.stat
+
+    def guarded(function):
+        def guard(path=".", *arguments, **named):
+            if isinstance(path, str) and any(path.startswith(closed + "/") or path == closed and function is not stat_it
+                                             for closed in paths):
+                raise PermissionError(errno.EACCES, "Permission denied", path)
+            return function(path, *arguments, **named)
+        return guard
+    with contextlib.ExitStack() as stack:
+        for name in ("open", "stat", "listdir", "scandir"):
+            stack.enter_context(mock.patch.object(os, name, guarded(getattr(os, name))))
+        yield
+
+
 def cheap_hash(password):
     """Return the record of a password that takes no time to check."""
     with mock.patch.object(minimail, "SCRYPT", dict(n=16, r=1, p=1)):
@@ -2358,6 +2376,27 @@ class Maildirs(Case):
         shutil.rmtree(self.path + "/new")
         shutil.rmtree(self.path + "/cur")
         self.assertEqual((list(self.boxes.names()), self.boxes.lock(self.box)), ([], -1), "a mailbox has one of them")
+
+    def test_a_mailbox_of_somebody_else(self):
+        """As root leaves it who restores a part of the mail: it is not empty."""
+        self.put()
+        os.unlink(os.path.join(self.path, "new", self.boxes.listing(self.box)[0].name))
+        self.put(b"x\r\n", "zoe@example.com")
+        draft = os.path.join(self.boxes.path("zoe@example.com"), "tmp", "1.00000000-00000-0123456789.x")
+        with open(draft, "w"):
+            pass
+        for place in "", "/new":
+            with of_somebody_else(self.path + place):
+                for function in self.boxes.listing, self.boxes.listing, self.boxes.remembered:
+                    with self.assertRaises(PermissionError):
+                        if function(self.box) is None:      # of remembered()
+                            self.boxes.listing(self.box)
+                self.assertEqual(list(self.boxes.names()), [self.box, "zoe@example.com"])
+        with of_somebody_else(self.path):
+            self.assertRaises(PermissionError, self.boxes.lock, self.box)
+            self.boxes.sweep()
+        self.assertFalse(os.path.exists(draft), "the others are swept")
+        os.close(self.boxes.lock(self.box))
 
     def test_a_listing_is_made_of_blocks(self):
         """Many messages, with odd names and others' flags; some moved from new/ to cur/ while we looked are there twice."""
@@ -7748,6 +7787,14 @@ def srs_of(srs, address):
 class STSPolicies(Case):
     POLICY = b"version: STSv1\r\nmode: enforce\r\nmx: mx.far.test\r\nmx: *.backup.test\r\nmax_age: 604800\r\n"
 
+    def test_a_node_starts_without_what_was_kept(self):
+        storage = minimail.Storage(self.directory(), False)
+        kept = os.path.join(storage.root, "mta-sts")
+        os.mkdir(kept)
+        with of_somebody_else(kept):
+            sts = minimail.Standing(Config(data=storage.root), "here.test", storage, None).sts
+            self.assertIsNone(sts.kept("far.test"))
+
     def test_record(self):
         for texts, id in ((["v=STSv1; id=20160831085700Z;"], "20160831085700Z"), (["v=STSv1;id=1"], "1"), (["x", "v=STSv1; id=a"], "a"),
                           ([], ""), (["v=STSv1"], ""), (["v=STSv1; id=a", "v=STSv1; id=b"], ""), (["v=STSv10; id=a"], ""),
@@ -10813,6 +10860,24 @@ class Records(Case):
         self.assertEqual(len(self.files()), 1)
         self.assertEqual(self.one.load("9")["text"], "x" * 60)
 
+    def test_what_cannot_be_read_is_not_gone(self):
+        stores = self.stores(data=self.data)
+        parcel = stores.door.send(minimail.Envelope("a@x"), [Address("bob", "x")], b"x\r\n")
+        for id in parcel.draft.id, "gone":
+            self.one.replace({"id": id})
+        for name in self.files():
+            os.utime(os.path.join(self.root, name), (1e9, 1e9))
+        box = stores.mailboxes.path("bob@x")
+        for place in box, box + "/new", os.path.dirname(box):
+            with of_somebody_else(place):
+                self.assertRaises(PermissionError, self.two.sweep)
+        self.two.sweep()
+        self.assertEqual([bool(self.two.load(id)) for id in (parcel.draft.id, "gone")], [True, False])
+        with of_somebody_else(self.root), self.assertLogs("minimail") as logs:
+            self.assertEqual([self.two.load(parcel.draft.id), self.two.load("x")], [None, None])
+        self.assertEqual(len(logs.records), 1)
+        self.assertTrue(self.two.load(parcel.draft.id))
+
     def test_a_file_that_others_emptied_goes_when_its_writer_has_ended(self):
         self.one.replace({"id": "a"})
         self.two.forget("a")
@@ -12789,6 +12854,31 @@ class WebIndex(WebCase):
         self.assertIsNone(node.site.inbox.summaries.get(ids[0]), "and is forgotten")
         self.deliver(node, b"Subject: again\r\n\r\nx\r\n", "a@x")
         self.assertEqual(self.found(node), ["again"])
+
+    def test_what_is_somebody_elses_hides_nothing_else(self):
+        node = self.web_node()
+        for name in ("a@x", "b@x", "c@y"):
+            self.deliver(node, b"Subject: of %s\r\n\r\nx\r\n" % name.encode(), name)
+        message, = node.messages("a@x")
+        self.assertEqual(self.found(node), ["of c@y", "of b@x", "of a@x"])
+        node.site.inbox.forget(message.id)
+        domain = os.path.join(node.data, "mail", "x")
+        for path, shown, found in ((message.path, ["of c@y", "of b@x", "(cannot be shown)"], ["of c@y", "of b@x"]),
+                                   (domain + "/a", ["of c@y", "of b@x"], ["of c@y", "of b@x"]),
+                                   (domain + "/a/cur", ["of c@y", "of b@x"], ["of c@y", "of b@x"]),
+                                   (domain, ["of c@y"], ["of c@y"])):
+            os.utime(domain)
+            with of_somebody_else(path), self.assertLogs("minimail") as logs:
+                self.assertEqual([self.found(node), self.found(node)], [shown] * 2)
+                self.assertEqual(self.found(node, "of"), found)
+            self.assertEqual(["Permission denied" in record.getMessage() for record in logs.records
+                              if record.levelname == "WARNING"], [True], path)
+            self.assertEqual(self.found(node), ["of c@y", "of b@x", "of a@x"], "it was given to us")
+            node.site.mailboxes.storage._complained.clear()
+        with of_somebody_else(os.path.join(node.data, "mail")), self.assertLogs("minimail") as logs:
+            self.assertIn("Permission denied", self.ask(node, "/api/v1/messages", status=500).text)
+            node._sweep()
+        self.assertEqual([(record.levelname, record.exc_info) for record in logs.records], [("WARNING", None)] * 2)
 
     def test_a_wait_judges_each_message_once(self):
         node = self.web_node()
