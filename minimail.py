@@ -5060,6 +5060,13 @@ class Queue:
         self._drop_hint(dispatch)
         self.release(dispatch)
 
+    def discard(self, id: str) -> bool:
+        """Remove an entry that cannot be read; False when somebody works on it. OSError."""
+        for kind in "env", "msg":
+            with contextlib.suppress(FileNotFoundError):
+                self._remove_if_dead(id, "%s.%s" % (id, kind))
+        return not self.exists(id)
+
     # Looking for it.
 
     def is_later(self, moment: float, now: float) -> bool:
@@ -5106,10 +5113,13 @@ class Queue:
     def entries(self) -> Iterator[Entry]:
         """Yield every entry that can be read."""
         for id in self.ids():
-            with contextlib.suppress(OSError):
+            try:
                 entry = self.read(id)
-                if entry:
-                    yield entry
+            except OSError as error:
+                log.warning("queue entry %s cannot be read: %s", id, error)
+                continue
+            if entry:
+                yield entry
 
     def sweep(self, in_memory: Container[str] = (), age: float = 0.0, living: Container[str] = ()) -> None:
         """Remove what dead processes left half done, and hint at what nobody could find; OSError.
@@ -6950,17 +6960,18 @@ def queue_command(config: Config, arguments: List[str]) -> int:
             raise CannotRun("no message %s in the queue" % printable(given.id))
     hints = {os.path.basename(hint): hint for hint in queue.hints()}
     for id in ids:
-        if not move_along(queue, id, hints.get(id, ""), given.action == "drop") and given.id is not None:
-            raise CannotRun("%s is being sent right now, try again" % given.id)
+        entry, drop = queue.read(id), given.action == "drop"
+        done = move_along(queue, Dispatch(entry, hints.get(id, "")), drop) if entry else drop and queue.discard(id)
+        if not done and given.id is not None:
+            raise CannotRun("%s is being sent right now, try again" % id if entry or drop else
+                            "%s cannot be sent like that: put its envelope back, or say queue drop %s" % (id, id))
     queue.storage.wake("flush")
     return 0
 
 
-def move_along(queue: Queue, id: str, hint: str, drop: bool) -> bool:
+def move_along(queue: Queue, dispatch: Dispatch, drop: bool) -> bool:
     """Remove an entry, or make it due now; False when somebody works on it. OSError."""
-    entry = queue.read(id)
-    dispatch = Dispatch(entry, hint) if entry else None
-    if dispatch is None or not queue.claim(dispatch):
+    if not queue.claim(dispatch):
         return False
     if drop:
         queue.finish(dispatch)

@@ -4563,6 +4563,32 @@ class QueueCommandTest(ScriptedCase):
                 status, out, err = self.queue(*wrong)
                 self.assertEqual((status, out, err.count("\n")), (2, "", 1))
 
+    def test_an_entry_that_cannot_be_read(self):
+        """It is listed in a line of its own, and only `drop` can do something about it."""
+        queue = self.stores(data=self.data, domain=("here.test",)).post.queue
+        os.makedirs(queue.root)
+        id = "00000001-00000-00000000a"
+        for kind in "env", "msg":
+            with open(queue.path(id, kind), "w"):
+                pass
+        status, out, err = self.queue()
+        self.assertEqual((status, out, err.count("\n")), (0, "", 1))
+        self.assertIn(id, err)
+        with of_somebody_else(queue.path(id, "env")):
+            status, out, err = self.queue("list", "--json")
+        self.assertEqual((status, out, err.count("\n")), (0, "[]\n", 1))
+        self.assertIn("Permission denied", err)
+        status, out, err = self.queue("retry", id)
+        self.assertEqual((status, out), (1, ""))
+        self.assertIn("queue drop " + id, err)
+        with open(queue.path(id, "msg"), "rb") as file:
+            minimail.lock_file(file.fileno())
+            status, out, err = self.queue("drop", id)
+            self.assertIn("right now", err)
+            self.assertEqual((status, out, sorted(os.listdir(queue.root))), (1, "", [id + ".env", id + ".msg"]))
+        self.assertEqual(self.queue("drop", id)[:2], (0, ""))
+        self.assertEqual(os.listdir(queue.root), [])
+
     def test_list_retry_flush_drop(self):
         with ScriptedPeer({"connect": ["421 busy", "421 busy", "421 busy", "220 now then"]}) as peer:
             node = minimail.Node(data=self.data, smtp="127.0.0.1:0", pop3="off", domain="here.test", hostname="mx.here.test",
