@@ -10666,8 +10666,9 @@ class Node:
             self._undo_start()
             if not isinstance(error, OSError):
                 raise
-            raise CannotRun(error.errno or errno.EIO, "cannot use the data directory %s: %s" % (
-                self.data or self.config.data, reason_of(error))) from None
+            name = ": " + error.filename if isinstance(error.filename, str) else ""
+            raise CannotRun(error.errno or errno.EIO, "cannot use the data directory %s%s: %s" % (
+                self.data or self.config.data, name, reason_of(error))) from None
 
     def _sweep(self) -> None:
         """Clean up what dead processes left behind."""

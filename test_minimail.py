@@ -13504,7 +13504,7 @@ class CommandLine(Case):
         program = Program("--data", data, "--smtp", "127.0.0.1:0", "--pop3", "off", "--web", "off", "--workers", "2")
         status, text = program.end()
         self.assertEqual((status, program.lines), (1, []))
-        self.assertIn("cannot use the data directory", text)
+        self.assertIn("cannot use the data directory %s: %s/run" % (data, data), text)
 
     @unittest.skipUnless(os.path.exists("/proc/self/task/%d/children" % os.getpid()), "nobody tells the children of a process")
     def test_workers(self):
