@@ -6507,7 +6507,9 @@ class Relay:
             if error.reply.code < 500:
                 destination.fail(error.reply, self.clock(), self.config.retry)
         except Exception as error:
-            if not (isinstance(error, OSError) and self.storage.is_away()):     # the message cannot be read: is said once
+            if isinstance(error, OSError):          # the message cannot be read, or what it is sent with
+                self.storage.report("attempt for %s failed: %s", dispatch.entry.id, error)
+            else:
                 log.exception("attempt for %s failed", dispatch.entry.id)
             if peer:
                 self._drop(destination, peer)
@@ -6537,10 +6539,12 @@ class Relay:
             return not dispatch.lost
 
     def _message(self, dispatch: Dispatch) -> Outgoing:
-        """Return the message as it goes out, made once for all its destinations."""
+        """Return the message as it goes out, made once for all its destinations. OSError, also when there is not all of it."""
         entry = dispatch.entry
         with dispatch.mutex:
             if dispatch.message is None:
+                if os.fstat(dispatch.lock).st_size < entry.offset + entry.size:     # as a restore without room leaves it
+                    raise OSError(errno.EIO, "the message is cut off", self.queue.path(entry.id))
                 asked: Dict[str, Dict[str, str]] = {recipient["address"]: recipient for recipient in entry.recipients}
                 asked[""] = entry.extra
                 message = Outgoing(dispatch.lock, entry.offset, entry.size, entry.sender, [], entry.eightbit, entry.smtputf8,

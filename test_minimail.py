@@ -5855,6 +5855,26 @@ class RelayTest(ScriptedCase):
         self.assertEqual((len(peer.messages), world.files()), (1, []))
 
 
+    def test_what_cannot_be_read_waits(self):
+        """A part of a message is not sent for the whole; what was wrong is said in a line, and may be mended."""
+        peer = ScriptedPeer()
+        world = ScriptedWorld(self, {"far.test": ["A 192.0.2.25"]}, {"192.0.2.25": peer})
+        message = world.queue.path(world.submit("bob@far.test"))
+        with open(message, "rb") as file:
+            whole = file.read()
+        for size in 0, len(whole) - 1:
+            os.truncate(message, size)
+            with self.assertLogs("minimail", "WARNING") as logs:
+                world.step()
+            self.assertEqual([(peer.messages, record.exc_info) for record in logs.records], [([], None)])
+            self.assertIn("is cut off: '%s'" % message, logs.output[0])
+            world.clock.now += 4000
+        with open(message, "wb") as file:
+            file.write(whole)
+        world.step()
+        self.assertEqual((len(peer.messages), world.entries()), (1, []))
+
+
 class PressureTest(ScriptedCase):
     """Hosts that do not want to talk, that limit, that are away: what that means for one message, and for the others."""
 
