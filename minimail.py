@@ -12171,7 +12171,7 @@ class Recorder:
         line = json.dumps(record).encode() + b"\n"
         with self._writing:
             try:
-                if self._fd < 0 or self._size > self.FULL:
+                if self._fd < 0 or self._size > self.FULL or not os.fstat(self._fd).st_nlink:   # somebody removed it
                     self._begin()
                 write_all(self._fd, line)
                 self._size += len(line)
@@ -12182,6 +12182,7 @@ class Recorder:
     def _begin(self) -> None:
         self._end()
         self._own, self._size = "%s-%d" % (self.storage.token, next(self._numbers)), 0
+        self.storage.make_directory(self.root)
         self._fd = self.storage.make(self._path(self._own))
         with contextlib.suppress(OSError):          # no locks here: then others may remove it too early
             if fcntl:
@@ -13709,9 +13710,12 @@ class WebSession(HTTPHandler):
 
     def read_body(self, limit: int) -> BinaryIO:
         """Return the body in a file, one in the data directory when it is large; empty when none is wanted. Rejected."""
-        file: Any = tempfile.SpooledTemporaryFile(LARGE, dir=self.site.mailboxes.storage.run)
+        storage = self.site.mailboxes.storage
+        file: Any = tempfile.SpooledTemporaryFile(LARGE, dir=storage.run)
         try:
             if limit and self.unread:
+                with contextlib.suppress(OSError):  # somebody may have emptied the data directory
+                    storage.make_directory(storage.run)
                 for block in self.body_blocks(limit):
                     self.keep(file.write, block)
                 self.unread = False

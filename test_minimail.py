@@ -10906,6 +10906,15 @@ class Records(Case):
         self.assertEqual(len(self.files()), 1)
         self.assertEqual(self.one.load("9")["text"], "x" * 60)
 
+    def test_the_data_directory_is_emptied(self):
+        """What comes later is known all the same."""
+        self.one.replace({"id": "a"})
+        for remove in lambda: shutil.rmtree(self.root), lambda: os.unlink(os.path.join(self.root, self.files()[0])):
+            remove()
+            self.assertIsNone(self.one.load("a"))
+            self.one.replace({"id": "b"})
+            self.assertEqual([one.load("b") for one in (self.one, self.two)], [{"id": "b"}] * 2)
+
     def test_what_cannot_be_read_is_not_gone(self):
         stores = self.stores(data=self.data)
         parcel = stores.door.send(minimail.Envelope("a@x"), [Address("bob", "x")], b"x\r\n")
@@ -12900,6 +12909,16 @@ class WebIndex(WebCase):
         self.assertIsNone(node.site.inbox.summaries.get(ids[0]), "and is forgotten")
         self.deliver(node, b"Subject: again\r\n\r\nx\r\n", "a@x")
         self.assertEqual(self.found(node), ["again"])
+
+    def test_the_data_directory_is_emptied(self):
+        node = self.web_node()
+        self.deliver(node, b"Subject: old\r\n\r\nx\r\n", "a@x")
+        for name in os.listdir(node.data):
+            shutil.rmtree(os.path.join(node.data, name))
+        self.assertEqual(self.found(node), [])
+        letter = {"From": {"Email": "a@x"}, "To": [{"Email": "b@x"}], "Subject": "new", "Text": "x" * 2 * minimail.LARGE}
+        self.ask(node, "/api/v1/send", "POST", letter)
+        self.assertEqual(self.found(node), ["new"])
 
     def test_what_is_somebody_elses_hides_nothing_else(self):
         node = self.web_node()
