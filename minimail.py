@@ -88,6 +88,11 @@ if __name__ == "__main__" and __spec__ is None and type(globals().get("__loader_
     _folder, _cached = os.path.dirname(os.path.abspath(__file__)), cache_from_source(os.path.abspath(__file__))
     if not os.path.exists(_cached) and not sys.dont_write_bytecode and os.access(sys.pycache_prefix or _folder, os.W_OK):
         globals()["__loader__"].get_code(__name__)  # writes it
+        try:                                        # of one that a power cut has cut off, Python would make a traceback
+            with open(_cached, "rb") as _file:
+                os.fsync(_file.fileno())
+        except OSError:
+            pass
     if os.path.exists(_cached):
         _code = "import sys; sys.path[0] = %r; import minimail; sys.exit(minimail.main())  # minimail.py" % _folder
         os.execv(sys.executable, [*sys.orig_argv[:-len(sys.argv)], "-c", _code, *sys.argv[1:]])

@@ -13475,6 +13475,20 @@ class CommandLine(Case):
             pass
         self.assertEqual(run(script, "--version"), (version, False), "no bytecode can be kept")
 
+    @unittest.skipUnless(os.name == "posix" and hasattr(sys, "orig_argv"), "needs execv, and Python's own words")
+    def test_a_power_cut_leaves_no_part_of_the_bytecode(self):
+        """Of that Python makes a traceback at each start, until somebody removes it."""
+        folder, watcher = self.directory(), self.directory()
+        script = shutil.copy(SOURCE, folder)
+        with open(os.path.join(watcher, "sitecustomize.py"), "w") as file:
+            file.write("import os\nfsync = os.fsync\nos.fsync = lambda fd: print(os.fstat(fd).st_ino, flush=True) or fsync(fd)\n")
+        environ = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+        ran = subprocess.run([sys.executable, script, "--version"], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                             timeout=PATIENCE, env=dict(environ, PYTHONPATH=watcher))
+        cached, = os.listdir(os.path.join(folder, "__pycache__"))
+        inode = os.stat(os.path.join(folder, "__pycache__", cached)).st_ino
+        self.assertEqual(ran.stdout.decode(), "%d\nminimail %s\n" % (inode, minimail.__version__))
+
     def start(self, *argv):
         self.data = self.directory()
         program = Program("--data", self.data, "--pop3", self.OPTIONS["pop3"], "--web", "off", "--no-sync", *argv)
