@@ -12564,7 +12564,7 @@ class Index:
 
     def _places_in(self, domain: str, path: str) -> Iterator[Tuple[str, str, str]]:
         for local in self._permitted(list_directory, path):
-            with contextlib.suppress(ValueError):
+            with contextlib.suppress(ValueError, Refused):
                 place = os.path.join(path, local)
                 yield decode_name(local) + "@" + decode_name(domain), os.path.join(place, "new"), os.path.join(place, "cur")
 

@@ -12920,6 +12920,15 @@ class WebIndex(WebCase):
         self.ask(node, "/api/v1/send", "POST", letter)
         self.assertEqual(self.found(node), ["new"])
 
+    def test_directories_that_are_no_mailboxes(self):
+        node = self.web_node()
+        self.deliver(node, b"Subject: s\r\n\r\nx\r\n", "a@x")
+        for name in "A", "B" * 200, "%", "%2e", ".x", "\xfc", "lost+found":
+            for path in os.path.join("x", name, "new"), os.path.join(name, "a", "new"):
+                os.makedirs(os.path.join(node.data, "mail", path))
+        self.assertEqual(self.found(node), ["s"])
+        self.assertEqual([message.recipient for message in node.messages()], ["a@x"])
+
     def test_what_is_somebody_elses_hides_nothing_else(self):
         node = self.web_node()
         for name in ("a@x", "b@x", "c@y"):
