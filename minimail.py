@@ -3016,16 +3016,26 @@ class Mailboxes:
         except OSError:
             return True
 
-    def names(self) -> Iterator[str]:
-        """Yield every mailbox on disk."""
-        return filter(self.exists, self._begun())
+    def names(self, strict: bool = False) -> Iterator[str]:
+        """Yield every mailbox on disk; OSError, with `strict` also when one directory of them is not ours to read."""
+        return filter(self.exists, self._begun(strict))
 
-    def _begun(self) -> Iterator[str]:
+    def _begun(self, strict: bool = False) -> Iterator[str]:
         """Yield the name of every directory that is a mailbox, or the beginning of one."""
         for domain in sorted(list_directory(self.root)):
-            for local in sorted(list_directory(os.path.join(self.root, domain))):
+            for local in sorted(self.permitted(list_directory, os.path.join(self.root, domain), strict)):
                 with contextlib.suppress(ValueError, Refused):
                     yield decode_name(local) + "@" + decode_name(domain)
+
+    def permitted(self, read: Callable[[str], Iterable[Any]], what: str, strict: bool = False) -> Iterable[Any]:
+        """Return what is in a mailbox, or a directory of them; nothing when that is not ours to read, which is said once."""
+        try:
+            return read(what)
+        except PermissionError as error:
+            if strict:
+                raise
+            self.storage.complain(what, "what is in %s is not shown: %s" % (printable(what), error))
+            return ()
 
     def _make(self, mailbox: str, made: List[str]) -> None:
         """Make a mailbox's directories; those that must be flushed for it go into `made`. OSError."""
@@ -3253,10 +3263,8 @@ class Mailboxes:
     def sweep(self) -> None:
         """Remove what dead processes and, after 36 hours, other programs left in tmp/."""
         for mailbox in self._begun():
-            tmp, names = os.path.join(self.path(mailbox), "tmp"), []    # type: str, List[str]
-            with contextlib.suppress(PermissionError):      # somebody else's: nothing of ours is in it
-                names = list_directory(tmp)
-            for name in names:
+            tmp = os.path.join(self.path(mailbox), "tmp")
+            for name in self.permitted(list_directory, tmp):
                 path = os.path.join(tmp, name)
                 if OWN_NAME.match(name):
                     self.storage.remove_abandoned(path)
@@ -12152,7 +12160,7 @@ class Recorder:
         with self._looking:
             self._look()
             gone = set(self._places)
-        for name in self.mailboxes.names() if gone else ():
+        for name in self.mailboxes.names(strict=True) if gone else ():
             gone.difference_update(map(message_id, self.mailboxes.listing(name)))
         with self._looking:
             old = set()                             # before the first is blanked: a file that grows has some just coming in
@@ -12536,7 +12544,7 @@ class Index:
             for mailbox, new, cur in places:
                 stamp = directory_stamp(recent, new, cur)
                 if stamp is None or mailbox not in self._boxes or self._boxes[mailbox][0] != stamp:
-                    self._update(mailbox, stamp, self._permitted(self.mailboxes.listing, mailbox))
+                    self._update(mailbox, stamp, self.mailboxes.permitted(self.mailboxes.listing, mailbox))
             if len(places) < len(self._boxes):
                 for mailbox in self._boxes.keys() - {mailbox for mailbox, _, _ in places}:
                     self._update(mailbox, None, ())
@@ -12554,16 +12562,8 @@ class Index:
             found += known[1]
         return found
 
-    def _permitted(self, read: Callable[[str], Iterable[Any]], what: str) -> Iterable[Any]:
-        """Return what is in a mailbox, or a directory of them; nothing when that is not ours to read, which is said once."""
-        try:
-            return read(what)
-        except PermissionError as error:
-            self.mailboxes.storage.complain(what, "the mail in %s is not shown: %s" % (printable(what), error))
-            return ()
-
     def _places_in(self, domain: str, path: str) -> Iterator[Tuple[str, str, str]]:
-        for local in self._permitted(list_directory, path):
+        for local in self.mailboxes.permitted(list_directory, path):
             with contextlib.suppress(ValueError, Refused):
                 place = os.path.join(path, local)
                 yield decode_name(local) + "@" + decode_name(domain), os.path.join(place, "new"), os.path.join(place, "cur")

@@ -2392,10 +2392,17 @@ class Maildirs(Case):
                         if function(self.box) is None:      # of remembered()
                             self.boxes.listing(self.box)
                 self.assertEqual(list(self.boxes.names()), [self.box, "zoe@example.com"])
-        with of_somebody_else(self.path):
+        with of_somebody_else(self.path), self.assertLogs("minimail"):
             self.assertRaises(PermissionError, self.boxes.lock, self.box)
             self.boxes.sweep()
         self.assertFalse(os.path.exists(draft), "the others are swept")
+        lost = os.path.join(self.boxes.root, "lost+found")      # of a file system of its own
+        os.mkdir(lost)
+        with of_somebody_else(lost), self.assertLogs("minimail") as logs:
+            for _ in range(2):
+                self.boxes.sweep()
+                self.assertEqual(list(self.boxes.names()), [self.box, "zoe@example.com"])
+        self.assertEqual(len(logs.records), 1)
         os.close(self.boxes.lock(self.box))
 
     def test_a_listing_is_made_of_blocks(self):
