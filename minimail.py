@@ -12445,11 +12445,12 @@ class Letter:
         if known is None:
             try:
                 known = self._summary(view or self.view())
-            except PermissionError as error:        # may change: nothing to remember
-                self.letters.mailboxes.storage.complain(self.id, "message %s cannot be shown: %s" % (self.id, error))
+            except OSError as error:                # may change: nothing to remember
+                storage = self.letters.mailboxes.storage
+                if isinstance(error, FileNotFoundError) or storage.is_away():
+                    raise
+                storage.complain(self.id, "message %s cannot be shown: %s" % (self.id, error))
                 return dict(self._not_shown(), Read=self.read)
-            except OSError:
-                raise
             except Exception as error:              # one message must not hide the others
                 log.warning("message %s cannot be shown: %s", self.id, error)
                 known = self._not_shown()
@@ -12710,7 +12711,11 @@ def mail_command(config: Config, arguments: List[str]) -> int:
     key = mailbox_named("mail", given.address, config)
     for item in mailboxes.listing(key):
         message = Message(mailboxes, key, item)
-        subject = View(message.head(BLOCK)).header("subject")
+        try:
+            subject = View(message.head(BLOCK)).header("subject")
+        except OSError as error:                    # removed while we looked, or it cannot be read
+            log.warning("%s: %s", item.uid, error)
+            continue
         when = message.received_at.astimezone().strftime("%Y-%m-%d %H:%M:%S")
         print("%s %s %9d <%s> %s" % (item.uid, when, item.size, printable(message.sender), printable(subject)))
     return 0

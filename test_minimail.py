@@ -12936,6 +12936,28 @@ class WebIndex(WebCase):
         self.assertEqual(self.found(node), ["s"])
         self.assertEqual([message.recipient for message in node.messages()], ["a@x"])
 
+    def test_a_message_that_cannot_be_read_hides_no_other(self):
+        """As where the disk has lost a part of it."""
+        node = self.web_node()
+        for name in ("a@x", "b@x"):
+            self.deliver(node, b"Subject: of %s\r\n\r\nx\r\n" % name.encode(), name)
+        broken, = node.messages("a@x")
+        pread = minimail.pread
+
+        def lossy(fd, *arguments):
+            if os.path.samestat(os.fstat(fd), os.stat(broken.path)):
+                raise OSError(errno.EIO, "Input/output error")
+            return pread(fd, *arguments)
+        with mock.patch.object(minimail, "pread", lossy), self.assertLogs("minimail") as logs, \
+                mock.patch.object(minimail.Message, "read", lambda message: message.head(message.size)):
+            self.assertEqual([self.found(node), self.found(node)], [["of b@x", "(cannot be shown)"]] * 2)
+            self.assertEqual(len([record for record in logs.records if "Input/output" in record.getMessage()]), 1)
+            if "mail" in minimail.COMMANDS:
+                with contextlib.redirect_stdout(io.StringIO()) as out:
+                    self.assertEqual(minimail.COMMANDS["mail"](Config(data=node.data), ["a@x"]), 0)
+                self.assertEqual((out.getvalue(), logs.records[-1].getMessage()), ("", broken.uid + ": [Errno 5] Input/output error"))
+        self.assertEqual(self.found(node), ["of b@x", "of a@x"])
+
     def test_what_is_somebody_elses_hides_nothing_else(self):
         node = self.web_node()
         for name in ("a@x", "b@x", "c@y"):
