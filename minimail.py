@@ -2812,6 +2812,8 @@ class Reloaded(Watched):
         except FileNotFoundError:
             if self.is_away():
                 raise
+            if self.value:
+                log.warning("%s is gone: what stood there does not count any more", self.path)
             return []
         lines: List[Tuple[int, List[str]]] = []
         for number, line in enumerate(raw, 1):

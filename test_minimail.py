@@ -2198,7 +2198,9 @@ class DurableFiles(Case):
         with mock.patch.object(builtins, "open", side_effect=OSError(errno.EIO, "broken")), self.assertLogs("minimail"):
             self.assertEqual(reloaded.get()[-1], (6, "three"), "what was read last holds while the file cannot be read")
         os.unlink(path)
-        self.assertEqual(reloaded.get(), [])
+        with self.assertLogs("minimail") as logs:
+            self.assertEqual([reloaded.get(), reloaded.get()], [[], []])
+        self.assertEqual(len(logs.records), 1, "it is said once that it is gone")
 
     def test_who_asked_whether_it_is_stale_gets_it_loaded(self):
         """The loop asks, a helper loads: whoever comes next gets what is in the file now."""
