@@ -12923,7 +12923,7 @@ class WebIndex(WebCase):
         node = self.web_node()
         self.deliver(node, b"Subject: old\r\n\r\nx\r\n", "a@x")
         for name in os.listdir(node.data):
-            shutil.rmtree(os.path.join(node.data, name))
+            shutil.rmtree(os.path.join(node.data, name), ignore_errors=True)    # the node may put something into run/ meanwhile
         self.assertEqual(self.found(node), [])
         letter = {"From": {"Email": "a@x"}, "To": [{"Email": "b@x"}], "Subject": "new", "Text": "x" * 2 * minimail.LARGE}
         self.ask(node, "/api/v1/send", "POST", letter)
@@ -12961,7 +12961,8 @@ class WebIndex(WebCase):
         self.assertEqual(self.found(node), ["of b@x", "of a@x"])
 
     def test_what_is_somebody_elses_hides_nothing_else(self):
-        node = self.web_node()
+        with mock.patch.object(minimail.Node, "_sweep"):        # it would say it, too, at some time
+            node = self.web_node()
         for name in ("a@x", "b@x", "c@y"):
             self.deliver(node, b"Subject: of %s\r\n\r\nx\r\n" % name.encode(), name)
         message, = node.messages("a@x")
