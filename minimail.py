@@ -3018,13 +3018,20 @@ class Mailboxes:
         except OSError:
             return True
 
+    def domains(self) -> List[str]:
+        """Return the names of the directories of domains; OSError when the disk is out of reach, which is not to be empty."""
+        found = sorted(list_directory(self.root))
+        if not found and self.storage.is_away():
+            raise OSError(errno.EIO, "out of reach", self.storage.root)
+        return found
+
     def names(self, strict: bool = False) -> Iterator[str]:
         """Yield every mailbox on disk; OSError, with `strict` also when one directory of them is not ours to read."""
         return filter(self.exists, self._begun(strict))
 
     def _begun(self, strict: bool = False) -> Iterator[str]:
         """Yield the name of every directory that is a mailbox, or the beginning of one."""
-        for domain in sorted(list_directory(self.root)):
+        for domain in self.domains():
             for local in sorted(self.permitted(list_directory, os.path.join(self.root, domain), strict)):
                 with contextlib.suppress(ValueError, Refused):
                     yield decode_name(local) + "@" + decode_name(domain)
@@ -12556,7 +12563,7 @@ class Index:
     def _places(self, recent: int) -> List[Tuple[str, str, str]]:
         """Return (mailbox, its new/, its cur/) of all; a domain's directory is read again when it has changed."""
         found: List[Tuple[str, str, str]] = []
-        for name in list_directory(self.mailboxes.root):
+        for name in self.mailboxes.domains():
             path = os.path.join(self.mailboxes.root, name)
             stamp = directory_stamp(recent, path)
             known = self._domains.get(name)
@@ -13251,14 +13258,16 @@ class Inbox(Letters):
         values = [("messages_accepted_total", "counter", node.accepted),
                   ("bytes_accepted_total", "counter", node.accepted_bytes),
                   ("connections_total", "counter", site.connections.served),
-                  ("sessions", "gauge", len(site.sessions) + len(self.visitors)),
-                  ("messages", "gauge", len(self.newest_first()))]
+                  ("sessions", "gauge", len(site.sessions) + len(self.visitors))]
         relay = getattr(node, "relay", None)
         if relay:
             values += [("recipients_sent_total", "counter", relay.sent),
                        ("recipients_bounced_total", "counter", relay.bounced),
-                       ("recipients_deferred_total", "counter", relay.deferred),
-                       ("queue_entries", "gauge", len(relay.queue.ids()))]
+                       ("recipients_deferred_total", "counter", relay.deferred)]
+        with contextlib.suppress(OSError):          # on a disk that is out of reach: the rest is told all the same
+            values.append(("messages", "gauge", len(self.newest_first())))
+            if relay:
+                values.append(("queue_entries", "gauge", len(relay.queue.ids())))
         text = "".join("# TYPE minimail_%s %s\nminimail_%s %d\n" % (name, kind, name, value) for name, kind, value in values)
         return Answered(200, "text/plain; version=0.0.4", text.encode())
 
@@ -13266,8 +13275,8 @@ class Inbox(Letters):
         return text_answer(200, "")
 
     def ready(self, request: Request) -> Answered:
-        writable = os.access(self.node.data, os.W_OK) and not self.site.stopping
-        return text_answer(200 if writable else 503, "")
+        writable = os.access(self.node.data, os.W_OK) and not self.mailboxes.storage.is_away()
+        return text_answer(200 if writable and not self.site.stopping else 503, "")
 
     def chaos(self, request: Request) -> Answered:
         return text_answer(400, "Chaos is not enabled")

@@ -2129,6 +2129,7 @@ class DurableFiles(Case):
                     self.assertEqual(storage.stamp("mail"), 0)
                 with self.assertRaises(OSError):
                     minimail.Mailboxes(storage, "node.test").lock("bob@example.com")    # no empty mailbox
+                self.assertRaises(OSError, list, minimail.Mailboxes(storage, "node.test").names())
                 self.assertEqual(os.listdir(above), [])
                 storage._beneath = 0                # another device: it is mounted again
                 self.assertFalse(storage.is_away())
@@ -12928,6 +12929,25 @@ class WebIndex(WebCase):
         letter = {"From": {"Email": "a@x"}, "To": [{"Email": "b@x"}], "Subject": "new", "Text": "x" * 2 * minimail.LARGE}
         self.ask(node, "/api/v1/send", "POST", letter)
         self.assertEqual(self.found(node), ["new"])
+
+    def test_while_the_disk_is_away(self):
+        """As where the mount is gone: that nothing is seen does not say that there is no mail."""
+        node = self.web_node()
+        storage = node.stores.storage
+        self.deliver(node, b"Subject: s\r\n\r\nx\r\n", "a@x")
+        os.rename(node.data + "/mail", node.data + "/elsewhere")
+        beneath, storage._beneath = storage._beneath, os.stat(node.data).st_dev
+        with self.assertLogs("minimail"):
+            self.assertIn("out of reach", self.ask(node, "/api/v1/messages", status=500).text)
+            self.ask(node, "/readyz", status=503)
+            told = self.ask(node, "/metrics").text
+            self.assertIn("minimail_messages_accepted_total 1\n", told)
+            self.assertNotIn("minimail_messages ", told)
+            storage._beneath = beneath
+            os.rename(node.data + "/elsewhere", node.data + "/mail")
+            self.ask(node, "/readyz")
+        self.assertEqual(self.found(node), ["s"])
+        self.assertIn("minimail_messages 1\n", self.ask(node, "/metrics").text)
 
     def test_directories_that_are_no_mailboxes(self):
         node = self.web_node()
