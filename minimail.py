@@ -3012,9 +3012,7 @@ class Mailboxes:
     def exists(self, mailbox: str) -> bool:
         """Return whether there is such a mailbox, also when it cannot be read."""
         try:
-            return bool(self._stamp(self.path(mailbox)))
-        except (FileNotFoundError, NotADirectoryError, Refused):
-            return False
+            return bool(self._stamped(mailbox)[1])
         except OSError:
             return True
 
@@ -3027,17 +3025,18 @@ class Mailboxes:
 
     def names(self, strict: bool = False) -> Iterator[str]:
         """Yield every mailbox on disk; OSError, with `strict` also when one directory of them is not ours to read."""
-        return filter(self.exists, self._begun(strict))
-
-    def _begun(self, strict: bool = False) -> Iterator[str]:
-        """Yield the name of every directory that is a mailbox, or the beginning of one."""
         for domain in self.domains():
-            for local in sorted(self.permitted(list_directory, os.path.join(self.root, domain), strict)):
-                with contextlib.suppress(ValueError, Refused):
-                    yield decode_name(local) + "@" + decode_name(domain)
+            yield from (mailbox for mailbox, _ in self.begun(domain, strict) if self.exists(mailbox))
+
+    def begun(self, domain: str, strict: bool = False) -> Iterator[Tuple[str, str]]:
+        """Yield (mailbox, path) of each directory in that of a domain which is a mailbox, or the beginning of one."""
+        place = os.path.join(self.root, domain)
+        for local in sorted(self.permitted(list_directory, place, strict)):
+            with contextlib.suppress(ValueError, Refused):
+                yield decode_name(local) + "@" + decode_name(domain), os.path.join(place, local)
 
     def permitted(self, read: Callable[[str], Iterable[Any]], what: str, strict: bool = False) -> Iterable[Any]:
-        """Return what is in a mailbox, or a directory of them; nothing when that is not ours to read, which is said once."""
+        """Return what is in a mailbox, or another directory; nothing when that is not ours to read, which is said once."""
         try:
             return read(what)
         except PermissionError as error:
@@ -3085,10 +3084,8 @@ class Mailboxes:
 
     def listing(self, mailbox: str) -> Listing:
         """Return a mailbox's messages, oldest first, from the file names alone; none when there is no mailbox. OSError."""
-        try:
-            path = self.path(mailbox)
-            stamp = self._stamp(path)
-        except (FileNotFoundError, NotADirectoryError, Refused):
+        path, stamp = self._stamped(mailbox)
+        if not stamp:
             return Listing()
         cached = self._recall(path, stamp)
         if cached is not None:
@@ -3134,20 +3131,16 @@ class Mailboxes:
                         names.append("%s/%s%s%s" % (base, place[0], comma, rest))
         return names
 
-    @staticmethod
-    def _stamp(path: str) -> List[Tuple[int, int, int]]:
-        """Return what changes when a message comes, goes or is renamed; OSError when that is no mailbox.
+    def _stamped(self, mailbox: str) -> Tuple[str, List[Tuple[int, int, int]]]:
+        """Return a mailbox's path, and what changes when a message comes, goes or is renamed: empty when it is none. OSError.
 
         One of the two places is enough: a power cut, or a backup without empty directories, may leave no more of it.
         """
-        found: List[os.stat_result] = []
-        for place in ("new", "cur"):
-            try:
-                found.append(os.stat(os.path.join(path, place, "")))
-            except (FileNotFoundError, NotADirectoryError):
-                if place == "cur" and not found:
-                    raise
-        return [(place.st_mtime_ns, place.st_ctime_ns, place.st_ino) for place in found]
+        try:
+            path = self.path(mailbox)
+        except Refused:
+            return "", []
+        return path, directory_stamps(os.path.join(path, "new", ""), os.path.join(path, "cur", ""))
 
     def _recall(self, path: str, stamp: List[Tuple[int, int, int]]) -> Optional[Listing]:
         with self._listing_lock:
@@ -3160,11 +3153,8 @@ class Mailboxes:
 
     def remembered(self, mailbox: str) -> Optional[Listing]:
         """Return what listing() would, if that takes no time; None when it does. OSError."""
-        try:
-            path = self.path(mailbox)
-            return self._recall(path, self._stamp(path))
-        except (FileNotFoundError, NotADirectoryError, Refused):
-            return Listing()
+        path, stamp = self._stamped(mailbox)
+        return self._recall(path, stamp) if stamp else Listing()
 
     def moved(self, mailbox: str, items: Iterable[Item]) -> Iterator[Tuple[Item, str]]:
         """Yield those of the items that another program moved, or changed the flags of, with where their files are now."""
@@ -3271,8 +3261,8 @@ class Mailboxes:
 
     def sweep(self) -> None:
         """Remove what dead processes and, after 36 hours, other programs left in tmp/."""
-        for mailbox in self._begun():
-            tmp = os.path.join(self.path(mailbox), "tmp")
+        for _, place in itertools.chain.from_iterable(map(self.begun, self.domains())):
+            tmp = os.path.join(place, "tmp")
             for name in self.permitted(list_directory, tmp):
                 path = os.path.join(tmp, name)
                 if OWN_NAME.match(name):
@@ -3281,6 +3271,18 @@ class Mailboxes:
                 with contextlib.suppress(OSError):
                     if time.time() - os.lstat(path).st_mtime > STALE_DRAFT:
                         os.unlink(path)
+
+
+def directory_stamps(*paths: str) -> List[Tuple[int, int, int]]:
+    """Return, of those directories that are there, what changes with what is in them: first a time (ns). OSError."""
+    found = []
+    for path in paths:
+        try:
+            stat = os.stat(path)
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        found.append((stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino))
+    return found
 
 
 def sorted_in_steps(texts: List[str]) -> Iterator[str]:
@@ -12216,11 +12218,7 @@ class Recorder:
 
     def _look(self) -> None:
         """Learn where the records are that were appended since the last time; remove files that have none any more."""
-        names: List[str] = []
-        try:
-            names = list_directory(self.root)
-        except PermissionError as error:
-            self.storage.complain("sessions", "how messages came is not known: %s" % error)
+        names = list(self.mailboxes.permitted(list_directory, self.root))
         gone = self._seen.keys() - set(names)
         if gone:                                    # others removed them
             self._seen = {name: seen for name, seen in self._seen.items() if name not in gone}
@@ -12552,7 +12550,7 @@ class Index:
             recent = time.time_ns() - 2_000_000_000     # from then on a clock's tick may hide a change
             places = self._places(recent)
             for mailbox, new, cur in places:
-                stamp = directory_stamp(recent, new, cur)
+                stamp = settled_stamp(recent, new, cur)
                 if stamp is None or mailbox not in self._boxes or self._boxes[mailbox][0] != stamp:
                     self._update(mailbox, stamp, self.mailboxes.permitted(self.mailboxes.listing, mailbox))
             if len(places) < len(self._boxes):
@@ -12564,19 +12562,13 @@ class Index:
         """Return (mailbox, its new/, its cur/) of all; a domain's directory is read again when it has changed."""
         found: List[Tuple[str, str, str]] = []
         for name in self.mailboxes.domains():
-            path = os.path.join(self.mailboxes.root, name)
-            stamp = directory_stamp(recent, path)
+            stamp = settled_stamp(recent, os.path.join(self.mailboxes.root, name))
             known = self._domains.get(name)
             if known is None or stamp is None or known[0] != stamp:
-                known = self._domains[name] = stamp, list(self._places_in(name, path))
+                known = self._domains[name] = stamp, [(mailbox, os.path.join(place, "new"), os.path.join(place, "cur"))
+                                                      for mailbox, place in self.mailboxes.begun(name)]
             found += known[1]
         return found
-
-    def _places_in(self, domain: str, path: str) -> Iterator[Tuple[str, str, str]]:
-        for local in self.mailboxes.permitted(list_directory, path):
-            with contextlib.suppress(ValueError, Refused):
-                place = os.path.join(path, local)
-                yield decode_name(local) + "@" + decode_name(domain), os.path.join(place, "new"), os.path.join(place, "cur")
 
     def _update(self, mailbox: str, stamp: Any, items: Iterable[Item]) -> None:
         before = self._boxes[mailbox][1] if mailbox in self._boxes else {}
@@ -12604,15 +12596,13 @@ class Index:
             self.forget(id)
 
 
-def directory_stamp(recent: int, *paths: str) -> Any:
+def settled_stamp(recent: int, *paths: str) -> Any:
     """Return a value that changes with what is in directories; None while they have changed since the time `recent` (ns)."""
     try:
-        stats = [os.stat(path) for path in paths]
+        stamps = directory_stamps(*paths)
     except OSError:
         return None
-    if any(stat.st_mtime_ns > recent for stat in stats):
-        return None
-    return [(stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino) for stat in stats]
+    return stamps if stamps and max(stamps)[0] <= recent else None
 
 
 class Letters:

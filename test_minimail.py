@@ -13510,13 +13510,17 @@ class Logs(Case):
 
 
 class CommandLine(Case):
+    def script(self):
+        """Return a copy of the module in a folder of its own, and an environment in which nothing is said to Python."""
+        environ = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+        return shutil.copy(SOURCE, self.directory()), environ
+
     @unittest.skipUnless(os.name == "posix" and hasattr(sys, "orig_argv"), "needs execv, and Python's own words")
     def test_a_script_goes_on_as_a_module(self):
-        folder, elsewhere = self.directory(), self.directory()
-        script = shutil.copy(SOURCE, folder)
+        script, environ = self.script()
+        folder, elsewhere = os.path.dirname(script), self.directory()
         with open(os.path.join(elsewhere, "json.py"), "w") as file:
             file.write("raise SystemExit('not mine')")
-        environ = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
 
         def run(*words):
             ran = subprocess.run([sys.executable, "-X", "importtime", *words], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
@@ -13539,15 +13543,14 @@ class CommandLine(Case):
     @unittest.skipUnless(os.name == "posix" and hasattr(sys, "orig_argv"), "needs execv, and Python's own words")
     def test_a_power_cut_leaves_no_part_of_the_bytecode(self):
         """Of that Python makes a traceback at each start, until somebody removes it."""
-        folder, watcher = self.directory(), self.directory()
-        script = shutil.copy(SOURCE, folder)
+        script, environ = self.script()
+        watcher, cache = self.directory(), os.path.join(os.path.dirname(script), "__pycache__")
         with open(os.path.join(watcher, "sitecustomize.py"), "w") as file:
             file.write("import os\nfsync = os.fsync\nos.fsync = lambda fd: print(os.fstat(fd).st_ino, flush=True) or fsync(fd)\n")
-        environ = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
         ran = subprocess.run([sys.executable, script, "--version"], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
                              timeout=PATIENCE, env=dict(environ, PYTHONPATH=watcher))
-        cached, = os.listdir(os.path.join(folder, "__pycache__"))
-        inode = os.stat(os.path.join(folder, "__pycache__", cached)).st_ino
+        cached, = os.listdir(cache)
+        inode = os.stat(os.path.join(cache, cached)).st_ino
         self.assertEqual(ran.stdout.decode(), "%d\nminimail %s\n" % (inode, minimail.__version__))
 
     def start(self, *argv):
